@@ -33,9 +33,9 @@ from record_tables import (
 import rap_env
 from benchmarks.harness import committed_records, targets_table
 from experiments import studies
-from experiments.study.harness import Study
-from experiments.study.pages import (
+from experiments.study.harness import (
     Published,
+    Study,
     write_changed,
     write_pages,
 )

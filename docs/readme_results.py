@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from record_tables import LOW_BITS, OWN_BUDGETS, PLANS, RESULTS, SEARCHES, plan_rows, read
 
-from experiments.comparison.pairwise import compare_pair
 from experiments.comparison.result_rows import ResultRow
-from experiments.comparison.summaries import Comparison, Summary
-from experiments.study.looks import look
-from experiments.study.plotting import FAINT, INK, Panel, panel_figure
+from experiments.comparison.summaries import Comparison, Summary, compare_pair
+from experiments.study.plotting import FAINT, INK, Panel, look, panel_figure
 from experiments.study.statistics import Estimate
 from experiments.study.table_format import columns_table, markdown, percent, seconds
 from rap_env.errors import counted

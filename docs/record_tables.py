@@ -20,12 +20,12 @@ from experiments.comparison.result_rows import ResultRow  # noqa: E402
 from experiments.comparison.result_tables import (  # noqa: E402
     quality_columns,
     quality_entry,
+    ratio_table,
     tables_markdown,
 )
 from experiments.comparison.summaries import Comparison  # noqa: E402
-from experiments.comparison.tight_tables import ratio_table  # noqa: E402
 from experiments.config.program_settings import CompareConfig  # noqa: E402
-from experiments.study.looks import look  # noqa: E402
+from experiments.study.plotting import look  # noqa: E402
 from experiments.study.statistics import bootstrap_mean, wilson_interval  # noqa: E402
 from experiments.study.table_format import (  # noqa: E402
     columns_table,

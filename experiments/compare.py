@@ -13,8 +13,13 @@ import sys
 from collections.abc import Sequence
 
 from experiments.comparison.result_tables import tables_markdown
-from experiments.comparison.run_records import Records, read_comparisons
-from experiments.comparison.training_runs import LEARNING_CAPTION, learning_table, swept_table
+from experiments.comparison.run_records import (
+    LEARNING_CAPTION,
+    Records,
+    learning_table,
+    read_comparisons,
+    swept_table,
+)
 from experiments.config.program_settings import CompareConfig
 from experiments.study.console import run_with_settings
 from experiments.study.table_format import markdown, rendered, text_words

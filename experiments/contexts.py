@@ -1,16 +1,19 @@
-"""Build pruning contexts, scorers and tasks from the settings."""
+"""Build pruning contexts, scorers, tasks, and cells of evaluations from the settings."""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.config import Config
-from experiments.config.common import TasksConfig, TextConfig
-from experiments.study.experiment_errors import ExperimentError
+from experiments.config.common import TasksConfig, TextConfig, parse_cell
+from experiments.config.program_settings import EvaluateConfig
+from experiments.study.console import ExperimentError
+from experiments.study.json_records import Cell
 from rap_env.context.base import ContextConfig, PruningContext
 from rap_env.context.live import LiveContext
 from rap_env.context.opening import open_context
@@ -21,6 +24,7 @@ from rap_env.memory import MemoryModel
 from rap_env.policies.base import Policy
 from rap_env.policies.loading import load_policy, make_method
 from rap_env.policies.registry import methods
+from rap_env.request import Request
 from rap_env.scoring.corpus import CorpusConfig, ensure_disjoint
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.score_table import table_path
@@ -172,3 +176,84 @@ def task_config(tasks: TasksConfig) -> TaskConfig:
     from rap_env.scoring.lm_eval_tasks import TaskConfig
 
     return TaskConfig(**asdict(tasks))
+
+
+@dataclass(frozen=True)
+class EvaluationCell:
+    """A request at a budget, at which all methods are compared.
+
+    Attributes:
+        sparsity: Share of the block bytes to free, if the cell is defined by it.
+        outside: Whether the cell is outside the training range of policies.
+        target_delta_nll: ΔNLL that the budget stands for, nats per token, if it stands for one.
+    """
+
+    cell: Cell
+    request: Request
+    sparsity: float | None = None
+    outside: bool = False
+    target_delta_nll: float | None = None
+
+    @property
+    def part(self) -> str:
+        """Part of the evaluation that the cell belongs to, as in `ResultRow`."""
+        return "outside" if self.outside else "grid" if self.sparsity is None else "sparsity"
+
+
+def grid_requests(grid: EvaluateConfig, ladder_bytes: LadderBytes) -> list[tuple[Cell, Request]]:
+    """Return every cell of the grid, and every pinned one, with its request.
+
+    Args:
+        grid: Requests and budgets.
+        ladder_bytes: The ladder, which decides which budgets can be met.
+    """
+    cells = _checked(_grid_cells(grid, ladder_bytes.memory), ladder_bytes)
+    return [(cell.cell, cell.request) for cell in cells]
+
+
+def evaluation_cells(grid: EvaluateConfig, ladder_bytes: LadderBytes) -> list[EvaluationCell]:
+    """Return all cells: the grid, fixed sparsities, and cells outside the training range."""
+    memory = ladder_bytes.memory
+    cells = _grid_cells(grid, memory)
+    for share in sorted(set(grid.sparsities)):
+        shapes = grid.shapes or [pinned.shape for pinned in grid.pinned_cells]
+        shape = min(shapes, key=lambda shape: (shape[0] * shape[1], shape))
+        cells.append(_at_sparsity(memory, shape, share))
+    for outside_cell in dict.fromkeys(map(parse_cell, grid.outside)):
+        request = Request.at_fraction(memory, *outside_cell)
+        cells.append(EvaluationCell(outside_cell, request, outside=True))
+    return _checked(cells, ladder_bytes)
+
+
+def _grid_cells(grid: EvaluateConfig, memory: MemoryModel) -> list[EvaluationCell]:
+    """Return the grid of requests and budgets, then the pinned cells."""
+    cells = []
+    for shape in grid.shapes:
+        for fraction in sorted(set(grid.budgets), reverse=True):
+            request = Request.at_fraction(memory, *shape, fraction)
+            cells.append(EvaluationCell((*shape, fraction), request))
+    for pinned in grid.pinned_cells:
+        request = Request(*pinned.shape, budget_bytes=pinned.budget_bytes)
+        place = (*pinned.shape, pinned.budget_bytes / memory.dense_peak_bytes(*pinned.shape))
+        target = pinned.target_delta_nll
+        cells.append(EvaluationCell(place, request, target_delta_nll=target))
+    return cells
+
+
+def _checked(cells: list[EvaluationCell], ladder_bytes: LadderBytes) -> list[EvaluationCell]:
+    """Return the cells if some plan fits each of them."""
+    for cell in cells:
+        ladder_bytes.check_feasible(cell.request)
+    return cells
+
+
+def _at_sparsity(memory: MemoryModel, shape: tuple[int, int], share: float) -> EvaluationCell:
+    """Return a cell whose budget is below the native peak by a share of all block bytes.
+
+    At a short request, nearly all bytes that a plan frees are weights, so a plan that meets the
+    budget removes this share of the parameters, embeddings and head not counted.
+    """
+    native = memory.dense_peak_bytes(*shape)
+    budget = native - math.ceil(share * sum(memory.facts.block_param_bytes))
+    request = Request(*shape, budget_bytes=max(1, budget))
+    return EvaluationCell((*shape, budget / native), request, sparsity=share)

@@ -2,36 +2,46 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.comparison.evaluation_cells import (
-    ComparedMethod,
-    EvaluationCell,
-    build_methods,
-    check_names,
-    evaluation_cells,
-)
+from agents.checkpoint import latest_checkpoint
+from agents.trained_policy import TrainedPolicy
 from experiments.comparison.result_rows import QUALITY, ResultRow, again_depends_on, read_recorded
-from experiments.comparison.summaries import Comparison
+from experiments.comparison.run_records import TABLE_FILE, TrainingRun, training_dirs
+from experiments.comparison.summaries import REFERENCE, Comparison
 from experiments.config import Config
-from experiments.contexts import build_context, held_out_scorer, make_ladder_bytes, task_config
+from experiments.contexts import (
+    EvaluationCell,
+    build_context,
+    evaluation_cells,
+    held_out_scorer,
+    make_ladder_bytes,
+    task_config,
+)
 from experiments.launch import launch
+from experiments.study.console import ExperimentError
 from experiments.study.harness import Job, measured
 from experiments.study.json_records import delta_nll_fields, request_field, set_aside, trim_metrics
 from experiments.study.run_folder import RunFolder
 from experiments.study.statistics import kept_above_chance
 from experiments.training.loggers import Loggers, open_loggers
 from rap_env.artifacts import digest
-from rap_env.context.base import PruningContext, make_encoder
+from rap_env.context.base import PruningContext, make_encoder, method_order
+from rap_env.context.table import TableContext
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.plan import Plan
+from rap_env.policies.base import Policy
+from rap_env.policies.loading import check_policy, make_method
 from rap_env.policies.method import MeasuredChoice, measure_choice
 from rap_env.request import Request
+from rap_env.scoring.score_table import ScoreTable
 
 if TYPE_CHECKING:
     from rap_env.scoring.tasks import TaskScorer
@@ -39,6 +49,137 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _ROWS_EACH = 8  # for each worker
+
+
+Scores = Callable[[Sequence[Plan]], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class ComparedMethod:
+    """One method with one seed.
+
+    Attributes:
+        seed: Seed of the agent or the random baseline; None for deterministic methods.
+        kv_aware: Whether the method counts the KV cache when it chooses.
+        setup_evaluations: Plans scored once, before any request.
+        identity: What the choices depend on besides the context, as plain values.
+        training_s: Seconds of training; None if not recorded.
+    """
+
+    name: str
+    seed: int | None
+    kv_aware: bool
+    setup_evaluations: int
+    policy: Policy
+    identity: dict[str, Any]
+    training_s: float | None = None
+
+
+def check_names(config: Config) -> None:
+    """Check the names of baselines and run folders before anything is measured.
+
+    Raises:
+        UnknownNameError: There is no such baseline.
+        PluginError: A baseline of another package cannot be loaded.
+        ExperimentError: A folder holds no training run, or there is nothing to compare.
+    """
+    if config.evaluate.plans:
+        return
+    for name in config.evaluate.baselines:
+        check_policy(name)
+    folders = agent_folders(config)
+    for folder in folders:
+        _ = TrainingRun(folder).facts  # raises an error if it is no training run
+    if not folders and not config.evaluate.baselines:
+        raise ExperimentError(
+            "There is nothing to evaluate: no finished training in "
+            f"{config.stage_dir('train')}, and evaluate.baselines is empty."
+        )
+
+
+def agent_folders(config: Config) -> list[Path]:
+    """Return the run folders of the agents to evaluate: the configured or all finished ones."""
+    if config.evaluate.agents is not None:
+        return [Path(folder) for folder in config.evaluate.agents]
+    return training_dirs(config.root, finished=True)
+
+
+def build_methods(config: Config, context: PruningContext) -> Iterator[ComparedMethod]:
+    """Yield the native model, the trained agents, then the baselines."""
+    ladder_bytes = make_ladder_bytes(config, context)
+    yield _baseline(REFERENCE, None, context, ladder_bytes)
+    for folder in agent_folders(config):
+        for best_of in dict.fromkeys(config.evaluate.best_of):
+            default = best_of == config.evaluate.best_of[0]
+            yield _agent(config, folder, context, best_of, default)
+    for name in config.evaluate.baselines:
+        if name == REFERENCE:
+            continue
+        seeds: list[int | None] = [*config.evaluate.random_seeds] if name == "random" else [None]
+        for seed in seeds:
+            yield _baseline(name, seed, context, ladder_bytes)
+
+
+def _baseline(
+    name: str, seed: int | None, context: PruningContext, ladder_bytes: LadderBytes
+) -> ComparedMethod:
+    baseline = make_method(name, context, ladder_bytes, seed or 0)
+    identity = {"baseline": name}
+    if baseline.table_sha256 is not None:
+        identity["table"] = baseline.table_sha256
+    if baseline.source_sha256 is not None:
+        identity["source"] = baseline.source_sha256
+    return ComparedMethod(
+        name, seed, baseline.kv_aware, baseline.setup_evaluations, baseline, identity
+    )
+
+
+def decision_scores(folder: Path) -> Scores | None:
+    """Return the predictor by which an agent selects the best of its sampled plans.
+
+    Returns:
+        The score table that the run was trained on (`TABLE_FILE` in its folder), which predicts
+        NLL; None if it was trained on a model, so that the samples are measured.
+    """
+    path = folder / TABLE_FILE
+    if not path.exists():
+        return None
+    table = TableContext(ScoreTable.load(path), path.name, importance="one_shot")
+    return table.scorer.nll_many
+
+
+def _agent(
+    config: Config, folder: Path, context: PruningContext, best_of: int, default: bool
+) -> ComparedMethod:
+    """Load a trained agent; its name states `best_of` unless that is the default."""
+    run = TrainingRun(folder)
+    method = run.method
+    identity: dict[str, Any] = {"run": folder.name}
+    scores = decision_scores(folder) if best_of > 1 else None
+    if not default:
+        method = f"{method}-best_of={best_of}"
+    if best_of > 1:
+        table = folder / TABLE_FILE
+        digest = hashlib.sha256(table.read_bytes()).hexdigest() if scores else "real"
+        identity |= {"best_of": best_of, "scores": digest}
+    policy = TrainedPolicy.load(
+        folder, context, best_of=best_of, score_plans=scores, scorer=context.scorer
+    )
+    checkpoint = latest_checkpoint(folder / "checkpoints")
+    assert checkpoint is not None  # the policy was loaded from it
+    identity |= {"step": checkpoint.step, "files": checkpoint.body["files"]}
+    setup = int(run.facts.get("evaluations", 0)) + _importance_evaluations(config, context)
+    return ComparedMethod(
+        method, run.seed, policy.kv_aware, setup, policy, identity, run.facts.get("training_s")
+    )
+
+
+def _importance_evaluations(config: Config, context: PruningContext) -> int:
+    """Return how many evaluations the importance needed that agents observe."""
+    method = config.importance.method
+    if method == "none":
+        return 0
+    return method_order(context, make_ladder_bytes(config, context), method)[1]
 
 
 class Evaluator:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from experiments.study.json_records import write_text
-from experiments.study.looks import LEVEL_COLOURS, look
+from experiments.study.plotting import LEVEL_COLOURS, look
 from rap_env.artifacts import canonical_json
 from rap_env.context.table import TableContext
 from rap_env.importance.profiles import GSIProfile

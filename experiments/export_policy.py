@@ -19,8 +19,7 @@ from agents.export import export_policy
 from experiments.config import Config, as_config
 from experiments.config.program_settings import ExportPolicyConfig
 from experiments.contexts import build_context, frontier_artifact
-from experiments.study.console import message, run_with_settings, say
-from experiments.study.experiment_errors import ExperimentError
+from experiments.study.console import ExperimentError, message, run_with_settings, say
 from experiments.study.run_folder import RunFolder
 from rap_env.importance.plan_table import PlanTable
 

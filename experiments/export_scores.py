@@ -18,12 +18,11 @@ from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
-from experiments.comparison.training_runs import TABLE_FILE
+from experiments.comparison.run_records import TABLE_FILE
 from experiments.config import Config
 from experiments.contexts import build_context
 from experiments.launch import launch
-from experiments.study.console import say
-from experiments.study.experiment_errors import ExperimentError
+from experiments.study.console import ExperimentError, say
 from experiments.study.run_folder import RunFolder
 from experiments.study.table_format import plain
 from experiments.training.score_tables import (

@@ -20,11 +20,10 @@ import numpy as np
 
 import rap_env
 from experiments.comparison.result_rows import ResultRow, rows_below
-from experiments.comparison.training_runs import TrainingRun, training_dirs
-from experiments.study.console import fail, say
-from experiments.study.experiment_errors import ExperimentError
+from experiments.comparison.run_records import TrainingRun, training_dirs
+from experiments.study.console import ExperimentError, fail, say
 from experiments.study.json_records import write_records, write_text
-from experiments.study.looks import look
+from experiments.study.plotting import look
 from rap_env.errors import RapError
 from rap_env.leaderboard.entries import ENTRIES, UNCHOSEN, Entry, Run, published_entries
 from rap_env.leaderboard.evaluation import Evaluation

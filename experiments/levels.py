@@ -15,8 +15,7 @@ from experiments.config.common import parse_shape
 from experiments.config.program_settings import LEVELS_SUFFIX
 from experiments.contexts import build_context
 from experiments.launch import launch
-from experiments.study.console import say
-from experiments.study.experiment_errors import ExperimentError
+from experiments.study.console import ExperimentError, say
 from experiments.study.run_folder import RunFolder
 from rap_env.artifacts import save_artifact
 from rap_env.context.live import LiveContext

@@ -25,8 +25,7 @@ from experiments.config import Config
 from experiments.launch import launch
 from experiments.study.console import say
 from experiments.study.json_records import read_json, write_text
-from experiments.study.looks import LEVEL_COLOURS
-from experiments.study.plotting import FAINT, INK, save_png, style
+from experiments.study.plotting import FAINT, INK, LEVEL_COLOURS, save_png, style
 from rap_env.artifacts import atomic_write
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from experiments.study.experiment_errors import ExperimentError
+from experiments.study.console import ExperimentError
 
 PACKAGE = "llama-cpp-py-sync"
 VERSION = "0.11739"

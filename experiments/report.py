@@ -9,18 +9,14 @@ from typing import Any
 
 from experiments import live
 from experiments.comparison import result_figures, result_tables
-from experiments.comparison.pairwise import pairwise_comparisons
-from experiments.comparison.run_records import Records, gather
-from experiments.comparison.summaries import Comparison
-from experiments.comparison.training_runs import learning_table
+from experiments.comparison.run_records import Records, gather, learning_table
+from experiments.comparison.summaries import Comparison, pairwise_comparisons
 from experiments.config import Config
 from experiments.explorer import PAGE as EXPLORER
 from experiments.launch import launch
-from experiments.study.console import say
-from experiments.study.experiment_errors import MissingGroupError
+from experiments.study.console import MissingGroupError, say
 from experiments.study.json_records import write_text
-from experiments.study.looks import look, short_label
-from experiments.study.plotting import Draw, save_png, svg_uri
+from experiments.study.plotting import Draw, look, save_png, short_label, svg_uri
 from experiments.study.table_format import (
     TIMES,
     mebibytes,

@@ -22,8 +22,7 @@ from experiments.config import Config
 from experiments.config.common import Pinned, parse_shape
 from experiments.contexts import build_context, make_ladder_bytes
 from experiments.launch import launch
-from experiments.study.console import say
-from experiments.study.experiment_errors import ExperimentError
+from experiments.study.console import ExperimentError, say
 from experiments.study.json_records import write_text
 from experiments.study.run_folder import RunFolder
 from rap_env.errors import counted

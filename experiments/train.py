@@ -18,10 +18,9 @@ from agents.algorithms import AgentConfig
 from agents.checkpoint import latest_checkpoint
 from agents.trained_policy import TrainedPolicy
 from agents.training import TrainResult
-from experiments.comparison.evaluation_cells import grid_requests
 from experiments.comparison.result_figures import LevelsLine, levels_picture
 from experiments.config import Config
-from experiments.contexts import build_context, held_out_scorer, make_ladder_bytes
+from experiments.contexts import build_context, grid_requests, held_out_scorer, make_ladder_bytes
 from experiments.launch import launch, swept_settings
 from experiments.study.console import say
 from experiments.study.json_records import Cell, trim_metrics

@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from experiments.comparison.run_records import TrainingRun
 from experiments.comparison.summaries import Comparison
-from experiments.comparison.training_runs import TrainingRun
 from experiments.study.json_records import Shape
-from experiments.study.looks import LEVEL_COLOURS, look, short_label
 from experiments.study.plotting import (
     FAINT,
     INK,
+    LEVEL_COLOURS,
     Panel,
     draw_series,
+    look,
     panel_figure,
     plain_log_ticks,
+    short_label,
     style,
 )
 from experiments.study.table_format import shape_words

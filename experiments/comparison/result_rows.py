@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.study.experiment_errors import ExperimentError
+from experiments.study.console import ExperimentError
 from experiments.study.json_records import CellRecord, record_files
 from rap_env.artifacts import digest
 from rap_env.plan import Plan

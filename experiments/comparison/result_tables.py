@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
-from experiments.comparison.pairwise import pairwise_comparisons
 from experiments.comparison.result_rows import ResultRow
-from experiments.comparison.summaries import REFERENCE, Comparison, Summary, mean_quality
-from experiments.comparison.tight_tables import tight_document
+from experiments.comparison.summaries import (
+    REFERENCE,
+    Comparison,
+    Summary,
+    mean_quality,
+    pairwise_comparisons,
+)
 from experiments.study.json_records import Cell
-from experiments.study.looks import look, rank
-from experiments.study.statistics import bootstrap_mean, mean_of_known
+from experiments.study.plotting import look, rank
+from experiments.study.statistics import bootstrap_mean, mean_of_known, paired_ratio
 from experiments.study.table_format import (
     Table,
     TitledTable,
@@ -328,3 +332,66 @@ def tables_markdown(
     """Return all tables as Markdown, if asked to with the meaning of their numbers."""
     tables = [*comparison_document(comparison), TitledTable(costs_table(comparison), "Costs")]
     return f"# {title}\n\n{document(tables, captions=captions)}"
+
+
+RATIO_TO = ("uniform", "knapsack", "greedy_per_byte")
+"""Methods by whose ΔNLL that of each other method is divided."""
+
+TARGET_CAPTION = (
+    "About 0.1: budgets at which the best uniform setting loses about 0.1 nats per token on the "
+    "calibration text; likewise the others."
+)
+
+RATIO_CAPTION = (
+    "Geometric mean over the cells of a column of ΔNLL divided by that of the other method at the "
+    "same budget, with a 95 % interval, paired over windows; below 1 is better. A dash: some ΔNLL "
+    "is not significantly above 0, so that there is no ratio."
+)
+
+
+def _tight_columns(comparison: Comparison) -> dict[str, list[Cell]]:
+    """The cells of each request, of each loss that budgets stand for, and all cells."""
+    columns = {
+        shape_words(shape): [cell for cell in comparison.cells if cell[:2] == shape]
+        for shape in comparison.shapes
+    }
+    if len(comparison.cells) > len(comparison.shapes):  # else each request has one target
+        columns |= {f"about {target:g}": cells for target, cells in comparison.targets.items()}
+    return {**{name: cells for name, cells in columns.items() if cells}, "All": comparison.cells}
+
+
+def target_table(comparison: Comparison) -> Table:
+    """Return mean ΔNLL by request, and by the ΔNLL that budgets stand for."""
+    return crossed_table(
+        "Method",
+        comparison.lines,
+        _tight_columns(comparison),
+        lambda method, cells: f"{comparison.summary(method, cells).delta_nll.mean:.3f}",
+    )
+
+
+def ratio_table(comparison: Comparison, other: str) -> Table:
+    """Return ΔNLL divided by that of another method, by request and by target."""
+
+    def entry(method: str, cells: list[Cell]) -> str:
+        first, second = (
+            [comparison.window_delta_nlls(name, cell) for cell in cells] for name in (method, other)
+        )
+        ratio = paired_ratio(first, second)
+        return f"{ratio.mean:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]" if ratio else "-"
+
+    lines = {name: method for name, method in comparison.lines.items() if method != other}
+    return crossed_table("Method", lines, _tight_columns(comparison), entry)
+
+
+def tight_document(comparison: Comparison) -> list[TitledTable]:
+    """Return the tables of a comparison whose budgets stand for losses; empty for others."""
+    if not comparison.targets or not comparison.summaries:
+        return []
+    title = "Mean ΔNLL (nats/token) by request and by tightness"
+    tables = [TitledTable(target_table(comparison), title, TARGET_CAPTION)]
+    for other in RATIO_TO:
+        if other in comparison.methods:
+            title = f"ΔNLL divided by that of {look(other).label}"
+            tables.append(TitledTable(ratio_table(comparison, other), title, RATIO_CAPTION))
+    return tables

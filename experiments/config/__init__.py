@@ -36,7 +36,7 @@ from experiments.config.study_settings import (
     ReplayConfig,
     TextsConfig,
 )
-from experiments.study.experiment_errors import ExperimentError
+from experiments.study.console import ExperimentError
 from rap_env.specs import check, setting
 
 

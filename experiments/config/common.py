@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from experiments.study.experiment_errors import ExperimentError
+from experiments.study.console import ExperimentError
 from experiments.study.json_records import Cell
 from rap_env.importance.profiles import GSI_METHODS
 from rap_env.scoring.lm_eval_tasks import DOCUMENTS

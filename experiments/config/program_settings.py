@@ -16,7 +16,7 @@ from experiments.config.common import (
     parse_pinned,
     parse_shape,
 )
-from experiments.study.experiment_errors import ExperimentError
+from experiments.study.console import ExperimentError
 from rap_env.envs.config import ENVIRONMENTS
 from rap_env.envs.config import EnvConfig as TaskConfig
 from rap_env.importance.level_costs import CACHE_LEVELS

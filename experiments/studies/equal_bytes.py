@@ -30,9 +30,8 @@ from experiments.llama_cpp import (
     need_llama_cpp,
     write_quantised_file,
 )
-from experiments.study.harness import Job, Study
+from experiments.study.harness import Job, Published, Study
 from experiments.study.json_records import DeltaNLLRecord, delta_nll_fields
-from experiments.study.pages import Published
 from experiments.study.table_format import TitledTable, columns_table, percent, precise
 from rap_env.context.base import PruningContext
 from rap_env.levels import WEIGHT_LEVELS

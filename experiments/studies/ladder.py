@@ -20,7 +20,7 @@ from experiments.config.study_settings import LadderConfig
 from experiments.contexts import build_context, held_out_scorer, measured_on, named_policy
 from experiments.launch import launch
 from experiments.llama_cpp import LlamaCpp, gguf_file, need_llama_cpp
-from experiments.study.harness import Job, Study
+from experiments.study.harness import Job, Published, Study, first_section
 from experiments.study.json_records import (
     DeltaNLLRecord,
     RequestRecord,
@@ -28,7 +28,6 @@ from experiments.study.json_records import (
     delta_nll_fields,
     request_field,
 )
-from experiments.study.pages import Published, first_section
 from experiments.study.plotting import Panel, panel_figure, plain_log_ticks, scale_delta_nll
 from experiments.study.table_format import (
     TitledTable,

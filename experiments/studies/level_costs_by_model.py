@@ -17,9 +17,8 @@ import torch
 from experiments.config import Config
 from experiments.contexts import build_context, held_out_scorer, measured_on
 from experiments.launch import launch
-from experiments.study.harness import Job, Study
+from experiments.study.harness import Job, Published, Study
 from experiments.study.json_records import DeltaNLLRecord, delta_nll_fields
-from experiments.study.pages import Published
 from experiments.study.table_format import TitledTable, columns_table, precise
 from rap_env.levels import WeightLevel
 from rap_env.model_facts import ModelFacts

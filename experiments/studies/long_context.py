@@ -15,9 +15,8 @@ from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.contexts import build_context, named_policy
 from experiments.launch import launch
-from experiments.study.harness import Job, Study
+from experiments.study.harness import Job, Published, Study, below, first_section
 from experiments.study.json_records import Record
-from experiments.study.pages import Published, below, first_section
 from experiments.study.statistics import paired_difference, wilson_interval
 from experiments.study.table_format import (
     TitledTable,

@@ -20,10 +20,9 @@ from experiments.config import Config
 from experiments.config.common import parse_pinned
 from experiments.contexts import load_texts, reject_table
 from experiments.launch import launch
-from experiments.study.experiment_errors import ExperimentError
-from experiments.study.harness import Job, Study
+from experiments.study.console import ExperimentError
+from experiments.study.harness import Job, Published, Study
 from experiments.study.json_records import Record
-from experiments.study.pages import Published
 from experiments.study.statistics import bootstrap_mean, relative_ratio
 from experiments.study.table_format import TitledTable, crossed_table, relative_words
 from rap_env.artifacts import digest

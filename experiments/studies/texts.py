@@ -20,10 +20,9 @@ from experiments.config import Config
 from experiments.config.common import parse_pinned
 from experiments.contexts import load_text, reject_table
 from experiments.launch import launch
-from experiments.study.experiment_errors import ExperimentError
-from experiments.study.harness import Job, Study, measured
+from experiments.study.console import ExperimentError
+from experiments.study.harness import Job, Published, Study, measured, untitled
 from experiments.study.json_records import Record
-from experiments.study.pages import Published, untitled
 from experiments.study.statistics import Estimate, bootstrap_mean, relative_ratio
 from experiments.study.table_format import Table, TitledTable, relative_words
 from rap_env.artifacts import digest

@@ -3,9 +3,8 @@
 A study is one file with three things: a row type, a function that yields what to measure, and the
 tables made from the rows. The rest is done here::
 
-    from experiments.study.harness import Job, Study
+    from experiments.study.harness import Job, Published, Study
     from experiments.study.json_records import DeltaNLLRecord, RequestRecord, delta_nll_fields
-    from experiments.study.pages import Published
     from experiments.study.table_format import TitledTable, columns_table
 
     @dataclass(frozen=True)
@@ -49,9 +48,7 @@ are scored together.
 
 - `json_records`: base classes of rows, and JSON lines
 - `run_folder`: settings and provenance of a run
-- `pages`: tables in pages of the documentation, between markers
 - `table_format`: a table from lines and columns, as text, Markdown or HTML; formats of numbers
-- `plotting`: style, panels, series with intervals
-- `looks`: label and colour of each method
+- `plotting`: label and colour of each method; style, panels, series with intervals
 - `statistics`: means, differences and ratios with intervals
 """

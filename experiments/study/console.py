@@ -1,4 +1,4 @@
-"""The terminal: log lines, messages, errors, and settings of a command."""
+"""The terminal: log lines, messages, settings of a command; errors of the experiments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-from rap_env.errors import RapError
+from rap_env.errors import MissingDependencyError, RapError
 
 T = TypeVar("T")
 
@@ -80,3 +80,19 @@ def run_with_settings(schema: type[T], run: Callable[[T], object]) -> None:
         run(settings)
     except RapError as error:
         fail(str(error))
+
+
+class ExperimentError(RapError, ValueError):
+    """A setting, run folder or record is invalid."""
+
+
+class MissingGroupError(MissingDependencyError):
+    """A package of a dependency group of the checkout is not installed."""
+
+    def __init__(self, package: str, feature: str, group: str) -> None:
+        self._made_from = (package, feature, group)
+        RapError.__init__(
+            self,
+            f"{feature} needs the package {package!r}; install it in the checkout with "
+            f"`pip install --group {group}`.",
+        )

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from experiments.config import Config
-from experiments.study.experiment_errors import ExperimentError
+from experiments.study.console import ExperimentError
 from experiments.study.json_records import read_json, write_text
 
 PACKAGES = (

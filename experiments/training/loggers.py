@@ -12,8 +12,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from experiments.config import Config
-from experiments.study.experiment_errors import ExperimentError, MissingGroupError
-from experiments.study.help import read_by
+from experiments.launch import read_by
+from experiments.study.console import ExperimentError, MissingGroupError
 from experiments.study.json_records import append_record
 from experiments.study.run_folder import RunFolder, flatten
 

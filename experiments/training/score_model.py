@@ -25,7 +25,7 @@ from agents.imitation import Demonstration, ImitationConfig, imitate
 from agents.trained_policy import TrainedPolicy
 from agents.training import MetricSink, TrainResult, WarmStart
 from agents.training import train as train_agent
-from experiments.comparison.training_runs import TABLE_FILE
+from experiments.comparison.run_records import TABLE_FILE
 from experiments.config import Config
 from experiments.contexts import make_ladder_bytes
 from experiments.study.json_records import append_record, read_records

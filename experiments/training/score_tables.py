@@ -30,7 +30,7 @@ import numpy.typing as npt
 from experiments.comparison.result_rows import ResultRow, rows_below
 from experiments.config import Config
 from experiments.contexts import FRONTIER_FILE
-from experiments.study.experiment_errors import ExperimentError
+from experiments.study.console import ExperimentError
 from experiments.study.json_records import read_records
 from rap_env.context.base import PruningContext
 from rap_env.context.opening import require_live

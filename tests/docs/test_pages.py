@@ -42,7 +42,7 @@ def test_committed_tables_are_those_of_the_records(pages):
     path = f"sys.path.insert(0, {str(ROOT)!r})"  # after the import, as `python docs/generate.py`
     code = f"""
 import generate, re, sys; {path}
-from experiments.study.pages import marked_pages, with_tables
+from experiments.study.harness import marked_pages, with_tables
 names = set()
 for page in marked_pages():
     text = page.read_text(encoding="utf-8")

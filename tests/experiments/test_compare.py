@@ -9,7 +9,7 @@ import yaml
 from experiments.compare import compare
 from experiments.comparison.run_records import read_comparisons
 from experiments.config.program_settings import CompareConfig
-from experiments.study.experiment_errors import ExperimentError
+from experiments.study.console import ExperimentError
 from experiments.study.json_records import append_record
 from rap_env.errors import ArtifactError, UnknownNameError
 from tests.experiments.synthetic_records import DEPENDS, make_row, make_rows

@@ -17,7 +17,7 @@ from experiments.config.common import parse_shape
 from experiments.config.program_settings import EvaluateConfig
 from experiments.contexts import context_config
 from experiments.launch import CHOICES_FILE, CONF_DIR, register, register_program
-from experiments.study.experiment_errors import ExperimentError
+from experiments.study.console import ExperimentError
 from experiments.study.run_folder import run_label
 from experiments.train import agent_config
 from rap_env.errors import RapError

@@ -11,7 +11,7 @@ from experiments.config.program_settings import EvaluateConfig, FrontierConfig
 from experiments.contexts import build_context
 from experiments.export_policy import ExportPolicyConfig, export, reduced, settings_of
 from experiments.profile import profile
-from experiments.study.experiment_errors import ExperimentError
+from experiments.study.console import ExperimentError
 from experiments.train import train
 from rap_env.errors import ArtifactError
 from rap_env.plan import Plan

@@ -7,13 +7,12 @@ from dataclasses import replace
 import gymnasium as gym
 import pytest
 
-from experiments.comparison.evaluation_cells import decision_scores
-from experiments.comparison.training_runs import TABLE_FILE
+from experiments.comparison.run_records import TABLE_FILE
 from experiments.config import Config
 from experiments.config.common import ImportanceConfig, ModelConfig
 from experiments.config.program_settings import EvaluateConfig, ExportConfig, FrontierConfig
 from experiments.contexts import build_context
-from experiments.evaluate import evaluate
+from experiments.evaluate import decision_scores, evaluate
 from experiments.export_scores import export_scores
 from experiments.profile import profile
 from experiments.study.json_records import read_records

@@ -4,8 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from experiments.launch import _composed, _mistake, register_program
-from experiments.study.help import READS, guess, help_text, read_by
+from experiments.launch import (
+    READS,
+    _composed,
+    _mistake,
+    guess,
+    help_text,
+    read_by,
+    register_program,
+)
 from tests.programs import run_python
 
 PROGRAMS = sorted({*READS, "levels", "long_context", "prompts", "tight_grid"})

@@ -10,7 +10,7 @@ from experiments.config.common import TextConfig
 from experiments.config.program_settings import LevelsConfig
 from experiments.contexts import build_context
 from experiments.levels import COSTS_FILE, KINDS_FILE, levels
-from experiments.study.experiment_errors import ExperimentError
+from experiments.study.console import ExperimentError
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.text_kinds import KindCosts
 from rap_env.plan import Plan

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from experiments.llama_cpp import LlamaCpp, gguf_file, target_nll
-from experiments.study.experiment_errors import ExperimentError
+from experiments.study.console import ExperimentError
 
 
 def test_the_nll_of_tokens_is_that_of_a_softmax():

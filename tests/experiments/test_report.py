@@ -19,8 +19,8 @@ from experiments.comparison.run_records import gather
 from experiments.comparison.summaries import Comparison
 from experiments.config import Config
 from experiments.report import findings, report
-from experiments.study.experiment_errors import ExperimentError
-from experiments.study.looks import look
+from experiments.study.console import ExperimentError
+from experiments.study.plotting import look
 from rap_env.errors import ArtifactError
 from tests.experiments.synthetic_records import FACTORS, make_row, make_rows
 

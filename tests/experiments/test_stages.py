@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from experiments.comparison.evaluation_cells import check_names
 from experiments.comparison.result_rows import ResultRow
-from experiments.comparison.training_runs import training_dirs
+from experiments.comparison.run_records import training_dirs
 from experiments.config.common import ImportanceConfig, ScoringConfig
 from experiments.config.program_settings import EvaluateConfig
 from experiments.config.study_settings import LadderConfig
-from experiments.evaluate import evaluate
+from experiments.evaluate import check_names, evaluate
 from experiments.profile import profile
-from experiments.study.experiment_errors import ExperimentError
+from experiments.study.console import ExperimentError
 from experiments.study.json_records import read_records, record_files
 from experiments.study.run_folder import RunFolder
 from experiments.train import train

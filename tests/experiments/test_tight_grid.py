@@ -6,7 +6,7 @@ import yaml
 from experiments.config.common import ImportanceConfig, parse_pinned
 from experiments.config.program_settings import EnvConfig, EvaluateConfig, TightGridConfig
 from experiments.contexts import build_context, make_ladder_bytes
-from experiments.study.experiment_errors import ExperimentError
+from experiments.study.console import ExperimentError
 from experiments.tight_grid import tight_budgets, tight_grid
 from rap_env.policies.method import Basis
 from rap_env.policies.uniform import Uniform

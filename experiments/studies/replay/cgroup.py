@@ -34,10 +34,9 @@ import numpy.typing as npt
 
 from experiments.config import Config
 from experiments.launch import launch
-from experiments.study.experiment_errors import ExperimentError
-from experiments.study.harness import Job, Study
+from experiments.study.console import ExperimentError
+from experiments.study.harness import Job, Published, Study, untitled
 from experiments.study.json_records import Record
-from experiments.study.pages import Published, untitled
 from experiments.study.plotting import Panel, panel_figure
 from experiments.study.table_format import TitledTable
 from rap_env.errors import UnknownNameError

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from experiments.config.study_settings import ReplayConfig
 from experiments.studies.replay.workload import Budget, ReplayRequest
-from experiments.study.experiment_errors import ExperimentError
+from experiments.study.console import ExperimentError
 from rap_env.errors import InfeasibleBudgetError, QueueFullError
 from rap_env.levels import CacheLevel
 from rap_env.memory import MemoryModel

@@ -28,11 +28,9 @@ from experiments.studies.replay.serving import (
     make_system,
 )
 from experiments.studies.replay.workload import ReplayRequest, cotenant_budget, make_requests
-from experiments.study.harness import Job, Study
+from experiments.study.harness import Job, Published, Study, untitled
 from experiments.study.json_records import Record
-from experiments.study.looks import KIND_COLOURS
-from experiments.study.pages import Published, untitled
-from experiments.study.plotting import INK, Panel, panel_figure
+from experiments.study.plotting import INK, KIND_COLOURS, Panel, panel_figure
 from experiments.study.statistics import bootstrap_mean, wilson_interval
 from experiments.study.table_format import TitledTable, mebibytes, percent, seconds
 from rap_env.context.opening import open_store

@@ -21,7 +21,7 @@ import numpy as np
 from experiments.config import Config
 from experiments.config.study_settings import BudgetConfig, ReplayConfig
 from experiments.contexts import load_text
-from experiments.study.experiment_errors import ExperimentError
+from experiments.study.console import ExperimentError
 from rap_env.artifacts import digest
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.scoring.lm_eval_tasks import TASK_FIELDS, read_rows

@@ -3,12 +3,11 @@
 import pytest
 
 from experiments.compare import compare
-from experiments.comparison.evaluation_cells import evaluation_cells
 from experiments.comparison.result_rows import ResultRow
 from experiments.comparison.run_records import read_comparisons
 from experiments.config.common import ImportanceConfig
 from experiments.config.program_settings import CompareConfig, EvaluateConfig
-from experiments.contexts import build_context, make_ladder_bytes
+from experiments.contexts import build_context, evaluation_cells, make_ladder_bytes
 from experiments.evaluate import evaluate
 from experiments.train import train
 from rap_env.plan import Plan

@@ -5,14 +5,13 @@ from dataclasses import replace
 import pytest
 
 from experiments.compare import compare
-from experiments.comparison.evaluation_cells import evaluation_cells, grid_requests
 from experiments.comparison.result_rows import ResultRow
 from experiments.comparison.run_records import gather
 from experiments.config.common import ImportanceConfig, TasksConfig, parse_pinned
 from experiments.config.program_settings import CompareConfig, EnvConfig, EvaluateConfig
-from experiments.contexts import build_context, make_ladder_bytes
+from experiments.contexts import build_context, evaluation_cells, grid_requests, make_ladder_bytes
 from experiments.evaluate import evaluate
-from experiments.study.experiment_errors import ExperimentError
+from experiments.study.console import ExperimentError
 from rap_env.errors import InfeasibleBudgetError
 from rap_env.plan import Plan
 from rap_env.request import Request

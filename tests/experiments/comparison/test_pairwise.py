@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from experiments.comparison.pairwise import Counts, compare_pair, pairwise_comparisons
 from experiments.comparison.result_tables import difference_table
-from experiments.comparison.summaries import Comparison
+from experiments.comparison.summaries import Comparison, Counts, compare_pair, pairwise_comparisons
 from tests.experiments.synthetic_records import WINDOWS, make_row
 
 CELLS = [((1, 128), budget) for budget in (0.9, 0.8, 0.7)] + [((8, 2048), 0.9)]

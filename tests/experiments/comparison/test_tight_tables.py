@@ -9,11 +9,13 @@ from experiments.comparison.result_figures import LevelsLine, levels_picture
 from experiments.comparison.result_tables import (
     budget_words,
     delta_nll_table,
+    ratio_table,
     removed_table,
+    target_table,
     terminal_text,
+    tight_document,
 )
 from experiments.comparison.summaries import Comparison
-from experiments.comparison.tight_tables import ratio_table, target_table, tight_document
 from experiments.study.plotting import svg_uri
 from experiments.study.table_format import shape_words
 from rap_env.plan import Plan

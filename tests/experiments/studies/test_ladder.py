@@ -10,7 +10,7 @@ from experiments.config.study_settings import LadderConfig
 from experiments.contexts import build_context, load_text
 from experiments.studies import ladder
 from experiments.studies.ladder import STUDY, LadderRow, ladder_jobs
-from experiments.study.experiment_errors import ExperimentError
+from experiments.study.console import ExperimentError
 from experiments.study.table_format import TIMES
 from rap_env.errors import UnknownNameError
 from rap_env.importance.level_scan import scan_levels

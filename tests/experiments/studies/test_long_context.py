@@ -14,7 +14,7 @@ from experiments.config.common import ImportanceConfig, ModelConfig, TextConfig
 from experiments.config.study_settings import LengthsConfig, LongContextConfig
 from experiments.contexts import build_context
 from experiments.studies.long_context import DOCUMENTS, STUDY, compared_lengths, documents_of
-from experiments.study.experiment_errors import ExperimentError
+from experiments.study.console import ExperimentError
 from experiments.study.statistics import wilson_interval
 from rap_env.errors import CorpusError, UnknownNameError
 from rap_env.plan import Plan

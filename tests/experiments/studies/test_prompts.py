@@ -8,7 +8,7 @@ from experiments.comparison.result_rows import RecordedPlans
 from experiments.config.common import ModelConfig, TextConfig
 from experiments.config.study_settings import PromptsConfig
 from experiments.studies.prompts import BLIND, STUDY, PolicyRow, prompt_jobs, prompt_tables
-from experiments.study.experiment_errors import ExperimentError
+from experiments.study.console import ExperimentError
 from experiments.study.json_records import append_record
 from rap_env.importance.text_kinds import KindCosts, TextKinds
 from rap_env.memory import MemoryModel

@@ -22,7 +22,7 @@ from experiments.studies.texts import (
     losses_of,
     text_jobs,
 )
-from experiments.study.experiment_errors import ExperimentError
+from experiments.study.console import ExperimentError
 from rap_env.errors import CorpusError, InfeasibleBudgetError
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.ladder.items import Ladder

@@ -8,15 +8,14 @@ from functools import partial
 import pytest
 
 from experiments.config import Config
-from experiments.study.experiment_errors import ExperimentError
-from experiments.study.harness import Job, Study
+from experiments.study.console import ExperimentError
+from experiments.study.harness import Job, Published, Study, first_section
 from experiments.study.json_records import (
     DeltaNLLRecord,
     RequestRecord,
     delta_nll_fields,
     request_field,
 )
-from experiments.study.pages import Published, first_section
 from experiments.study.plotting import Panel, draw_series, panel_figure
 from experiments.study.table_format import TitledTable, columns_table, crossed_table
 
@@ -115,8 +114,8 @@ def test_a_run_in_the_folder_of_committed_records_writes_their_page(tmp_path, mo
     marks = "# Page\n\n<!-- caches: begin -->\n{}<!-- caches: end -->\n" + other
     page.write_text(marks.format("Old."))
     (tmp_path / "README.md").write_text("# No markers\n")
-    monkeypatch.setattr("experiments.study.pages.ROOT", tmp_path)
-    monkeypatch.setattr("experiments.study.pages.RESULTS", records)
+    monkeypatch.setattr("experiments.study.harness.ROOT", tmp_path)
+    monkeypatch.setattr("experiments.study.harness.RESULTS", records)
     fake, config = FakeStudy(["int8"]), Config(stage="levels", progress=False)
     study = replace(fake.study, published=[Published("caches", "own/caches", first_section)])
     study.run(config, tmp_path / "elsewhere")

@@ -3,7 +3,7 @@ import itertools
 import pytest
 from matplotlib.colors import to_rgb
 
-from experiments.study.looks import look, rank
+from experiments.study.plotting import look, rank
 from rap_env.policies.registry import methods
 
 MASK_METHODS = sorted(

@@ -7,7 +7,7 @@ import pytest
 
 from experiments.config import Config
 from experiments.config.program_settings import AgentConfig
-from experiments.study.experiment_errors import ExperimentError
+from experiments.study.console import ExperimentError
 from experiments.study.run_folder import RunFolder, flatten, provenance
 from rap_env.errors import ArtifactError
 

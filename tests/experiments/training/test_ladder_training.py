@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from agents.trained_policy import TrainedPolicy
-from experiments.comparison.evaluation_cells import decision_scores
 from experiments.comparison.result_rows import ResultRow
-from experiments.comparison.training_runs import TABLE_FILE
+from experiments.comparison.run_records import TABLE_FILE
 from experiments.config import Config
 from experiments.config.program_settings import (
     AgentConfig,
@@ -19,9 +18,9 @@ from experiments.config.program_settings import (
     WarmStartConfig,
 )
 from experiments.contexts import build_context, frontier_artifact, make_ladder_bytes
-from experiments.evaluate import evaluate
+from experiments.evaluate import decision_scores, evaluate
 from experiments.profile import profile
-from experiments.study.experiment_errors import ExperimentError
+from experiments.study.console import ExperimentError
 from experiments.study.json_records import read_records
 from experiments.study.run_folder import RunFolder
 from experiments.train import train

@@ -12,8 +12,8 @@ from PIL import Image
 from experiments.config import Config
 from experiments.config.common import ModelConfig
 from experiments.config.program_settings import AgentConfig
-from experiments.study.experiment_errors import ExperimentError
-from experiments.study.help import read_by
+from experiments.launch import read_by
+from experiments.study.console import ExperimentError
 from experiments.study.json_records import read_records
 from experiments.study.run_folder import flatten
 from experiments.training.loggers import has_login, logged_settings, open_loggers, wandb_mode

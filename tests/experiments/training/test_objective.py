@@ -5,10 +5,9 @@ from dataclasses import replace
 import pytest
 
 from agents.trained_policy import TrainedPolicy
-from experiments.comparison.evaluation_cells import grid_requests
 from experiments.config.common import TextConfig
 from experiments.config.program_settings import EvaluateConfig
-from experiments.contexts import build_context, make_ladder_bytes
+from experiments.contexts import build_context, grid_requests, make_ladder_bytes
 from experiments.study.json_records import read_records
 from experiments.study.run_folder import RunFolder
 from experiments.train import objective, run_trial

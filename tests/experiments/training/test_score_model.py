@@ -16,7 +16,7 @@ from experiments.config.program_settings import (
 )
 from experiments.contexts import build_context, make_ladder_bytes
 from experiments.profile import profile
-from experiments.study.experiment_errors import ExperimentError
+from experiments.study.console import ExperimentError
 from experiments.study.json_records import read_records
 from experiments.study.run_folder import RunFolder
 from experiments.train import train

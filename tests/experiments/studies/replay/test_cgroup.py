@@ -13,7 +13,7 @@ from experiments.config import Config
 from experiments.config.study_settings import CgroupConfig
 from experiments.studies.replay import cgroup
 from experiments.studies.replay.cgroup import STUDY, TrialRow, TrialRun, memory_group, started
-from experiments.study.experiment_errors import ExperimentError
+from experiments.study.console import ExperimentError
 from rap_env.errors import UnknownNameError
 from rap_env.models.files.sources import Located
 from rap_env.runtime.memory_meter import resident_bytes

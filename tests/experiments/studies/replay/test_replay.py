@@ -19,7 +19,7 @@ from experiments.studies.replay.workload import (
     make_requests,
     read_arrivals,
 )
-from experiments.study.experiment_errors import ExperimentError
+from experiments.study.console import ExperimentError
 from rap_env.errors import RapError
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
