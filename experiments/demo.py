@@ -20,41 +20,20 @@ from experiments import live
 from experiments.config import Config
 from experiments.contexts import build_context, context_config
 from experiments.evaluate import evaluate
-from experiments.explorer import ExplorerContext
 from experiments.launch import launch
 from experiments.report import report
 from experiments.study.console import say
 from experiments.study.run_folder import RunFolder
 from experiments.study.table_format import seconds, wrapped
 from experiments.train import train
-from rap_env.context.base import PruningContext
 from rap_env.context.opening import open_context
 from rap_env.context.table import TableContext
 from rap_env.policies.loading import load_policy
 
 if TYPE_CHECKING:
     from rap_env.models.live.elastic import ElasticLLM
-    from rap_env.scoring.corpus import Corpus
 
 RUN, POLICY_FILE = "rap-s0", "rap.safetensors"
-
-
-class JudgingContext(ExplorerContext):
-    """The scores and the importance in the package, beside the live model that runs held-out text.
-
-    Args:
-        table: The context of the score table, by which methods choose.
-        model: The context of the model.
-    """
-
-    llm: ElasticLLM = None  # type: ignore[assignment]  # a table alone has none
-    corpus: Corpus = None  # type: ignore[assignment]
-
-    def __init__(self, table: PruningContext, model: PruningContext) -> None:
-        assert isinstance(table, TableContext)  # `demo.table` is the name of one
-        scores = replace(table.table, evaluation_s=0.0)  # reading one runs nothing
-        super().__init__(scores, table.name, importance=table.importance)
-        self.llm, self.corpus, self.store = model.llm, model.corpus, model.store
 
 
 def demo(config: Config, folder: Path) -> Path:
@@ -71,14 +50,13 @@ def demo(config: Config, folder: Path) -> Path:
     stage(1, f"{config.model.name} answers a question")
     on_table = replace(config.model, name=config.demo.table, device="auto", dtype="auto")
     training = replace(config, stage="train", model=on_table, store=None)
-    table, model = open_context(context_config(training)), build_context(config)
-    context = JudgingContext(table, model)
-    say(f"  {config.demo.question}\n  {answer(context.llm, config.demo.question)}")
+    model, scores = build_context(config), packaged_scores(training)
+    say(f"  {config.demo.question}\n  {answer(model.llm, config.demo.question)}")
 
-    stage(2, f"a policy is trained on {len(context.table.scores):,} measured plans of the package")
+    stage(2, f"a policy is trained on {len(scores.table.scores):,} measured plans of the package")
     run = train(training, config.stage_dir("train") / RUN)
     policy_file = run / POLICY_FILE
-    export_policy(run, context).save(policy_file)
+    export_policy(run, scores).save(policy_file)
     facts = RunFolder(run).read() or {}
     say(
         f"  It imitates a search, then learns by PPO: {seconds(facts['training_s'])}, {policy_file}"
@@ -89,12 +67,12 @@ def demo(config: Config, folder: Path) -> Path:
     stage(3, f"judged on the model, on {words}, which no method has seen")
     if not Path(text.source).exists():  # the manual that is a part of every Python
         Path(text.source).write_text("\n\n".join(topics.values()), encoding="utf-8")
-    evaluate(config, config.stage_dir("evaluate"), context)
+    evaluate(config, config.stage_dir("evaluate"), scores)
 
     stage(4, f"the engine serves for {config.demo.live_s} s; its memory falls and returns")
     recording = live.recorded(
         config.stage_dir("live"),
-        lambda: live.record(context.llm, load_policy(policy_file, context.llm), config.demo.live_s),
+        lambda: live.record(model.llm, load_policy(policy_file, model.llm), config.demo.live_s),
     )
     assert recording is not None  # it was made
     say(wrapped(recording.summary))
@@ -104,6 +82,14 @@ def demo(config: Config, folder: Path) -> Path:
     say(f"\nNext:\n  rap choose --policy {policy_file} --batch 8 --seq 2048 --budget 128MiB")
     say(f"  rap serve --policy {policy_file} --memory 600MiB")
     return page
+
+
+def packaged_scores(config: Config) -> TableContext:
+    """Return the score table by which methods choose; reading a score takes no time."""
+    context = open_context(context_config(config))
+    assert isinstance(context, TableContext)  # `demo.table` is the name of one
+    table = replace(context.table, evaluation_s=0.0)
+    return TableContext(table, context.name, importance=context.importance)
 
 
 def answer(llm: ElasticLLM, question: str) -> str:

@@ -183,25 +183,31 @@ def _importance_evaluations(config: Config, context: PruningContext) -> int:
 
 
 class Evaluator:
-    """Measures plans on tasks and on text that no method has used."""
+    """Measures plans on tasks and on text that no method has used.
 
-    def __init__(self, config: Config, context: PruningContext) -> None:
-        self.context = context
-        self.report = held_out_scorer(config.evaluate.text, "report", context, compare=True)
+    Args:
+        config: All settings.
+        model: The context of the live model, on which plans are measured.
+        scores: The context by which methods choose.
+    """
+
+    def __init__(self, config: Config, model: PruningContext, scores: PruningContext) -> None:
+        self.scores = scores
+        self.report = held_out_scorer(config.evaluate.text, "report", model, compare=True)
         corpus = self.report.corpus
         self.tasks = None
         if config.evaluate.tasks.names:
             from rap_env.scoring.tasks import TaskScorer
 
             settings = task_config(config.evaluate.tasks)
-            self.tasks = TaskScorer(context.llm, settings, store=context.store)
+            self.tasks = TaskScorer(model.llm, settings, store=model.store)
         self._choices: dict[tuple[int, Request], MeasuredChoice] = {}
         self._warm: set[int] = set()
         self.depends_on: dict[str, Any] = {
-            "model_fingerprint": context.memory.facts.fingerprint,
-            "dtype": context.memory.facts.dtype,
-            "calibration": context.corpus.provenance,
-            "calibration_sha256": context.corpus.sha256,
+            "model_fingerprint": model.memory.facts.fingerprint,
+            "dtype": model.memory.facts.dtype,
+            "calibration": model.corpus.provenance,
+            "calibration_sha256": model.corpus.sha256,
             "report_text": corpus.provenance,
             "report_sha256": corpus.sha256,
             "tasks": self._tasks(config),
@@ -212,7 +218,7 @@ class Evaluator:
 
     def jobs(self, config: Config, cells: Sequence[EvaluationCell]) -> Iterator[Job[ResultRow]]:
         """Yield what is measured: each method at each cell."""
-        for method in build_methods(config, self.context):
+        for method in build_methods(config, self.scores):
             depends_on = {**self.depends_on, "method": method.identity}
             for cell in cells:
                 identity = (method.name, method.seed, cell.cell, cell.part)
@@ -243,11 +249,11 @@ class Evaluator:
                     cell.request
                 )  # unmeasured: torch initialises at the first call
                 self._warm.add(id(method))
-            choice = measure_choice(method.policy, cell.request, self.context.scorer)
+            choice = measure_choice(method.policy, cell.request, self.scores.scorer)
             self._choices[id(method), cell.request] = choice
             plans.append(choice.plan)
         if self._choices:
-            self.context.scorer.nll_many(plans)
+            self.scores.scorer.nll_many(plans)
         self.report.nll_many(plans)
 
     def measure_again(self, row: ResultRow) -> ResultRow:
@@ -256,10 +262,10 @@ class Evaluator:
 
     def measure(self, method: ComparedMethod, cell: EvaluationCell) -> ResultRow:
         """Return the row of one choice; an NLL of NaN or infinity is a `NonFiniteScoreError`."""
-        request, scorer = cell.request, self.context.scorer
+        request, scorer = cell.request, self.scores.scorer
         choice = self._choices.pop((id(method), request))
         plan = choice.plan
-        peak_bytes = self.context.memory.peak_bytes(plan, request)
+        peak_bytes = self.scores.memory.peak_bytes(plan, request)
         return ResultRow(
             method=method.name,
             kv_aware=method.kv_aware,
@@ -297,7 +303,7 @@ class Evaluator:
 
     def _importance(self, config: Config) -> dict[str, Any]:
         """Identify the importance that agents observe; a longer GSI may change their choices."""
-        encoder = make_encoder(self.context, config.env.task.layout, **config.env.ladder)
+        encoder = make_encoder(self.scores, config.env.task.layout, **config.env.ladder)
         values = vars(encoder.importance).values()
         return {
             "method": config.importance.method,
@@ -327,11 +333,15 @@ def task_fields(tasks: TaskScorer, plan: Plan) -> dict[str, Any]:
     return {**fields, "accuracy_above_chance": kept.mean, **ends}
 
 
-def evaluate(config: Config, folder: Path, context: PruningContext | None = None) -> Path:
+def evaluate(config: Config, folder: Path, scores: PruningContext | None = None) -> Path:
     """Compare all methods on all cells; existing rows are not computed again.
 
-    With ``evaluate.plans``, the plans of earlier results are measured instead. By default, the
-    context is that of the settings.
+    With ``evaluate.plans``, the plans of earlier results are measured instead.
+
+    Args:
+        config: All settings.
+        folder: The run folder.
+        scores: The context by which methods choose; None for the one in which plans are measured.
 
     Returns:
         The path of ``results.jsonl`` in the folder.
@@ -342,14 +352,15 @@ def evaluate(config: Config, folder: Path, context: PruningContext | None = None
 
         check_scorable(config.evaluate.tasks.names)
     run, started = RunFolder(folder), time.monotonic()
-    context = build_context(config) if context is None else context
+    model = build_context(config)
+    scores = model if scores is None else scores
     again = config.evaluate.plans
-    ladder_bytes = make_ladder_bytes(config, context)
+    ladder_bytes = make_ladder_bytes(config, scores)
     cells = [] if again else evaluation_cells(config.evaluate, ladder_bytes)
     run.start(config)
     trim_metrics(run.metrics, -1)  # metrics of an evaluation are those of its last run
     with open_loggers(config, folder, job="evaluate") as loggers:
-        evaluator = Evaluator(config, context)
+        evaluator = Evaluator(config, model, scores)
         jobs = list(evaluator.again(config) if again else evaluator.jobs(config, cells))
         set_aside(run.results, ResultRow, {job.key for job in jobs})
         at_once = max(1, _ROWS_EACH * config.scoring.workers)

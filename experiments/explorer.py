@@ -17,12 +17,11 @@ from experiments.study.json_records import write_text
 from experiments.study.plotting import LEVEL_COLOURS, look
 from rap_env.artifacts import canonical_json
 from rap_env.context.table import TableContext
-from rap_env.importance.profiles import GSIProfile
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
 from rap_env.models.progress import progress_bar
-from rap_env.plan import Plan, block_name
+from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.policies.loading import make_method
 from rap_env.policies.packaged_files import default_facts, packaged_context
@@ -48,32 +47,6 @@ _TIGHT_BUDGETS, _LOOSE_BUDGETS = 16, 9  # below and above the bytes of all items
 _BEGIN, _END = '<script type="application/json" id="data">', "</script>"
 
 
-class ExplorerContext(TableContext):
-    """The context of a table, with the GSI order over blocks that its measured masks hold."""
-
-    def item_gsi(self, ladder_bytes: LadderBytes) -> GSIProfile:  # type: ignore[override]
-        """The order of removals along the measured masks, the best next one first."""
-        scores, blocks, mask = self.table.scores, set(range(self.table.facts.num_blocks)), Plan()
-        order, nll_after = [], []
-        while nexts := {
-            block: scores[plan]
-            for block in blocks - mask.removed
-            if (plan := mask.without(block)) in scores
-        }:
-            block = min(nexts, key=nexts.__getitem__)
-            mask = mask.without(block)
-            order.append(block_name(block))
-            nll_after.append(nexts[block])
-        one_shot = map(float, self.one_shot.delta_nll)
-        return GSIProfile(
-            evaluations=0, evaluations_run=0, block_forwards=0.0, seconds=0.0, provenance={},
-            method="lazy", together=(), first_nll={}, candidates=(),
-            levels={item.name: list(item.levels) for item in ladder_bytes.ladder.items},
-            dense_nll=self.table.dense_nll, order=tuple(order), nll_after=tuple(nll_after),
-            last_rises=dict(zip(map(block_name, sorted(blocks)), one_shot, strict=True)),
-        )  # fmt: skip
-
-
 class Explorer:
     """Computes what the page shows, from what the package has of the default model."""
 
@@ -82,7 +55,7 @@ class Explorer:
         assert isinstance(packaged, TableContext)
         assert packaged.table.held_out is not None  # the packaged table has held-out losses
         self.table, self.held_out = packaged.table, packaged.table.held_out
-        self.context = ExplorerContext(self.table, packaged.name, importance="one_shot")
+        self.context = TableContext(self.table, packaged.name, importance="one_shot")
         self.memory = self.context.memory
         self.ladder_bytes = LadderBytes(self.memory, Ladder.of(self.memory.facts))
         names = {name for item in self.ladder_bytes.ladder.items for name in item.levels}

@@ -23,7 +23,7 @@ from rap_env.importance.profiles import GSIProfile, OneShotProfile
 from rap_env.ladder.features import ImportanceFeatures
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
-from rap_env.plan import Plan
+from rap_env.plan import Plan, block_name
 from rap_env.request import Request
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.score_table import ScoreTable, TableScorer
@@ -153,11 +153,45 @@ class TableContext(PruningContext):
                 )
         return costs
 
-    def item_gsi(self, ladder_bytes: LadderBytes) -> NoReturn:
-        """Raises `ArtifactError`: a score table has no GSI over items."""
-        raise ArtifactError(
-            f"The score table {self.name} has no GSI over items; pass importance='one_shot' or "
-            "'none' to an environment, or choose another policy, such as greedy_per_byte."
+    def item_gsi(self, ladder_bytes: LadderBytes) -> GSIProfile:
+        """The GSI order over blocks that the measured masks hold: the best next one first.
+
+        Raises:
+            ArtifactError: The items have further levels, of which a table has no order.
+        """
+        ladder = ladder_bytes.ladder
+        if not ladder.removes_only:
+            raise ArtifactError(
+                f"The score table {self.name} has no GSI over items; pass importance='one_shot' or "
+                "'none' to an environment, or choose another policy, such as greedy_per_byte."
+            )
+        scores, mask = self.table.scores, Plan()
+        order, nll_after = [], []
+        while nexts := {
+            block: scores[plan]
+            for block in set(range(self.table.facts.num_blocks)) - mask.removed
+            if (plan := mask.without(block)) in scores
+        }:
+            block = min(nexts, key=nexts.__getitem__)
+            mask = mask.without(block)
+            order.append(block_name(block))
+            nll_after.append(nexts[block])
+        rises = map(float, self.one_shot.delta_nll)
+        return GSIProfile(
+            evaluations=0,
+            evaluations_run=0,
+            block_forwards=0.0,
+            seconds=0.0,
+            provenance={},
+            method="lazy",
+            together=(),
+            first_nll={},
+            candidates=(),
+            levels={item.name: list(item.levels) for item in ladder.items},
+            dense_nll=self.table.dense_nll,
+            order=tuple(order),
+            nll_after=tuple(nll_after),
+            last_rises={block_name(block): rise for block, rise in enumerate(rises)},
         )
 
 

@@ -13,7 +13,7 @@ from rap_env.context.table import TableContext
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.ladder.items import Ladder
-from rap_env.ladder.ladder_bytes import LadderBytes
+from rap_env.ladder.ladder_bytes import LadderBytes, mask_bytes
 from rap_env.levels import LADDERS
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
@@ -100,6 +100,8 @@ def test_a_table_has_the_costs_and_the_order_of_the_live_model(live, table, tmp_
         bare.level_costs(CACHES)
     with pytest.raises(ArtifactError, match="no GSI over items; pass importance='one_shot'"):
         item_order(context, bytes_of(live), "gsi")
+    masks = mask_bytes(live.memory)
+    assert context.item_gsi(masks).order == live.gsi.order
 
 
 def test_measured_plans_give_the_episodes_of_the_live_model(live, table):
