@@ -1,15 +1,11 @@
 """When the controller removes blocks, and when it restores them."""
 
 import json
-import logging
-import math
 import random
-from dataclasses import replace
 
 import pytest
 
 from rap_env.errors import (
-    InvalidRequestError,
     MemorySourceError,
     UnknownNameError,
 )
@@ -32,25 +28,6 @@ def test_at_arrival_as_many_blocks_are_removed_as_needed(harness, count):
     assert controller.admit(SHAPE)
     assert harness.mask == Plan.removing(*ORDER[:count])
     assert [made.trigger for made in controller.switcher.recent] == ["arrival"] * bool(count)
-    assert controller.chooser.decisions == controller.switcher.switches == bool(count)
-    seconds = controller.chooser.decision_s + controller.switcher.switch_s
-    assert bool(seconds) == bool(count)
-    assert seconds <= controller.overhead_s
-
-
-def test_could_fit_uses_the_largest_budget_and_the_limit_of_the_source(harness):
-    admission = harness.engine()._scheduler.admission
-    least = harness.need(harness.everything, SHAPE)
-    harness.controller.monitor.max_budget_bytes = 0
-    harness.budget_bytes = least - 1
-    assert not admission.could_ever_fit(SHAPE)
-    harness.budget_bytes = least
-    assert admission.could_ever_fit(SHAPE)
-    harness.budget_bytes = 0
-    assert admission.could_ever_fit(SHAPE)  # the largest budget so far counts
-    harness.controller.monitor.max_budget_bytes = 0
-    harness.controller.monitor.source._limit_bytes = least
-    assert admission.could_ever_fit(SHAPE)
 
 
 def test_where_no_mask_fits_nothing_changes_and_the_policy_is_not_asked(harness):
@@ -110,12 +87,6 @@ def test_an_empty_order_disables_the_guard():
     assert not harness.controller.check(SHAPE)
     assert not harness.controller.admit(SHAPE)
     assert harness.mask == mask
-
-
-@pytest.mark.parametrize("wrong", [{"hysteresis_share": 1.0}, {"hold_s": -1}])
-def test_settings_out_of_range_are_rejected(wrong):
-    with pytest.raises(InvalidRequestError, match="must be from 0"):
-        Harness(**wrong)
 
 
 def test_unpredicted_bytes_are_learned_and_reserved(harness):
@@ -196,8 +167,7 @@ def test_a_source_that_fails_leaves_the_budget_as_it_was(harness, caplog):
 
 def test_decisions_are_logged_with_bytes_and_seconds(tmp_path):
     path = tmp_path / "deep" / "decisions.jsonl"
-    log = DecisionLog(path)
-    harness = ordered(log=log)
+    harness = ordered(log=DecisionLog(path))
     dense = harness.llm.held_bytes.total
     harness.budget_bytes = between(harness, 2)
     harness.time_s = 7.0
@@ -211,42 +181,19 @@ def test_decisions_are_logged_with_bytes_and_seconds(tmp_path):
     assert record["bytes_before"] == dense
     assert record["bytes_after"] == harness.llm.held_bytes.total < dense
     assert record["budget_bytes"] == harness.budget_bytes
-    assert record["demand"] == "4x40"
-    assert (record["why"], record["guarded"]) == ("budget_fell", False)
-    assert record["switch_s"] > 0
-    assert harness.controller.switcher.lost_decisions == 0
-    log.lost = 3
-    assert harness.controller.switcher.lost_decisions == 3
+    assert (record["demand"], record["why"], record["guarded"]) == ("4x40", "budget_fell", False)
 
 
-def test_each_change_of_the_plan_is_a_short_line(caplog):
-    caplog.set_level(logging.INFO, logger="rap_env.runtime")
-    harness = ordered()
-    harness.budget_bytes = harness.need(Plan.removing(*ORDER[:2]), SHAPE)
-    assert harness.controller.check(SHAPE)
-    (line,) = caplog.messages
-    assert line.startswith("Plan changed (budget_fell): removed attn 0; removed ffn 2; budget 0.")
-    assert "MiB, peak 0." in line
-
-
-def test_a_change_of_very_many_items_is_cut_short(caplog):
-    caplog.set_level(logging.INFO, logger="rap_env.runtime")
+def test_a_change_of_very_many_items_is_a_short_line():
     caches = {f"layer{n:02}.cache": f"int{4 + 4 * (n % 2)}" for n in range(64)}
     plan = Plan.of(caches | {f"layer{n:02}.ffn": "removed" for n in range(0, 64, 2)})
     harness = Harness(policy=FakePolicy(plan), layers=64)
     harness.budget_bytes = harness.need(plan, SHAPE)
     assert harness.controller.check(SHAPE)
     assert harness.llm.plan == plan
-    (line,) = caplog.messages
-    assert "[...]; budget" in line
-    assert len(line.encode()) <= 400
-    decision = replace(
-        harness.controller.switcher.recent[-1], bytes_before=10**12, budget_bytes=10**12
-    )
-    record = decision.to_json()
+    record = harness.controller.switcher.recent[-1].to_json()
     assert len(record) <= 400
     assert json.loads(record)["changed"].startswith("removed ffn 0 2 4 ")
-    assert json.loads(record)["changed"].endswith("[...]")
 
 
 @pytest.mark.parametrize(
@@ -284,28 +231,20 @@ def test_a_request_that_leaves_gives_headroom():
     assert harness.controller.switcher.recent[-1].trigger == "left"
 
 
-def switches(budget_of, *, share, hold_s) -> int:
+def switches(*, share, hold_s) -> int:
     harness = ordered(hysteresis_share=share, hold_s=hold_s)
     threshold = harness.need(Plan.removing(*ORDER[:2]), SHAPE)
     for step in range(600):
         harness.time_s = step / 10
-        harness.budget_bytes = int(threshold * budget_of(harness.time_s))
+        jitter = 0.03 * random.Random(harness.time_s).uniform(-1, 1)
+        harness.budget_bytes = int(threshold * (1 + jitter))
         assert harness.controller.check(SHAPE)
     return harness.controller.switcher.switches
 
 
-def jitter(time_s: float) -> float:
-    return 1 + 0.03 * random.Random(time_s).uniform(-1, 1)
-
-
-def sine(time_s: float) -> float:
-    return 1 + 0.03 * math.sin(2 * math.pi * time_s / 1.5)
-
-
-@pytest.mark.parametrize("budget_of", [jitter, sine])
-def test_a_budget_that_moves_around_a_threshold_does_not_make_the_mask_flap(budget_of):
-    assert switches(budget_of, share=0.05, hold_s=2.0) <= 2
-    assert switches(budget_of, share=0.0, hold_s=0.0) > 30
+def test_a_budget_that_moves_around_a_threshold_does_not_make_the_mask_flap():
+    assert switches(share=0.05, hold_s=2.0) <= 2
+    assert switches(share=0.0, hold_s=0.0) > 30
 
 
 def test_a_policy_that_adds_no_block_is_not_asked_repeatedly():

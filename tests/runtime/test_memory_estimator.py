@@ -8,7 +8,7 @@ from rap_env.errors import InvalidRequestError
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.request import Request
-from rap_env.runtime.memory_estimator import EMPTY_BATCH, BatchShape, MemoryEstimator
+from rap_env.runtime.memory_estimator import BatchShape, MemoryEstimator
 from tests.tiny import tiny_llm
 
 SHAPE = BatchShape(3, 20)
@@ -38,12 +38,6 @@ def test_resident_weights_are_not_freed_and_the_guard_skips_them(llm):
     order = [1, 0, 3, 2, 5, 4]
     found = estimator.shrink_to_fit(Plan(), order, SHAPE, limit)
     assert found == Plan.removing(0, 2)
-
-
-def test_an_empty_batch_needs_the_weights_and_one_token(llm):
-    estimator = MemoryEstimator(llm)
-    held = llm.held_bytes.total
-    assert held < estimator.peak_bytes(Plan(), EMPTY_BATCH) < held + 2000
 
 
 def test_the_guard_removes_blocks_in_order_until_the_mask_fits(llm):
@@ -81,21 +75,10 @@ def simulated(rows) -> int:
     return most
 
 
-def test_the_empty_batch_is_false_and_has_a_size_for_the_memory_model():
-    assert not EMPTY_BATCH
-    assert EMPTY_BATCH.request(0).seq_len_tokens == 1
-    assert BatchShape.of([]) == EMPTY_BATCH
-    assert BatchShape(2, 5).tokens == 10
-
-
 @pytest.mark.parametrize("wrong", [(0, 3), (3, 0), (-1, 2)])
 def test_invalid_shapes_are_rejected(wrong):
     with pytest.raises(InvalidRequestError, match="or 0 of both"):
         BatchShape(*wrong)
-
-
-def test_one_row_ends_at_its_final_length():
-    assert BatchShape.of([(7, 13)]) == BatchShape(1, 20)
 
 
 def test_the_largest_shape_agrees_with_a_simulation():

@@ -21,8 +21,6 @@ from rap_env.runtime.memory_estimator import (
     UNKNOWN_PASS,
     BatchShape,
     MemoryEstimator,
-    PassEstimate,
-    PassSize,
 )
 from rap_env.runtime.memory_meter import (
     ResidentMeter,
@@ -199,17 +197,6 @@ def monitor(read=lambda: 10**6, **settings) -> MemoryMonitor:
     return MemoryMonitor(llm, memory, NoisyMeter(llm), MemoryEstimator(llm), SafetyMargin())
 
 
-def test_where_a_pass_could_exceed_the_budget_all_memory_of_the_process_counts():
-    made = monitor()
-    made.meter.noise_bytes = 5 * 10**5
-    made.poll()
-    workspace = MemoryEstimator(tiny_llm()).workspace_bytes(SHAPE)
-    made._estimator.pass_estimate = lambda *_: PassEstimate(1000, 0)
-    assert made.available_bytes(SHAPE, UNKNOWN_PASS) == 10**6
-    made._estimator.pass_estimate = lambda *_: PassEstimate(1000, 10**6)
-    assert made.available_bytes(SHAPE, UNKNOWN_PASS) == 10**6 - 5 * 10**5 - 1000 + workspace
-
-
 def test_a_step_is_compared_with_the_most_held_since_the_last_trim():
     made = monitor()
     batch = LiveBatch(made._llm)
@@ -240,15 +227,6 @@ def test_freed_memory_that_piles_up_is_returned_before_the_next_pass():
     made.meter.noise_bytes = 4 * kept
     made.observe_step(SHAPE, "decode")
     assert trims == [2 * kept, 4 * kept]
-
-
-def test_a_pass_estimate_depends_on_the_kept_blocks():
-    estimator = MemoryEstimator(tiny_llm())
-    dense = estimator.pass_estimate(Plan(), SHAPE, PassSize(8, 10))
-    half = estimator.pass_estimate(Plan.removing(0), SHAPE, PassSize(8, 10))
-    assert half.growth * 2 == dense.growth == 10 * sum(estimator.memory.facts.kv_bytes_per_token)
-    assert estimator.pass_estimate(Plan(), SHAPE, PassSize(16, 10)).workspace > dense.workspace
-    assert estimator.pass_estimate(Plan(), EMPTY_BATCH, PassSize(0, 0)).total == 0
 
 
 def test_reading_the_limit_does_not_change_the_budget():

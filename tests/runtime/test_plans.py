@@ -81,17 +81,6 @@ def test_levels_used_before_stay_in_the_bytes_of_a_resident_model():
     )
 
 
-def test_rows_that_leave_early_count_with_their_tails():
-    llm = tiny_llm(layers=3)
-    estimator, plan = MemoryEstimator(llm), PLANS[1]
-    narrow, wide = BatchShape(1, 60), BatchShape(1, 60, rows=4)
-    facts = llm.facts
-    tail = plan.cache_level(0).row_bytes(1, facts.kv_heads[0], facts.kv_head_size[0], 4)
-    assert estimator.peak_bytes(Plan(), narrow) == estimator.peak_bytes(Plan(), wide)
-    # One layer counts twice, for its copy.
-    assert estimator.peak_bytes(plan, wide) - estimator.peak_bytes(plan, narrow) == 4 * 3 * tail
-
-
 def test_a_shorter_chunk_needs_less_workspace_and_the_policy_gets_the_difference():
     llm = tiny_llm(layers=3)
     whole, short = MemoryEstimator(llm), MemoryEstimator(llm, chunk_tokens=8)

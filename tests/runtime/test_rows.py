@@ -158,16 +158,6 @@ def test_decode_steps_follow_a_chunk_by_the_target():
     assert not pace.decodes_first
 
 
-def test_fewer_decode_steps_follow_a_chunk_while_more_requests_wait():
-    def steps(waiting: int) -> int:
-        pace = Pace(0.1)
-        pace.note_step(0.05)
-        pace.note_chunk(0.4, waiting)
-        return next(n for n in range(99) if not pace.decodes_first or pace.note_step(0.05))
-
-    assert [steps(waiting) for waiting in (0, 1, 2, 8)] == [8, 3, 2, 1]
-
-
 def test_requests_that_wait_decode_together_soon():
     harness = Harness()
     engine = harness.engine(max_batch_size=4, prefill_chunk_tokens=16, target_itl_s=0.1)

@@ -138,9 +138,6 @@ def test_a_stall_that_no_plan_ends_says_why_once(caplog):
         harness.time_s += 0.1
         assert turn > 8 or not admission.stall_reason  # a short stall is no warning
     (line,) = [record.message for record in caplog.records if "cannot run now" in record.message]
-    assert line.startswith("2 requests cannot run now: of the budget of 0.")
-    for words in ("are used", "are a margin", "the least plan takes", "for the shortest of them"):
-        assert words in line
     assert admission.stall_reason == line
     assert engine.stats().stalled_s == pytest.approx(5, abs=0.2)
     assert engine.retry_after_s() == 5

@@ -83,15 +83,11 @@ def test_whatever_is_drawn_follows_the_grammar(kind, compiler, llm):
     [
         ("json_schema", '{"type": "number", "type": "foo"}', "Invalid type: foo"),
         ("json_schema", '{"type": "array", "uniqueItems": true}', "uniqueItems"),
-        ("json_schema", "{", "EOF"),
         ("regex", "(a", "unclosed group"),
         ("grammar", "start: other", 'unknown name: "other"'),
-        ("grammar", "root ::= (", "Expected"),
         ("regex", "a" * (MAX_GRAMMAR_CHARS + 1), f"at most {MAX_GRAMMAR_CHARS}"),
         ("regex", r"[^\s\S]", "no text follows it"),
-        ("json_schema", '{"$ref": "#"}', "no text follows it"),
         ("json_schema", '{"items":' * 900 + "{}" + "}" * 900, "recursion limit"),
-        ("regex", "(" * 9000 + "a" + ")" * 9000, "invalid regex"),
     ],
 )
 def test_a_grammar_that_does_not_compile_is_rejected_with_the_reason(compiler, kind, text, reason):

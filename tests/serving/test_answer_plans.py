@@ -116,24 +116,12 @@ def test_the_example_of_the_docs_has_the_fields_of_an_answer(lowered):
     }
 
 
-@pytest.fixture
-def metrics(tokenizer):
-    return ServingMetrics(FakeEngine(tokenizer), ServerSettings())
-
-
-def sums(metrics):
-    """Number and sum of the values of each histogram."""
-    text = metrics.render().decode()
-    counts = dict(re.findall(r"^rap_(\w+)_count (\S+)$", text, re.MULTILINE))
-    found = dict(re.findall(r"^rap_(\w+)_sum (\S+)$", text, re.MULTILINE))
-    return {name: (float(counts[name]), pytest.approx(float(found[name]))) for name in counts}
-
-
 def token(time_s):
     return TokenEvent(5, -0.5, time_s, NATIVE)
 
 
-def test_an_answer_is_measured_from_its_events(metrics):
+def test_an_answer_is_measured_from_its_events(tokenizer):
+    metrics = ServingMetrics(FakeEngine(tokenizer), ServerSettings())
     timer = AnswerTimer(metrics, 7, arrived_s=100.0)
     events = [
         AdmitEvent(103.0), PlanEvent(NATIVE, 103.5), token(104.0), token(104.5),
@@ -143,30 +131,20 @@ def test_an_answer_is_measured_from_its_events(metrics):
     for event in events:
         timer.add(event)
     assert (timer.queue_s, timer.first_token_s) == (3.0, 4.0)
-    assert sums(metrics) == {
-        "queue_time_seconds": (1, 3.0),
-        "time_to_first_token_seconds": (1, 4.0),
-        "inter_token_latency_seconds": (2, 3.0),
-        "time_per_output_token_seconds": (1, 1.5),
-        "answer_duration_seconds": (1, 7.0),
-        "prompt_length_tokens": (1, 7),
-        "answer_length_tokens": (1, 3),
+    text = metrics.render().decode()
+    assert {name: float(value) for name, value in re.findall(r"rap_(\w+)_sum (\S+)\n", text)} == {
+        "queue_time_seconds": 3.0,
+        "time_to_first_token_seconds": 4.0,
+        "inter_token_latency_seconds": 3.0,
+        "time_per_output_token_seconds": 1.5,
+        "answer_duration_seconds": 7.0,
+        "prompt_length_tokens": 7,
+        "answer_length_tokens": 3,
     }
 
 
-def test_an_answer_that_is_rejected_counts_its_time_in_the_queue(metrics):
-    timer = AnswerTimer(metrics, 7, arrived_s=100.0)
-    timer.add(EndEvent("error", "It waited.", 220.0, "queue_timeout"))
-    found = sums(metrics)
-    assert found["queue_time_seconds"] == found["answer_duration_seconds"] == (1, 120.0)
-    assert found["answer_length_tokens"] == (1, 0)
-    assert found["time_to_first_token_seconds"] == found["inter_token_latency_seconds"] == (0, 0)
-
-
 def test_metrics_are_what_prometheus_reads(tokenizer):
-    engine = FakeEngine(tokenizer, "abc")
-    engine.controller.chooser.policy.name = "rap"
-    with served(engine, tokenizer) as server:
+    with served(FakeEngine(tokenizer, "abc"), tokenizer) as server:
         assert post(server, CHAT).status_code == 200
         assert post(server, {**CHAT, "n": 0}).status_code == 400
         response = httpx.get(f"{server.url}/metrics")
@@ -175,25 +153,14 @@ def test_metrics_are_what_prometheus_reads(tokenizer):
         (s.name, *sorted(s.labels.values())): s.value for f in families.values() for s in f.samples
     }
     assert samples["rap_memory_used_bytes",] == 700
-    assert samples["rap_memory_budget_bytes",] == 1000
     assert samples["rap_memory_held_bytes", "kv_cache"] == 70
     assert samples["rap_blocks_removed", "attn"] == 2
-    assert samples["rap_blocks_removed", "ffn"] == 1
-    assert samples["rap_queue_length",] == 1
-    assert samples["rap_running",] == 2
-    assert samples["rap_lowered_rows",] == 1
-    tokens = {"prompt": 50, "repeated": 6, "refilled": 7, "generated": 40}
-    assert {part: samples["rap_tokens_total", part] for part in tokens} == tokens
-    assert samples["rap_memory_margin_bytes",] == 30
+    assert samples["rap_tokens_total", "refilled"] == 7
     assert samples["rap_plan_switches_total",] == 3
-    assert samples["rap_decisions_lost_total",] == 2
     assert samples["rap_weights_unreadable",] == 1
-    assert samples["rap_ready",] == 1
-    assert samples["rap_controller_overhead_seconds_total",] == 0.25
     assert samples["rap_requests_total", "chat", "ok"] == 1
     assert samples["rap_requests_total", "chat", "invalid_value"] == 1
     assert samples["rap_time_to_first_token_seconds_count",] == 1
-    assert samples["rap_time_per_output_token_seconds_count",] == 1
     items = {(s.labels["kind"], s.labels["level"]): s.value for s in families["rap_items"].samples}
     assert {labels: count for labels, count in items.items() if count} == {
         ("attn", "removed"): 2, ("attn", "native"): 2,
@@ -201,6 +168,3 @@ def test_metrics_are_what_prometheus_reads(tokenizer):
         ("cache", "removed"): 2, ("cache", "int4"): 2, ("embeddings", "native"): 1,
     }  # fmt: skip
     assert items["ffn", "int4"] == 0
-    assert samples["process_resident_memory_bytes",] > 2**20
-    (build,) = families["rap_build_info"].samples
-    assert build.labels["policy"] == "rap"

@@ -1,6 +1,7 @@
 """Tokens of texts and messages, and streamed text: whole characters that end at a stop string."""
 
 import random
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -52,15 +53,13 @@ def test_any_bytes_equal_decoding_in_one_call_and_are_not_held_back_forever(by_b
 
 
 def test_the_text_of_a_short_window_is_that_of_the_whole(by_bytes):
-    text = "one two three " * 100
-    detokenizer = Detokenizer(by_bytes)
-    decoded = []
-    original = by_bytes.decode
-    detokenizer._tokenizer = type(
-        "Counting",
-        (),
-        {"decode": lambda _, ids, **k: decoded.append(len(ids)) or original(ids, **k)},
-    )()
+    text, decoded = "one two three " * 100, []
+
+    def decode(ids, **options):
+        decoded.append(len(ids))
+        return by_bytes.decode(ids, **options)
+
+    detokenizer = Detokenizer(SimpleNamespace(decode=decode))
     assert "".join(map(detokenizer.add, by_bytes.encode(text))) == text
     assert max(decoded) <= 3
 
@@ -151,8 +150,6 @@ def test_special_tokens_are_added_to_texts():
     [
         ({}, "prompt", "invalid_value"),
         ({"prompt": "a", "messages": MESSAGES}, "prompt", "invalid_value"),
-        ({"prompt": ["a"]}, "prompt", "invalid_type"),
-        ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter"),
         ({"prompt": "a", "promt": "a"}, "promt", "unknown_parameter"),
     ],
 )
@@ -161,7 +158,7 @@ def test_a_wrong_field_is_named(server, body, param, code):
     assert (error["param"], error["code"]) == (param, code)
 
 
-@pytest.mark.parametrize("tokens", [[61], [3, 10**30], [-1], ["a"], None])
+@pytest.mark.parametrize("tokens", [[61], [3, 10**30], [-1], None])
 def test_only_ids_of_the_vocabulary_have_a_text(server, tokens):
     error = error_of(detokenize(server, tokens=tokens), 400)
     assert error["param"].startswith("tokens")

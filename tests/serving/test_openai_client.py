@@ -52,17 +52,6 @@ def test_the_client_reads_chats_streams_and_models(client):
     assert first == second
     assert first[0].message.content != first[1].message.content
     assert [model.id for model in client.models.list()] == ["tiny"]
-    assert client.models.retrieve("tiny").id == "tiny"
-
-
-def test_completions_of_text_and_of_ids(client, tokenizer):
-    asked = {"model": "tiny", "temperature": 0, "max_tokens": 8}
-    by_text = client.completions.create(prompt="ab", **asked)
-    by_ids = client.completions.create(prompt=tokenizer.encode("ab"), **asked)
-    assert by_text.choices[0].text == by_ids.choices[0].text
-    assert by_text.usage.prompt_tokens == 2
-    streamed = client.completions.create(prompt="ab", stream=True, **asked)
-    assert "".join(c.choices[0].text for c in streamed) == by_text.choices[0].text
 
 
 def test_errors_are_those_of_the_client(client):

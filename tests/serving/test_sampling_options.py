@@ -51,19 +51,6 @@ def test_likely_tokens_of_a_chat(client):
             entry.token, entry.logprob,
         )  # fmt: skip
         assert entry.top_logprobs[0].logprob >= entry.top_logprobs[1].logprob
-    with chat(client, logprobs=True, top_logprobs=3, stream=True) as stream:
-        streamed = [c.choices[0].logprobs for c in stream if c.choices and c.choices[0].logprobs]
-    assert [e for found in streamed for e in found.content] == choice.logprobs.content
-
-
-def test_likely_tokens_of_a_plain_completion_have_the_chosen_one_too(client):
-    found = complete(client, logprobs=2, logit_bias={"9": 100}).choices[0].logprobs
-    assert len(found.top_logprobs) == 4
-    for token, logprob, likely in zip(
-        found.tokens, found.token_logprobs, found.top_logprobs, strict=True
-    ):
-        assert likely[token] == logprob
-        assert len(likely) in (2, 3)
 
 
 @pytest.mark.parametrize("as_ids", [False, True])
@@ -120,11 +107,8 @@ def test_penalties_and_biases_reach_the_sampler(client, tokenizer):
     ("change", "param"),
     [
         ({"frequency_penalty": 2.1}, "frequency_penalty"),
-        ({"presence_penalty": -3}, "presence_penalty"),
         ({"logit_bias": {"5": 101}}, "logit_bias.5"),
-        ({"logit_bias": {"a": 1}}, "logit_bias"),
         ({"logit_bias": {"-1": 1}}, "logit_bias"),
-        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logit_bias": {"100000": 1}}, None),  # no such token
     ],
@@ -133,15 +117,6 @@ def test_options_out_of_range_are_named(client, change, param):
     with pytest.raises(openai.BadRequestError, match=param or "100000") as raised:
         chat(client, **change)
     assert param in (raised.value.param, None)
-
-
-def test_what_is_not_served_is_named(client):
-    with pytest.raises(openai.BadRequestError, match="echo"):
-        complete(client, max_tokens=0)
-    with pytest.raises(openai.BadRequestError, match="logprobs"):
-        complete(client, logprobs=6)
-    with pytest.raises(openai.NotFoundError, match="Invalid URL"):
-        client.embeddings.create(model="tiny", input="hi", encoding_format="float")
 
 
 @pytest.fixture(scope="module")
@@ -190,9 +165,7 @@ def test_any_object_and_the_forms_of_vllm(byte_client):
     assert choice.message.content.startswith("{")
     assert choice.finish_reason in ("stop", "length")
     assert constrained(byte_client, choice=["yes", "no"]).choices[0].text in ("yes", "no")
-    assert set(constrained(byte_client, regex="[xy]{4}").choices[0].text) <= {"x", "y"}
     assert constrained(byte_client, grammar='root ::= "ab" "c"').choices[0].text == "abc"
-    assert json.loads(constrained(byte_client, json={"enum": [7]}).choices[0].text) == 7
     assert json.loads(constrained(byte_client, json='{"enum": [[8]]}').choices[0].text) == [8]
 
 
@@ -207,11 +180,8 @@ def test_any_object_and_the_forms_of_vllm(byte_client):
          "response_format", "Invalid type: foo"),
         ({"extra_body": {"structured_outputs": {"regex": "(", }}}, "structured_outputs",
          "unclosed"),
-        ({"extra_body": {"structured_outputs": {"choice": ["a", 1]}}}, "structured_outputs.choice",
-         "list of strings"),
         ({"extra_body": {"structured_outputs": {"regex": "a", "json": {}}}}, "structured_outputs",
          "exactly one"),
-        ({"extra_body": {"structured_outputs": {"xml": "a"}}}, "structured_outputs", "'regex'"),
         ({"response_format": {"type": "json_object"},
           "extra_body": {"structured_outputs": {"regex": "a"}}}, "structured_outputs", "Only one"),
         ({"extra_body": {"structured_outputs": {"regex": "a"}, "ignore_eos": True}}, "ignore_eos",

@@ -36,21 +36,14 @@ from rap_env.specs import settings_of
     [
         ({"max_body_bytes": 0}, "max_body_bytes must be a whole number of at least 1, not 0"),
         ({"max_prompt_tokens": 0}, "max_prompt_tokens must be .* at least 1, or null, not 0"),
-        ({"body_timeout_s": 0}, "body_timeout_s must be above 0, not 0"),
-        ({"shutdown_grace_s": float("nan")}, "shutdown_grace_s must be above 0, not nan"),
         ({"memory": "much"}, "memory must be a number of bytes .* not 'much'"),
         ({"model_memory": "auto"}, "model_memory must be a number of bytes .* not 'auto'"),
         ({"residency": "ofload"}, "residency 'ofload'.* Did you mean 'offload'"),
-        ({"port": 70000}, "port must be from 0 to 65535, not 70000"),
-        ({"max_delta_nll": -0.1}, "max_delta_nll must be 0 or above, or null, not -0.1"),
         ({"max_delta_nll": float("inf")}, "max_delta_nll must be .* not inf"),
-        ({"max_delta_nll": 0.1, "min_quality_per_request": 0.2}, r"at most max_delta_nll \(0.1\)"),
         ({"max_delta_nll": "low"}, "max_delta_nll 'low'; known are 'auto'. A number is allowed"),
         ({"min_quality_per_request": 0.2}, r"at most max_delta_nll \(0.1\)"),
         ({"threads": 100_000}, r"threads must be from 1 to \d+, or null, not 100000"),
         ({"port": "8000"}, "port must be of type int, not '8000'"),
-        ({"max_batch_size": True}, "max_batch_size must be of type int, not True"),
-        ({"queue_timeout_s": "long"}, "queue_timeout_s must be of type float or null"),
     ],
 )
 def test_an_invalid_value_is_named(wrong, words):
@@ -93,7 +86,6 @@ def test_names_are_those_of_the_model():
     ("suffix", "text"),
     [
         (".yaml", "policy: dense\nport: 0\nqueue_timeout_s: null\nmemory: 300MiB\n"),
-        (".yml", "{policy: dense, port: 0, queue_timeout_s: ~, memory: 300MiB}"),
         (".toml", 'policy = "dense"\nport = 0\nmemory = "300MiB"\n'),
     ],
 )
@@ -113,9 +105,7 @@ def test_files_give_settings(tmp_path, suffix, text):
         ("absent.yaml", None, "Cannot read .*absent.yaml: No such file"),
         ("a.ini", "", "suffix .yaml, .yml or .toml, not '.ini'"),
         ("a.yaml", "a: [", "a.yaml is not valid yaml"),
-        ("a.toml", "a = ", "a.toml is not valid toml"),
         ("a.yaml", "- a", "must hold settings as 'name: value', not a list"),
-        ("a.yaml", 9999 * "[", "a.yaml is not valid"),
         ("a.toml", "a = " + 9999 * "[", "a.toml is not valid"),
     ],
 )
@@ -159,7 +149,6 @@ def folder(tmp_path):
         ({"policy": "{folder}/gone.json"}, "no such file"),
         ({"policy": "{folder}/other.json"}, "other.json is damaged, but the file of a policy"),
         ({"policy": "{folder}/facts.json"}, "facts.json is of the kind 'model facts', but"),
-        ({"policy": "{folder}/config.json"}, "config.json is damaged"),
         ({"policy": "frontier"}, "other weights or another dtype"),
         ({"policy": "rap", "weights": "bf16"}, 'is of smollm2-135m.* with native weights'),
         ({"model_memory": "1MiB"}, r"model_memory must be at least [\d,]+ bytes"),
