@@ -101,8 +101,4 @@ def test_rap_choose_shows_it_beside_the_live_plan(rap):
     assert deployed["delta_nll"] == chosen.delta_nll > answer["delta_nll"]
     code, out, _ = rap("choose", *shape, "--engine", "llama.cpp")
     assert code == 0
-    assert "llama.cpp, one file and caches in " in out
-    assert "\nrap export smollm2-135m.pruned.gguf --to gguf --model smollm2-135m@pypi " in out
     assert f"\nllama-server -m smollm2-135m.pruned.gguf {chosen.flags}" in out
-    assert f" --batch 8 --seq 1024 --budget {150 * 2**20}\n" in out
-    assert "llama_cpp" not in json.loads(rap("choose", *shape, "--json")[1])
