@@ -67,7 +67,7 @@ class CacheType:
         name: As ``-ctk`` and ``-ctv`` take it.
         bits: Bits of a value, scales included.
         delta_nll: Rise in NLL with it, measured with the default model in llama.cpp against the
-            unquantised model here (``results/ladder/llama_cpp``), nats per token.
+            unquantised model here, nats per token.
     """
 
     name: str
