@@ -197,13 +197,8 @@ class ReplayConfig:
 class CgroupConfig:
     """Settings of ``experiments.studies.replay.cgroup``: a server and a tenant in one cgroup."""
 
-    systems: list[str] = setting(["rap"])
-    """Servers, one after the other: rap, llama.cpp and transformers."""
+    systems: list[str] = setting(["rap"], choices=("rap", "llama.cpp"))
+    """Servers, one after the other."""
     llama_server: str = "llama-server"
     """llama.cpp's program."""
-    limit_mib: int = setting(760, low=1)
-    """Limit of both together."""
-    tenant_mib: list[int] = setting([50, 280])
-    """Least and most of the tenant."""
     minutes: float = setting(5, low=0)
-    clients: int = setting(3, low=1)
