@@ -144,19 +144,12 @@ class ReplayConfig:
     The defaults are one minute of synthetic traffic for each system, on the default model.
     """
 
-    systems: list[str] = setting(
-        ["dense", "static_gsi", "static_gsi_lean", "frontier", "rap-v0"], distinct=True
-    )
+    systems: list[str] = setting(["dense", "frontier", "rap-v0"], distinct=True)
     """Systems to run, in this order, with the same arrivals and budget: policies by their name or
-    file; ``static_gsi``, one mask that always fits a full batch, or ``static_gsi_lean``, a batch of
-    one; or ``uniform_native_LEVEL``, with all caches at one level."""
-    order: str = "rap-v0"
-    """Policy whose order of blocks the systems ``static_gsi`` and ``uniform_native`` follow."""
+    file, or ``uniform_native_LEVEL``, with all caches at one level."""
     trace: str | None = None
     """A CSV file with TIMESTAMP, ContextTokens and GeneratedTokens; null samples arrivals with the
     lengths of Azure's conversations."""
-    arrivals_per_minute: float = setting(300.0, above=0)
-    """Arrival rate without a trace, in trace time and before `every` is applied."""
     minutes: float = setting(10.0, above=0)
     """Minutes of the trace to replay."""
     every: int = setting(75, low=1)
@@ -171,10 +164,6 @@ class ReplayConfig:
         default_factory=lambda: TextConfig(source="self", windows=4, window_tokens=64, seed=1)
     )
     """Text that prompts are cut from; the dense model writes this one within half a minute."""
-    known_share: float = setting(0.25, low=0, high=1)
-    """Share of requests with a known answer, if there is `data_root`."""
-    data_root: str | None = None
-    """Folder with ``lambada_openai/test.jsonl``, whose last words are the known answers."""
     reference: str = setting("8x256", parse=parse_shape)
     """Batch x tokens: budget fractions refer to the dense model's peak bytes at this request."""
     max_batch_size: int = setting(8, low=1)

@@ -6,11 +6,9 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from experiments.config.study_settings import ReplayConfig
 from experiments.studies.replay.workload import Budget, ReplayRequest
-from experiments.study.console import ExperimentError
 from rap_env.errors import InfeasibleBudgetError, QueueFullError
 from rap_env.levels import CacheLevel
 from rap_env.memory import MemoryModel
@@ -18,8 +16,7 @@ from rap_env.models.device import return_freed_memory
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
-from rap_env.policies.loading import OrderPolicy, StaticPolicy, check_policy, load_policy
-from rap_env.request import Request
+from rap_env.policies.loading import OrderPolicy, check_policy, load_policy
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_meter import Meter, make_levels, process_meter
@@ -28,26 +25,13 @@ from rap_env.runtime.records import EngineStats, StepRecord
 from rap_env.runtime.request_handle import RequestHandle
 from rap_env.runtime.sampling import SamplingParams
 
-STATIC, UNIFORM = ("static_gsi", "static_gsi_lean"), "uniform_native_"
-"""Names of systems with one mask, and how those of systems with one level of caches begin."""
+UNIFORM = "uniform_native_"
+"""How the names of systems begin that have one level for all caches."""
+ORDER = "rap-v0"
+"""Policy in whose order those systems remove blocks where caches alone do not fit."""
 
 _IDLE_S, _MIN_IDLE_S = 0.25, 1e-3  # at most and at least skipped between two turns
 _STOPWATCHES = {"wall": time.perf_counter, "cpu": time.process_time}
-
-
-class System(NamedTuple):
-    """One way to serve.
-
-    Attributes:
-        policy: Chooses the plans.
-        guard_order: Blocks that may be removed if the policy's plan does not fit, in the order of
-            removal; None leaves that to the controller, an empty tuple forbids it.
-        start: The plan before the first request.
-    """
-
-    policy: Policy
-    guard_order: tuple[int, ...] | None = None
-    start: Plan = Plan()
 
 
 @dataclass(frozen=True)
@@ -61,7 +45,6 @@ class Interval:
 
     time_s: float
     end_s: float
-    plan: Plan
     peak_bytes: int
     budget_bytes: int
 
@@ -114,21 +97,20 @@ class SystemRun:
         self.horizon_s = requests[-1].time_s + settings.queue_timeout_s
         self._clock = ReplayClock(_STOPWATCHES[settings.timing])
 
-    def serve(self, system: System) -> EngineStats:
-        """Serve all requests; return the engine's counters."""
+    def serve(self, policy: Policy) -> EngineStats:
+        """Serve all requests with a policy; return the engine's counters."""
         settings, llm = self.settings, self.llm
         llm.set_residency("offload")
-        make_levels(llm, system.policy)
-        llm.apply(system.start)
+        make_levels(llm, policy)
         return_freed_memory()
         self._meter = process_meter(llm)
         most_bytes = max(self.budget.between(0.0, self.horizon_s))
         self.controller = RuntimeController(
             llm,
-            system.policy,
+            policy,
             GivenMemory(lambda: self.budget.at(self._clock()), limit_bytes=most_bytes),
             meter=self._meter,
-            guard_order=system.guard_order,
+            guard_order=() if policy.name == "dense" else None,
             chunk_tokens=settings.prefill_chunk_tokens,
             clock=self._clock,
         )
@@ -153,7 +135,7 @@ class SystemRun:
 
     def _on_step(self, step: StepRecord) -> None:
         self.intervals.append(
-            Interval(step.time_s, self._clock(), step.plan, step.peak_bytes, step.budget_bytes)
+            Interval(step.time_s, self._clock(), step.peak_bytes, step.budget_bytes)
         )
 
     def _turn(self) -> bool:
@@ -175,9 +157,7 @@ class SystemRun:
             until_s = min(now_s + _IDLE_S, change_s, *arrivals_s)
             self._clock.jump_to(max(until_s, now_s + _MIN_IDLE_S))
             used_bytes, budget_bytes = self._meter.used_bytes(), self.budget.at(now_s)
-            self.intervals.append(
-                Interval(now_s, self._clock(), self.llm.plan, used_bytes, budget_bytes)
-            )
+            self.intervals.append(Interval(now_s, self._clock(), used_bytes, budget_bytes))
         waiting = any(handle is not None and not handle.done for handle in self.handles)
         return waiting or now_s < self.horizon_s
 
@@ -191,34 +171,18 @@ def check_system(name: str) -> None:
     """
     if name.startswith(UNIFORM):
         CacheLevel.of(name.removeprefix(UNIFORM))
-    elif name not in STATIC:
+    else:
         check_policy(name)
 
 
-def make_system(name: str, run: SystemRun) -> System:
-    """Make a system, as ``replay.systems`` names it, that `run` is to serve.
+def system_policy(name: str, llm: ElasticLLM) -> Policy:
+    """The policy of a system, as ``replay.systems`` names it.
 
     Raises:
-        ExperimentError: No plan of a static system fits the smallest budget.
         RapError: There is no such policy, or it is of another model.
     """
-    settings, memory = run.settings, MemoryModel(run.llm)
-    if name not in STATIC and not name.startswith(UNIFORM):
-        return System(load_policy(name, memory), () if name == "dense" else None)
-    order = load_policy(settings.order, memory).order or ()
-    if name.startswith(UNIFORM):
-        plan = Plan.uniform(memory.facts.num_layers, caches=name.removeprefix(UNIFORM))
-        return System(OrderPolicy(memory, order, [plan]), start=plan)
-    # A large batch never waits; a batch of one keeps the largest model that can serve every request
-    # at any time, and further requests wait for memory.
-    rows = 1 if name == STATIC[1] else settings.max_batch_size
-    longest = max(len(request.prompt_ids) + request.new_tokens for request in run.requests)
-    request = Request(rows, longest, min(run.budget.between(0.0, run.horizon_s)))
-    plan = OrderPolicy(memory, order).choose(request)
-    if memory.peak_bytes(plan, request) > request.budget_bytes:
-        raise ExperimentError(
-            f"No plan fits {rows} requests of {longest} tokens into the minimum of the budget "
-            f"({request.budget_bytes:,} bytes). Raise budget.floor, or set replay.order to a "
-            "policy with a GSI order."
-        )
-    return System(StaticPolicy(plan), (), plan)
+    memory = MemoryModel(llm)
+    if not name.startswith(UNIFORM):
+        return load_policy(name, memory)
+    plan = Plan.uniform(memory.facts.num_layers, caches=name.removeprefix(UNIFORM))
+    return OrderPolicy(memory, load_policy(ORDER, memory).order or (), [plan])

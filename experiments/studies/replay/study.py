@@ -1,4 +1,4 @@
-"""Several serving systems on the same arrivals under the same moving budget: rows, tables, figure.
+"""Several serving systems on the same arrivals under the same moving budget: rows and tables.
 
 What a system generated is judged by the native model, after the system has finished.
 """
@@ -6,13 +6,11 @@ What a system generated is judged by the native model, after the system has fini
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,18 +18,11 @@ import torch
 from experiments.config import Config
 from experiments.config.study_settings import ReplayConfig
 from experiments.contexts import load_text
-from experiments.studies.replay.serving import (
-    Interval,
-    System,
-    SystemRun,
-    check_system,
-    make_system,
-)
+from experiments.studies.replay.serving import SystemRun, check_system, system_policy
 from experiments.studies.replay.workload import ReplayRequest, cotenant_budget, make_requests
 from experiments.study.harness import Job, Published, Study, untitled
 from experiments.study.json_records import Record
-from experiments.study.plotting import INK, KIND_COLOURS, Panel, panel_figure
-from experiments.study.statistics import bootstrap_mean, wilson_interval
+from experiments.study.statistics import bootstrap_mean
 from experiments.study.table_format import TitledTable, mebibytes, percent, seconds
 from rap_env.context.opening import open_store
 from rap_env.memory import MemoryModel
@@ -40,13 +31,10 @@ from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.plan import Plan
+from rap_env.policies.base import Policy
 from rap_env.runtime.request_handle import RequestHandle
 from rap_env.scoring.plan_runner import token_nll
 from rap_env.scoring.scorer import MaskScorer
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 LABELS = {
     "dense": "Dense",
@@ -65,11 +53,6 @@ LABELS = {
     "uniform_native_int2": "Uniform, native weights, int2 cache",
 }
 """Names of systems in tables and figures, also of those that only the committed records have."""
-
-DRAWN = ("dense", "static_gsi", "rap", "rap-v0")
-"""Systems whose memory over time is drawn, if they were run; else the first one."""
-
-_STEPS = 600  # at most, in a row
 
 
 @dataclass(frozen=True)
@@ -100,9 +83,6 @@ class ReplayRow(Record):
         mask_loss_mean: ΔNLL of the plans on held-out text, mean over generated tokens, nats per
             token.
         same_fraction: Share of generated tokens equal to the dense model's own continuation.
-        right: For each served request with a known answer whether it was given.
-        steps: Over time: start and end in seconds; bytes and budget where the bytes exceeded it
-            most, and the removed blocks there.
     """
 
     file = "replay.jsonl"
@@ -131,8 +111,6 @@ class ReplayRow(Record):
     losses: list[float]
     mask_loss_mean: float | None
     same_fraction: float | None
-    right: list[bool]
-    steps: list[list[Any]]
 
     @property
     def label(self) -> str:
@@ -172,16 +150,16 @@ def replay_jobs(config: Config, folder: Path) -> Iterator[Job[ReplayRow]]:
     for source in settings.systems:
         path, run = Path(source), SystemRun(settings, llm, requests, budget)
         policy = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else source
-        measure = partial(replayed, path.name, config, run, make_system(source, run), judge)
+        measure = partial(replayed, path.name, config, run, system_policy(source, llm), judge)
         needed = {**depends_on, "policy": policy}
         yield Job(ReplayRow, (path.name,), needed, measure, facts={"load": load})
 
 
 def replayed(
-    name: str, config: Config, run: SystemRun, system: System, judge: OutputJudge
+    name: str, config: Config, run: SystemRun, policy: Policy, judge: OutputJudge
 ) -> ReplayRow:
-    """Serve all requests with a system, and judge what it generated with the native model."""
-    stats = run.serve(system)
+    """Serve all requests with a policy, and judge what it generated with the native model."""
+    stats = run.serve(policy)
     run.llm.set_residency("resident")  # the native model judges
     chooser, switcher = run.controller.chooser, run.controller.switcher
     pairs = zip(run.requests, run.handles, strict=True)
@@ -217,8 +195,6 @@ def replayed(
         losses=[round(judge.delta_nll(r, h.token_ids), 4) for r, h in served],
         mask_loss_mean=mean_over_tokens(plan_losses),
         same_fraction=sum(judge.same(r, h.token_ids) for r, h in served) / max(1, tokens),
-        right=[judge.is_right(r.answer, h.token_ids) for r, h in served if r.answer is not None],
-        steps=sampled_steps(run.intervals),
     )
     run.handles.clear()  # their memory must not count while the next system runs
     run.intervals.clear()
@@ -268,11 +244,6 @@ class OutputJudge:
         """Number of tokens equal to the reference at the same position."""
         return sum(a == b for a, b in zip(token_ids, self.reference(request), strict=False))
 
-    def is_right(self, answer: str, token_ids: list[int]) -> bool:
-        """Whether tokens begin with an answer, as whole words."""
-        text = self._llm.tokenizer.decode(token_ids, skip_special_tokens=True)
-        return re.match(rf"{re.escape(answer)}(?!\w)", text.strip()) is not None
-
     @torch.inference_mode()
     def _nll(self, prompt_ids: list[int], token_ids: list[int]) -> float:
         ids = torch.tensor([prompt_ids + token_ids], device=self._llm.device)
@@ -289,18 +260,6 @@ def held_out_delta_nll(config: Config, llm: ElasticLLM, plans: Sequence[Plan]) -
     return [nll - scorer.dense_nll for nll in scorer.nll_many(list(plans))]
 
 
-def sampled_steps(intervals: Sequence[Interval]) -> list[list[Any]]:
-    """The entries of `ReplayRow.steps`, each of consecutive intervals."""
-    steps, size = [], -(-len(intervals) // _STEPS)
-    for first in range(0, len(intervals), size):
-        part = intervals[first : first + size]
-        worst = max(part, key=lambda interval: interval.peak_bytes - interval.budget_bytes)
-        times_s = round(part[0].time_s, 4), round(part[-1].end_s, 4)
-        removed = sorted(worst.plan.removed)
-        steps.append([*times_s, worst.peak_bytes, worst.budget_bytes, removed])
-    return steps
-
-
 def _percentile(level: int, name: str, row: ReplayRow) -> str:
     values = getattr(row, name)
     return seconds(np.percentile(values, level)) if values else "-"
@@ -312,14 +271,6 @@ def _number(value: float | None, digits: int) -> str:
 
 def _each(total_s: float, count: int) -> str:
     return seconds(total_s / count) if count else "-"
-
-
-def _accuracy(right: Sequence[bool]) -> str:
-    if not right:
-        return "-"
-    share = sum(right) / len(right)
-    low, high = wilson_interval(share, len(right))
-    return f"{percent(share, 0)} [{100 * low:.0f}, {100 * high:.0f}] of {len(right)}"
 
 
 def _failed(row: ReplayRow) -> int:
@@ -348,7 +299,6 @@ TABLES: dict[str, list[tuple[str, Callable[[ReplayRow], str]]]] = {
         ("ΔNLL of output", lambda row: str(bootstrap_mean(row.losses)) if row.losses else "-"),
         ("ΔNLL of plans", lambda row: _number(row.mask_loss_mean, 3)),
         ("Same", lambda row: percent(row.same_fraction, 0)),
-        ("Accuracy", lambda row: _accuracy(row.right)),
         ("Removed", lambda row: _number(row.removed_mean, 1)),
         ("Lowered", lambda row: _number(row.lowered_mean, 1)),
     ],
@@ -387,34 +337,6 @@ def replay_words(rows: Sequence[ReplayRow]) -> str:
     )
 
 
-def memory_over_time(rows: Sequence[ReplayRow]) -> Figure:
-    """Measured memory against the budget, and below it how many blocks were removed."""
-    panels = []
-    for row in [row for row in rows if row.system in DRAWN] or rows[:1]:
-        title = f"{row.label}: {percent(row.served, 0)} served, {row.over} over the budget"
-        panels.append(Panel(partial(_draw_memory, row), title, y="memory (MiB)"))
-        panels.append(Panel(partial(_draw_removed, row), x="time (s)", y="removed blocks"))
-    return panel_figure(panels, columns=1, height=1.8, legend=0, sharex=True)
-
-
-def _draw_memory(row: ReplayRow, axis: Axes) -> None:
-    times_s, _, peaks, budgets, _ = zip(*row.steps, strict=True)
-    peak, budget = np.array(peaks) / 2**20, np.array(budgets) / 2**20
-    axis.step(times_s, budget, where="post", color=INK, label="budget")
-    axis.step(times_s, peak, where="post", linewidth=1.0, label="measured")
-    over = np.maximum(peak, budget)
-    axis.fill_between(times_s, budget, over, step="post", color="#C53030", alpha=0.4)
-    axis.legend(loc="upper right", ncols=2)
-
-
-def _draw_removed(row: ReplayRow, axis: Axes) -> None:
-    times_s = [step[0] for step in row.steps]
-    for half, (kind, colour) in enumerate(KIND_COLOURS.items()):
-        counts = [sum(index % 2 == half for index in step[4]) for step in row.steps]
-        axis.step(times_s, counts, where="post", color=colour, label=kind)
-    axis.legend(loc="upper right", ncols=2)
-
-
 STUDY = Study(
     "replay",
     "Replay",
@@ -422,7 +344,6 @@ STUDY = Study(
     replay_jobs,
     replay_tables,
     words=replay_words,
-    figures={"replay_memory": memory_over_time},
     frozen=(
         *("model", "budget", "seed"),
         *(f"replay.{field.name}" for field in fields(ReplayConfig) if field.name != "systems"),

@@ -3,7 +3,7 @@
 Arrivals come from a trace file, or are sampled with the lengths of fitted traffic. The trace of a
 data center is more than a small machine can serve, so it is thinned (every k-th request is kept),
 replayed faster, and its lengths are scaled and capped; bursts and the mix of short and long
-requests remain. Prompts are cut from real text; some have a known answer.
+requests remain. Prompts are cut from real text.
 """
 
 from __future__ import annotations
@@ -24,18 +24,15 @@ from experiments.contexts import load_text
 from experiments.study.console import ExperimentError
 from rap_env.artifacts import digest
 from rap_env.models.live.elastic import ElasticLLM
-from rap_env.scoring.lm_eval_tasks import TASK_FIELDS, read_rows
 from rap_env.workload.traces import AZURE_CONV, COLUMNS, TraceError, trace_requests
 
 GENERATED_SHARE = 0.149
 """Mean generated share of a sequence in the requests before 18:55 of the conversations of the Azure
 LLM inference trace 2023, whose lengths `AZURE_CONV` has."""
 
-ANSWERS = "lambada_openai"
-"""Task whose last words are the known answers."""
-
 _DRAWN_S = 24 * 3600.0  # seconds for which tenants are drawn; then the last level stays
 _TENANTS_PER_DRAW = 256
+_ARRIVALS_PER_MINUTE = 300.0  # without a trace, before they are thinned and replayed faster
 
 Arrival = tuple[float, int, int]
 """One request of a trace: seconds, prompt tokens, generated tokens."""
@@ -110,17 +107,11 @@ def cotenant_budget(settings: BudgetConfig, reference_bytes: int) -> Budget:
 
 @dataclass(frozen=True)
 class ReplayRequest:
-    """One request of the replay.
-
-    Attributes:
-        time_s: Arrival, in seconds of the replay.
-        answer: Text that a correct answer begins with; None if unknown.
-    """
+    """One request of the replay; `time_s` is its arrival, in seconds of the replay."""
 
     time_s: float
     prompt_ids: tuple[int, ...]
     new_tokens: int
-    answer: str | None = None
 
 
 def make_requests(config: Config, llm: ElasticLLM) -> tuple[list[ReplayRequest], dict[str, Any]]:
@@ -131,33 +122,23 @@ def make_requests(config: Config, llm: ElasticLLM) -> tuple[list[ReplayRequest],
 
     Raises:
         TraceError: The trace is missing, malformed or empty.
-        CorpusError: The text or the data of the known answers is missing or malformed.
+        CorpusError: The text is missing or malformed.
     """
     settings = config.replay
     arrivals = read_arrivals(settings, config.seed)
     text = load_text(settings.text, "report", llm, progress=config.progress)
     stream = np.asarray(text.tokens.flatten())
     rng = np.random.default_rng([config.seed, 1])
-    answered = rng.permutation(len(arrivals)).tolist()
-    known = dict(zip(answered, known_answers(settings, len(arrivals), config.seed), strict=False))
     requests = []
-    for number, (time_s, prompt_tokens, new_tokens) in enumerate(arrivals):
-        start, answer = int(rng.integers(len(stream))), None
-        if number in known:
-            context, answer = known[number]
-            prompt_ids = _encode(llm, context)[-settings.max_prompt_tokens :]
-            # One more token shows that the last word of the answer ends there.
-            new_tokens = max(new_tokens, len(_encode(llm, f" {answer}")) + 1)
-        else:
-            places = range(start, start + prompt_tokens)
-            prompt_ids = np.take(stream, places, mode="wrap").tolist()
-        requests.append(ReplayRequest(time_s, tuple(prompt_ids), new_tokens, answer))
+    for time_s, prompt_tokens, new_tokens in arrivals:
+        start = int(rng.integers(len(stream)))
+        prompt_ids = np.take(stream, range(start, start + prompt_tokens), mode="wrap").tolist()
+        requests.append(ReplayRequest(time_s, tuple(prompt_ids), new_tokens))
     return requests, {
         "trace": Path(settings.trace).name if settings.trace else "fitted azure-conv",
         "last_arrival_s": round(requests[-1].time_s, 3),
         "prompt_tokens_mean": round(float(np.mean([len(r.prompt_ids) for r in requests])), 1),
         "new_tokens_mean": round(float(np.mean([r.new_tokens for r in requests])), 1),
-        "known_answers": len(known),
         "text": text.provenance,
         "sha256": digest([[r.time_s, list(r.prompt_ids), r.new_tokens] for r in requests]),
     }
@@ -170,7 +151,7 @@ def read_arrivals(settings: ReplayConfig, seed: int) -> list[Arrival]:
         TraceError: The trace is missing or malformed, or no request arrives.
     """
     trace = settings.trace
-    arrivals = _sampled(settings, seed) if trace is None else _traced(trace)
+    arrivals = _sampled(seed) if trace is None else _traced(trace)
     in_time = itertools.takewhile(lambda arrival: arrival[0] < 60 * settings.minutes, arrivals)
     kept = [
         (
@@ -183,7 +164,7 @@ def read_arrivals(settings: ReplayConfig, seed: int) -> list[Arrival]:
     if not kept:
         raise TraceError(
             f"No request arrives in {settings.minutes:g} minutes; give a trace with requests, or "
-            "raise replay.minutes or replay.arrivals_per_minute."
+            "raise replay.minutes."
         )
     return kept
 
@@ -206,35 +187,13 @@ def _traced(path: str) -> Iterator[Arrival]:
     return ((time_s - rows[0][0], prompt, new) for time_s, prompt, new in rows)
 
 
-def _sampled(settings: ReplayConfig, seed: int) -> Iterator[Arrival]:
+def _sampled(seed: int) -> Iterator[Arrival]:
     """Arrivals of a Poisson process, whose generated share is uniform from 0 to twice its mean."""
     rng = np.random.default_rng(seed)
     moment = 0.0
     while True:
-        moment += float(rng.exponential(60 / settings.arrivals_per_minute))
+        moment += float(rng.exponential(60 / _ARRIVALS_PER_MINUTE))
         tokens = AZURE_CONV.sample(rng)
         new = round(tokens * GENERATED_SHARE * 2 * float(rng.random()))
         new = min(max(1, new), max(1, tokens - 1))
         yield moment, max(1, tokens - new), new
-
-
-def known_answers(settings: ReplayConfig, requests: int, seed: int) -> list[tuple[str, str]]:
-    """Return prompts of LAMBADA and their last words, for a share of the requests at most.
-
-    Raises:
-        CorpusError: LAMBADA is missing or malformed.
-    """
-    if settings.data_root is None:
-        return []
-    count = round(settings.known_share * requests)
-    path = Path(settings.data_root).expanduser() / ANSWERS / "test.jsonl"
-    rows = read_rows(path, TASK_FIELDS[ANSWERS])
-    parts = [str(row["text"]).rstrip().rpartition(" ") for row in rows]
-    pairs = [(context, word) for context, _, word in parts if context and word]
-    chosen = np.random.default_rng([seed, 2]).permutation(len(pairs))[:count]
-    return [pairs[place] for place in chosen.tolist()]
-
-
-def _encode(llm: ElasticLLM, text: str) -> list[int]:
-    ids = llm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return list(map(int, ids))

@@ -10,8 +10,8 @@ from experiments.config import Config
 from experiments.config.common import ModelConfig, TextConfig
 from experiments.config.study_settings import BudgetConfig, ReplayConfig
 from experiments.contexts import load_text
-from experiments.studies.replay.serving import Interval, ReplayClock, SystemRun, make_system
-from experiments.studies.replay.study import STUDY, OutputJudge, sampled_steps
+from experiments.studies.replay.serving import ReplayClock, SystemRun, system_policy
+from experiments.studies.replay.study import STUDY, OutputJudge, held_out_delta_nll
 from experiments.studies.replay.workload import (
     GENERATED_SHARE,
     Budget,
@@ -24,7 +24,6 @@ from rap_env.errors import RapError
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
 from rap_env.plan import Plan
-from rap_env.policies.loading import load_policy
 from rap_env.request import Request
 from rap_env.runtime.memory_meter import TensorMeter
 from rap_env.scoring.scorer import MaskScorer
@@ -35,7 +34,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 LAYERS = 4
 REFERENCE = (3, 30)
 HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
-SYSTEMS = ["dense", "static_gsi_lean", "uniform_native_int4"]
+SYSTEMS = ["dense", "uniform_native_int4"]
 
 
 @pytest.fixture(scope="module")
@@ -47,22 +46,17 @@ def config(base):
     (base / "story.txt").write_text("".join(rng.choice(list("abcdefghij ,."), 2400)))
     lines = [f"2023-11-16 18:00:{n / 4:09.6f},{8 + 7 * n % 23},{3 + n % 6}" for n in range(24)]
     (base / "trace.csv").write_text(HEAD + "\n".join(lines) + "\n")
-    answers = "".join(f'{{"text": "abc def {word}"}}\n' for word in ("ab", "cd", "ef", "gh") * 3)
-    (base / "lambada_openai").mkdir()
-    (base / "lambada_openai" / "test.jsonl").write_text(answers)
     llm = load_llm(str(base / "model"), device="cpu", dtype="float32")
     policy = base / "policy.safetensors"
     made_policies.policy_file(model=MemoryModel(llm)).save(policy)
     settings = ReplayConfig(
         systems=[*SYSTEMS, str(policy)],
-        order=str(policy),
         trace=str(base / "trace.csv"),
         every=1,
         time_scale=1.0,
         token_scale=1.0,
         max_prompt_tokens=28,
         text=TextConfig(source=str(base / "story.txt"), windows=6, window_tokens=36),
-        data_root=str(base),
         reference="3x30",
         max_batch_size=3,
         queue_timeout_s=1.5,
@@ -88,9 +82,11 @@ def llm(config):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _tensors():
-    """Only tensors are measured: the process is noisy."""
+def _tiny(base):
+    """Only tensors are measured, as the process is noisy; blocks go in the tiny policy's order."""
     with pytest.MonkeyPatch.context() as patch:
+        order = str(base / "policy.safetensors")
+        patch.setattr("experiments.studies.replay.serving.ORDER", order)
         patch.setattr("experiments.studies.replay.serving.process_meter", TensorMeter)
         yield
 
@@ -116,12 +112,12 @@ def test_every_system_serves_the_requests_in_its_turn(rows, base):
 
 
 def test_only_the_dense_model_exceeds_the_budget(rows):
-    for name in ("static_gsi_lean", "policy.safetensors"):
+    for name in ("uniform_native_int4", "policy.safetensors"):
         assert rows[name].outcomes == {"served": 24}
         assert rows[name].violations == rows[name].violation_byte_s == 0
-        assert all(peak <= budget for _, _, peak, budget, _ in rows[name].steps)
-    assert rows["policy.safetensors"].switches > 0
-    assert rows["policy.safetensors"].removed_mean > 0
+        assert rows[name].switches > 0
+        assert rows[name].removed_mean > 0
+    assert rows["uniform_native_int4"].lowered_mean > rows["policy.safetensors"].lowered_mean == 0
     dense = rows["dense"]
     assert dense.violation_byte_s > 0
     assert dense.switches == dense.removed_mean == dense.mask_loss_mean == 0
@@ -129,32 +125,11 @@ def test_only_the_dense_model_exceeds_the_budget(rows):
     assert set(dense.losses) == {0}
 
 
-def test_a_static_mask_is_the_least_pruned_of_its_order_that_always_fits(config, llm, rows):
-    memory, (requests, _) = MemoryModel(llm), make_requests(config, llm)
-    longest = max(len(request.prompt_ids) + request.new_tokens for request in requests)
-    native_bytes = memory.dense_peak_bytes(3, longest)
-    for name, batch, share in (("static_gsi", 3, 0.7), ("static_gsi_lean", 1, 0.36)):
-        least_bytes = int(share * native_bytes)
-        run = SystemRun(config.replay, llm, requests, Budget((0, 3), (native_bytes, least_bytes)))
-        system, request = make_system(name, run), Request(batch, longest, least_bytes)
-        order = load_policy(config.replay.order, memory).order
-        count = len(system.start.removed)
-        assert system.start == Plan.removing(*order[:count])
-        assert system.guard_order == ()
-        assert memory.peak_bytes(Plan.removing(*order[:count]), request) <= least_bytes
-        assert memory.peak_bytes(Plan.removing(*order[: count - 1]), request) > least_bytes
-    run = SystemRun(config.replay, llm, requests, Budget((0,), (least_bytes,)))
-    with pytest.raises(ExperimentError, match=r"No plan fits 3 .*Raise budget\.floor"):
-        make_system("static_gsi", run)
-
-
-def test_the_loss_of_plans_is_the_scorers(config, llm, rows):
-    row = rows["static_gsi_lean"]
-    ((*removed,),) = {tuple(removed) for *_, removed in row.steps}
-    plan = Plan.removing(*removed)
+def test_the_loss_of_plans_is_the_scorers(config, llm):
+    plans = [Plan.removing(1, 4), Plan.uniform(LAYERS, caches="int4")]
     scorer = MaskScorer(llm, load_text(config.replay.text, "report", llm).spread(1))
-    assert row.mask_loss_mean == pytest.approx(scorer.nll(plan) - scorer.dense_nll, abs=1e-5)
-    assert row.removed_mean == len(removed) > 0
+    expected = [scorer.nll(plan) - scorer.dense_nll for plan in plans]
+    assert held_out_delta_nll(config, llm, plans) == pytest.approx(expected, abs=1e-5)
 
 
 def test_what_a_run_counts_is_what_its_intervals_and_handles_add_up_to(config, llm):
@@ -162,7 +137,7 @@ def test_what_a_run_counts_is_what_its_intervals_and_handles_add_up_to(config, l
     memory = MemoryModel(llm)
     budget = cotenant_budget(config.budget, memory.dense_peak_bytes(*REFERENCE))
     run = SystemRun(config.replay, llm, requests, budget)
-    stats = run.serve(make_system("dense", run))
+    stats = run.serve(system_policy("dense", llm))
     assert len(run.handles) == len(requests)
     ends = [0.0, *(interval.end_s for interval in run.intervals)]
     for end_s, interval in zip(ends, run.intervals, strict=False):
@@ -195,23 +170,9 @@ def test_references_are_the_native_models_greedy_continuations(config, llm):
         assert judge.same(request, judge.reference(request)) == request.new_tokens
 
 
-@pytest.mark.parametrize(
-    ("text", "right"), [("def", True), (" def. ", True), ("define", False), ("a def", False)]
-)
-def test_an_answer_is_right_if_the_text_begins_with_its_words(text, right):
-    class Decoded:
-        def decode(self, token_ids, skip_special_tokens):
-            return text
-
-    class Model:
-        tokenizer = Decoded()
-
-    assert OutputJudge(Model()).is_right("def", [1]) == right
-
-
 def test_a_finished_system_is_not_run_again_and_other_settings_are_rejected(config, folder):
     before = (folder / "replay.jsonl").read_bytes()
-    fewer = replace(config, replay=replace(config.replay, systems=["static_gsi_lean", "dense"]))
+    fewer = replace(config, replay=replace(config.replay, systems=["uniform_native_int4", "dense"]))
     STUDY.run(fewer, folder)
     assert (folder / "replay.jsonl").read_bytes() == before
     changed = replace(config, replay=replace(config.replay, every=2))
@@ -224,10 +185,9 @@ def test_a_finished_system_is_not_run_again_and_other_settings_are_rejected(conf
     [
         ({"trace": "nothing.csv"}, "cannot be read"),
         ({"systems": ["nothing.safetensors"]}, "Unknown policy"),
-        ({"systems": ["static_gsi_lea"]}, "Unknown policy"),
+        ({"systems": ["static_gsi"]}, "Unknown policy"),
         ({"systems": ["uniform_native_int5"]}, "int5"),
         ({"text": TextConfig(source="nothing.txt")}, "Cannot read the text"),
-        ({"data_root": "nowhere"}, "Cannot read"),
     ],
 )
 def test_missing_inputs_are_reported_before_the_start(config, tmp_path, changes, sentence):
@@ -239,19 +199,17 @@ def test_missing_inputs_are_reported_before_the_start(config, tmp_path, changes,
 
 def test_prompts_are_cut_from_the_text_to_the_requested_lengths(config, llm):
     requests, load = make_requests(config, llm)
-    assert sum(request.answer is not None for request in requests) == load["known_answers"] == 6
     stream = load_text(config.replay.text, "report", llm).tokens.flatten().tolist() * 2
     for number, request in enumerate(requests):
-        if request.answer is None:
-            prompt = list(request.prompt_ids)
-            assert len(prompt) == min(28, 8 + 7 * number % 23)
-            assert any(stream[n : n + len(prompt)] == prompt for n in range(len(stream)))
-            assert request.new_tokens == 3 + number % 6
+        prompt = list(request.prompt_ids)
+        assert len(prompt) == min(28, 8 + 7 * number % 23)
+        assert any(stream[n : n + len(prompt)] == prompt for n in range(len(stream)))
+        assert request.new_tokens == 3 + number % 6
     assert make_requests(config, llm) == (requests, load)
     assert make_requests(replace(config, seed=1), llm)[1]["sha256"] != load["sha256"]
 
 
-# The clock, steps and the budget
+# The clock and the budget
 
 
 def test_the_clock_skips_idle_time_and_never_goes_back():
@@ -264,16 +222,6 @@ def test_the_clock_skips_idle_time_and_never_goes_back():
     clock.jump_to(3)
     now[0] += 0.25
     assert clock() == 10.75
-
-
-def test_sampled_steps_cover_all_intervals_and_keep_the_worst():
-    intervals = [Interval(n, n + 1, Plan(), 50, 100) for n in range(1300)]
-    intervals[555] = Interval(555, 556, Plan.removing(3, 1), 150, 100)
-    steps = sampled_steps(intervals)
-    assert len(steps) <= 600
-    assert [step[1] for step in steps[:-1]] == [step[0] for step in steps[1:]]
-    assert (steps[0][0], steps[-1][1]) == (0, 1300)
-    assert [step[2:] for step in steps if step[2] > step[3]] == [[150, 100, [1, 3]]]
 
 
 def test_each_level_of_a_budget_holds_from_its_time_on():
@@ -356,7 +304,7 @@ def test_an_empty_path_of_a_trace_is_no_sampled_traffic():
 
 
 def test_sampled_arrivals_have_the_rate_and_the_lengths_of_their_traffic():
-    settings = thinning(minutes=60, arrivals_per_minute=60)
+    settings = thinning(minutes=12)
     times, prompts, new = np.array(read_arrivals(settings, 1)).T
     assert len(times) == pytest.approx(3600, rel=0.05)
     gaps = np.diff(times)
@@ -366,4 +314,4 @@ def test_sampled_arrivals_have_the_rate_and_the_lengths_of_their_traffic():
     assert read_arrivals(settings, 1) == read_arrivals(settings, 1)
     assert read_arrivals(settings, 1) != read_arrivals(settings, 2)
     with pytest.raises(TraceError, match="No request arrives"):
-        read_arrivals(thinning(minutes=0.001, arrivals_per_minute=0.001), 0)
+        read_arrivals(thinning(minutes=1e-6), 0)
