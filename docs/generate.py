@@ -131,20 +131,10 @@ def write_all(docs: Path) -> None:
         new.mkdir(exist_ok=True)
     for name, full_text in FULL.items():
         write_changed(details / f"{name}.md", f"---\norphan: true\n---\n\n{full_text().strip()}\n")
-    for name in STUDIES:
-        draw_study(folder, name)
     records = (RESULTS / "README.md").read_text(encoding="utf-8")
     write_changed(folder / "results_readme.md", records)
     write_changed(folder / "commands.md", command_reference())
     write_changed(folder / "api.md", api_page())
-
-
-def draw_study(folder: Path, name: str) -> None:
-    """Draw the figures of a study: ``NAME.png``, or ``NAME_FIGURE.png`` if it has several."""
-    study, published = STUDIES[name]
-    data = study.read(published.folder)
-    for figure, draw in study.figures.items():
-        save_png(draw(data), folder / f"{name}{figure.removeprefix(study.name)}.png")
 
 
 def api_page() -> str:

@@ -153,13 +153,11 @@ def measured_on(scorer: MaskScorer) -> dict[str, Any]:
     }
 
 
-def named_policy(name: str | None, context: PruningContext, memory: MemoryModel) -> Policy | None:
+def named_policy(name: str, context: PruningContext, memory: MemoryModel) -> Policy | None:
     """The policy of a name: a baseline that searches on the calibration text, or a packaged one.
 
-    None without a name, or if the packaged one is of another model.
+    None if the packaged one is of another model.
     """
-    if name is None:
-        return None
     if name in methods() and name not in _PACKAGED:
         return make_method(name, context)
     try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from experiments.config.common import TextConfig, parse_pinned, parse_shape
 from experiments.llama_cpp import CACHE_TYPES, FILE_KINDS
 from rap_env.errors import check_name
-from rap_env.levels import WEIGHT_LEVELS, CacheLevel
+from rap_env.levels import CacheLevel
 from rap_env.scoring.long_context_tasks import LEAST_TOKENS, LONG_CONTEXT_KINDS
 from rap_env.specs import setting
 
@@ -54,23 +54,8 @@ class LadderConfig:
         ["1x128", "4x512", "8x2048", "16x4096"], distinct=True, parse=parse_shape
     )
     """Batch size x sequence length in tokens."""
-    weights: list[str] = setting(["native", "int8", "int4"], choices=WEIGHT_LEVELS[:-1])
-    """Levels of all weights in uniform settings."""
-    caches: list[str] = setting(
-        ["native", "int8", "int4", "int2", "window512"], parse=CacheLevel.of
-    )
-    """Levels of all caches in uniform settings."""
-    removing_policy: str | None = "frontier"
-    """Policy that only removes blocks: a baseline, or what `rap_env.load_policy` takes; null for
-    none."""
-    removal_budgets: list[float] = setting([0.95, 0.9, 0.8, 0.7, 0.6], above=0, high=1)
-    """Its budgets, as fractions of the unquantised model's peak bytes."""
-    knapsack: str | None = "knapsack"
-    """Policy over the levels of all items: what `rap_env.load_policy` takes; null for none."""
-    budgets: list[float] = setting(
-        [0.9, 0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2], above=0, high=1
-    )
-    """Its budgets."""
+    knapsack: str = "knapsack"
+    """Policy over all levels, for ``equal_bytes``: what `rap_env.load_policy` takes."""
     llama_cpp_caches: list[str] = setting([], choices=CACHE_TYPES)
     """Formats of llama.cpp's cache; weights are those of the file."""
     llama_cpp_files: list[str] = setting([], choices=FILE_KINDS)

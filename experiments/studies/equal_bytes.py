@@ -52,6 +52,8 @@ CAPTION = (
     "percentile over tokens, nats), and the share of tokens at which both find the same token "
     "most likely. `+embeddings`: these have few bits too. Types: matrices in llama.cpp's file."
 )
+BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
+"""Budgets of the knapsack, as fractions of the unquantised model's peak bytes."""
 LABELS = {"uniform": "one level", "knapsack": "knapsack over levels", "llama.cpp": "llama.cpp"}
 """What the table calls each method of `EqualBytesRow`."""
 
@@ -154,7 +156,7 @@ def own_plans(
     knapsack = named_policy(config.ladder.knapsack, context, memory)
     if knapsack is None:
         return plans
-    for fraction in config.ladder.budgets:
+    for fraction in BUDGETS:
         request = Request.at_fraction(context.memory, *config.ladder.shapes[0], fraction)
         chosen = knapsack.choose(request)
         plan = Plan(chosen.removed, chosen.weights, (), chosen.embeddings)

@@ -1,4 +1,4 @@
-"""The harness of all studies: rows, resume, provenance, tables, figures and intervals.
+"""The harness of all studies: rows, resume, provenance, tables and intervals.
 
 A study is one file with three things: a row type, a function that yields what to measure, and the
 tables made from the rows. The rest is done here::
@@ -34,16 +34,15 @@ tables made from the rows. The rest is done here::
 
 `Study.run` appends each row to ``caches.jsonl`` as soon as it is measured, so that the same command
 continues after a kill; writes ``config.yaml`` and ``run.json`` (commit, versions, machine, seeds),
-``tables.md`` and a PNG of each figure; and prints the tables.
+``tables.md``; and prints the tables.
 
 `Study.published` names committed records: here ``results/caches/caches.jsonl`` (or ``.jsonl.gz``).
 Their tables stand in the page of the documentation that has the markers ``<!-- caches: begin -->``
 and ``<!-- caches: end -->``. ``python docs/generate.py`` writes them there for every study of the
 package `experiments.studies`, and so does a run in that folder (``hydra.run.dir=results/caches``).
-The site has the figures as ``docs/_generated/NAME.png``; their names begin with the study's.
 
 Where a study has rows of several types, `jobs` yields jobs of each type, and `Study.data` makes
-one object of all rows, to which tables and figures refer. Plans that a job lists with its `scorer`
+one object of all rows, to which the tables refer. Plans that a job lists with its `scorer`
 are scored together.
 
 - `json_records`: base classes of rows, and JSON lines

@@ -12,22 +12,18 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from experiments.config import Config
 from experiments.study.console import say
 from experiments.study.json_records import Record, RowFile, row_key, write_text
-from experiments.study.plotting import save_png
 from experiments.study.run_folder import RunFolder, git_state
 from experiments.study.table_format import TitledTable, document, terminal, wrapped
 from rap_env.models.progress import progress_bar
 from rap_env.plan import Plan
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from rap_env.scoring.scorer import MaskScorer
 
 
@@ -62,8 +58,8 @@ class Published:
     """Committed records of a study, and what the documentation shows of them.
 
     Attributes:
-        name: Name of the markers in a page, of the page with all tables
-            (``docs/results/details/NAME.md``), and of the figures (``docs/_generated/NAME*.png``).
+        name: Name of the markers in a page, and of the page with all tables
+            (``docs/results/details/NAME.md``).
         records: The folder of the records, below ``results/``.
         shown: Makes what stands between the markers from all tables, in Markdown with the study's
             title: `untitled`, `below` or `first_section`, for example.
@@ -163,7 +159,7 @@ class Job(Generic[RowT]):
 
 @dataclass(frozen=True)
 class Study(Generic[DataT]):
-    """A study: rows that a program measures, and the tables and figures that are made from them.
+    """A study: rows that a program measures, and the tables that are made from them.
 
     Attributes:
         name: Name of the program, its file in ``conf/`` and its run folder.
@@ -173,7 +169,6 @@ class Study(Generic[DataT]):
         tables: Makes the tables from the data.
         data: Makes the data from all rows; by default they are the rows themselves.
         words: What the tables say, in a sentence or two above them; empty for nothing.
-        figures: Draws each figure, by name.
         frozen: Sections of the settings that must not change when a run resumes.
         captions: Whether ``tables.md`` has the captions of the tables.
         published: Its committed records, with the markers in the documentation that its tables
@@ -187,13 +182,12 @@ class Study(Generic[DataT]):
     tables: Callable[[DataT], Sequence[TitledTable]]
     data: Callable[[list[Any]], DataT] = list  # type: ignore[assignment]  # DataT is then a list
     words: Callable[[DataT], str] = lambda data: ""
-    figures: Mapping[str, Callable[[DataT], Figure]] = field(default_factory=dict)
     frozen: tuple[str, ...] = ("model",)
     captions: bool = True
     published: Sequence[Published] = ()
 
     def run(self, config: Config, folder: Path) -> Path:
-        """Measure the rows that the folder lacks, then write tables and figures, and print them.
+        """Measure the rows that the folder lacks, then write the tables, and print them.
 
         Returns:
             The run folder.
@@ -215,12 +209,10 @@ class Study(Generic[DataT]):
         return self.data([row for kind in self.row_types for row in kind.read(folder / kind.file)])
 
     def publish(self, data: DataT, folder: Path) -> None:
-        """Write ``tables.md`` and the figures into a folder, and print the tables."""
+        """Write ``tables.md`` into a folder, and print the tables."""
         shown = [terminal(self.tables(data)), wrapped(self.words(data))]
         write_text(folder / "tables.md", self.markdown(data))
         say("\n\n".join(filter(None, shown)))
-        if find_spec("matplotlib") is not None:  # an extra, and the tables say the same
-            self.draw(data, folder)
         for published in self.published:
             if published.folder == folder.resolve():
                 write_pages({published.name: partial(published.shown, self.markdown(data))})
@@ -230,11 +222,6 @@ class Study(Generic[DataT]):
         tables = document(self.tables(data), captions=self.captions)
         parts = [f"# {self.title}", self.words(data), tables]
         return "\n\n".join(filter(None, parts))
-
-    def draw(self, data: DataT, folder: Path) -> None:
-        """Draw every figure into ``FIGURE.png``."""
-        for name, figure in self.figures.items():
-            save_png(figure(data), folder / f"{name}.png")
 
 
 def measured(

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-KIND_COLOURS = {"attn": "#2F6DB5", "ffn": "#E0812F"}
-"""Colours of the two kinds of blocks."""
-
 LEVEL_COLOURS = {
     "native": "#EDEBE4", "int8": "#BBD7EE", "int4": "#84B8DF", "int4-compact": "#5C9FD1",
     "int3": "#2F78B9", "int2": "#0F4680",
@@ -135,9 +132,6 @@ Draw = Callable[[], "Figure"]
 """Draws a figure."""
 
 INK, FAINT, GRID = "#1F2328", "#6B7178", "#E6E4DE"
-
-LINEAR_NATS = 0.01
-"""ΔNLL up to which `scale_delta_nll` makes an axis linear, nats per token."""
 
 WIDE_IN = 9.2
 
@@ -279,28 +273,11 @@ def svg_uri(figure: Figure) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def plain_log_ticks(axis: Any, subs: Sequence[float] = (1, 2, 5), form: str = "g") -> None:
-    """Format tick labels as plain numbers such as 0.5 or 20, whatever the scale.
-
-    Args:
-        axis: A horizontal or vertical axis.
-        subs: Multiples of powers of ten that have a label on a logarithmic axis.
-        form: Format of a label.
-    """
+def plain_log_ticks(axis: Any) -> None:
+    """Format tick labels of an axis as plain numbers such as 0.5 or 20, whatever the scale."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     if axis.get_scale() == "log":
-        axis.set_major_locator(LogLocator(subs=subs))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:{form}}"))
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
-
-
-def scale_delta_nll(axis: Axes) -> None:
-    """Scale the vertical axis for ΔNLL: linear up to `LINEAR_NATS`, then logarithmic."""
-    from matplotlib.ticker import FixedLocator, NullLocator
-
-    axis.set_yscale("symlog", linthresh=LINEAR_NATS, linscale=0.5)
-    axis.yaxis.set_major_locator(FixedLocator((0, 0.01, 0.1, 1, 10)))
-    plain_log_ticks(axis.yaxis)
-    axis.yaxis.set_minor_locator(NullLocator())
-    axis.axhline(0, color=FAINT, linewidth=0.7)

@@ -26,7 +26,7 @@ def config(base):
         base, layers=LAYERS, stage="equal_bytes", store=None,
         calibration=own_text(2, 40, 9),
         evaluate=EvaluateConfig(text=own_text(3, 44, 1)),
-        ladder=LadderConfig(requests=["1x48"], knapsack=None),
+        ladder=LadderConfig(requests=["1x48"]),
     )  # fmt: skip
 
 

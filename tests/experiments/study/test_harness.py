@@ -16,7 +16,7 @@ from experiments.study.json_records import (
     delta_nll_fields,
     request_field,
 )
-from experiments.study.plotting import Panel, draw_series, panel_figure
+from experiments.study.plotting import Panel, panel_figure
 from experiments.study.table_format import TitledTable, columns_table, crossed_table
 
 
@@ -48,7 +48,6 @@ class FakeStudy:
         self.levels, self.made, self.scorer = levels, Counter(), FakeScorer()
         self.study = Study(
             "caches", "Caches", [CacheRow], self.jobs, self.tables, words=self.words,
-            figures={"losses": self.figure},
         )  # fmt: skip
 
     def jobs(self, config, folder):
@@ -69,13 +68,6 @@ class FakeStudy:
 
     def words(self, rows):
         return f"There are {len(rows)} levels."
-
-    def figure(self, rows):
-        def draw(axis):
-            ends = [(row.delta_nll_ci_low, row.delta_nll_ci_high) for row in rows]
-            draw_series(axis, range(len(rows)), [row.delta_nll for row in rows], ends, label="all")
-
-        return panel_figure([Panel(draw, title="Losses", y="ΔNLL")])
 
 
 def test_a_study_measures_each_row_once_and_reads_what_it_wrote(tmp_path):
@@ -101,7 +93,6 @@ def test_a_study_measures_each_row_once_and_reads_what_it_wrote(tmp_path):
         "# Caches\n\nThere are 3 levels.\n\n## Caches\n\nWhat it means.\n\n| Cach"
     )
     assert "| int16 | 5.000 [5.000, 5.000] |" in text
-    assert (folder / "losses.png").read_bytes().startswith(b"\x89PNG")
     other = FakeStudy(["int8"])
     other.study.run(Config(stage="levels", progress=False, seed=1), folder)
     assert other.made == Counter(["int8"])
