@@ -13,29 +13,9 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
-from experiments.config.common import ImportanceConfig, ModelConfig, ScoringConfig, TextConfig
-from experiments.config.program_settings import (
-    AgentConfig,
-    DemoConfig,
-    EnvConfig,
-    EvaluateConfig,
-    ExportConfig,
-    FrontierConfig,
-    LevelsConfig,
-    LoggerConfig,
-    ScoreModelConfig,
-    TightGridConfig,
-    WarmStartConfig,
-)
-from experiments.config.study_settings import (
-    BudgetConfig,
-    CgroupConfig,
-    LadderConfig,
-    LongContextConfig,
-    PromptsConfig,
-    ReplayConfig,
-    TextsConfig,
-)
+from experiments.config import common
+from experiments.config import program_settings as programs
+from experiments.config import study_settings as studies
 from experiments.study.console import ExperimentError
 from rap_env.specs import check, setting
 
@@ -59,36 +39,36 @@ class Config:
     threads: int | None = setting(None, low=1)
     """Threads of torch; null takes torch's own number, or 1 if workers measure, for all stages of a
     comparison."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    scoring: ScoringConfig = field(default_factory=ScoringConfig)
-    calibration: TextConfig = field(default_factory=TextConfig)
+    model: common.ModelConfig = field(default_factory=common.ModelConfig)
+    scoring: common.ScoringConfig = field(default_factory=common.ScoringConfig)
+    calibration: common.TextConfig = field(default_factory=common.TextConfig)
     kinds: dict[str, dict[str, Any]] = setting({})
     """Kinds of text by name, for policies that choose by the kind of text of the prompts: what
     differs from ``calibration``, such as ``{source: FILE, field: page, windows: 3}``."""
-    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+    importance: common.ImportanceConfig = field(default_factory=common.ImportanceConfig)
     workload: dict[str, Any] = setting({})
     """Sampler of requests (`rap_env.workload`), and its settings."""
     reward: dict[str, Any] = setting({})
     """Reward (`rap_env.reward`), and its settings."""
-    env: EnvConfig = field(default_factory=EnvConfig)
-    agent: AgentConfig = field(default_factory=AgentConfig)
-    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
-    score_model: ScoreModelConfig = field(default_factory=ScoreModelConfig)
-    frontier: FrontierConfig = field(default_factory=FrontierConfig)
-    logger: LoggerConfig = field(default_factory=LoggerConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    tight_grid: TightGridConfig = field(default_factory=TightGridConfig)
-    texts: TextsConfig = field(default_factory=TextsConfig)
-    prompts: PromptsConfig = field(default_factory=PromptsConfig)
-    ladder: LadderConfig = field(default_factory=LadderConfig)
-    long_context: LongContextConfig = field(default_factory=LongContextConfig)
-    budget: BudgetConfig = field(default_factory=BudgetConfig)
-    replay: ReplayConfig = field(default_factory=ReplayConfig)
-    cgroup: CgroupConfig = field(default_factory=CgroupConfig)
-    demo: DemoConfig = field(default_factory=DemoConfig)
+    env: programs.EnvConfig = field(default_factory=programs.EnvConfig)
+    agent: programs.AgentConfig = field(default_factory=programs.AgentConfig)
+    warm_start: programs.WarmStartConfig = field(default_factory=programs.WarmStartConfig)
+    score_model: programs.ScoreModelConfig = field(default_factory=programs.ScoreModelConfig)
+    frontier: programs.FrontierConfig = field(default_factory=programs.FrontierConfig)
+    logger: programs.LoggerConfig = field(default_factory=programs.LoggerConfig)
+    evaluate: programs.EvaluateConfig = field(default_factory=programs.EvaluateConfig)
+    tight_grid: programs.TightGridConfig = field(default_factory=programs.TightGridConfig)
+    texts: studies.TextsConfig = field(default_factory=studies.TextsConfig)
+    prompts: studies.PromptsConfig = field(default_factory=studies.PromptsConfig)
+    ladder: studies.LadderConfig = field(default_factory=studies.LadderConfig)
+    long_context: studies.LongContextConfig = field(default_factory=studies.LongContextConfig)
+    budget: studies.BudgetConfig = field(default_factory=studies.BudgetConfig)
+    replay: studies.ReplayConfig = field(default_factory=studies.ReplayConfig)
+    cgroup: studies.CgroupConfig = field(default_factory=studies.CgroupConfig)
+    demo: programs.DemoConfig = field(default_factory=programs.DemoConfig)
     report: dict[str, str] = setting({"title": "Runtime-adaptive pruning: report"})
-    levels: LevelsConfig = field(default_factory=LevelsConfig)
-    export: ExportConfig = field(default_factory=ExportConfig)
+    levels: programs.LevelsConfig = field(default_factory=programs.LevelsConfig)
+    export: programs.ExportConfig = field(default_factory=programs.ExportConfig)
 
     def __post_init__(self) -> None:
         check(self, ExperimentError, none="null")

@@ -159,7 +159,11 @@ class ServerSettings:
     )
     max_choices: int = setting(8, "Most answers to one request (prompts x n).", low=1)
     max_body_bytes: int = setting(
-        256 * 1024, "Most bytes of a request's body.", low=1, group="Connections"
+        256 * 1024,
+        "Most bytes of a request's body; with --max-connections it bounds what requests take in "
+        "addition to the model.",
+        low=1,
+        group="Connections",
     )
     max_connections: int = setting(128, "Most open connections; more get status 503.", low=1)
     header_timeout_s: float = setting(20.0, "Seconds until a header must be complete.", above=0)
