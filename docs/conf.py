@@ -9,9 +9,9 @@ from typing import Any
 DOCS = Path(__file__).resolve().parent
 sys.path[:0] = [str(DOCS.parent), str(DOCS)]
 
-import generate  # noqa: E402 - the paths come first
+import generate
 
-from rap_env import __version__  # noqa: E402
+from rap_env import __version__
 
 project = "RAP"
 author = "the RAP contributors"

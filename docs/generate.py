@@ -1,46 +1,49 @@
 """Generates what the documentation does not type: tables, environment pages, pictures.
 
-``python docs/generate.py`` writes the tables into the pages, between their markers, and the
-pictures of README.md; both are committed. `docs/conf.py` makes the rest at each build, into
+``python docs/generate.py`` writes the tables into the pages, between their markers, and the picture
+of README.md; both are committed. `docs/conf.py` makes the rest at each build, into
 ``docs/_generated`` and ``docs/results/details``. All numbers come from the records in ``results/``.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
+import re
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from pkgutil import walk_packages
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
-import record_tables
-from readme_results import decision_cost, readme_results, table_speeds
-from record_tables import (
-    GEMMA,
-    LOW_BITS,
-    OUTSIDE,
-    PLANS,
-    RANKED,
-    RESULTS,
-    ROOT,
-    SEARCHES,
-    shown_tables,
-)
+import numpy as np
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 import rap_env
 from benchmarks.harness import committed_records, targets_table
 from experiments import studies
-from experiments.study.harness import (
-    Published,
-    Study,
-    write_changed,
-    write_pages,
-)
-from experiments.study.plotting import save_png
+from experiments.compare import compare
+from experiments.comparison.result_rows import ResultRow, rows_below
+from experiments.comparison.result_tables import tables_markdown
+from experiments.comparison.summaries import Comparison, Summary, compare_pair
+from experiments.config.program_settings import CompareConfig
+from experiments.study.harness import RESULTS, ROOT, Published, Study, write_changed, write_pages
+from experiments.study.plotting import FAINT, INK, Panel, look, panel_figure, save_png
+from experiments.study.table_format import columns_table, markdown, percent, seconds
 from rap_env.cli import cli
+from rap_env.errors import counted
+from rap_env.leaderboard.entries import Entry, predicted_test_delta_nll, published_entries
+from rap_env.leaderboard.tasks import pinned_tasks, tasks_of
+from rap_env.scoring.held_out import spearman
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 ENVIRONMENTS = {
     "environment": ("RAPPrune-v0", "RAPPruneEnv"),
@@ -48,13 +51,50 @@ ENVIRONMENTS = {
 }
 """The page of each environment, with its name and class."""
 
-PLAN_COMPARISONS = (
-    PLANS, LOW_BITS, record_tables.OWN_BUDGETS, GEMMA, record_tables.LOW_BITS_GEMMA, OUTSIDE
-)  # fmt: skip
-COMPARISONS = ("learning", "learning_scratch", "evolution", "seeds")
-"""Folders of ``results/`` with a comparison of methods that choose masks."""
-TRANSFERS = ("tight_transfer_gemma", "tight_transfer_smollm2")
-"""Comparisons with policies of the other model."""
+_MOST_INTERVALS = 8  # columns of a table in which each number has its interval
+
+
+class Source(NamedTuple):
+    """Rows of a folder of ``results/``: all, or those of a method, under another name."""
+
+    folder: str
+    method: str = ""
+    shown_as: str = ""
+
+    @property
+    def rows(self) -> list[ResultRow]:
+        """The rows."""
+        rows = rows_below(RESULTS / self.folder / "evaluate")
+        own = (row for row in rows if self.method in ("", row.method))
+        return [replace(row, method=self.shown_as or row.method) for row in own]
+
+
+_TO_UNIFORM = "ΔNLL divided by that of Uniform"
+_PLANS = "tight", "low_bits", "tight_low_bits", "tight_gemma", "low_bits_gemma", "tight_outside"
+COMPARISONS = {
+    **dict.fromkeys(_PLANS, ("Mean ΔNLL", _TO_UNIFORM)),
+    "learning": ("ΔNLL of RAP policy minus each other method, paired",),
+}
+"""Folders of ``results/`` with a comparison, and beginnings of the titles of the shown tables."""
+
+_RANKED, _RANKED_GEMMA = (
+    Source(folder, "rap", "rap-best of 8") for folder in ("tight_ranked", "tight_ranked_gemma")
+)
+_GREEDY = "greedy_per_byte"
+SEARCHES = {
+    "tight_greedy": Source("tight_greedy", _GREEDY),
+    "tight_evolutionary": Source("tight_searches", "evolutionary"),
+    "tight_beam": Source("tight_searches", "beam"),
+}
+"""Searches for one request of `tight`, by marker."""
+
+BESIDE: dict[str, list[Source]] = {
+    "tight_ranked": [_RANKED, Source("tight")],
+    "tight_ranked_gemma": [_RANKED_GEMMA, Source("tight_gemma")],
+    "tight_outside_greedy": [Source("tight_outside_greedy", _GREEDY), Source("tight_outside")],
+    **{name: [search, Source("tight"), _RANKED] for name, search in SEARCHES.items()},
+}
+"""A method, and all others that are set beside it where it was measured, by marker."""
 
 
 def found_studies() -> Iterator[tuple[Study[Any], Published]]:
@@ -71,50 +111,192 @@ STUDIES = {published.name: (study, published) for study, published in found_stud
 
 
 @cache
-def study_text(name: str) -> str:
-    """All tables of a study."""
+def full_text(name: str) -> str:
+    """All tables of a comparison or study."""
+    if name in COMPARISONS:
+        return compare(CompareConfig(runs=str(RESULTS / name), format="markdown"))
     study, published = STUDIES[name]
     return study.markdown(study.read(published.folder))
 
 
-def part_of(name: str, shown: Callable[[str], str]) -> str:
-    """What a page shows of the tables in `FULL`."""
-    return shown(FULL[name]())
+def shown_tables(text: str, titles: tuple[str, ...]) -> str:
+    """The summary of a comparison, and those tables whose titles begin in one of some ways."""
+    summary, *sections = text.split("\n## ")
+    shown = [section for section in sections if section.startswith(titles)]
+    bold = [f"**{section.strip()}".replace("\n", "**\n", 1) for section in shown]
+    return "\n\n".join([summary.partition("\n")[2].strip(), *map(narrowed, bold)]) + "\n"
 
 
-def environment_text(kind: str) -> str:
-    """The docstring of an environment, by the name of its class."""
-    return inspect.cleandoc(getattr(rap_env, kind).__doc__ or "")
+def narrowed(text: str) -> str:
+    """Tables of many columns without the intervals of all but the last one, which fit no page."""
+    if text.count("|", 0, text.find("\n", text.find("|"))) <= _MOST_INTERVALS:
+        return text
+    return re.sub(r" \[[^]|]*\](?= \|.)", "", text)
 
 
-FULL: dict[str, Callable[[], str]] = {
-    **{
-        name: partial(record_tables.comparison_text, name)
-        for name in (*PLAN_COMPARISONS, *COMPARISONS)
-    },
-    **{name: partial(record_tables.transfer_text, name) for name in TRANSFERS},
-    **{name: partial(study_text, name) for name in STUDIES},
+def shown_text(name: str) -> str:
+    """What the page of a comparison or study shows of its tables."""
+    if name in COMPARISONS:
+        return shown_tables(full_text(name), COMPARISONS[name])
+    return STUDIES[name][1].shown(full_text(name))
+
+
+def beside_text(name: str) -> str:
+    """A method of `BESIDE` and all others where it was measured."""
+    first, *others = BESIDE[name]
+    rows, cells = first.rows, {row.cell for row in first.rows}
+    for source in others:
+        rows += [row for row in source.rows if row.cell in cells and row.method != "dense"]
+    titles = (f"ΔNLL divided by that of {look(first.method).label}",)
+    if first.shown_as:
+        titles = (f"ΔNLL of {look(first.shown_as).label} minus", _TO_UNIFORM)
+    return shown_tables(tables_markdown(Comparison(rows)), titles)
+
+
+def leaderboard_table(comparison: str) -> str:
+    """The published entries of a comparison, the best on held-out text first."""
+    names = ", ".join(f"`{task.name}`" for task in tasks_of(comparison))
+    entries, predicted = published_entries(comparison), predicted_test_delta_nll(comparison)
+    measured = {entry.name: float(entry.scores("test").mean()) for entry in entries}
+    columns: dict[str, Callable[[Entry], str]] = {
+        "Method": lambda e: e.name,
+        "ΔNLL, test": lambda e: f"{measured[e.name]:.3f}",
+        "Predicted": lambda e: f"{predicted[e.name]:.3f}" if e.name in predicted else "-",
+        "ΔNLL, calibration": lambda e: f"{e.scores('calibration').mean():.3f}",
+        "Seeds": lambda e: str(len(e.runs)),
+        "Evaluations": lambda e: f"{e.evaluations:,.0f} + {e.setup_evaluations:,}",
+        "Time": lambda e: seconds(e.decision_s),
+    }
+    table = markdown(columns_table(sorted(entries, key=lambda e: measured[e.name]), columns))
+    correlation = spearman(*np.array([(p, measured[name]) for name, p in predicted.items()]).T)
+    return (
+        f"### {names}\n\n{table}\nRank correlation of *Predicted* and *ΔNLL, test* over the "
+        f"{len(predicted)} methods: {correlation:.2f}.\n"
+    )
+
+
+LEADERBOARDS = dict.fromkeys(task.comparison for task in pinned_tasks().values())
+
+METHODS = {
+    "rap": "a trained network",
+    "frontier": "the best of the measured plans that fits",
+    "score_model": "a local search on predicted losses",
+    "uniform": "one level for all, then whole blocks, tuned",
+    "knapsack": "adds up costs that were measured one by one",
+    "one_shot": "follows one order of costs",
 }
-"""All tables of a comparison or study by its name: a page of ``docs/results/details`` each."""
+"""The methods in README.md, with what each does."""
 
-TABLES: dict[str, Callable[[], str]] = {
+LADDERS = {
+    "Four bits": "tight",
+    "Two bits, same budgets": "low_bits",
+    "Two bits, budgets of their own": "tight_low_bits",
+}
+"""The table's columns: how few bits a weight may have, and at which budgets."""
+
+
+def method_rows(folder: str) -> list[ResultRow]:
+    """The rows of `METHODS` in a comparison."""
+    return [row for row in Source(folder).rows if row.method in METHODS]
+
+
+def readme_results() -> str:
+    """The README's result in a sentence, and its table of methods, the least ΔNLL first."""
+    by_ladder = {
+        title: {summary.method: summary for summary in Comparison(method_rows(folder)).summaries}
+        for title, folder in LADDERS.items()
+    }
+    four, two, own = ({m: s.delta_nll.mean for m, s in by.items()} for by in by_ladder.values())
+    seeds = ", ".join(str(by["rap"].delta_nll.seeds) for by in by_ladder.values())
+    decision_ms = 1000 * by_ladder["Four bits"]["rap"].decision_s
+
+    def bold(text: str, summary: Summary) -> str:
+        return f"**{text}**" if summary.method == "rap" else text
+
+    def delta_nll(summary: Summary, title: str) -> str:
+        known = by_ladder[title].get(summary.method)
+        return bold(str(known.delta_nll), summary) if known else "-"
+
+    columns: dict[str, Callable[[Summary], str]] = {
+        "Method": lambda s: f"{bold(look(s.method).label, s)}: {METHODS[s.method]}",
+        **{title: partial(delta_nll, title=title) for title in LADDERS},
+        "Decision": lambda s: seconds(s.decision_s),
+    }
+    table = markdown(columns_table(by_ladder["Four bits"].values(), columns))
+    return (
+        f"**With weights down to two bits the same budgets cost "
+        f"{percent(1 - min(two.values()) / min(four.values()), 0)} less. Where every choice costs "
+        f"something,\nthe policy loses {percent(1 - four['rap'] / four['uniform'], 0)} less than "
+        f"uniform settings tuned by hand ({percent(1 - own['rap'] / own['uniform'], 0)} less down "
+        f"to two bits),\nin {decision_ms:.0f} ms and without a run of the model.** "
+        f"Mean ΔNLL by the fewest bits of weights (policy: {seeds} seeds):\n\n{table}"
+    )
+
+
+def table_speeds() -> str:
+    """Steps a second on the packaged tables."""
+    record = RESULTS / "benchmarks" / "table_steps-cpu.json"
+    targets = json.loads(record.read_text(encoding="utf-8"))["targets"]
+    ladder, prune = (round(target["reached"], -3) for target in targets)
+    return (
+        f"On the table, 64 sub-environments of `RAPLadder-v0` make {ladder:,.0f} steps a second on "
+        f"one core, those of\n`RAPPrune-v0` {prune:,.0f}, without model or torch."
+    )
+
+
+_OFFSETS = {  # of labels that would overlap others
+    "rap": (9, 5),
+    "frontier": (9, -1),
+    "score_model": (9, -13),
+    _GREEDY: (-120, 7),
+    "evolutionary": (9, 6),
+    "beam": (15, -3),
+}
+
+
+def decision_cost() -> Figure:
+    """Draw ΔNLL relative to the policy's against the runs of the model for one request.
+
+    The searches were run at a few of the requests and budgets only, where they are compared.
+    """
+    rows = method_rows("tight") + [row for search in SEARCHES.values() for row in search.rows]
+    compared, most = Comparison(rows), len({row.cell for row in rows})
+    style: dict[str, Any] = {"markersize": 7, "capsize": 3, "elinewidth": 1}
+
+    def draw(axis: Axes) -> None:
+        for method in compared.methods:
+            own = [row for row in compared.rows if row.method == method]
+            cells, shown = sorted({row.cell for row in own}), look(method)
+            pair = compare_pair(compared, method, "rap", cells)
+            change = pair.relative if pair else None
+            if change is None and method != "rap":
+                continue
+            mean, low, high = (change.mean, change.low, change.high) if change else (0, 0, 0)
+            runs, few = [row.evaluations for row in own], len(cells) < most
+            x, y = float(np.mean(runs)), 1 + mean
+            yerr, xerr = [[mean - low], [high - mean]], [[x - min(runs)], [max(runs) - x]]
+            look_of = {"fmt": shown.marker, "color": shown.colour, **style}
+            axis.errorbar(x, y, yerr=yerr, xerr=xerr if few else None, **look_of)
+            text = f"{shown.label}, {seconds(float(np.median([row.decision_s for row in own])))}"
+            text += f" ({counted(len(cells), 'pair')})" if few else ""
+            words = {"xytext": _OFFSETS.get(method, (9, -3)), "textcoords": "offset points"}
+            axis.annotate(text, (x, y), **words, fontsize=8, color=INK)
+        axis.axhline(1, color=FAINT, linewidth=0.8, linestyle=":")
+        axis.set_xscale("symlog", linthresh=1)
+        axis.set_xticks([0, 1, 10, 100, 1000], ["0", "1", "10", "100", "1,000"])
+        axis.set_xlim(-0.15, 9000)
+
+    panel = Panel(draw, x="runs of the model for one request", y="mean ΔNLL / the policy's")
+    return panel_figure([panel], height=3.3, legend=0)
+
+
+TABLES: dict[str, Callable[[], str | None]] = {
     "results": readme_results,
     "speeds": table_speeds,
-    **{name: partial(part_of, name, shown_tables) for name in (*PLAN_COMPARISONS, *TRANSFERS)},
-    **{name: partial(part_of, name, record_tables.first_tables) for name in COMPARISONS},
-    **{name: partial(part_of, name, published.shown) for name, (_, published) in STUDIES.items()},
-    **{ranked: partial(record_tables.ranked_text, name) for name, ranked in RANKED.items()},
-    "tight_packaged": record_tables.packaged_text,
-    **{name: partial(record_tables.search_text, *search) for name, search in SEARCHES.items()},
-    **{
-        n: partial(record_tables.tasks_text, n)
-        for n in ("tight_tasks", "floor_tasks", "few_bits_tasks")
-    },
-    "tight_agents": record_tables.agents_text,
-    "ablation": record_tables.ablation_text,
-    "entries": record_tables.leaderboard_text,
-    **{page: partial(environment_text, kind) for page, (_, kind) in ENVIRONMENTS.items()},
-    "load_generator": record_tables.load_generator_text,
+    **{name: partial(shown_text, name) for name in (*COMPARISONS, *STUDIES)},
+    **{name: partial(beside_text, name) for name in BESIDE},
+    "entries": lambda: "\n".join(map(leaderboard_table, LEADERBOARDS)),
+    **{p: partial(inspect.getdoc, getattr(rap_env, c)) for p, (_, c) in ENVIRONMENTS.items()},
     "benchmarks": lambda: targets_table(committed_records()),
 }
 """What stands between ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->`` of a page, by name."""
@@ -129,47 +311,28 @@ def write_all(docs: Path) -> None:
     folder, details = docs / "_generated", docs / "results" / "details"
     for new in (folder, details):
         new.mkdir(exist_ok=True)
-    for name, full_text in FULL.items():
-        write_changed(details / f"{name}.md", f"---\norphan: true\n---\n\n{full_text().strip()}\n")
-    records = (RESULTS / "README.md").read_text(encoding="utf-8")
-    write_changed(folder / "results_readme.md", records)
+    for name in (*COMPARISONS, *STUDIES):
+        text = f"---\norphan: true\n---\n\n{full_text(name).strip()}\n"
+        write_changed(details / f"{name}.md", text)
     write_changed(folder / "commands.md", command_reference())
-    write_changed(folder / "api.md", api_page())
-
-
-def api_page() -> str:
-    """The API reference: every public name of ``rap_env``, with its docstring."""
-    parts = []
-    for name in sorted(rap_env.__all__, key=str.lower):
-        public = getattr(rap_env, name)
-        if inspect.isclass(public):
-            directive = f".. autoclass:: rap_env.{name}\n   :members:\n"
-            if name.endswith("Env"):  # what the versions share is in base classes
-                directive += "   :inherited-members: Env, VectorEnv\n"
-        elif inspect.isfunction(public):
-            directive = f".. autofunction:: rap_env.{name}\n"
-        else:
-            continue
-        parts.append(f"## {name}\n\n```{{eval-rst}}\n{directive}```\n")
-    return "\n".join(parts)
 
 
 def command_reference() -> str:
     """The help of ``rap`` and of each of its commands."""
-    top = click.Context(cli, info_name="rap", max_content_width=92)
-    contexts = [top]
-    for name in sorted(cli.commands):
-        contexts.append(
-            click.Context(cli.commands[name], parent=top, info_name=name, max_content_width=92)
-        )
+    width = {"max_content_width": 92}
+    top = click.Context(cli, info_name="rap", **width)
+    contexts = [
+        click.Context(command, parent=top, info_name=name, **width)
+        for name, command in sorted(cli.commands.items())
+    ]
     return "\n".join(
         f"## {context.command_path}\n\n```text\n{context.command.get_help(context)}\n```\n"
-        for context in contexts
+        for context in [top, *contexts]
     )
 
 
 def main() -> None:
-    """Write the committed tables and pictures."""
+    """Write the committed tables and the picture."""
     write_pages(TABLES)
     save_png(decision_cost(), ROOT / "docs" / "images" / "decision_cost.png")
 

@@ -334,7 +334,7 @@ def tables_markdown(
     return f"# {title}\n\n{document(tables, captions=captions)}"
 
 
-RATIO_TO = ("uniform", "knapsack", "greedy_per_byte")
+RATIO_TO = ("uniform", "knapsack", "greedy_per_byte", "evolutionary", "beam")
 """Methods by whose ΔNLL that of each other method is divided."""
 
 TARGET_CAPTION = (

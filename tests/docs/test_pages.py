@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import rap_env
 from experiments.live import recorded
 from tests.docs.test_code_blocks import PAGES, ROOT
 from tests.programs import run_python
@@ -56,6 +57,13 @@ assert names == generate.TABLES.keys(), names ^ generate.TABLES.keys()
     assert done.returncode == 0, done.stderr
     assert "README.md fresh" in done.stdout
     assert "stale" not in done.stdout, f"run `python docs/generate.py`: {done.stdout}"
+
+
+def test_the_api_page_has_the_public_names():
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\.\. auto(?:class|function):: rap_env\.(\w+)$", text, re.M)
+    assert {*named, "__version__"} == {*rap_env.__all__}
+    assert re.findall(r"^## (\w+)$", text, re.M) == named
 
 
 def test_the_page_of_contributors_has_the_layers_of_the_package():

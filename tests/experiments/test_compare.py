@@ -165,8 +165,8 @@ def run_compare(*arguments, cwd):
 
 
 def test_the_program_prints_published_records_and_nothing_else(tmp_path):
-    done = run_compare(f"runs={ROOT}/results/seeds", "format=markdown", cwd=tmp_path)
+    done = run_compare(f"runs={ROOT}/results/learning", "format=markdown", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("# seeds: ")
-    assert "| MaskablePPO (5) |" in done.stdout
+    assert done.stdout.startswith("# learning: ")
+    assert "| RAP policy (5) |" in done.stdout
     assert list(tmp_path.iterdir()) == [], "it makes no run folder"

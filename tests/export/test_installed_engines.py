@@ -82,6 +82,14 @@ def llm():
     return load_llm(MODEL, dtype="float32", weights="bf16", device="cpu")
 
 
+@cache
+def unquantised():
+    """The model's file with all tensors in float32, in which both engines compute."""
+    model = GgufModel.of_file(gguf_source(MODEL))
+    tensors = {n: GgufTensor(t.values(), Kind.F32) for n, t in model.tensors.items()}
+    return replace(model, tensors=tensors)
+
+
 def plan_of(name):
     return Plan.removing(*(2 * layer + kind for layer, kind in PLANS[name]))
 
@@ -118,9 +126,7 @@ def test_llama_cpp_computes_exported_files(llama_cpp):
 @pytest.mark.parametrize("name", PLANS)
 def test_llama_cpp_chooses_our_tokens(name, llama_cpp, tmp_path):
     """If each choice behind our own tokens is ours, greedy generation gives our tokens."""
-    model = GgufModel.of_file(gguf_source(MODEL))
-    tensors = {n: GgufTensor(t.values(), Kind.F32) for n, t in model.tensors.items()}
-    export_gguf(replace(model, tensors=tensors), plan_of(name), tmp_path / "a.gguf")
+    export_gguf(unquantised(), plan_of(name), tmp_path / "a.gguf")
     sequences, _ = our_choices(name)
     np.save(tmp_path / "ids.npy", np.array(sequences, dtype=np.int32))
     program = f"""
