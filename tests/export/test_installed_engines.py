@@ -16,8 +16,7 @@ from gguf import GGMLQuantizationType as Kind
 
 from experiments.llama_cpp import PACKAGE, VERSION, target_nll
 from rap_env.errors import UnsupportedModelError
-from rap_env.export.gguf_export import GgufModel, export_gguf
-from rap_env.export.gguf_tensors import GgufTensor
+from rap_env.export.gguf_export import GgufModel, GgufTensor, export_gguf
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.pruned_checkpoint import save_pruned
 from rap_env.models.files.pruned_code import vllm_entries
