@@ -92,15 +92,6 @@ class GgufTensor:
         """Its bytes in a file."""
         return self.data.nbytes
 
-    @property
-    def bits(self) -> float:
-        """Bits that it takes for each value, scales included."""
-        return _bits(self.kind)
-
-    def values(self) -> npt.NDArray[np.float32]:
-        """What it stands for, in float32."""
-        return np.asarray(dequantize(self.data, self.kind), dtype=np.float32)
-
     def at(self, level: WeightLevel, name: str) -> GgufTensor:
         """The tensor at a level; itself where it takes no more bits, and if it is a vector.
 
@@ -110,9 +101,9 @@ class GgufTensor:
             UnsupportedModelError: Its rows cannot be cut into groups of 32; `name` is in the text.
         """
         kind = Kind.Q8_0 if level == "int8" else Kind.Q4_1
-        if level == "native" or self.data.ndim == 1 or self.bits <= _bits(kind):
+        if level == "native" or self.data.ndim == 1 or _bits(self.kind) <= _bits(kind):
             return self
-        weight = torch.from_numpy(np.array(self.values()))
+        weight = torch.from_numpy(np.array(dequantize(self.data, self.kind), dtype=np.float32))
         if weight.shape[1] % GROUP_INPUTS:
             raise UnsupportedModelError(
                 f"{name} has rows of {weight.shape[1]} values, which is no multiple of "
@@ -137,6 +128,7 @@ class GgufTensor:
 
 
 def _bits(kind: Kind) -> float:
+    """Bits that a value takes, scales included."""
     values, size = gguf.GGML_QUANT_SIZES[kind]
     return float(8 * size / values)
 

@@ -19,6 +19,7 @@ from rap_env.errors import (
     QueueFullError,
     counted,
 )
+from rap_env.request import human_bytes
 from rap_env.runtime.memory_estimator import BatchShape, PassSize
 from rap_env.runtime.request_handle import AdmitEvent, Rejection, rejection_of
 from rap_env.runtime.running import RunningBatch
@@ -36,7 +37,6 @@ _LONG_STALL_S = 1.0
 _CHUNK_PARTS = (1, 2, 4, 8)  # of a chunk, tried one after another: smaller passes take less memory
 _ONE_TOKEN = BatchShape(1, 1)
 _MORE = "raise model_memory (or memory), or max_delta_nll"
-_MIB = 2**20
 
 
 class RequestQueue:
@@ -254,7 +254,7 @@ class Admission:
             return ""
         return (
             f"No plan{self._chooser.floor_clause} fits a request of one token into the budget of "
-            f"{_mebibytes(budget)}; {_MORE}."
+            f"{human_bytes(max(0, budget))}; {_MORE}."
         )
 
     def misfit(self, shape: BatchShape, *, expected: bool) -> InfeasibleBudgetError:
@@ -308,14 +308,11 @@ class Admission:
         monitor = self._monitor
         self.stall_reason = (
             f"{counted(len(self._queue), 'request')} cannot run now: of the budget of "
-            f"{_mebibytes(monitor.budget_bytes)} (and {_mebibytes(monitor.usable_reserve_bytes)} "
-            f"of the reserve), {_mebibytes(monitor.used_bytes)} are used and "
-            f"{_mebibytes(monitor.margin.bytes)} are a margin; the least plan"
-            f"{self._chooser.floor_clause} takes {_mebibytes(self._chooser.least_bytes(shortest))} "
-            "for the shortest of them."
+            f"{human_bytes(max(0, monitor.budget_bytes))} (and "
+            f"{human_bytes(monitor.usable_reserve_bytes)} of the reserve), "
+            f"{human_bytes(monitor.used_bytes)} are used and "
+            f"{human_bytes(monitor.margin.bytes)} are a margin; the least plan"
+            f"{self._chooser.floor_clause} takes "
+            f"{human_bytes(self._chooser.least_bytes(shortest))} for the shortest of them."
         )
         log.warning("%s", self.stall_reason)
-
-
-def _mebibytes(number: int) -> str:
-    return f"{max(0, number) / _MIB:.1f} MiB"

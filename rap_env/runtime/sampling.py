@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from transformers.generation.logits_process import (
@@ -21,17 +21,8 @@ from transformers.generation.logits_process import (
 from rap_env.errors import InvalidGrammarError, InvalidRequestError
 from rap_env.models.device import send
 from rap_env.request import whole_number
+from rap_env.runtime.structured_output import GrammarMatcher
 from rap_env.specs import check, setting
-
-
-class TokenMatcher(Protocol):
-    """Follows an answer and knows which tokens may come next, V entries of the vocabulary."""
-
-    def allowed(self) -> torch.Tensor:
-        """Whether each token may come next, (V,); an `InvalidGrammarError` ends the request."""
-
-    def accept(self, token_id: int) -> None:
-        """Move on by an allowed token."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +42,7 @@ class SamplingParams:
         top_logprobs: Number of most likely tokens to report with each token of the answer.
         prompt_logprobs: The same for each token of the prompt, whose own log-probabilities are
             reported too; None to report nothing about the prompt.
-        constraint: Makes a matcher of what the answer has to follow
-            (`rap_env.runtime.structured_output`); None for nothing.
+        constraint: Makes a matcher of what the answer has to follow; None for nothing.
 
     Raises:
         InvalidRequestError: A value is out of its range.
@@ -69,7 +59,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     top_logprobs: int = setting(0, low=0)
     prompt_logprobs: int | None = setting(None, low=0)
-    constraint: Callable[[], TokenMatcher] | None = None
+    constraint: Callable[[], GrammarMatcher] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop_token_ids", tuple(map(int, self.stop_token_ids)))

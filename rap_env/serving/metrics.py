@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter as Tally
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from prometheus_client import (
@@ -92,22 +93,21 @@ class ServingMetrics:
         return generate_latest(self._registry)
 
 
-_Values = dict[str, tuple[str, float | Mapping[str, float]]]
-"""Metrics by name and labels: what each is, and its value, or one for each label.
+def _family(
+    kind: type[GaugeMetricFamily] | type[CounterMetricFamily],
+    name: str,
+    text: str,
+    values: float | Mapping[str, float],
+) -> Metric:
+    """A metric, or one for each label: `name` ends in ``[labels]`` then.
 
-Several labels, and values of them, are separated by a space.
-"""
-
-
-def _families(
-    family: type[GaugeMetricFamily] | type[CounterMetricFamily], metrics: _Values
-) -> Iterable[Metric]:
-    for name, (text, values) in metrics.items():
-        name, _, labels = name.removesuffix("]").partition("[")
-        metric = family(f"rap_{name}", text, labels=labels.split())
-        for label, value in values.items() if isinstance(values, Mapping) else [("", values)]:
-            metric.add_metric(label.split(), value)
-        yield metric
+    Several labels, and values of them, are separated by a space.
+    """
+    name, _, labels = name.removesuffix("]").partition("[")
+    metric = kind(f"rap_{name}", text, labels=labels.split())
+    for label, value in values.items() if isinstance(values, Mapping) else [("", values)]:
+        metric.add_metric(label.split(), value)
+    return metric
 
 
 class _EngineState(Collector):
@@ -126,92 +126,72 @@ class _EngineState(Collector):
         """Metrics of the engine's state."""
         stats, controller = self._engine.stats(), self._engine.controller
         chooser, switcher, monitor = controller.chooser, controller.switcher, controller.monitor
+        yield InfoMetricFamily(
+            "rap_build",
+            "What serves.",
+            {
+                "version": __version__,
+                "model": self._settings.served_name,
+                "policy": chooser.policy.name,
+            },
+        )
+        gauge, counter = partial(_family, GaugeMetricFamily), partial(_family, CounterMetricFamily)
+
+        # The plan
+        items = _items_by_level(stats.plan, self._num_layers)
+        yield gauge("items[kind level]", "Items of the model by kind and level.", items)
+        removed: dict[str, float] = {kind: stats.plan.count_removed(kind) for kind in KINDS}
+        yield gauge("blocks_removed[kind]", "Removed blocks by kind.", removed)
+        floor = math.nan if chooser.max_delta_nll is None else chooser.max_delta_nll
+        text = "Quality floor now, in nats per token; NaN without one."
+        yield gauge("max_delta_nll", text, floor)
+        text = "Whether the weights of a higher plan cannot be read (1), so that it waits."
+        yield gauge("weights_unreadable", text, bool(switcher.unreadable))
+        yield counter("plan_switches", "Changes of the plan.", switcher.switches)
+        yield counter("plan_decisions", "Times that a plan was chosen.", chooser.decisions)
+        text = "Changes of the plan that the log of decisions lacks."
+        yield counter("decisions_lost", text, switcher.lost_decisions)
+
+        # Memory
+        held = {"weights": monitor.held.weights, "kv_cache": monitor.held.kv_cache}
+        yield gauge("memory_held_bytes[part]", "Bytes of tensors in memory.", held)
         whole, budget_bytes = monitor.source.process_bytes, max(0, monitor.budget_bytes)
-        names = {"model": self._settings.served_name, "policy": chooser.policy.name}
-        yield InfoMetricFamily("rap_build", "What serves.", {"version": __version__, **names})
-        floor, meter = chooser.max_delta_nll, monitor.meter
-        gauges: _Values = {
-            "items[kind level]": (
-                "Items of the model by kind and level.",
-                _items_by_level(stats.plan, self._num_layers),
-            ),
-            "blocks_removed[kind]": (
-                "Removed blocks by kind.",
-                {kind: stats.plan.count_removed(kind) for kind in KINDS},
-            ),
-            "memory_held_bytes[part]": (
-                "Bytes of tensors in memory.",
-                {"weights": monitor.held.weights, "kv_cache": monitor.held.kv_cache},
-            ),
-            "memory_limit_bytes[of]": (
-                "The memory limit: of the whole process, or of the model.",
-                {"model": budget_bytes} if whole is None else {"process": whole},
-            ),
-            "memory_used_bytes": ("Measured bytes that the model takes.", monitor.used_bytes),
-            "memory_budget_bytes": ("Bytes that the model may take.", budget_bytes),
-            "memory_margin_bytes": (
-                "Bytes of the budget that stay free for what is not predicted.",
-                monitor.margin.bytes,
-            ),
-            "weights_unreadable": (
-                "Whether the weights of a higher plan cannot be read (1), so that it waits.",
-                bool(switcher.unreadable),
-            ),
-            "ready": (
-                "Whether requests can be served (1), as /readyz reports, or not (0).",
-                self._engine.unready_reason() is None,
-            ),
-            "queue_length": ("Answers that wait.", stats.queued),
-            "stalled_seconds": (
-                "Time for which answers have waited while none was generated.",
-                stats.stalled_s,
-            ),
-            "max_delta_nll": (
-                "Quality floor now, in nats per token; NaN without one.",
-                math.nan if floor is None else floor,
-            ),
-            "running": ("Answers that are being generated.", stats.running),
-            "lowered_rows": (
-                "Those of them whose caches are below the plan's levels.",
-                stats.lowered_rows,
-            ),
+        limit = {"model": budget_bytes} if whole is None else {"process": whole}
+        text = "The memory limit: of the whole process, or of the model."
+        yield gauge("memory_limit_bytes[of]", text, limit)
+        text = "Measured bytes that the model takes."
+        yield gauge("memory_used_bytes", text, monitor.used_bytes)
+        yield gauge("memory_budget_bytes", "Bytes that the model may take.", budget_bytes)
+        text = "Bytes of the budget that stay free for what is not predicted."
+        yield gauge("memory_margin_bytes", text, monitor.margin.bytes)
+        if isinstance(monitor.meter, ResidentMeter):
+            text = "Resident bytes of everything but the model."
+            yield gauge("memory_other_bytes", text, monitor.meter.baseline_bytes)
+
+        # Answers
+        text = "Whether requests can be served (1), as /readyz reports, or not (0)."
+        yield gauge("ready", text, self._engine.unready_reason() is None)
+        yield gauge("queue_length", "Answers that wait.", stats.queued)
+        text = "Time for which answers have waited while none was generated."
+        yield gauge("stalled_seconds", text, stats.stalled_s)
+        yield gauge("running", "Answers that are being generated.", stats.running)
+        text = "Those of them whose caches are below the plan's levels."
+        yield gauge("lowered_rows", text, stats.lowered_rows)
+        text = "Answers by how they ended in the engine; a stop string cancels what would follow."
+        yield counter("answers[outcome]", text, {n: getattr(stats, n) for n in _OUTCOMES})
+        tokens = {
+            "prompt": stats.prompt_tokens,
+            "repeated": stats.repeated_tokens,
+            "refilled": stats.refilled_tokens,
+            "generated": stats.tokens,
         }
-        if isinstance(meter, ResidentMeter):
-            other = "Resident bytes of everything but the model."
-            gauges["memory_other_bytes"] = other, meter.baseline_bytes
-        yield from _families(GaugeMetricFamily, gauges)
-        counters: _Values = {
-            "answers[outcome]": (
-                "Answers by how they ended in the engine; a stop string cancels what would follow.",
-                {name: getattr(stats, name) for name in _OUTCOMES},
-            ),
-            "tokens[part]": (
-                "Tokens by where they are.",
-                {
-                    "prompt": stats.prompt_tokens,
-                    "repeated": stats.repeated_tokens,
-                    "refilled": stats.refilled_tokens,
-                    "generated": stats.tokens,
-                },
-            ),
-            "preemptions": ("Answers put back into the queue.", stats.preemptions),
-            "interruptions": (
-                "Prefill chunks ended early because the budget fell.",
-                stats.interruptions,
-            ),
-            "plan_switches": ("Changes of the plan.", switcher.switches),
-            "plan_decisions": ("Times that a plan was chosen.", chooser.decisions),
-            "decisions_lost": (
-                "Changes of the plan that the log of decisions lacks.",
-                switcher.lost_decisions,
-            ),
-            "controller_overhead_seconds": (
-                "Time spent on choosing and switching plans.",
-                stats.overhead_s,
-            ),
-            "busy_seconds": ("Time spent in steps of the engine.", stats.busy_s),
-        }
-        yield from _families(CounterMetricFamily, counters)
+        yield counter("tokens[part]", "Tokens by where they are.", tokens)
+        yield counter("preemptions", "Answers put back into the queue.", stats.preemptions)
+        text = "Prefill chunks ended early because the budget fell."
+        yield counter("interruptions", text, stats.interruptions)
+        text = "Time spent on choosing and switching plans."
+        yield counter("controller_overhead_seconds", text, stats.overhead_s)
+        yield counter("busy_seconds", "Time spent in steps of the engine.", stats.busy_s)
 
 
 def _items_by_level(plan: Plan, num_layers: int) -> dict[str, float]:

@@ -45,7 +45,7 @@ def test_an_engine_says_why_it_cannot_serve(harness, engine):
         assert engine.unready_reason() is None
         harness.budget_bytes = 10
         reason = engine.unready_reason()  # by the new budget, whether the engine has read it or not
-        assert "one token into the budget of 0.0 MiB; raise model_memory" in reason
+        assert "one token into the budget of 10 B; raise model_memory" in reason
         harness.budget_bytes = PLENTY
         assert engine.unready_reason() is None
         poll = harness.controller.monitor.poll

@@ -162,7 +162,7 @@ def test_a_learned_margin_neither_rejects_at_arrival_nor_makes_the_server_unread
     handle = engine.submit(prompt(10), greedy(20))
     assert engine.nothing_fits() == ""
     monitor.budget_bytes, monitor.source.is_given = -5, False  # of free memory, less its reserve
-    assert "into the budget of 0.0 MiB" in engine.nothing_fits()
+    assert "into the budget of 0 B" in engine.nothing_fits()
     monitor.source.is_given = True
     for _ in range(20):  # two seconds
         engine.step()
