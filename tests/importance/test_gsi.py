@@ -18,8 +18,7 @@ from rap_env.scoring.scorer import MaskScorer
 from rap_env.scoring.store import ScoreStore
 from tests.envs.playing import LEVELS, make_v1, play
 from tests.envs.tiny_contexts import make_ladder_context
-from tests.scoring.removals import removals, scan
-from tests.scoring.test_scorer import plain_nll, tokens
+from tests.scoring.test_scorer import plain_nll, removals, scan, tokens
 from tests.tiny import tiny_llm
 
 

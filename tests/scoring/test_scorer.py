@@ -18,7 +18,6 @@ from rap_env.scoring.score_table import TableScorer
 from rap_env.scoring.scorer import METRIC, MaskScorer
 from rap_env.scoring.store import ScoreStore
 from tests.envs.tiny_contexts import make_context
-from tests.scoring.removals import scan
 from tests.scoring.tiny_table import all_masks, table_of
 from tests.tiny import DISTINCT_FAMILIES, FAMILIES, VOCAB_SIZE, each_family, tiny_llm
 
@@ -35,6 +34,17 @@ def plain_nll(llm, ids, mask, **options):
     """The model's own loss, window by window."""
     with torch.no_grad(), llm.masked(mask):
         return [float(llm.model(w[None], labels=w[None], **options).loss) for w in ids]
+
+
+def removals(num_blocks, base):
+    """By block: the plans that also remove one of the blocks that a plan keeps."""
+    return {n: base.without(n) for n in range(num_blocks) if n not in base.removed}
+
+
+def scan(scorer, base):
+    """NLL of these plans, by the block."""
+    plans = removals(scorer.llm.num_blocks, base)
+    return dict(zip(plans, scorer.nll_many(list(plans.values())), strict=True))
 
 
 CACHES = {"layer00.cache": "int4", "layer01.cache": "int2"}
