@@ -6,12 +6,11 @@ import pytest
 from rap_env.levels import WEIGHT_LEVELS
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
-from rap_env.render import _COLOURS, _PANEL, SIZE, Scene, render_ansi, render_rgb
+from rap_env.render import SIZE, Scene, render_ansi, render_rgb
 from rap_env.request import Request, human_bytes
 from tests.made_facts import made_facts
 
 _MIB = 2**20
-BLUE, ORANGE = (0, 114, 178), (230, 159, 0)  # FFN and attention weights
 
 
 def make_memory(layers: int = 4, **changed) -> MemoryModel:
@@ -25,10 +24,6 @@ def make_scene(*blocks: int, layers: int = 4, loss: float | None = None, fractio
     memory = make_memory(layers)
     request = Request.at_fraction(memory, 2, 1024, fraction)
     return Scene(memory, request, Plan.removing(*blocks), loss)
-
-
-def area(picture: np.ndarray, colour: tuple[int, int, int], right: int = SIZE[0]) -> int:
-    return int((picture[:, :right] == colour).all(axis=-1).sum())
 
 
 def test_text_shows_each_block_once_and_the_bytes():
@@ -84,31 +79,12 @@ def test_picture_changes_with_the_mask_and_nothing_else():
     assert not np.array_equal(dense, pruned)
 
 
-def test_a_removed_block_is_hollow_in_the_picture():
-    stack = SIZE[0] // 2 - 60
-    dense, pruned = render_rgb(make_scene()), render_rgb(make_scene(1, 3))
-    assert area(pruned, BLUE, stack) == pytest.approx(area(dense, BLUE, stack) / 2, rel=0.01)
-    assert area(pruned, ORANGE, stack) == area(dense, ORANGE, stack)
-
-
-def test_a_block_is_as_wide_as_its_bytes():
-    picture = render_rgb(make_scene())
-    stack = SIZE[0] // 2 - 60
-    assert area(picture, BLUE, stack) == pytest.approx(4 * area(picture, ORANGE, stack), rel=0.05)
-
-
 @pytest.mark.parametrize("removed", [(), (0, 3), range(8)])
 def test_the_parts_of_the_bar_add_up_to_the_peak(removed):
     memory = make_memory()
     request = Request.at_fraction(memory, 2, 1024, 0.7)
     scene = Scene(memory, request, Plan.removing(*removed))
-    peak = memory.peak_bytes(scene.plan.mask, request)
-    assert sum(scene.parts.values()) == peak
-    left, right = _PANEL
-    row = render_rgb(scene)[270, left:right]  # through the middle of the bar
-    colours = [tuple(bytes.fromhex(_COLOURS[part][1:])) for part in scene.parts]
-    drawn = sum(int((row == colour).all(axis=-1).sum()) for colour in colours)
-    assert drawn == pytest.approx((right - left) * peak / memory.dense_peak_bytes(2, 1024), abs=6)
+    assert sum(scene.parts.values()) == memory.peak_bytes(scene.plan, request)
 
 
 @pytest.mark.parametrize("layers", [1, 3, 30, 80, 400])
@@ -116,7 +92,6 @@ def test_any_depth_stays_inside_the_picture(layers):
     picture = render_rgb(make_scene(0, layers=layers))
     edges = [picture[:8], picture[-8:], picture[:, :8], picture[:, -8:]]
     assert all((edge == 255).all() for edge in edges)
-    assert area(picture, BLUE) > 1000
 
 
 CACHES = ("int8", "int4", "int2", "int4-window512", "int4-window256", "window128")
@@ -134,10 +109,6 @@ def test_a_plan_shows_its_levels_and_stays_inside_the_picture(levels):
     assert "lowered  " in text
     picture = render_rgb(scene)
     assert all((edge == 255).all() for edge in (picture[:, -20:], picture[-8:]))
-    native = render_rgb(Scene(memory, request, Plan.removing(11)))
-    light = tuple(bytes.fromhex(_COLOURS["KV cache"][1:]))
-    stack = SIZE[0] // 2 - 60
-    assert area(picture, light, stack) < area(native, light, stack)
 
 
 @pytest.mark.parametrize(

@@ -4,29 +4,18 @@ import numpy as np
 import pytest
 
 from agents.plan_observer import PlanObserver
-from rap_env.errors import InvalidRequestError
-from rap_env.ladder.features import ItemImportance
-from rap_env.ladder.items import Ladder
-from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.observation import ObservationEncoder, ObservedState
-from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.agents.policies import encoder_for
-from tests.policies.test_knapsack import facts
+from tests.policies import made_ladder
 
 TOGETHERS = [(), ("int8", "int4"), ("int8", "int4", "int4-window512"), ("int4",)]
 SHAPES = [(2, 2000, 0.5), (1, 64, 0.8), (2, 2000, 0.3), (8, 300, 0.4)]
 
 
-def encoder_of(together=(), layers=3) -> ObservationEncoder:
-    made = facts(layers=layers)
-    ladder = Ladder.of(made, together=together)
-    rng = np.random.default_rng(0)
-    one_shot, place = rng.random((2, len(ladder), ladder.width))
-    reached = np.cumsum(rng.random((len(ladder), ladder.width)), axis=1)
-    ladder_bytes = LadderBytes(MemoryModel(made), ladder)
-    return ObservationEncoder(ladder_bytes, ItemImportance(one_shot, place, reached))
+def encoder_of(together=()) -> ObservationEncoder:
+    return made_ladder.encoder(spec={"levels": "all", "together": together})
 
 
 def requests_of(builder) -> list[Request]:
@@ -64,11 +53,6 @@ def test_it_is_exactly_the_single_builder_and_tracker_on_random_ways(request, it
         state = observer.act(which, state, actions)
         visited |= set(map(tuple, state.tolist()))
     assert len(visited) > (30 if isinstance(items, str) else 100)
-
-
-def test_a_request_that_cannot_be_served_is_rejected():
-    with pytest.raises(InvalidRequestError, match="from 1 to 4096 tokens"):
-        PlanObserver(encoder_of(), [Request(1, 5000, 10**9)])
 
 
 def target_of(builder, levels) -> np.ndarray:

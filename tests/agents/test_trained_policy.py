@@ -1,5 +1,3 @@
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -54,28 +52,6 @@ def test_it_lowers_the_item_with_the_highest_network_score(any_context, name):
         positions = builder.ladder.positions(plan)
         plan = builder.ladder.plan(LevelSteps.every(builder.ladder).after(positions, int(action)))
     assert trained.choose(request) == plan
-
-
-def size(mask):
-    return len(mask.removed)
-
-
-@pytest.mark.parametrize("name", ["ppo", "dqn"])
-def test_without_the_request_it_is_one_static_order(context, name):
-    blind, seeing = (
-        trained_policy(name, context, without=["request"]),
-        trained_policy(name, context),
-    )
-    requests = [
-        request_at(context, *shape, f)
-        for shape in [(1, 10), (16, 2000), (4, 500)]
-        for f in (0.4, 0.55, 0.7, 0.85)
-    ]
-    masks = sorted((blind.choose(request) for request in requests), key=size)
-    assert len({len(mask.removed) for mask in masks}) > 4
-    assert all(one.removed <= other.removed for one, other in itertools.pairwise(masks))
-    masks = sorted((seeing.choose(request) for request in requests), key=size)
-    assert not all(one.removed <= other.removed for one, other in itertools.pairwise(masks))
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

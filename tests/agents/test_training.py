@@ -283,20 +283,3 @@ def test_every_agent_learns(tmp_path, context, name):
     learned = mean_loss(context, TrainedPolicy.load(tmp_path, context))
     assert learned < 0.5 * mean_loss(context, make_method("random", context))
     assert learned < mean_loss(context, make_method("one_shot", context))
-
-
-@pytest.mark.parametrize("name", ALGORITHMS)
-def test_on_a_real_model(real_context, tmp_path, name):
-    context = real_context
-    settings = {
-        "workload": {"name": "grid", "batch_sizes": [1, 4], "seq_lens_tokens": [8, 32]},
-        "reward": "perplexity",
-        "infeasible": "clip",
-    }
-    result = train(short(name, 128), make_envs(context, **settings), tmp_path, progress=False)
-    assert result.timesteps == 128
-    assert context.scorer.known > 10  # the agents share a context, and there are 64 masks
-    before, asked = context.scorer.passes, request_at(context, 2, 16, 0.8)
-    mask = TrainedPolicy.load(tmp_path, context).choose(asked)
-    assert context.memory.peak_bytes(mask, asked) <= asked.budget_bytes
-    assert context.scorer.passes == before

@@ -5,7 +5,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from agents.vector_env import GymVecEnv, split_infos
+from agents.vector_env import GymVecEnv
 from rap_env.errors import InvalidRequestError, UnknownNameError
 from tests.agents.synthetic import make_env, make_envs, request_at
 from tests.envs.playing import assert_same
@@ -102,19 +102,3 @@ def test_another_autoreset_mode_is_rejected():
     envs = gym.make_vec("CartPole-v1", num_envs=2, vectorization_mode="sync")
     with pytest.raises(UnknownNameError, match="'NextStep'; known are 'SameStep'.*must be reset"):
         GymVecEnv(envs)
-
-
-def test_infos_are_split_by_sub_environment():
-    infos = {
-        "a": np.array([1, 2]),
-        "_a": np.array([True, False]),
-        "b": {"c": np.array([0.5, 0.25]), "_c": np.array([False, True])},
-        "_b": np.array([True, True]),
-        "d": np.ones((2, 3)),
-    }
-    first, second = split_infos(infos, 2)
-    assert first.pop("d").tolist() == [1, 1, 1]
-    assert first == {"a": 1, "b": {}}
-    assert second["b"] == {"c": 0.25}
-    assert type(first["a"]) is int
-    assert "a" not in second

@@ -2,7 +2,6 @@
 
 from dataclasses import asdict, replace
 
-import gymnasium as gym
 import numpy as np
 import pytest
 
@@ -21,7 +20,6 @@ from rap_env.policies.packaged_files import default_facts
 from rap_env.scoring.corpus import Corpus
 from tests.envs.playing import DENSE_TIMING, LEVELS, make_v1, play
 from tests.envs.tiny_contexts import make_ladder_context
-from tests.imports import loaded_by
 from tests.scoring.tiny_table import all_masks, table_of
 
 CACHES = LEVELS["caches"]
@@ -142,28 +140,3 @@ def test_other_plans_are_predicted_and_flagged(live, table):
     assert all(info["predicted"] for info in lowered)
     with pytest.raises(UnknownNameError, match="Without costs of levels, only removals"):
         TableContext(replace(table, levels=None), "t", importance="one_shot").scorer.nll(plan)
-
-
-CODE = """
-import sys
-import gymnasium as gym, numpy as np, rap_env
-env = gym.make("RAPLadder-v0", model={model!r}, levels={levels!r}, workload="grid")
-rng, ended = np.random.default_rng(0), 0
-env.reset(seed=0)
-for _ in range(200):
-    *_, terminated, truncated, info = env.step(rng.integers(env.action_space.n))
-    if terminated or truncated:
-        ended += 1
-        assert "nll" in info
-        env.reset()
-assert ended > 2
-"""
-
-
-def test_gymnasium_makes_it_from_a_table_without_torch(table, tmp_path):
-    table.save(tmp_path / "t.json")
-    model = f"score_table:{tmp_path / 't.json'}"
-    code = CODE.format(model=model, levels=LEVELS)
-    assert loaded_by(code) == []
-    envs = gym.make_vec("RAPLadder-v0", num_envs=2, model=model, levels=LEVELS)
-    assert envs.reset(seed=0)[0]["ladder"].shape[0] == 2

@@ -111,19 +111,6 @@ def test_one_context_for_each_config(tmp_path):
     assert other.llm is first.llm  # one model in memory
 
 
-@pytest.fixture
-def config(tmp_path):
-    """Settings for a tiny model in a separate folder."""
-    folder = tmp_path / "model"
-    tiny_model(layers=3).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    text = CorpusConfig(windows=2, window_tokens=8)
-    return ContextConfig(
-        model=str(folder), dtype="float32", calibration=text, gsi_removals=2,
-        store=str(tmp_path / "s.sqlite"),
-    )  # fmt: skip
-
-
 def test_an_address_without_a_cluster_is_an_error_before_a_text_is_written(tmp_path, monkeypatch):
     ray = pytest.importorskip("ray")
     monkeypatch.setattr(ray, "is_initialized", lambda: False)  # the cluster of another test

@@ -13,6 +13,7 @@ from rap_env.envs.prune import RAPPruneEnv
 from rap_env.errors import ArtifactError, ModelNotAvailableError
 from rap_env.importance.gsi_search import gsi
 from rap_env.scoring.corpus import CorpusConfig
+from tests.envs.playing import play
 from tests.envs.tiny_contexts import make_context
 from tests.imports import loaded_by
 from tests.scoring.tiny_table import all_masks, table_of
@@ -43,25 +44,14 @@ def shallow(live, tmp_path):
     return f"score_table:{tmp_path / 's.json'}"
 
 
-def play(env, episodes=6):
-    """Everything that an agent with random actions sees."""
-    rng, seen = np.random.default_rng(3), []
-    for episode in range(episodes):
-        observation, info = env.reset(seed=episode)
-        seen.append((observation, 0.0, False, info))
-        over = False
-        while not over:
-            observation, reward, terminated, truncated, info = env.step(rng.integers(BLOCKS))
-            over = terminated or truncated
-            seen.append((observation, reward, terminated, info))
-    return seen
-
-
 @pytest.mark.parametrize("timing", ["terminal", "dense"])
 def test_the_same_episodes_as_with_the_live_model(live, model, timing):
     settings = {"workload": WORKLOAD, "reward": {"name": "perplexity", "timing": timing}}
-    expected = play(RAPPruneEnv(context=live, **settings))
-    found = play(gym.make("RAPPrune-v0", model=model, importance="one_shot", **settings))
+    single = RAPPruneEnv(context=live, **settings)
+    table = gym.make("RAPPrune-v0", model=model, importance="one_shot", **settings)
+    expected, found = (
+        [step for seed in range(6) for step in play(e, seed)] for e in (single, table)
+    )
     assert len(found) == len(expected) > 12
     for (seen, *rest), (wanted, *others) in zip(found, expected, strict=True):
         assert rest == others, "rewards and infos to the last bit"
@@ -71,7 +61,7 @@ def test_the_same_episodes_as_with_the_live_model(live, model, timing):
 
 def test_predicted_scores_are_flagged_in_info(shallow):
     env = gym.make("RAPPrune-v0", model=shallow, importance="one_shot", workload=WORKLOAD)
-    infos = [info for *_, info in play(env)]
+    infos = [info for seed in range(6) for *_, info in play(env, seed)]
     deep = [info for info in infos if "nll" in info and len(info["removed"]) > 2]
     assert deep
     assert all(info["predicted"] is True for info in deep)

@@ -34,11 +34,3 @@ class TestAccuracy:
         assert task_scorer(context, {"names": ("rap_choice",)}) is first
         assert task_scorer(context, {"names": ("rap_choice",), "limit": 3}) is not first
         assert first.config.limit == TASK_DOCUMENTS
-
-    def test_combined_names_both_terms(self, context):
-        spec = {"name": "combined", "weights": {"perplexity": 0.5, "accuracy": 2.0}}
-        env = make(context, reward=spec, tasks={"names": ["rap_choice"], "limit": 4})
-        _, reward, *_, info = play(env, 2, masked=True)[-1]
-        assert info["reward_terms"]["perplexity"] == pytest.approx(-0.5 * info["loss"])
-        assert reward == pytest.approx(sum(info["reward_terms"].values()))
-        assert set(info["reward_terms"]) == {"perplexity", "accuracy", "invalid_action"}

@@ -54,17 +54,6 @@ def wrong_arguments():
             allowed = tuple(numbers.get(kind, kind) for kind in types_of[name])
             if not isinstance(value, allowed) or value is True:
                 yield {name: value}, f"{name} must be of type"
-    for reward in (
-        {"loss_cap": "1"}, {"loss_cap": [1]}, {"loss_cap": True}, {"log_offset": None},
-        {"timing": ["dense"]},
-    ):  # fmt: skip
-        (name,) = reward
-        yield {"reward": {"name": "perplexity", **reward}}, f"{name} must be of type"
-    for weights in (5, None, ["perplexity"], "perplexity"):
-        yield {"reward": {"name": "combined", "weights": weights}}, "weights must be a dict"
-    for weight in ("1", None, float("nan")):
-        weights = {"perplexity": weight}
-        yield {"reward": {"name": "combined", "weights": weights}}, "must be at least 0"
     for source in (5, None):
         yield {"calibration": {"source": source}}, "source must be of type str"
     for windows in ("1", True, 1.5):
@@ -113,12 +102,6 @@ def test_v1_loads_native_weights_and_long_windows():
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"levels": "everything"}, UnknownNameError, "ladder 'everything'"),
-        ({"levels": 5}, InvalidRequestError, "levels must be of type str or Mapping"),
-        ({"levels": {"caches": ["int4", "int8"]}}, InvalidRequestError, "most to the least exact"),
-        ({"together": "int8"}, InvalidRequestError, "together must be a list"),
-        ({"together": ["int3"]}, UnknownNameError, "level of a cache 'int3'"),
-        ({"gsi_removals": 3}, UnknownNameError, "setting of the environment: 'gsi_removals'"),
         ({"gsi_actions": 0}, InvalidRequestError, "gsi_removals must be .* at least 1"),
         ({"level": "all"}, UnknownNameError, "'level'; known .* mean 'levels'"),
     ],

@@ -28,17 +28,6 @@ def test_stable_baselines_accepts_it(task):
     checker.check_env(task.make())
 
 
-@pytest.mark.parametrize("name", ["PPO", "DQN"])
-def test_agents_of_stable_baselines_learn_on_it(task, name):
-    sb3 = pytest.importorskip("stable_baselines3")
-    short = {"n_steps": 16, "batch_size": 16} if name == "PPO" else {"learning_starts": 8}
-    env = task.make()
-    agent = getattr(sb3, name)("MultiInputPolicy", env, seed=0, device="cpu", **short)
-    agent.learn(32)
-    action, _ = agent.predict(env.reset(seed=1)[0], deterministic=True)
-    assert env.action_space.contains(action.item())
-
-
 def test_maskable_ppo_finds_the_masks(task):
     contrib = pytest.importorskip("sb3_contrib")
     env = task.make(invalid_action_penalty=1e6)

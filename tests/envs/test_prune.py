@@ -53,15 +53,6 @@ class TestEpisode:
         assert info["removed"] == ["layer00.ffn"]
         assert env.action_masks().tolist() == [True, False, True, True, True, True]
 
-    def test_a_truncated_episode_pays_the_loss_it_reached(self, context):
-        env = make(context, max_invalid_actions=1, invalid_action_penalty=0.0)
-        env.reset(seed=0, options={"request": request_at(context, 0.7)})
-        env.step(0)
-        _, reward, _, truncated, info = env.step(0)
-        loss = context.scorer.nll(Plan.removing(0)) - context.scorer.dense_nll
-        assert truncated
-        assert (reward, info["loss"]) == (pytest.approx(-loss), pytest.approx(loss))
-
     @pytest.mark.parametrize("action", [np.array(2), np.array([2]), [2], np.uint8(2)])
     def test_an_array_of_one_integer_is_an_action(self, context, action):
         env = make(context)
@@ -87,12 +78,3 @@ class TestEpisode:
         assert env.step(3)[-1]["removed"] == ["layer00.ffn", "layer01.ffn"]
         again, _ = env.reset(seed=0, options={"request": request_at(context, 0.7)})
         assert data_equivalence(start, again)
-
-
-def test_text(context):
-    env = make(context, render_mode="ansi")
-    env.reset(seed=0, options={"request": request_at(context, 0.7)})
-    assert "ΔNLL     +0.000 nats" in env.render()
-    env.step(0)
-    assert "attn     .##" in env.render()
-    assert "measured when the episode ends" in env.render()

@@ -130,24 +130,6 @@ class TestEpisode:
             blind.reset(seed=0)
 
 
-class TestRendering:
-    def test_text(self, ladder):
-        env = make_v1(ladder, render_mode="ansi")
-        env.reset(seed=0, options={"request": long_request(ladder, 0.3)})
-        assert "cache" not in env.render()
-        assert "of the native peak" in env.render()
-        numbers = env.ladder.numbers
-        for item in ("layer00.cache", "layer01.cache", "layer01.cache", "layer01.cache"):
-            env.step(numbers[item])
-        for item in ("layer00.ffn", "layer01.ffn", "layer01.ffn", "embeddings"):
-            env.step(numbers[item])
-        text = env.render()
-        assert "ffn      84#" in text
-        assert "cache    8w#" in text
-        words = ("1 block int8", "1 block int4", "1 cache int8", "1 cache int4-window32")
-        assert all(word in text for word in (*words, "embeddings int8"))
-
-
 def plan_of(env, info) -> Plan:
     levels = zip(env.ladder.items, info["levels"], strict=True)
     return Plan.of({i.name: n for i, n in levels if not (i.kind == "cache" and n == "removed")})

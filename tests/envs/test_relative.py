@@ -8,24 +8,17 @@ from rap_env.plan import Plan
 from rap_env.policies.loading import make_method
 from tests.envs.playing import (
     COUNT,
-    MODES,
     NUM_ENVS,
-    assert_same,
     make,
-    make_sync,
     make_vector,
     play,
     play_first_valid,
-    play_vector,
     request_at,
 )
 from tests.envs.test_vector import CountsCalls
 from tests.envs.tiny_contexts import make_context
 
-LOG_DENSE = {"timing": "dense", "scale": "log"}
 FRONTIER = [Plan.removing(*range(count)) for count in range(1, COUNT + 1)]
-SHAPES = {"batch_sizes": [1, 2], "seq_lens_tokens": [16]}
-TWO_REQUESTS = {"name": "grid", **SHAPES, "budget_fractions": [0.7]}
 
 
 def relative(name: str, **settings) -> dict:
@@ -77,43 +70,6 @@ def test_the_frontier_baseline_uses_its_best_fitting_mask(ordered):
     expected = min(loss_of(ordered, mask) for mask in fitting)
     assert info["baseline_loss"] == pytest.approx(expected)
     assert reward == pytest.approx(expected - info["loss"])
-
-
-@pytest.mark.parametrize("reward", ["perplexity", relative("gsi"), relative("gsi", **LOG_DENSE)])
-def test_baseline_loss_is_in_info_on_the_last_step_if_requested(ordered, reward):
-    (_, start), *steps = play(make(ordered, reward=reward), 3, masked=True)
-    reported = ["baseline_loss" in info for info in (start, *(step[-1] for step in steps))]
-    assert reported == [False] * len(steps) + [reward != "perplexity"]
-
-
-def test_a_baseline_is_measured_once_for_a_request(ordered):
-    context = make_context(importance="gsi")
-    env = make(context, reward=relative("gsi"), workload=TWO_REQUESTS)
-    context.scorer.nll(Plan())
-    before = context.scorer.evaluations
-    masks = set()
-    for seed in range(6):
-        play(env, seed, masked=True)
-        masks |= {env.plan, make_method("gsi", context).choose(env.request)}
-    assert context.scorer.evaluations - before <= len(masks)
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [
-        ("gsi", {}),
-        ("frontier", LOG_DENSE),
-    ],
-)
-def test_sub_environments_get_the_rewards_of_single_environments(ordered, mode, name, settings):
-    shared = {"reward": relative(name, **settings), "max_invalid_actions": 3}
-    happened = play_vector(make_vector(ordered, autoreset_mode=mode, **shared), 1)
-    assert_same(happened, play_vector(make_sync(ordered, mode, **shared), 1))
-    infos = [result[-1] for result in happened]
-    infos += [info["final_info"] for info in infos if "final_info" in info]
-    compared = [info["_baseline_loss"] for info in infos if "baseline_loss" in info]
-    assert sum(flags.sum() for flags in compared) > NUM_ENVS
 
 
 def test_baseline_masks_and_final_masks_are_scored_together(ordered):

@@ -74,12 +74,6 @@ def test_drawn_requests_that_no_mask_can_meet_are_drawn_again(context):
     assert any("infeasible" in clipping.reset(seed=seed)[1] for seed in range(20))
 
 
-def test_a_workload_that_no_mask_can_meet_is_rejected(context):
-    never = {"name": "fixed", **LONG, "budget_bytes": 10}
-    with pytest.raises(InfeasibleBudgetError, match=r"every block removed.*infeasible='clip'"):
-        make(context, infeasible="error", workload=never).reset(seed=0)
-
-
 def test_an_infeasible_budget_is_clipped_on_demand(context):
     env = make(context, infeasible="clip")
     options = {"request": {**LONG, "budget_bytes": 10}}

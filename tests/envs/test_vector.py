@@ -94,26 +94,6 @@ def test_requests_given_at_the_reset_are_those_of_single_environments(context, m
     assert vector.requests == (options["request"],) * NUM_ENVS
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("reward", ["perplexity", DENSE_TIMING])
-def test_predicted_scores_are_flagged(context, mode, reward):
-    wrapped = PredictsOddMasks(context)
-    settings = {"reward": reward, "max_invalid_actions": 3}
-    happened = play_vector(make_vector(wrapped, autoreset_mode=mode, **settings), 0)
-    assert_same(happened, play_vector(make_sync(wrapped, mode, **settings), 0))
-    infos = [result[-1] for result in happened]
-    infos += [info["final_info"] for info in infos if "final_info" in info]
-    flags = [(info["_predicted"], info["predicted"]) for info in infos if "predicted" in info]
-    assert flags
-    for has_it, value in flags:
-        assert np.array_equal(has_it, value)
-        assert has_it.any()
-    for info in infos:
-        for index in np.flatnonzero(info.get("_nll", [])):
-            odd = len(info["removed"][index]) % 2 == 1
-            assert info.get("predicted", np.zeros(NUM_ENVS, bool))[index] == odd
-
-
 class CountsCalls:
     """A real context that records the number of masks of each call."""
 
@@ -128,13 +108,6 @@ class CountsCalls:
     def nll_many(self, masks):
         self.asked.append(len(masks))
         return self.context.scorer.nll_many(masks)
-
-
-class PredictsOddMasks(CountsCalls):
-    """A real context that calls its scores of odd numbers of removals predictions."""
-
-    def is_predicted(self, mask):
-        return len(mask.removed) % 2 == 1
 
 
 def test_the_scores_of_a_step_are_requested_in_one_call(context):

@@ -18,9 +18,6 @@ from tests.envs.playing import (
     USUAL,
     assert_same,
     check_resumed,
-    ladder_task,
-    long_request,
-    make_v1,
     make_vector,
     play_vector,
     request_at,
@@ -151,18 +148,3 @@ def test_impossible_actions_are_rejected_and_change_nothing(task, actions, error
     with pytest.raises(error, match=message):
         vector.step(np.array(actions))
     assert vector.plans == (Plan(),) * NUM_ENVS
-
-
-def test_sub_environments_of_levels_have_their_plans_and_pictures(ladder):
-    options = {"request": long_request(ladder, 0.3)}
-    vector = ladder_task(ladder).make_vector(render_mode="ansi")
-    vector.reset(seed=0, options=options)
-    vector.step(np.arange(NUM_ENVS))
-    names = [item.name for item in vector.ladder.items]
-    plans = tuple(Plan.of({names[index]: "int8"}) for index in range(NUM_ENVS))
-    assert vector.get_attr("plan") == plans
-    assert vector.call("action_masks")[0].tolist() == [True] * ITEMS
-    single = make_v1(ladder, render_mode="ansi")
-    single.reset(seed=0, options=options)
-    single.step(3)
-    assert vector.render()[3] == single.render()

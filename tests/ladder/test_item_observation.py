@@ -3,28 +3,18 @@
 import numpy as np
 import pytest
 
-from rap_env.ladder.features import ITEM_FEATURES, ItemImportance, log_cost
-from rap_env.ladder.items import KINDS, Ladder
-from rap_env.ladder.ladder_bytes import LadderBytes
-from rap_env.ladder.observation import ObservationEncoder
-from rap_env.memory import MemoryModel
+from rap_env.ladder.features import ITEM_FEATURES, log_cost
+from rap_env.ladder.items import KINDS
 from rap_env.plan import Plan
 from rap_env.request import Request
-from tests.policies.test_knapsack import facts
+from tests.policies import made_ladder
 
 COLUMN = {name: number for number, name in enumerate(ITEM_FEATURES)}
 
 
 @pytest.fixture
 def builder():
-    made = facts(layers=3)
-    memory = MemoryModel(made)
-    ladder = Ladder.of(made)
-    rng = np.random.default_rng(0)
-    one_shot, place = rng.random((2, len(ladder), ladder.width))
-    reached = np.cumsum(rng.random((len(ladder), ladder.width)), axis=1)
-    importance = ItemImportance(one_shot, place, reached)
-    return ObservationEncoder(LadderBytes(memory, ladder), importance)
+    return made_ladder.encoder(spec={"levels": "all"})
 
 
 def of(builder, plan, batch=2, tokens=2000, fraction=0.5):
@@ -99,20 +89,6 @@ def test_a_level_that_the_request_skips_is_not_the_next_one(builder):
         assert seen["ladder"][number, COLUMN["one_shot_cost"]] == pytest.approx(expected)
     _, seen = of(builder, plan, tokens=64)
     assert not seen["action_mask"][number]
-
-
-def test_the_request_is_observed_as_in_v0(builder):
-    plan = {"layer00.cache": "int4", "layer01.ffn": "removed"}
-    request, seen = of(builder, plan)
-    memory = builder.ladder_bytes.memory
-    native = memory.dense_peak_bytes(2, 2000)
-    over = memory.peak_bytes(Plan.of(plan), request) - request.budget_bytes
-    assert seen["request"] == pytest.approx(
-        [
-            request.budget_bytes / native, 1 / 8, np.log(2000) / np.log(4096),
-            min(1.0, max(0, over) / native), memory.breakdown(Plan(), request).kv_cache / native,
-        ]
-    )  # fmt: skip
 
 
 def test_costs_are_observed_on_a_log_scale():

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rap_env.errors import InvalidRequestError, RapError, UnknownNameError
+from rap_env.errors import InvalidRequestError, UnknownNameError
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.steps import LevelSteps
-from rap_env.levels import LADDERS, parse_levels
+from rap_env.levels import LADDERS
 from rap_env.plan import Plan, item_names
 from tests.policies.test_knapsack import facts
 
@@ -90,25 +90,15 @@ def test_an_explicit_ladder_has_what_it_names():
         ({"embeddings": ["removed"]}, UnknownNameError, "level of embeddings 'removed'"),
         ({"caches": ["int4-window7"]}, UnknownNameError, "level of a cache 'int4-window7'"),
         ({"caches": "int8"}, InvalidRequestError, "list of names, not 'int8'"),
-        ({"caches": [8]}, UnknownNameError, "level of a cache 8"),
         ({"weights": ["int4", "int8"]}, InvalidRequestError, "most to the least exact"),
         ({"caches": ["int4-window256", "int2"]}, InvalidRequestError, "no longer window"),
-        ({"caches": ["int8", "int8"]}, InvalidRequestError, "most to the least exact"),
-        ({"caches": ["int8", "native"]}, InvalidRequestError, "most to the least exact"),
         (5, InvalidRequestError, r"a name \(masks, caches, four-bits, all\) or a dict"),
         ({}, InvalidRequestError, "nothing to lower"),
-        ({"weights": ["native"]}, InvalidRequestError, "nothing to lower"),
     ],
 )
 def test_wrong_levels_are_one_clear_error(levels, error, message):
     with pytest.raises(error, match=message):
         Ladder.of(UNPACKED, levels)
-
-
-def test_names_are_checked_without_a_model():
-    assert parse_levels("masks") == {"weights": ("removed",), "caches": (), "embeddings": ()}
-    with pytest.raises(RapError, match="most to the least exact"):
-        parse_levels({"caches": ["int4", "int8"]})
 
 
 def test_lowering_goes_through_all_levels_of_an_item():

@@ -142,40 +142,15 @@ def test_the_packaged_policy_has_its_published_result(packaged):
     mean, low, high = packaged.against(knapsack)
     assert mean == pytest.approx(packaged.mean_delta_nll - knapsack.scores("test").mean())
     assert low < mean < high < 0
-    lines = str(packaged).splitlines()
-    assert lines[0].startswith(f"{V1}, test text, 30 requests")
-    order = [line.partition("  ")[0] for line in lines[2:]]
+    order = [line.partition("  ")[0] for line in str(packaged).splitlines()]
     assert order.index("packaged (this)") < order.index("Uniform settings")
-
-
-def test_an_entry_measured_against_itself_has_no_difference(packaged):
-    own = packaged.entry("The packaged policy.", url="https://example.org")
-    assert packaged.against(own) == (0.0, 0.0, 0.0)
-    assert own.origin == {"url": "https://example.org"}
-    assert own.comparison == "SmolLM2-v1"
-
-
-@pytest.mark.parametrize("split", ["calibration", "test"])
-def test_predicted_values_stand_beside_predictions_of_the_published_methods(split):
-    """Measured values of the others alone would make the same prediction look better or worse."""
-    result = rap_env.evaluate(first_valid, V1, split, name="first")
-    assert 0 < result.num_predicted <= sum(cell.fits for cell in result.cells)
-    lines = str(result).splitlines()
-    assert lines[-2].startswith(
-        f"{result.num_predicted} of 30 values of first (this) are predicted"
-    )
-    assert lines[-1].startswith("Intervals leave out the error of prediction")
-    row = next(line for line in lines if line.startswith("Uniform settings"))
-    assert ("1.1053     1.0169" in row) == ("predicted" in lines[1]) == (split == "test")
 
 
 def test_a_policy_that_ignores_the_mask_is_told_so():
     result = rap_env.evaluate(lambda _: 0, V1, "test", name="zero")
     assert all(cell.truncated and not cell.fits for cell in result.cells)
     assert result.num_predicted == 0
-    *_, last = str(result).splitlines()
-    assert last.startswith("30 episodes ended by invalid actions; does the policy use")
-    assert "predicted" not in str(result)
+    assert "30 episodes ended by invalid actions" in str(result)
 
 
 def test_doing_nothing_is_worse_than_removing_everything_and_than_every_method():
@@ -183,8 +158,6 @@ def test_doing_nothing_is_worse_than_removing_everything_and_than_every_method()
     assert not any(cell.fits for cell in found.cells)
     assert {cell.delta_nll for cell in found.cells} == {0.0}
     assert found.scores == pytest.approx(np.full(25, 2 * np.log(49152)))
-    assert "25 plans exceed their budget and count as 21.6" in str(found)
-    assert "invalid actions" not in str(found)
     for task in pinned_tasks().values():
         scores = {e.name: e.scores("test").mean() for e in published_entries(task.comparison)}
         assert max(scores, key=scores.get) == "Do nothing"

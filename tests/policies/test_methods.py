@@ -2,12 +2,11 @@
 
 import itertools
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from rap_env.errors import InfeasibleBudgetError, InvalidRequestError, UnknownNameError
+from rap_env.errors import InfeasibleBudgetError, InvalidRequestError
 from rap_env.plan import Plan
 from rap_env.policies.loading import make_method
 from rap_env.policies.method import measure_choice
@@ -69,14 +68,6 @@ def test_a_policy_of_the_server_answers_an_impossible_request_with_its_smallest_
     impossible = Request(1, 10, 100)
     assert make_method("dense", context).choose(impossible) == Plan()
     assert make_method("knapsack", context).choose(impossible) == Plan.removing(*range(8))
-
-
-@pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize(("shape", "fraction"), [((1, 8), 0.9), ((8, 64), 0.7)])
-def test_choices_on_a_real_model_fit(real_context, name, shape, fraction):
-    request = Request.at_fraction(real_context.memory, *shape, fraction)
-    plan = make_method(name, real_context).choose(request)
-    assert fits(real_context, plan, request) or name in NEVER_SURE
 
 
 @pytest.fixture(scope="module")
@@ -223,23 +214,3 @@ def test_costs_of_a_choice_are_counted(context):
     assert costs["one_shot"] == costs["knapsack"] == costs["one_shot_per_byte"] == 9
     assert costs["gsi"] == costs["evolutionary"] == context.gsi.evaluations
     assert costs["random"] == costs["greedy_per_byte"] == costs["dense"] == costs["sleb"] == 0
-
-
-@pytest.mark.parametrize("on_ladder", [False, True])
-def test_unknown_names_list_the_known(context, ladder_context, ladder_bytes, on_ladder):
-    made_of = (ladder_context, ladder_bytes) if on_ladder else (context,)
-    with pytest.raises(UnknownNameError, match="Unknown policy 'knapsac'.*mean 'knapsack'"):
-        make_method("knapsac", *made_of)
-
-
-def test_a_packaged_policy_is_compared_by_its_name(context):
-    assert make_method("knapsack-by-text", SimpleNamespace(memory=packaged_memory())).name
-    with pytest.raises(Exception, match="no level costs of synthetic"):
-        make_method("knapsack-by-text", context)
-
-
-def packaged_memory():
-    from rap_env.memory import MemoryModel
-    from rap_env.policies.packaged_files import default_facts
-
-    return MemoryModel(default_facts())

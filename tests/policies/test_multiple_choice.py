@@ -52,12 +52,3 @@ def test_it_equals_brute_force(style):
             # Sums in another order differ in their last bits.
             assert cost == pytest.approx(best, abs=1e-9)
             assert cost == pytest.approx(solver.cost(found))
-
-
-def test_a_budget_that_needs_nothing_takes_the_cheapest_options():
-    solver = MultipleChoice([[10, 4], [7, 3]], [[0.0, 1.0], [0.0, 2.0]])
-    assert solver.solve(17).tolist() == [0, 0]
-    assert solver.solve(16).tolist() == [1, 0]
-    assert solver.solve(7).tolist() == [1, 1]
-    assert solver.solve(6) is None
-    assert solver.least.tolist() == [1, 1]

@@ -8,7 +8,7 @@ from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies import packaged_files
 from rap_env.policies.base import Policy, as_policy
-from rap_env.policies.loading import OrderPolicy, check_policy, load_policy, make_method
+from rap_env.policies.loading import OrderPolicy, check_policy, load_policy
 from rap_env.policies.network_policy import NetworkPolicy
 from rap_env.policies.registry import methods, policy_names
 from rap_env.policies.tables import TablePolicy
@@ -17,11 +17,6 @@ from tests.policies.made_policies import memory, policy_file
 from tests.policies.test_knapsack import costs as level_costs
 from tests.policies.test_knapsack import facts as levelled_facts
 
-PLANS = (
-    {"layer00.cache": "int8", "layer01.cache": "int8"},
-    {"layer00.cache": "int4", "layer01.cache": "int4"},
-    {"layer01.cache": "int4", "layer01.ffn": "removed"},
-)
 SCORES = {(): 2.5, (0,): 2.6, (1,): 2.7, (0, 1): 2.9, (0, 1, 3): 3.4}
 
 
@@ -78,25 +73,6 @@ def test_a_frontier_of_another_shape_is_rejected():
         TablePolicy(memory(), frontier(4))
 
 
-def test_the_table_of_plans_gives_the_best_measured_plan_that_fits(tmp_path):
-    model = MemoryModel(levelled_facts())
-    plans = [Plan(), *map(Plan.of, PLANS)]
-    scores = {plan: 2.0 + number / 10 for number, plan in enumerate(plans)}
-    provenance = {"model": "made", "fingerprint": model.facts.fingerprint, "scoring": {}}
-    known = PlanTable(model.facts.num_layers, 2.0, scores, 4, 0.0, {}, provenance)
-    known.save(tmp_path / "plans.json")
-    policy = load_policy(tmp_path / "plans.json", model)
-    assert type(policy) is TablePolicy
-    shape = (4, 100)
-    needs = {plan: model.peak_bytes(plan, Request(*shape, 1)) for plan in scores}
-    for budget in sorted({*needs.values()}):
-        fitting = [plan for plan, need in needs.items() if need <= budget]
-        best = min(fitting, key=lambda plan: scores[plan])
-        assert policy.choose(Request(*shape, budget)) == best
-    smallest = min(needs, key=lambda plan: needs[plan])
-    assert policy.choose(Request(*shape, 1)) == smallest
-
-
 @pytest.mark.parametrize("policy", ["order", "frontier", "network"])
 def test_requests_that_the_model_cannot_serve_are_rejected(policy):
     made = {
@@ -142,17 +118,6 @@ class TestLoadPolicy:
             assert served.peak_bytes(plan, request) <= request.budget_bytes
         with pytest.raises(ArtifactError, match="scores of smollm2-135m.* only, and this policy"):
             load_policy("random", memory())
-
-    @pytest.mark.parametrize(
-        ("name", "weights"),
-        [("dense", "native"), ("knapsack", "native"), ("frontier", "bf16"), ("rap-v0", "bf16")],
-    )
-    def test_the_same_class_is_served_and_compared(self, name, weights):
-        served = MemoryModel(packaged_files.default_facts(weights))
-        alone = load_policy(name, served)
-        compared = make_method(name, packaged_files.packaged_context(served))
-        assert type(alone) is type(compared)
-        assert alone.name == compared.name == name
 
     def test_names_are_listed_and_checked_without_a_model(self):
         assert {"rap", "rap-low-bits", "rap-v0", "rap-recall", "knapsack-by-text", *methods()} == {

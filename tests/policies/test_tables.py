@@ -3,15 +3,14 @@
 import numpy as np
 import pytest
 
-from rap_env.errors import ArtifactError, InvalidRequestError
+from rap_env.errors import ArtifactError
 from rap_env.importance.plan_search import PlanSearchConfig, build_plan_table
 from rap_env.importance.plan_table import PlanTable
 from rap_env.plan import Plan
 from rap_env.policies.loading import make_method
 from rap_env.policies.method import measure_choice
-from rap_env.request import Request
 from tests.agents.synthetic import request_at
-from tests.envs.playing import LEVELS, make_v1, play_first_valid
+from tests.envs.playing import LEVELS
 from tests.envs.tiny_contexts import make_ladder_context
 from tests.policies.requests import SHAPES, fits
 
@@ -94,18 +93,3 @@ def test_a_search_on_predicted_scores_runs_no_model_and_beats_the_greedy_order(
     assert all(map(fits, [context] * len(requests), plans["score_model"], requests))
     means = {name: np.mean(context.scorer.nll_many(found)) for name, found in plans.items()}
     assert means["score_model"] < means["one_shot"]
-
-
-def test_a_reward_may_be_relative_to_the_best_measured_plan(tmp_path):
-    path = tmp_path / "plans.json"
-    context = make_ladder_context(frontier=str(path))
-    low = Plan.uniform(context.memory.facts.num_layers, caches="int4", weights="int4")
-    scores = measured(context, [Plan(), low], path)
-    peak_bytes = context.memory.peak_bytes(low, Request(16, 500, 1))
-    env = make_v1(
-        context, reward={"name": "perplexity", "relative_to": "frontier", "timing": "terminal"}
-    )
-    info = play_first_valid(env, Request(16, 500, peak_bytes))[-1][-1]
-    assert info["baseline_delta_nll"] == pytest.approx(scores[low] - context.scorer.dense_nll)
-    with pytest.raises(InvalidRequestError, match="No plan of the frontier fits"):
-        play_first_valid(env, Request(16, 500, peak_bytes - 1))

@@ -5,13 +5,11 @@ from functools import partial
 import numpy as np
 import pytest
 
-from rap_env.errors import ArtifactError
-from rap_env.importance.text_kinds import KindCosts
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.knapsack import KnapsackPolicy, TextPolicy
 from rap_env.policies.loading import load_policy
-from rap_env.policies.packaged_files import default_facts, packaged_costs
+from rap_env.policies.packaged_files import default_facts
 from rap_env.request import Request
 from rap_env.runtime.memory_estimator import BatchShape
 from tests.importance.test_kind_costs import kind_costs
@@ -102,9 +100,3 @@ def test_the_packaged_policy_chooses_by_text(default):
         plans.append(plan)
     assert len(set(plans)) == 5
     assert policy.for_text((1.0, 0.0, 0.0, 0.0)).delta_nll(plans[1], 1024) > 0
-
-
-def test_costs_by_kind_that_the_package_lacks_are_to_be_measured(default, monkeypatch, tmp_path):
-    monkeypatch.setattr("rap_env.policies.packaged_files.PACKAGED", tmp_path)
-    with pytest.raises(ArtifactError, match=r"no level costs of .*levels\.json"):
-        packaged_costs(KindCosts, default)

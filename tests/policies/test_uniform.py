@@ -91,15 +91,3 @@ def test_it_is_the_best_of_all_settings_with_the_fewest_removals(
     # A random model may gain from further removals, which are not tried.
     assert ladder_context.scorer.nll(plan) <= least + 0.15
     assert scores.evaluations < len(fitting) / 5
-
-
-def test_settings_are_not_dominated_and_sorted_by_what_is_known(
-    ladder_context, ladder_bytes, between
-):
-    settings = make_method("uniform", ladder_context, ladder_bytes).settings(
-        between(SHAPES[1], 0.5)
-    )
-    assert not any(one.dominates(other) for one in settings for other in settings)
-    known = [sum(one.rises) for one in settings]
-    assert known == sorted(known)
-    assert len({one.plan for one in settings}) == len(settings)
