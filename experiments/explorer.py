@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from experiments.study.json_records import write_text
-from experiments.study.plotting import LEVEL_COLOURS, look
+from experiments.study.plotting import LEVEL_COLOURS, item_levels, look
 from rap_env.artifacts import canonical_json
 from rap_env.context.table import TableContext
 from rap_env.ladder.items import Ladder
@@ -125,17 +125,11 @@ class Explorer:
             the bytes of its weights and embeddings, its ΔNLL on held-out text, and whether that
             was measured.
         """
-        layers = range(self.memory.facts.num_layers)
-        levels = [
-            *(plan.weight_level(2 * n) for n in layers),
-            *("removed" if 2 * n in plan.removed else plan.cache_level(n).name for n in layers),
-            *(plan.weight_level(2 * n + 1) for n in layers),
-            plan.embeddings,
-        ]
+        by_kind = item_levels(plan.levels, self.memory.facts.num_layers).values()
+        digits = "".join(str(self.levels.index(level)) for kind in by_kind for level in kind)
         scorer = self.context.scorer
         delta_nll = self.held_out.delta_nll(plan, scorer.nll(plan) - scorer.dense_nll)
         parts = self.memory.breakdown(plan, Request(1, 1, budget_bytes=1))
-        digits = "".join(str(self.levels.index(level)) for level in levels)
         measured = int(not self.held_out.is_predicted(plan))
         return [digits, parts.weights, parts.embeddings, round(delta_nll, 3), measured]
 

@@ -19,13 +19,20 @@ from pydoc_data.topics import topics
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from experiments.config import Config
 from experiments.launch import launch
 from experiments.study.console import say
 from experiments.study.json_records import read_json, write_text
-from experiments.study.plotting import FAINT, INK, LEVEL_COLOURS, save_png, style
+from experiments.study.plotting import (
+    FAINT,
+    INK,
+    item_levels,
+    level_colour,
+    level_legend,
+    save_png,
+    style,
+)
 from rap_env.artifacts import atomic_write
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
@@ -40,6 +47,9 @@ if TYPE_CHECKING:
     from rap_env.runtime.request_handle import RequestHandle
 
 FILE = "live.json"
+
+Step = tuple[float, int, int, int]
+"""A pass: its end in seconds, bytes of the limit, measured bytes, and the number of its plan."""
 
 QUESTIONS = {
     "What is the capital of France?": "Paris",
@@ -60,8 +70,18 @@ LIMIT = {0.0: 1.1, 0.2: 1.1, 0.45: 0.55, 0.62: 0.55, 0.7: 1.1, 1.0: 1.1}
 """The memory limit as a share of the native need, by the share of the time that has passed."""
 
 _FRAMES, _FRAMES_PER_S = 96, 8  # of the animation, however long the run was
-_MOMENTS = 240  # of the levels over the whole time
 _CHARACTERS = 60  # of an answer that are shown
+_BLUE = "#2171B5"
+_WORDS = {
+    "native": "as shipped",
+    "int8": "8 bits",
+    "int4": "4 bits",
+    "int4-compact": "4 bits, compact",
+    "int3": "3 bits",
+    "int2": "2 bits",
+    "removed": "left out",
+    **{f"int4-window{n}": f"4 bits, last {n} tokens" for n in (512, 256, 128)},
+}
 
 
 @dataclass
@@ -89,15 +109,14 @@ class Recording:
 
     Attributes:
         native_bytes: What the native model needs for all that runs.
-        steps: Of each pass: its end in seconds, bytes of the limit, measured bytes, and the number
-            of its plan.
+        steps: The passes.
         plans: The levels of the plans, native ones left out.
     """
 
     num_layers: int
     seconds: float
     native_bytes: int
-    steps: list[tuple[float, int, int, int]] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
     plans: list[dict[str, str]] = field(default_factory=list)
     answers: list[Question] = field(default_factory=list)
 
@@ -114,20 +133,6 @@ class Recording:
             f"{len(self.steps)} passes of the model measure more than the limit, and the last plan "
             f"is {last}."
         )
-
-    def levels_at(self, time_s: float) -> dict[str, list[str]]:
-        """The level of each item at a moment, by kind of item, from the first layer to the last."""
-        past = [step for step in self.steps if step[0] <= time_s] or self.steps[:1]
-        plan = Plan.of(self.plans[past[-1][3]])
-        layers, removed = range(self.num_layers), plan.removed
-        return {
-            "KV caches": [
-                "removed" if 2 * n in removed else plan.cache_level(n).name for n in layers
-            ],
-            "Attention": [plan.weight_level(2 * n) for n in layers],
-            "FFN": [plan.weight_level(2 * n + 1) for n in layers],
-            "Embeddings": [plan.embeddings],
-        }
 
 
 def chat_ids(llm: ElasticLLM, text: str) -> list[int]:
@@ -228,26 +233,25 @@ def live_figure(recording: Recording, until_s: float | None = None) -> Figure:
     from matplotlib.figure import Figure
 
     now_s = recording.seconds if until_s is None else until_s
-    moments = np.linspace(0, now_s, max(2, int(_MOMENTS * now_s / recording.seconds)))
-    plans = [recording.levels_at(moment) for moment in moments]
+    past = [step for step in recording.steps if step[0] <= now_s] or recording.steps[:1]
     asked = [answer for answer in recording.answers if answer.asked_s <= now_s]
     answer = asked[-1] if asked else recording.answers[0]
     text = next((text for time_s, text in answer.texts[::-1] if time_s <= now_s), "")
     with style():
         figure = Figure(figsize=(7.2, 5.4), layout="constrained")
         axes = figure.subplots(6, 1, height_ratios=(3, 1.3, 1.3, 1.3, 0.3, 0.9), sharex=True)
-        _draw_memory(axes[0], recording, now_s)
-        for axis, kind in zip(axes[1:5], plans[0], strict=True):
-            _draw_levels(axis, [plan[kind] for plan in plans], moments, kind)
+        _draw_memory(axes[0], recording, past, now_s)
+        _draw_levels(axes[1:5], recording, past, now_s)
         axes[4].set_xlabel("seconds")
         axes[4].tick_params(labelbottom=True)
         axes[5].axis("off")
         for y, line, colour in ((0.8, f"Q: {answer.question}", FAINT), (0.0, f"A: {text}", INK)):
             short = line if len(line) <= _CHARACTERS else f"{line[:_CHARACTERS]} ..."
-            axes[5].text(0, y, short, fontsize=11, color=colour, transform=axes[5].transAxes,
-                         in_layout=False)  # fmt: skip
+            place = {"transform": axes[5].transAxes, "in_layout": False}
+            axes[5].text(0, y, short, fontsize=11, color=colour, **place)
         figure.suptitle(CAPTION, fontsize=10.5, fontweight="bold", wrap=True)
-        _draw_legend(figure, recording)
+    used = {"native"}.union(*(plan.values() for plan in recording.plans))
+    level_legend(figure, used, 4, _WORDS)
     return figure
 
 
@@ -269,58 +273,42 @@ def save_gif(recording: Recording, path: Path) -> None:
                        loop=0)  # fmt: skip
 
 
-def _draw_memory(axis: Axes, recording: Recording, now_s: float) -> None:
+def _draw_memory(axis: Axes, recording: Recording, past: Sequence[Step], now_s: float) -> None:
     """Draw limit and measured bytes up to a moment."""
-    steps = [step for step in recording.steps if step[0] <= now_s] or recording.steps[:1]
-    ends, limits, measured, _ = zip(*steps, strict=True)
-    limit, used = (np.array(values) / 2**20 for values in (limits, measured))
-    axis.plot(ends, limit, color=INK, linewidth=2.0, label="memory limit")
-    axis.fill_between(ends, used, color="#2171B5", alpha=0.35, linewidth=0)
-    axis.plot(ends, used, color="#2171B5", linewidth=1.4, label="measured")
-    top = 1.1 * max(step[1] for step in recording.steps) / 2**20
+    ends, limit, used, _ = np.array(past).T
+    top = 1.1 * max(step[1] for step in recording.steps)
+    axis.plot(ends, limit / 2**20, color=INK, linewidth=2.0, label="memory limit")
+    axis.fill_between(ends, used / 2**20, color=_BLUE, alpha=0.35, linewidth=0)
+    axis.plot(ends, used / 2**20, color=_BLUE, linewidth=1.4, label="measured")
     for right, marker in ((True, "o"), (False, "x")):
-        at = [a.texts[-1][0] for a in recording.answers if a.texts and a.right == right]
-        at = [end for end in at if end <= now_s]
-        word = "right answer" if right else "wrong answer"
-        axis.plot(at, [top] * len(at), marker, color=INK, markersize=4, label=word if at else None)
+        given = [a.texts[-1][0] for a in recording.answers if a.texts and a.right == right]
+        at = [end for end in given if end <= now_s]
+        word = f"{'right' if right else 'wrong'} answer" if at else None
+        axis.plot(at, [top / 2**20] * len(at), marker, color=INK, markersize=4, label=word)
     axis.set_xlim(0, recording.seconds)
-    axis.set_ylim(0, 1.08 * top)
+    axis.set_ylim(0, 1.08 * top / 2**20)
     axis.set_ylabel("MiB")
     axis.legend(loc="lower left", ncols=4)
 
 
 def _draw_levels(
-    axis: Axes, levels: Sequence[Sequence[str]], moments: npt.NDArray[np.float64], kind: str
+    axes: Sequence[Axes], recording: Recording, past: Sequence[Step], now_s: float
 ) -> None:
-    """Draw the levels of the items of a kind, the first layer on top, at some moments."""
+    """Draw the levels of the items of each kind up to a moment, the first layer on top."""
     from matplotlib.colors import to_rgb
 
-    colours = np.array([[to_rgb(LEVEL_COLOURS[level]) for level in row] for row in levels])
-    ends, rows = np.append(moments, moments[-1]), np.arange(len(levels[0]) + 1)
-    axis.pcolormesh(ends, rows, colours.swapaxes(0, 1), shading="flat", rasterized=True)
-    axis.set_ylim(len(levels[0]), 0)
-    axis.set_yticks([])
-    axis.grid(False)
-    axis.set_ylabel(kind, rotation=0, ha="right", va="center")
-
-
-_WORDS = {
-    "native": "as shipped", "int8": "8 bits", "int4": "4 bits", "int4-compact": "4 bits, compact",
-    "int3": "3 bits", "int2": "2 bits", "removed": "left out",
-    **{f"int4-window{n}": f"4 bits, last {n} tokens" for n in (512, 256, 128)},
-}  # fmt: skip
-
-
-def _draw_legend(figure: Figure, recording: Recording) -> None:
-    from matplotlib.patches import Patch
-
-    used = {"native"}.union(*(plan.values() for plan in recording.plans))
-    handles = [
-        Patch(facecolor=colour, edgecolor=FAINT, label=_WORDS.get(level, level))
-        for level, colour in LEVEL_COLOURS.items()
-        if level in used
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    runs = [next(steps) for _, steps in itertools.groupby(past, key=lambda step: step[3])]
+    edges = [0.0, *(step[0] for step in runs[1:]), now_s]
+    plans = [item_levels(recording.plans[step[3]], recording.num_layers) for step in runs]
+    for axis, kind in zip(axes, ("KV caches", "Attention", "FFN", "Embeddings"), strict=True):
+        columns = [[to_rgb(level_colour(level)) for level in plan[kind]] for plan in plans]
+        rows = len(columns[0])
+        colours = np.array(columns).swapaxes(0, 1)
+        axis.pcolormesh(edges, np.arange(rows + 1), colours, shading="flat", rasterized=True)
+        axis.set_ylim(rows, 0)
+        axis.set_yticks([])
+        axis.grid(False)
+        axis.set_ylabel(kind, rotation=0, ha="right", va="center")
 
 
 def program(config: Config, folder: Path) -> Path:

@@ -12,19 +12,18 @@ from experiments.comparison.run_records import TrainingRun
 from experiments.comparison.summaries import Comparison
 from experiments.study.json_records import Shape
 from experiments.study.plotting import (
-    FAINT,
     INK,
-    LEVEL_COLOURS,
     Panel,
     draw_series,
+    item_levels,
+    level_colour,
+    level_legend,
     look,
     panel_figure,
     plain_log_ticks,
     short_label,
-    style,
 )
 from experiments.study.table_format import shape_words
-from rap_env.plan import EMBEDDINGS, block_name, cache_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -126,9 +125,6 @@ def memory_picture(shares: Sequence[dict[str, Any]]) -> Figure:
     return panel_figure(parts, columns=len(batches), height=2.9, same_axes=True, sharey=True)
 
 
-_OTHER_LEVEL = "#8D9299"  # of a level without a colour of its own
-
-
 class LevelsLine(NamedTuple):
     """A line of `levels_picture`: a request at a budget.
 
@@ -142,58 +138,38 @@ class LevelsLine(NamedTuple):
     label: str
     levels: Mapping[str, str]
 
-    def level(self, item: str) -> str:
-        """The level of an item; a cache whose block is removed counts as removed."""
-        if self.levels.get(item.replace(".cache", ".attn")) == "removed":
-            return "removed"
-        return self.levels.get(item, "native")
-
 
 def levels_picture(lines: Sequence[LevelsLine], num_layers: int) -> Figure:
     """Draw the level of each item: a line for each request and budget, a column for each layer."""
     from matplotlib.colors import to_rgb
-    from matplotlib.patches import Patch
 
-    items = {
-        "Attention weights": [block_name(2 * layer) for layer in range(num_layers)],
-        "KV caches": [cache_name(layer) for layer in range(num_layers)],
-        "FFN weights": [block_name(2 * layer + 1) for layer in range(num_layers)],
-        "Emb.": [EMBEDDINGS],
-    }
-    names = [name for group in items.values() for name in group]
-    used = {line.level(name) for line in lines for name in names}
-    levels = [level for level in LEVEL_COLOURS if level in used]
-    colours = {
-        level: LEVEL_COLOURS.get(level, _OTHER_LEVEL)
-        for level in [*levels, *sorted(used - set(levels))]
-    }
+    levels = [item_levels(line.levels, num_layers) for line in lines]
 
-    def draw(axis: Axes, names: list[str]) -> None:
-        rows = [[to_rgb(colours[line.level(name)]) for name in names] for line in lines]
+    def draw(axis: Axes, kind: str) -> None:
+        rows = [[to_rgb(level_colour(level)) for level in line[kind]] for line in levels]
+        columns = len(rows[0])
         axis.pcolormesh(np.array(rows), edgecolors="white", linewidth=0.6, shading="flat")
         axis.grid(False)
         axis.tick_params(length=0)
         axis.set_ylim(len(lines), 0)  # the first line on top
         axis.set_yticks(np.arange(len(lines)) + 0.5, [line.label for line in lines])
-        shown = range(0, len(names) if len(names) > 1 else 0, 5 if len(names) > 12 else 1)
+        shown = range(0, columns if columns > 1 else 0, 5 if columns > 12 else 1)
         axis.set_xticks([tick + 0.5 for tick in shown], [str(tick) for tick in shown])
         for place in range(1, len(lines)):
             if lines[place].request != lines[place - 1].request:
                 axis.axhline(place, color=INK, linewidth=1.2)
 
+    embeddings = "Embeddings"
     parts = [
-        Panel(partial(draw, names=names), title, "layer" if len(names) > 1 else "")
-        for title, names in items.items()
-    ]
+        Panel(partial(draw, kind=kind), kind if kind != embeddings else "Emb.",
+              "layer" if kind != embeddings else "")
+        for kind in levels[0]
+    ]  # fmt: skip
     figure = panel_figure(
-        parts, columns=len(items), height=1.1 + 0.21 * len(lines), legend=0, sharey=True,
+        parts, columns=len(parts), height=1.1 + 0.21 * len(lines), legend=0, sharey=True,
         width_ratios=[*[num_layers] * 3, max(1, num_layers / 6)],
     )  # fmt: skip
-    handles = [
-        Patch(facecolor=colour, edgecolor=FAINT, label=level) for level, colour in colours.items()
-    ]
-    with style():
-        figure.legend(handles=handles, loc="outside lower center", ncols=9)
+    level_legend(figure, {n for line in levels for kind in line.values() for n in kind}, 9)
     return figure
 
 

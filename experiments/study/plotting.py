@@ -6,13 +6,14 @@ import base64
 import hashlib
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from rap_env.artifacts import atomic_write
+from rap_env.plan import EMBEDDINGS, block_name, cache_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,6 +28,61 @@ LEVEL_COLOURS = {
 }  # fmt: skip
 """Colours of levels, from the most to the least exact one: darker blues are fewer bits. Blue and
 orange are told apart with any kind of colour vision."""
+
+_OTHER_LEVEL = "#8D9299"  # of a level without a colour of its own
+
+
+def level_colour(level: str) -> str:
+    """Return the colour of a level, whatever it is."""
+    return LEVEL_COLOURS.get(level, _OTHER_LEVEL)
+
+
+def item_levels(levels: Mapping[str, str], num_layers: int) -> dict[str, list[str]]:
+    """Return the level of each item by its kind, from the first layer to the last.
+
+    Args:
+        levels: `Plan.levels` of a plan.
+        num_layers: Layers of the model.
+
+    Returns:
+        Lists by heading. A cache whose block is removed counts as removed.
+    """
+
+    def level(item: str) -> str:
+        if levels.get(item.replace(".cache", ".attn")) == "removed":
+            return "removed"
+        return levels.get(item, "native")
+
+    layers = range(num_layers)
+    return {
+        "Attention": [level(block_name(2 * layer)) for layer in layers],
+        "KV caches": [level(cache_name(layer)) for layer in layers],
+        "FFN": [level(block_name(2 * layer + 1)) for layer in layers],
+        "Embeddings": [level(EMBEDDINGS)],
+    }
+
+
+def level_legend(
+    figure: Figure, used: Collection[str], columns: int, words: Mapping[str, str] | None = None
+) -> None:
+    """Draw a legend of levels below a figure, the most exact one first.
+
+    Args:
+        figure: The figure.
+        used: The levels.
+        columns: Columns of the legend.
+        words: What levels are called, if not by their names.
+    """
+    from matplotlib.patches import Patch
+
+    ordered = [level for level in LEVEL_COLOURS if level in used]
+    ordered += sorted({*used} - {*ordered})
+    handles = [
+        Patch(facecolor=level_colour(n), edgecolor=FAINT, label=(words or {}).get(n, n))
+        for n in ordered
+    ]
+    with style():
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 
 
 @dataclass(frozen=True)

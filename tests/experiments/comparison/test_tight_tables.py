@@ -103,9 +103,8 @@ def test_figures_are_drawn(comparison):
         for row in rows
     ]
     figure = levels_picture(lines, LAYERS)
-    assert [axis.get_title(loc="left") for axis in figure.axes] == [
-        "Attention weights", "KV caches", "FFN weights", "Emb.",
-    ]  # fmt: skip
+    titles = [axis.get_title(loc="left") for axis in figure.axes]
+    assert titles == ["Attention", "KV caches", "FFN", "Emb."]
     (legend,) = figure.legends
     shown = [text.get_text() for text in legend.get_texts()]
     assert shown == ["native", "int4", "removed"]
