@@ -97,7 +97,7 @@ BESIDE: dict[str, list[Source]] = {
 """A method, and all others that are set beside it where it was measured, by marker."""
 
 
-def found_studies() -> Iterator[tuple[Study[Any], Published]]:
+def found_studies() -> Iterator[tuple[Study, Published]]:
     """Yield the studies of all modules of `experiments.studies`, with their committed records."""
     for module in walk_packages(studies.__path__, f"{studies.__name__}."):
         if not module.name.endswith(".__main__"):

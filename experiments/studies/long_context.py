@@ -188,54 +188,39 @@ def documents_of(llm: ElasticLLM, text: TextConfig) -> Corpus:
     return Corpus.of_tokens(torch.tensor([documents[number] for number in sorted(chosen)]))
 
 
-Rows = dict[tuple[str, str, int], LongContextRow]
-"""All rows by plan, measure and length."""
-
-
-def by_identity(rows: Sequence[LongContextRow]) -> Rows:
-    """All rows by plan, measure and length."""
-    return {(row.plan, row.measure, row.length): row for row in rows}
-
-
-def lengths_of(rows: Rows, measure: str) -> list[int]:
-    """Lengths of a measure."""
-    return sorted({length for _, kind, length in rows if kind == measure})
-
-
-def plan_names(rows: Rows) -> dict[str, str]:
-    """Names of the plans, the native one first."""
-    return {plan: plan for plan, *_ in rows}
-
-
-def compared_lengths(rows: Rows) -> list[int]:
+def compared_lengths(rows: Sequence[LongContextRow]) -> list[int]:
     """Lengths from 1,024 tokens that all tasks about facts have, or all that there are."""
-    by_kind = [set(found) for kind in FACTS if (found := lengths_of(rows, kind))]
-    shared = set.intersection(*by_kind) if by_kind else set()
-    lengths = sorted(shared or {length for *_, length in rows})
+    kinds = {row.measure for row in rows}.intersection(FACTS)
+    found = [{row.length for row in rows if row.measure == kind} for kind in kinds]
+    shared = set.intersection(*found) if found else set()
+    lengths = sorted(shared or {row.length for row in rows})
     return [length for length in lengths if length >= 1024] or lengths
 
 
-def long_context_tables(rows: Rows) -> list[TitledTable]:
+def long_context_tables(rows: Sequence[LongContextRow]) -> list[TitledTable]:
     """A summary, then each kind of task: plans as lines, lengths as columns."""
-    lengths, documents = compared_lengths(rows), lengths_of(rows, DOCUMENTS)
+    by_key = {(row.plan, row.measure, row.length): row for row in rows}
+    plans = {row.plan: row.plan for row in rows}
+    documents = [row.length for row in rows if row.measure == DOCUMENTS]
+    lengths = compared_lengths(rows)
     middle = lengths[len(lengths) // 2]
 
     def peak(plan: str) -> str:
-        row = next(row for key, row in rows.items() if (key[0], key[2]) == (plan, middle))
+        row = next(row for row in rows if (row.plan, row.length) == (plan, middle))
         return percent(row.peak_bytes / row.native_peak_bytes, 0)
 
     def delta_nll(plan: str) -> str:
         if plan == NATIVE or not documents:
             return "0" if plan == NATIVE else "-"
-        native, own = (rows[name, DOCUMENTS, documents[0]].values for name in (NATIVE, plan))
+        native, own = (by_key[n, DOCUMENTS, min(documents)].values for n in (NATIVE, plan))
         return signed(paired_difference(own, native))
 
     def recall(plan: str) -> str:
         keys = ((plan, kind, length) for kind in FACTS for length in lengths)
-        return right_words([value for key in keys if key in rows for value in rows[key].values])
+        return right_words([value for key in keys if key in by_key for value in by_key[key].values])
 
     def on_task(kind: str, plan: str, length: int) -> str:
-        return right_words(rows[plan, kind, length].values)
+        return right_words(by_key[plan, kind, length].values)
 
     columns: dict[str, Callable[[str], str]] = {
         "Plan": str,
@@ -244,14 +229,16 @@ def long_context_tables(rows: Rows) -> list[TitledTable]:
         "Recall": recall,
     }
     caption = SUMMARY_CAPTION.format(
-        batch=next(iter(rows.values())).batch_size,
+        batch=rows[0].batch_size,
         middle=middle,
         lengths=", ".join(f"{length:,}" for length in lengths),
     )
-    tables = [TitledTable(columns_table(plan_names(rows), columns), "Loss and recall", caption)]
+    tables = [TitledTable(columns_table(plans, columns), "Loss and recall", caption)]
     for kind, title in TITLES.items():
-        if own := {f"{length:,}": length for length in lengths_of(rows, kind)}:
-            table = crossed_table("Plan", plan_names(rows), own, partial(on_task, kind))
+        own = sorted({row.length for row in rows if row.measure == kind})
+        if own:
+            shown = {f"{length:,}": length for length in own}
+            table = crossed_table("Plan", plans, shown, partial(on_task, kind))
             tables.append(TitledTable(table, title, KIND_CAPTION))
     return tables
 
@@ -276,7 +263,6 @@ STUDY = Study(
     [LongContextRow],
     long_context_jobs,
     long_context_tables,
-    data=by_identity,
     published=[
         Published("long_context", "long_context", first_two_sections),
         Published("tight_recall", "tight_recall/long_context", first_section),

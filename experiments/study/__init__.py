@@ -41,9 +41,8 @@ Their tables stand in the page of the documentation that has the markers ``<!-- 
 and ``<!-- caches: end -->``. ``python docs/generate.py`` writes them there for every study of the
 package `experiments.studies`, and so does a run in that folder (``hydra.run.dir=results/caches``).
 
-Where a study has rows of several types, `jobs` yields jobs of each type, and `Study.data` makes
-one object of all rows, to which the tables refer. Plans that a job lists with its `scorer`
-are scored together.
+Where a study has rows of several types, `jobs` yields jobs of each type. Plans that a job lists
+with its `scorer` are scored together.
 
 - `json_records`: base classes of rows, and JSON lines
 - `run_folder`: settings and provenance of a run

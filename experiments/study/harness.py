@@ -112,7 +112,6 @@ def write_changed(path: Path, text: str) -> None:
 
 
 RowT = TypeVar("RowT", bound=Record)
-DataT = TypeVar("DataT")
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ class Job(Generic[RowT]):
 
 
 @dataclass(frozen=True)
-class Study(Generic[DataT]):
+class Study:
     """A study: rows that a program measures, and the tables that are made from them.
 
     Attributes:
@@ -166,11 +165,9 @@ class Study(Generic[DataT]):
         title: Heading of ``tables.md``.
         row_types: Types of its rows, each with a `Record.file`.
         jobs: Returns all rows that belong to the study; called with the settings and run folder.
-        tables: Makes the tables from the data.
-        data: Makes the data from all rows; by default they are the rows themselves.
+        tables: Makes the tables from the rows.
         words: What the tables say, in a sentence or two above them; empty for nothing.
         frozen: Sections of the settings that must not change when a run resumes.
-        captions: Whether ``tables.md`` has the captions of the tables.
         published: Its committed records, with the markers in the documentation that its tables
             stand between. A run in the folder of such records writes them there.
     """
@@ -179,11 +176,9 @@ class Study(Generic[DataT]):
     title: str
     row_types: Sequence[type[Record]]
     jobs: Callable[[Config, Path], Iterable[Job[Any]]]
-    tables: Callable[[DataT], Sequence[TitledTable]]
-    data: Callable[[list[Any]], DataT] = list  # type: ignore[assignment]  # DataT is then a list
-    words: Callable[[DataT], str] = lambda data: ""
+    tables: Callable[[list[Any]], Sequence[TitledTable]]
+    words: Callable[[list[Any]], str] = lambda rows: ""
     frozen: tuple[str, ...] = ("model",)
-    captions: bool = True
     published: Sequence[Published] = ()
 
     def run(self, config: Config, folder: Path) -> Path:
@@ -200,27 +195,27 @@ class Study(Generic[DataT]):
         run.start(config, frozen=self.frozen)
         rows = measured(list(self.jobs(config, folder)), folder, self.name, config.progress)
         run.finish(started, rows=len(rows))
-        self.publish(self.data(rows), folder)
+        self.publish(rows, folder)
         say(f"{len(rows)} records are in {folder}.")
         return folder
 
-    def read(self, folder: Path) -> DataT:
-        """Return the data of all rows in a folder, which need not have any."""
-        return self.data([row for kind in self.row_types for row in kind.read(folder / kind.file)])
+    def read(self, folder: Path) -> list[Any]:
+        """Return all rows in a folder, which need not have any."""
+        return [row for kind in self.row_types for row in kind.read(folder / kind.file)]
 
-    def publish(self, data: DataT, folder: Path) -> None:
+    def publish(self, rows: list[Any], folder: Path) -> None:
         """Write ``tables.md`` into a folder, and print the tables."""
-        shown = [terminal(self.tables(data)), wrapped(self.words(data))]
-        write_text(folder / "tables.md", self.markdown(data))
+        shown = [terminal(self.tables(rows)), wrapped(self.words(rows))]
+        write_text(folder / "tables.md", self.markdown(rows))
         say("\n\n".join(filter(None, shown)))
         for published in self.published:
             if published.folder == folder.resolve():
-                write_pages({published.name: partial(published.shown, self.markdown(data))})
+                write_pages({published.name: partial(published.shown, self.markdown(rows))})
 
-    def markdown(self, data: DataT) -> str:
+    def markdown(self, rows: list[Any]) -> str:
         """Return title, words and all tables in Markdown."""
-        tables = document(self.tables(data), captions=self.captions)
-        parts = [f"# {self.title}", self.words(data), tables]
+        tables = document(self.tables(rows), captions=True)
+        parts = [f"# {self.title}", self.words(rows), tables]
         return "\n\n".join(filter(None, parts))
 
 

@@ -52,7 +52,7 @@ LABELS = {
     "uniform_native_int4": "Uniform, native weights, int4 cache",
     "uniform_native_int2": "Uniform, native weights, int2 cache",
 }
-"""Names of systems in tables and figures, also of those that only the committed records have."""
+"""Names of systems in tables, also of those that only the committed records have."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class ReplayRow(Record):
 
     @property
     def label(self) -> str:
-        """The system in tables and figures."""
+        """The system in tables."""
         return LABELS.get(self.system, self.system)
 
     @property
@@ -348,7 +348,6 @@ STUDY = Study(
         *("model", "budget", "seed"),
         *(f"replay.{field.name}" for field in fields(ReplayConfig) if field.name != "systems"),
     ),
-    captions=False,
     published=[
         Published("replay", "replay/replay", untitled),
         Published("replay_ladder", "ladder/replay"),

@@ -56,7 +56,8 @@ def config(base):
 
 @pytest.fixture(scope="module")
 def rows(config):
-    return STUDY.read(STUDY.run(config, config.stage_dir("long_context")))
+    rows = STUDY.read(STUDY.run(config, config.stage_dir("long_context")))
+    return {(row.plan, row.measure, row.length): row for row in rows}
 
 
 def test_every_plan_has_a_row_of_each_measure(rows):
@@ -95,7 +96,7 @@ def test_losses_on_documents_are_those_of_the_model(rows, config):
 
 
 def test_tables_name_every_plan(rows, config):
-    text = STUDY.markdown(rows)
+    text = STUDY.markdown(list(rows.values()))
     assert text == (config.stage_dir("long_context") / "tables.md").read_text()
     titles = [line for line in text.splitlines() if line.startswith("## ")]
     assert titles == ["## Loss and recall", "## Recall", "## Most common words"]
@@ -105,9 +106,15 @@ def test_tables_name_every_plan(rows, config):
 
 
 def test_the_summary_of_recall_takes_the_lengths_that_all_tasks_have(rows):
+    row = rows["native", "recall", 512]
+
     def lengths(**kinds):
         return compared_lengths(
-            {("native", kind, length): None for kind, every in kinds.items() for length in every}
+            [
+                replace(row, measure=kind, length=length)
+                for kind, every in kinds.items()
+                for length in every
+            ]
         )
 
     both = lengths(recall=[512, 1024, 2048, 8192], tracking=[512, 1024, 2048])
