@@ -60,7 +60,7 @@ def network_weights(policy: BasePolicy, without: tuple[str, ...] = ()) -> Networ
 
     Args:
         policy: A block-wise policy.
-        without: As in `agents.hyperparameters.PolicySettings`.
+        without: As in `agents.algorithms.PolicySettings`.
 
     Raises:
         ArtifactError: The policy is not block-wise.

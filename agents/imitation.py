@@ -18,9 +18,9 @@ from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.dqn.policies import DQNPolicy
 
-from agents.hyperparameters import AgentConfigError
-from agents.plan_observer import PlanObserver
-from agents.sb3_policies import action_scores, as_tensors
+from agents.algorithms import AgentConfigError
+from agents.networks import action_scores, as_tensors
+from agents.trained_policy import PlanObserver
 from rap_env.ladder.items import Counts
 from rap_env.ladder.observation import ObservationEncoder
 from rap_env.models.progress import progress_bar

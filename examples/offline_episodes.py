@@ -17,7 +17,7 @@ import numpy as np
 from minari.data_collector import EpisodeBuffer
 
 import rap_env
-from agents.plan_observer import PlanObserver
+from agents.trained_policy import PlanObserver
 
 TASK = "RAPLadder/SmolLM2-Table-v1"
 DATASET = "rapladder/smollm2-table/mixed-v0"

@@ -26,7 +26,6 @@ from rap_env.policies.loading import load_policy, make_method
 from rap_env.policies.registry import methods
 from rap_env.request import Request
 from rap_env.scoring.corpus import CorpusConfig, ensure_disjoint
-from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.score_table import table_path
 
 if TYPE_CHECKING:
@@ -110,6 +109,8 @@ def reject_table(config: Config) -> None:
 
 def load_text(text: TextConfig, role: str, llm: ElasticLLM, *, progress: bool = True) -> Corpus:
     """Load a text for a role: ``"calibration"``, ``"selection"`` or ``"report"``."""
+    from rap_env.scoring.corpus_loading import load_corpus
+
     return load_corpus(CorpusConfig(**asdict(text), role=role), llm, progress=progress)
 
 
@@ -198,15 +199,15 @@ class EvaluationCell:
         return "outside" if self.outside else "grid" if self.sparsity is None else "sparsity"
 
 
-def grid_requests(grid: EvaluateConfig, ladder_bytes: LadderBytes) -> list[tuple[Cell, Request]]:
-    """Return every cell of the grid, and every pinned one, with its request.
+def grid_requests(grid: EvaluateConfig, ladder_bytes: LadderBytes) -> list[Request]:
+    """Return the request of every cell of the grid, and of every pinned one.
 
     Args:
         grid: Requests and budgets.
         ladder_bytes: The ladder, which decides which budgets can be met.
     """
     cells = _checked(_grid_cells(grid, ladder_bytes.memory), ladder_bytes)
-    return [(cell.cell, cell.request) for cell in cells]
+    return [cell.request for cell in cells]
 
 
 def evaluation_cells(grid: EvaluateConfig, ladder_bytes: LadderBytes) -> list[EvaluationCell]:

@@ -18,23 +18,18 @@ from agents.algorithms import AgentConfig
 from agents.checkpoint import latest_checkpoint
 from agents.trained_policy import TrainedPolicy
 from agents.training import TrainResult
-from experiments.comparison.result_figures import LevelsLine, levels_picture
 from experiments.config import Config
 from experiments.contexts import build_context, grid_requests, held_out_scorer, make_ladder_bytes
 from experiments.launch import launch, swept_settings
 from experiments.study.console import say
-from experiments.study.json_records import Cell, trim_metrics
-from experiments.study.plotting import save_png
+from experiments.study.json_records import trim_metrics
 from experiments.study.run_folder import RunFolder
-from experiments.study.statistics import bootstrap_mean
-from experiments.study.table_format import percent, shape_words
-from experiments.training.loggers import Loggers, open_loggers
+from experiments.training.loggers import open_loggers
 from experiments.training.score_model import learn
 from rap_env.context.base import PruningContext
 from rap_env.leaderboard.tasks import pinned_tasks
 from rap_env.plan import Plan
 from rap_env.policies.packaged_files import DEFAULT_MODEL
-from rap_env.request import Request
 from rap_env.scoring.score_table import PREFIX
 
 log = logging.getLogger(__name__)
@@ -47,7 +42,7 @@ FROZEN = (
 
 
 def train(config: Config, folder: Path, *, swept: dict[str, Any] | None = None) -> Path:
-    """Train an agent, or resume its training, and record the plans that its policy chooses.
+    """Train an agent, or resume its training, and measure the plans that its policy chooses.
 
     Args:
         config: All settings.
@@ -77,7 +72,8 @@ def train(config: Config, folder: Path, *, swept: dict[str, Any] | None = None) 
     trim_metrics(run.metrics, step)
     with open_loggers(config, folder, job="train", step=step) as loggers:
         facts = facts_of(learn(config, agent, context, folder, loggers.log))
-        facts |= scorer.facts(show_policy(folder, requests, context, loggers))
+        policy = TrainedPolicy.load(folder, context)
+        facts |= scorer.facts([policy.choose(request) for request in requests])
         loggers.log({"objective": facts["objective"]}, facts["timesteps"])
     run.finish(started, **facts)
     log.info("Training: %s is finished (%d steps).", folder.name, facts["timesteps"])
@@ -103,25 +99,6 @@ def facts_of(result: TrainResult) -> dict[str, Any]:
         "training_s": round(result.seconds, 2),
         "recent_delta_nll": recent if math.isfinite(recent) else None,
     }
-
-
-def show_policy(
-    folder: Path,
-    requests: Sequence[tuple[Cell, Request]],
-    context: PruningContext,
-    loggers: Loggers,
-) -> list[Plan]:
-    """Draw, log and return what the policy chooses on the evaluation's grid."""
-    policy = TrainedPolicy.load(folder, context)
-    plans = [policy.choose(request) for _, request in requests]
-    path = folder / "policy.png"
-    lines = [
-        LevelsLine(cell[:2], f"{shape_words(cell)}  {percent(cell[2], 0)}", plan.levels)
-        for (cell, _), plan in zip(requests, plans, strict=True)
-    ]
-    save_png(levels_picture(lines, context.memory.facts.num_layers), path)
-    loggers.image("policy/levels", path)
-    return plans
 
 
 class ObjectiveScorer:
@@ -168,7 +145,7 @@ def objective(config: Config, folder: Path) -> float:
         context = build_context(config)
         requests = grid_requests(config.evaluate, make_ladder_bytes(config, context))
         scorer, policy = ObjectiveScorer(config, context), TrainedPolicy.load(folder, context)
-        record = scorer.facts([policy.choose(request) for _, request in requests])
+        record = scorer.facts([policy.choose(request) for request in requests])
         run.finish(started, **record)
     return float(record["objective"])
 
@@ -194,12 +171,7 @@ def verdict(config: Config, folder: Path, context: PruningContext) -> str:
         return ""
     policy = TrainedPolicy.load(folder, context)
     result = rap_env.evaluate(policy, task, "test", name=folder.name, seed=config.seed)
-    mean = bootstrap_mean(result.scores)
-    return (
-        f"{result}\nAll plans of the published methods were measured on the model.\n\n"
-        f"{folder.name}: ΔNLL {mean.mean:.3f} [{mean.low:.3f}, {mean.high:.3f}] nats per token on "
-        "held-out text, 95 % over requests."
-    )
+    return f"{result}\nAll plans of the published methods were measured on the model.\n"
 
 
 def next_steps(

@@ -10,7 +10,6 @@ from omegaconf import MISSING
 from experiments.study.console import ExperimentError
 from experiments.study.json_records import Cell
 from rap_env.importance.profiles import GSI_METHODS
-from rap_env.scoring.lm_eval_tasks import DOCUMENTS
 from rap_env.specs import setting
 
 _SHAPE = re.compile(r"(\d+)x(\d+)")
@@ -143,7 +142,7 @@ class TasksConfig:
     """None without names."""
     limit: int | None = setting(None, low=1)
     """Documents of each task; null for all."""
-    documents: str = setting("sample", choices=DOCUMENTS)
+    documents: str = setting("sample", choices=("sample", "first"))
     """Which ones: a ``sample`` that the seed draws, or the ``first`` ones, as of generated
     tasks."""
     data_root: str | None = None

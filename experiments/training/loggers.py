@@ -36,11 +36,6 @@ class Loggers:
         for part in self.parts:
             part.log(metrics, step)
 
-    def image(self, name: str, path: Path) -> None:
-        """Log a PNG file."""
-        for part in self.parts:
-            part.image(name, path)
-
 
 @contextmanager
 def open_loggers(config: Config, folder: Path, *, job: str, step: int = 0) -> Iterator[Loggers]:
@@ -78,12 +73,6 @@ class TensorBoard:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
-    def image(self, name: str, path: Path) -> None:
-        """Add an image."""
-        from matplotlib.image import imread
-
-        self._writer.add_image(name, imread(path)[..., :3], dataformats="HWC")
-
     def close(self) -> None:
         """Flush and close."""
         self._writer.close()
@@ -112,7 +101,6 @@ class Wandb:
         about = [config.agent.name, f"seed-{config.seed}"] if job == "train" else []
         config.root.mkdir(parents=True, exist_ok=True)
         mode: Any = wandb_mode(config.logger.wandb_mode)
-        self._image = wandb.Image
         try:
             self._run = wandb.init(
                 dir=str(config.root),
@@ -140,10 +128,6 @@ class Wandb:
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Log metrics over environment steps."""
         self._run.log({"step": step, **metrics})
-
-    def image(self, name: str, path: Path) -> None:
-        """Log an image."""
-        self._run.log({name: self._image(str(path))})
 
     def close(self) -> None:
         """Finish the run."""

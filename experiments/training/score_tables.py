@@ -40,7 +40,6 @@ from rap_env.plan import Plan
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.held_out import HeldOutLosses
 from rap_env.scoring.score_table import ScoreTable
-from rap_env.scoring.scorer import METRIC
 
 SHARES = {"random": 0.2, "order": 0.4, "episode": 0.3, "pair": 0.1}
 
@@ -182,6 +181,8 @@ def stored_scores(context: PruningContext) -> dict[Plan, float]:
     Args:
         context: A context of a live model with a store.
     """
+    from rap_env.scoring.scorer import METRIC
+
     store, scorer = context.store, require_live(context).scorer
     assert store is not None
     return {plan: float(np.mean(nll)) for plan, nll in store.rows(scorer.context, METRIC)}

@@ -16,7 +16,7 @@ from rap_env.scoring.generated_tasks import GENERATED_TASKS
 from rap_env.scoring.lm_eval_tasks import TaskConfig
 from rap_env.scoring.score_table import table_path
 from rap_env.specs import check, check_settings, setting, settings_of
-from rap_env.workload.registry import parse_sampler
+from rap_env.workload.traffic import parse_sampler
 
 INFEASIBLE = ("error", "clip")
 """What to do with a budget that no plan can meet: reject the request (one that was drawn is drawn

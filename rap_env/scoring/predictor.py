@@ -19,14 +19,15 @@ evidence and disagree elsewhere, so a multiple of their standard deviation is ad
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from rap_env.errors import UnknownNameError
 from rap_env.plan import Plan
 
 Features = npt.NDArray[np.bool_]
@@ -34,6 +35,9 @@ Features = npt.NDArray[np.bool_]
 
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
+
+Lowered = Callable[[Plan], float]
+"""Gives the sum of what the levels of a plan cost alone, nats per token."""
 
 LEAST_SHARE = 0.5
 """Lower bound of a plan's delta_nll, as a share of the delta_nll of its worst block alone. In
@@ -313,3 +317,19 @@ def shape_terms(alone_costs: Any, attn: Any, ffn: Any, offset: float) -> tuple[A
     level = np.log(alone_costs + offset)
     counts = (attn * attn / _COUNT_SCALE, ffn * ffn / _COUNT_SCALE, attn * ffn / _COUNT_SCALE)
     return (level, 0.3 * level * level, *counts)
+
+
+def lowered_cost(plan: Plan, lowered: Lowered | None) -> float:
+    """What the levels of a plan other than removal cost alone, nats per token.
+
+    Raises:
+        UnknownNameError: There are such levels, and `lowered` is None.
+    """
+    kept = replace(plan, removed=frozenset())
+    if not kept:
+        return 0.0
+    if lowered is None:
+        item, level = next(iter(kept.levels.items()))
+        hint = "Without costs of levels, only removals are predicted; use a live model."
+        raise UnknownNameError("level", f"{level} ({item})", ["native", "removed"], hint)
+    return max(0.0, lowered(kept))

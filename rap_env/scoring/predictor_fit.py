@@ -5,14 +5,13 @@ Numpy only; a correction network also needs torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.errors import UnknownNameError
 from rap_env.plan import Plan
 from rap_env.scoring.held_out import Fidelity
 from rap_env.scoring.predictor import (
@@ -21,13 +20,12 @@ from rap_env.scoring.predictor import (
     DeltaNLLPredictor,
     Features,
     Floats,
+    Lowered,
     ScoreModel,
+    lowered_cost,
     pair_indices,
     shape_terms,
 )
-
-Lowered = Callable[[Plan], float]
-"""Gives the sum of what the levels of a plan cost alone, nats per token."""
 
 REACHES = (4, 12, 60)
 """Candidates for the greatest distance, in blocks, of pairs that have a weight."""
@@ -284,22 +282,6 @@ def feature_matrix(plans: Collection[Plan], num_blocks: int) -> Features:
 def lowered_costs(plans: Collection[Plan], lowered: Lowered | None) -> Floats:
     """The predictor's second input: what levels other than removal cost alone, (N,)."""
     return np.array([lowered_cost(plan, lowered) for plan in plans])
-
-
-def lowered_cost(plan: Plan, lowered: Lowered | None) -> float:
-    """What the levels of a plan other than removal cost alone, nats per token.
-
-    Raises:
-        UnknownNameError: There are such levels, and `lowered` is None.
-    """
-    kept = replace(plan, removed=frozenset())
-    if not kept:
-        return 0.0
-    if lowered is None:
-        item, level = next(iter(kept.levels.items()))
-        hint = "Without costs of levels, only removals are predicted; use a live model."
-        raise UnknownNameError("level", f"{level} ({item})", ["native", "removed"], hint)
-    return max(0.0, lowered(kept))
 
 
 def _least_by_count(

@@ -22,14 +22,14 @@ from rap_env.model_facts import ModelFacts
 from rap_env.plan import Plan, block_name
 from rap_env.scoring.held_out import Fidelity, HeldOutLosses
 from rap_env.scoring.interface import OnScore
-from rap_env.scoring.predictor import CorrectionNetwork, DeltaNLLPredictor, ScoreModel
-from rap_env.scoring.predictor_fit import (
-    NETWORK_SCORES,
+from rap_env.scoring.predictor import (
+    CorrectionNetwork,
+    DeltaNLLPredictor,
     Lowered,
-    fit_scores,
+    ScoreModel,
     lowered_cost,
-    necessary_plans,
 )
+from rap_env.scoring.predictor_fit import NETWORK_SCORES, fit_scores, necessary_plans
 
 PREFIX = "score_table:"
 """Prefix of a model name that is the name or path of a table."""

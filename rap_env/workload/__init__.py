@@ -1,6 +1,6 @@
 """Workloads: samplers that draw requests. `SAMPLERS` holds all of them by name."""
 
-from rap_env.workload.registry import SAMPLERS, make_sampler
 from rap_env.workload.sampler import RequestSampler
+from rap_env.workload.traffic import SAMPLERS, make_sampler
 
 __all__ = ["SAMPLERS", "RequestSampler", "make_sampler"]

@@ -1,18 +1,162 @@
-"""Samplers that follow the request lengths of a service."""
+"""Samplers that follow the request lengths of a service; all request samplers by name.
+
+The length distribution of a service has several modes (a chat service answers short questions
+and long pasted texts), which no simple formula fits; a table of 44 quantiles does. The two tables
+in ``azure_2023.json`` are the quantiles at `LEVELS` (NumPy's method ``nearest``) of the Azure LLM
+inference trace 2023 (Patel et al., "Splitwise", ISCA 2024; CC BY 4.0).
+
+A spec names a sampler: its name alone (``"azure-conv"``), or a dict with its settings
+(``{"name": "fixed", "batch_size": 8, "budget_fraction": 0.7}``).
+"""
 
 from __future__ import annotations
 
+import csv
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from rap_env.artifacts import package_json
+from rap_env.errors import RapError
 from rap_env.memory import MemoryModel
 from rap_env.request import Request, whole_number
-from rap_env.workload.sampler import RequestSampler, check_range
-from rap_env.workload.traces import AZURE_CODE, AZURE_CONV, LengthTable, read_lengths
+from rap_env.specs import check_settings, split_spec
+from rap_env.workload.sampler import (
+    FixedSampler,
+    GridSampler,
+    RequestSampler,
+    TightSampler,
+    check_range,
+)
+
+COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+"""Header of a trace file in the public Azure format: one request per line, in time order."""
+
+LEVELS: tuple[float, ...] = (
+    0.0, 0.01, *(round(0.025 * k, 3) for k in range(1, 40)), 0.99, 0.999, 1.0,
+)  # fmt: skip
+"""Probabilities of the quantiles in a `LengthTable`: every 2.5 %, and 1, 99 and 99.9 %."""
+
+
+_LEVELS = np.array(LEVELS)
+
+
+class TraceError(RapError, ValueError):
+    """A trace file that is missing, empty or malformed."""
+
+
+@dataclass(frozen=True)
+class LengthTable:
+    """A distribution of sequence lengths, as its quantiles.
+
+    Attributes:
+        quantiles: Tokens of a sequence (prompt and generated) at each of `LEVELS`, ascending.
+    """
+
+    quantiles: tuple[int, ...]
+
+    def at(self, level: float | npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+        """Lengths in tokens at probabilities in [0, 1], interpolated on a log scale."""
+        logs = np.asarray(np.interp(np.asarray(level), _LEVELS, self._logs))
+        return np.asarray(np.rint(np.exp(logs)), dtype=np.int64)
+
+    @cached_property
+    def _logs(self) -> npt.NDArray[np.float64]:
+        return np.asarray(np.log(np.array(self.quantiles)))
+
+    def sample(self, rng: np.random.Generator) -> int:
+        """Draw a length in tokens: the quantile at a uniform draw."""
+        return int(self.at(rng.random()))
+
+
+class TraceRequest(NamedTuple):
+    """A line of a trace file.
+
+    Attributes:
+        line: Its number.
+        row: Its values by column.
+        prompt_tokens: Tokens of the prompt.
+        new_tokens: Generated tokens.
+    """
+
+    line: int
+    row: dict[str, str]
+    prompt_tokens: int
+    new_tokens: int
+
+
+def trace_requests(
+    path: str | PathLike[str], needed: Collection[str] = COLUMNS[1:]
+) -> Iterator[TraceRequest]:
+    """Read the requests of a CSV file line by line; a leading ``~`` is the user's home.
+
+    Raises:
+        TraceError: There is no path, the file is missing, is no CSV file or lacks a `needed`
+            column, or token counts are no whole numbers of at least 0 (with at least 1 in all).
+    """
+    if not str(path):
+        raise TraceError(
+            "The path of the trace is empty: give a CSV file with the columns "
+            f"{', '.join(COLUMNS)} as workload.path, or as replay.trace for a replay."
+        )
+    try:
+        with Path(str(path)).expanduser().open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            header = tuple(reader.fieldnames or ())
+            if not set(needed) <= set(header):
+                raise TraceError(
+                    f"The trace {path} needs the columns {', '.join(COLUMNS)}; its first line has "
+                    f"{', '.join(header) or 'nothing'}."
+                )
+            for row in reader:
+                yield TraceRequest(reader.line_num, row, *_tokens(path, reader.line_num, row))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise TraceError(
+            f"The trace {path} cannot be read ({error}); give a CSV file with the columns "
+            f"{', '.join(COLUMNS)}."
+        ) from None
+
+
+def read_lengths(path: str | PathLike[str]) -> npt.NDArray[np.int64]:
+    """Tokens of each request's sequence (prompt and generated), in file order, shape (requests,).
+
+    Raises:
+        TraceError: As `trace_requests`, or there is no request.
+    """
+    lengths = [request.prompt_tokens + request.new_tokens for request in trace_requests(path)]
+    if not lengths:
+        raise TraceError(f"The trace {path} has a header but no request.")
+    return np.array(lengths, dtype=np.int64)
+
+
+def _tokens(path: str | PathLike[str], line: int, row: dict[str, str]) -> tuple[int, int]:
+    """Prompt tokens and generated tokens of a line."""
+    values = [row[column] for column in COLUMNS[1:]]
+    try:
+        prompt, new = map(int, values)
+    except (TypeError, ValueError):
+        prompt = new = -1
+    if min(prompt, new) < 0 or prompt + new < 1:
+        raise TraceError(
+            f"Line {line} of the trace {path} should hold two token counts, not "
+            f"{values[0]!r} and {values[1]!r}; correct or remove it."
+        )
+    return prompt, new
+
+
+_FITTED = package_json("rap_env.workload", "azure_2023.json")
+AZURE_CONV = LengthTable(tuple(_FITTED["azure-conv"]))
+"""Chat requests of azure_2023_conv.csv, the 13,927 requests before 18:55."""
+
+AZURE_CODE = LengthTable(tuple(_FITTED["azure-code"]))
+"""Code completion of azure_2023_code.csv, the 7,000 requests before 18:55."""
 
 
 @dataclass
@@ -91,3 +235,45 @@ class TraceSampler(TrafficSampler):
     def draw_length(self, rng: np.random.Generator) -> int:
         """A length of the file."""
         return int(rng.choice(self._lengths))
+
+
+SAMPLERS: dict[str, type[RequestSampler]] = {
+    "fixed": FixedSampler,
+    "grid": GridSampler,
+    "tight": TightSampler,
+    "azure-conv": AzureConvSampler,
+    "azure-code": AzureCodeSampler,
+    "trace": TraceSampler,
+}
+"""Every sampler by its name in specs."""
+
+
+def make_sampler(spec: str | Mapping[str, Any], memory: MemoryModel) -> RequestSampler:
+    """Make the sampler that a spec names.
+
+    Args:
+        spec: A name of `SAMPLERS`, or a dict with that ``name`` and the sampler's settings.
+        memory: The model's byte arithmetic.
+
+    Raises:
+        UnknownNameError: There is no such sampler, or it has no such setting.
+        InvalidRequestError: A setting is out of its range.
+        TraceError: The trace file of ``"trace"`` is missing, empty or malformed.
+    """
+    name, settings = parse_sampler(spec)
+    sampler: Callable[..., RequestSampler] = SAMPLERS[name]
+    return sampler(memory=memory, **settings)
+
+
+def parse_sampler(spec: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name and settings of the sampler that a spec names; their values are not checked.
+
+    Raises:
+        UnknownNameError: There is no such sampler, or it has no such setting.
+        InvalidRequestError: The spec is neither a name nor a dict.
+    """
+    name, settings = split_spec(spec, "sampler", SAMPLERS)
+    known = [entry.name for entry in fields(SAMPLERS[name]) if entry.init]  # type: ignore[arg-type]
+    known.remove("memory")
+    check_settings(settings, f"the sampler {name!r}", known)
+    return name, settings

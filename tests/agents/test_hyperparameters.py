@@ -3,7 +3,7 @@ from dataclasses import fields
 import pytest
 from omegaconf import OmegaConf
 
-from agents.hyperparameters import (
+from agents.algorithms import (
     HYPERPARAMETERS,
     AgentConfigError,
     DQNHyperparameters,

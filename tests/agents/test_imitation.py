@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from agents.hyperparameters import AgentConfigError
+from agents.algorithms import AgentConfigError
 from agents.imitation import Demonstration, ImitationConfig, TeacherStates, imitate
 from agents.trained_policy import TrainedPolicy
 from rap_env.context.base import item_order

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from agents.plan_observer import PlanObserver
+from agents.trained_policy import PlanObserver
 from rap_env.ladder.observation import ObservationEncoder, ObservedState
 from rap_env.plan import Plan
 from rap_env.request import Request

@@ -4,7 +4,7 @@ import torch
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from agents.algorithms import ALGORITHMS, AgentConfig, make_model
-from agents.sb3_policies import Q_INVALID, action_scores
+from agents.networks import Q_INVALID, action_scores
 from rap_env.ladder.features import BLOCK_FEATURES
 from tests.agents.synthetic import SyntheticContext, make_env, request_at
 

@@ -3,8 +3,7 @@ import pytest
 import torch
 
 from agents import trained_policy as policies
-from agents.algorithms import ALGORITHMS
-from agents.hyperparameters import AgentConfigError
+from agents.algorithms import ALGORITHMS, AgentConfigError
 from agents.trained_policy import TrainedPolicy
 from rap_env.errors import ArtifactError, InfeasibleBudgetError, InvalidRequestError
 from rap_env.ladder.ladder_bytes import mask_bytes

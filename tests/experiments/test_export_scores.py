@@ -146,7 +146,6 @@ def test_an_agent_trains_on_a_table(config, exported):
     losses = [record["episode/delta_nll"] for record in read_records(folder / "metrics.jsonl")
               if "episode/delta_nll" in record]  # fmt: skip
     assert losses
-    assert (folder / "policy.png").exists()
     scores = ScoreTable.load(exported).scores
     assert list(decision_scores(folder)(list(scores))) == list(scores.values()), "ranks samples"
     assert RunFolder(folder).read()["evaluations"] == len(scores), "what the table has cost"

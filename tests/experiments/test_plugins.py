@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from agents.algorithms import AgentConfig
+from agents.algorithms import AgentConfig, AgentConfigError
 from agents.checkpoint import checkpoint_of
-from agents.hyperparameters import AgentConfigError
 from experiments.comparison.result_rows import ResultRow
 from experiments.evaluate import evaluate
 from experiments.launch import launch

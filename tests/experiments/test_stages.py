@@ -91,7 +91,6 @@ def test_a_training_leaves_checkpoints_metrics_and_a_picture(trained):
     losses = [r["episode/delta_nll"] for r in read_records(folder / "metrics.jsonl")
               if "episode/delta_nll" in r]  # fmt: skip
     assert len(losses) == facts["episodes"]
-    assert (folder / "policy.png").stat().st_size > 1000
     assert any((folder / "checkpoints").iterdir())
     assert training_dirs(trained.root, finished=True) == [folder]
 

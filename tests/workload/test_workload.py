@@ -7,7 +7,7 @@ from rap_env.errors import InvalidRequestError, UnknownNameError
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.workload import SAMPLERS, make_sampler
-from rap_env.workload.traces import AZURE_CODE, AZURE_CONV, LEVELS, TraceError
+from rap_env.workload.traffic import AZURE_CODE, AZURE_CONV, LEVELS, TraceError
 from tests.workload.drawing import HEADER, draws, share
 
 

@@ -24,7 +24,7 @@ from experiments.contexts import load_text
 from experiments.study.console import ExperimentError
 from rap_env.artifacts import digest
 from rap_env.models.live.elastic import ElasticLLM
-from rap_env.workload.traces import AZURE_CONV, COLUMNS, TraceError, trace_requests
+from rap_env.workload.traffic import AZURE_CONV, COLUMNS, TraceError, trace_requests
 
 GENERATED_SHARE = 0.149
 """Mean generated share of a sequence in the requests before 18:55 of the conversations of the Azure

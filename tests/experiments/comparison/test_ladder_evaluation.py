@@ -69,7 +69,7 @@ def test_cells_are_checked_against_the_ladder(config):
         assert cell.cell[2] == cell.request.budget_bytes / dense
     least = ladder_bytes.costs(1, 16).least_peak_bytes
     tight = replace(config.evaluate, pinned=[f"1x16@{least}"])
-    assert grid_requests(tight, ladder_bytes)[0][1].budget_bytes == least
+    assert grid_requests(tight, ladder_bytes)[0].budget_bytes == least
     with pytest.raises(InfeasibleBudgetError, match="No levels of .* in this ladder fit"):
         grid_requests(replace(tight, pinned=[f"1x16@{least - 1}"]), ladder_bytes)
 

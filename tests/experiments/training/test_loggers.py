@@ -5,9 +5,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from experiments.config import Config
 from experiments.config.common import ModelConfig
@@ -38,11 +36,8 @@ def config(tmp_path):
 
 def fill(loggers, folder):
     folder.mkdir(parents=True, exist_ok=True)
-    picture = folder / "picture.png"
-    Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(picture)
     for step in (10, 20):
         loggers.log({"episode/delta_nll": 1.0 / step, "bad": float("nan")}, step)
-    loggers.image("policy", picture)
 
 
 def test_json_lines_are_always_written(config):
@@ -56,7 +51,7 @@ def test_json_lines_are_always_written(config):
     ]
 
 
-def test_tensorboard_gets_scalars_and_image(config):
+def test_tensorboard_gets_scalars(config):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config.logger.tensorboard = True
@@ -65,7 +60,6 @@ def test_tensorboard_gets_scalars_and_image(config):
         fill(loggers, folder)
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("episode/delta_nll")] == [10, 20]
-    assert events.Tags()["images"] == ["policy"]
 
 
 @pytest.mark.parametrize("job", ["train", "evaluate"])

@@ -40,7 +40,7 @@ def expected(config, folder, scorer):
     context = build_context(config)
     policy = TrainedPolicy.load(folder, context)
     requests = grid_requests(config.evaluate, make_ladder_bytes(config, context))
-    plans = [policy.choose(request) for _, request in requests]
+    plans = [policy.choose(request) for request in requests]
     return sum(scorer.nll(plan) - scorer.dense_nll for plan in plans) / len(plans)
 
 

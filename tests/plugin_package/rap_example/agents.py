@@ -5,9 +5,8 @@ from typing import Any
 
 from sb3_contrib import MaskablePPO
 
-from agents.algorithms import Algorithm
-from agents.hyperparameters import PPOHyperparameters
-from agents.sb3_policies import MaskableBlockwisePolicy
+from agents.algorithms import Algorithm, PPOHyperparameters
+from agents.networks import MaskableBlockwisePolicy
 from rap_env.specs import setting
 
 

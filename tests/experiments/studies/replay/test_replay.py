@@ -27,7 +27,7 @@ from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.runtime.memory_meter import TensorMeter
 from rap_env.scoring.scorer import MaskScorer
-from rap_env.workload.traces import AZURE_CONV, TraceError
+from rap_env.workload.traffic import AZURE_CONV, TraceError
 from tests.policies import made_policies
 from tests.tiny import tiny_model, tiny_tokenizer
 
