@@ -1,36 +1,28 @@
-"""``python -m experiments.leaderboard``: check entries of the leaderboard, or publish our own.
+"""``python -m experiments.leaderboard``: check entries of the leaderboard, or judge trainings.
 
 ``check FILE`` replays the plans of an entry on the real model and on held-out text, and refuses
 numbers that do not reproduce. ``judge TASK FOLDER`` evaluates the policies of a training sweep.
-``publish`` makes the entries of our methods from the records in ``results/``; ``lowest COMPARISON``
-measures one of them, the plan with every item at its lowest level.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import gymnasium
-import numpy as np
 
 import rap_env
-from experiments.comparison.result_rows import ResultRow, rows_below
 from experiments.comparison.run_records import TrainingRun, training_dirs
 from experiments.study.console import ExperimentError, fail, say
-from experiments.study.json_records import write_records, write_text
-from experiments.study.plotting import look
+from experiments.study.json_records import write_records
 from rap_env.errors import RapError
-from rap_env.leaderboard.entries import ENTRIES, UNCHOSEN, Entry, Run, published_entries
+from rap_env.leaderboard.entries import Entry
 from rap_env.leaderboard.evaluation import Evaluation
 from rap_env.leaderboard.tasks import SPLITS, PinnedTask, pinned_task, tasks_of
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
-from rap_env.policies.loading import StaticPolicy
 from rap_env.request import Request
 from rap_env.scoring.corpus import CorpusConfig
 
@@ -178,117 +170,9 @@ def judge_runs(task: str, root: Path, split: str) -> Iterator[tuple[TrainingRun,
     write_records(root / "evaluate" / name / "results.jsonl", rows)
 
 
-TASKS_FILE = ENTRIES.parent / "tasks.json"
-"""The pinned comparisons: environment and arguments, requests, texts and thresholds."""
-
-_DENSE, LOWEST = UNCHOSEN
-_NAMES = {
-    _DENSE: ("Do nothing", "the model as it is, over every budget"),
-    LOWEST: ("Remove everything", "every item at its lowest level"),
-}
-"""Names and descriptions of what needs no method, by its name in records."""
-
-_THRESHOLD_REQUESTS = 1000
-
-
-def grid_rows(comparison: str, results: Path) -> list[ResultRow]:
-    """Return the rows of a comparison's grid, from its records and those of `lowest`."""
-    (records,) = {Path(entry.origin["records"]).name for entry in published_entries(comparison)}
-    rows = [row for row in rows_below(results / records / "evaluate") if row.part == "grid"]
-    return rows + ResultRow.read(lowest_file(comparison, results))
-
-
-def lowest_file(comparison: str, results: Path) -> Path:
-    """Return the file with the rows of the plan with every item at its lowest level."""
-    return results / "leaderboard" / f"{comparison}.jsonl"
-
-
-def requests_of(rows: Sequence[ResultRow]) -> list[Request]:
-    """Return the requests of some rows, in their order."""
-    return list(dict.fromkeys(Request(*row.shape, row.budget_bytes) for row in rows))
-
-
-def make_entries(comparison: str, rows: Sequence[ResultRow], records: str) -> list[Entry]:
-    """Return an entry for each method, with the plans of all its seeds.
-
-    Args:
-        comparison: Name of the comparison.
-        rows: Its rows.
-        records: Where they are from, as the entry says it.
-    """
-    entries, requests = [], requests_of(rows)
-    for method in dict.fromkeys(row.method for row in rows):
-        own = [row for row in rows if row.method == method]
-        runs = []
-        for seed in dict.fromkeys(row.seed for row in own):
-            at = {Request(*row.shape, row.budget_bytes): row for row in own if row.seed == seed}
-            chosen = [at[request] for request in requests]
-            delta_nll = {
-                "calibration": tuple(row.calibration_delta_nll for row in chosen),
-                "test": tuple(row.delta_nll for row in chosen),
-            }
-            plans = tuple(row.plan.levels for row in chosen)
-            runs.append(Run(seed, plans, delta_nll, tuple(row.fits for row in chosen)))
-        name, description = _NAMES.get(method, (look(method).label, look(method).what))
-        entries.append(
-            Entry(
-                name=name,
-                comparison=comparison,
-                description=description,
-                runs=tuple(runs),
-                evaluations=float(np.median([row.evaluations for row in own])),
-                setup_evaluations=max(row.setup_evaluations for row in own),
-                decision_s=float(np.median([row.decision_s for row in own])),
-                origin={"records": records, "method": method},
-            )
-        )
-    return entries
-
-
-def mean_return(env: Any) -> float:
-    """Return the mean return of the best measured plans on requests of an environment's workload.
-
-    Args:
-        env: The environment of a pinned task on a score table.
-    """
-    scorer = env.context.scorer
-    env.reset(seed=0)
-    returns = []
-    for _ in range(_THRESHOLD_REQUESTS):
-        env.reset()
-        best = env.context.best_measured(env.request)
-        returns.append(scorer.dense_nll - scorer.nll(best))
-    return float(np.mean(returns))
-
-
-def publish(results: Path) -> int:
-    """Make requests, texts and entries from the records; return the number of entries.
-
-    Environments, arguments and names of tasks are those that `TASKS_FILE` has.
-    """
-    described = json.loads(TASKS_FILE.read_text(encoding="utf-8"))
-    for comparison, pinned in described.items():
-        rows = grid_rows(comparison, results)
-        records = published_entries(comparison)[0].origin["records"]
-        pinned["requests"] = [
-            [request.batch_size, request.seq_len_tokens, request.budget_bytes]
-            for request in requests_of(rows)
-        ]
-        pinned["calibration_sha256"] = rows[0].depends_on["calibration_sha256"]
-        pinned["test_text"] = rows[0].depends_on["report_text"]
-        table = next(iter(pinned["tasks"].values()))  # the first task has a score table
-        env: Any = gymnasium.make(pinned["environment"], **pinned["arguments"], **table).unwrapped
-        pinned["vocab_size"] = env.memory.facts.vocab_size
-        pinned["reward_threshold"] = mean_return(env)
-        for entry in make_entries(comparison, rows, records):
-            entry.save(ENTRIES / comparison / f"{entry.origin['method']}.json", compress=True)
-    write_text(TASKS_FILE, json.dumps(described, indent=1) + "\n")
-    return sum(1 for _ in ENTRIES.rglob("*.json"))
-
-
 @click.group()
 def main() -> None:
-    """Check entries of the leaderboard, evaluate trained policies, or publish our own."""
+    """Check entries of the leaderboard, or evaluate trained policies."""
 
 
 @main.command()
@@ -327,30 +211,6 @@ def judge(task: str, folder: Path, split: str) -> None:
             )
     except RapError as error:
         fail(str(error))
-
-
-@main.command("lowest")
-@click.argument("comparison", type=click.Choice(list(json.loads(TASKS_FILE.read_text()))))
-@click.option("--text", default="data/wikitext/validation.jsonl", show_default=True)
-@click.option("--text-field", default="page", show_default=True)
-@click.option("--results", default="results", show_default=True, type=click.Path(path_type=Path))
-def lowest_plan(comparison: str, text: str, text_field: str, results: Path) -> None:
-    """Measure the plan with every item at its lowest level at the requests of COMPARISON."""
-    task = task_of(comparison)
-    # Nothing is chosen, so that no importance has to be measured.
-    plan = task.make(importance="none").unwrapped.ladder.lowest  # type: ignore[attr-defined]
-    held_out = held_out_text(task, text, text_field) if task.live else None
-    result = rap_env.evaluate(StaticPolicy(plan), task.name, "test", name=LOWEST, text=held_out)
-    write_records(lowest_file(comparison, results), result.rows())
-    say(f"{lowest_file(comparison, results)}: ΔNLL {result.mean_delta_nll:.4f} nats per token")
-
-
-@main.command("publish")
-@click.option("--results", default="results", show_default=True, type=click.Path(path_type=Path))
-def publish_entries(results: Path) -> None:
-    """Make the pinned tasks and our entries from the records."""
-    entries = publish(results)
-    say(f"{TASKS_FILE} and {entries} entries are written.")
 
 
 if __name__ == "__main__":

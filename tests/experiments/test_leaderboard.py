@@ -1,6 +1,5 @@
-"""Entries of the leaderboard: made from records, and replayed on the model."""
+"""Entries of the leaderboard: equal to the records, and replayed on the model."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,21 +9,20 @@ import torch
 from click.testing import CliRunner
 
 from experiments.compare import compare
-from experiments.comparison.result_rows import ResultRow
+from experiments.comparison.result_rows import ResultRow, rows_below
 from experiments.config import Config
 from experiments.config.common import ImportanceConfig, ModelConfig, TextConfig
 from experiments.config.program_settings import AgentConfig, CompareConfig
-from experiments.leaderboard import (
-    TASKS_FILE,
-    check_entry,
-    grid_rows,
-    main,
-    make_entries,
-    requests_of,
-)
+from experiments.leaderboard import check_entry, main
 from experiments.train import train
-from rap_env.leaderboard.entries import ENTRIES, Entry, Run, predicted_test_delta_nll
-from rap_env.leaderboard.tasks import pinned_task, pinned_tasks
+from rap_env.leaderboard.entries import (
+    ENTRIES,
+    Entry,
+    Run,
+    predicted_test_delta_nll,
+    published_entries,
+)
+from rap_env.leaderboard.tasks import pinned_task, tasks_of
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.request import Request
@@ -35,18 +33,22 @@ from tests.tiny import VOCAB_SIZE, tiny_llm
 RESULTS = Path(__file__).parents[2] / "results"
 
 
-COMPARISONS = json.loads(TASKS_FILE.read_text())
-
-
-@pytest.mark.parametrize("comparison", COMPARISONS)
-def test_published_entries_are_made_from_the_records(comparison):
-    rows = grid_rows(comparison, RESULTS)
-    files = {path.stem: Entry.load(path) for path in (ENTRIES / comparison).glob("*.json")}
-    records = next(iter(files.values())).origin["records"]
-    made = make_entries(comparison, rows, records)
-    assert files == {entry.origin["method"]: entry for entry in made}
-    for name in COMPARISONS[comparison]["tasks"]:
-        assert list(pinned_tasks()[name].requests) == requests_of(rows)
+@pytest.mark.parametrize("comparison", sorted(folder.name for folder in ENTRIES.iterdir()))
+def test_published_entries_are_what_the_records_say(comparison):
+    task, entries = tasks_of(comparison)[0], published_entries(comparison)
+    (name,) = {Path(entry.origin["records"]).name for entry in entries}
+    rows = [row for row in rows_below(RESULTS / name / "evaluate") if row.part == "grid"]
+    rows += ResultRow.read(RESULTS / "leaderboard" / f"{comparison}.jsonl")
+    recorded = {(r.method, r.seed, Request(*r.shape, r.budget_bytes)): r for r in rows}
+    assert {row.method for row in rows} == {entry.origin["method"] for entry in entries}
+    for entry in entries:
+        for run in entry.runs:
+            for number, request in enumerate(task.requests):
+                row = recorded[entry.origin["method"], run.seed, request]
+                assert Plan.of(run.plans[number]) == row.plan
+                assert run.fits[number] == row.fits
+                assert run.delta_nll["test"][number] == row.delta_nll
+                assert run.delta_nll["calibration"][number] == row.calibration_delta_nll
 
 
 @pytest.fixture(scope="module")
