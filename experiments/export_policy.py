@@ -18,16 +18,13 @@ from omegaconf.errors import OmegaConfBaseException
 from agents.export import export_policy
 from experiments.config import Config, as_config
 from experiments.config.program_settings import ExportPolicyConfig
-from experiments.contexts import build_context, frontier_artifact
+from experiments.contexts import build_context
 from experiments.study.console import ExperimentError, message, run_with_settings, say
 from experiments.study.run_folder import RunFolder
-from rap_env.importance.plan_table import PlanTable
-
-FRONTIER_SUFFIX = ".frontier.json"
 
 
 def export(config: ExportPolicyConfig) -> Path:
-    """Write a run's policy and, if its profile has a frontier table, a reduced table next to it.
+    """Write a run's policy.
 
     Returns:
         The path of the policy.
@@ -37,11 +34,6 @@ def export(config: ExportPolicyConfig) -> Path:
     file, path = export_policy(config.run, context), Path(config.out)
     file.save(path)
     say(f"{path}: {path.stat().st_size:,} bytes, {file.provenance['steps']:,} steps.")
-    if file.weights.rows == "blocks" and frontier_artifact(settings).exists():
-        target = path.with_suffix(FRONTIER_SUFFIX)
-        table = reduced(context.frontier)
-        table.save(target)
-        say(f"{target}: {target.stat().st_size:,} bytes, {len(table.entries)} best known masks.")
     return path
 
 
@@ -54,7 +46,8 @@ def settings_of(folder: Path) -> Config:
     written = RunFolder(folder).settings()
     if written is None:
         raise ExperimentError(f"{folder} is not a run folder: it has no config.yaml.")
-    known = {field.name for field in fields(Config)}  # sections of earlier programs are left out
+    # Sections of earlier programs are left out, and that of loggers, to which nothing is logged.
+    known = {field.name for field in fields(Config)} - {"logger"}
     written = {name: value for name, value in written.items() if name in known}
     written["model"].pop("max_memory_bytes", None)  # those of earlier programs had it
     try:
@@ -68,13 +61,6 @@ def settings_of(folder: Path) -> Config:
     if train.name != "train":  # the run was moved alone: keep the recorded location
         return config
     return replace(config, runs_dir=str(train.parent.parent), name=train.parent.name)
-
-
-def reduced(frontier: PlanTable) -> PlanTable:
-    """Return the table with only the best mask for each pair of counts."""
-    scores = {mask: frontier.scores[mask] for mask, _ in frontier.entries}
-    settings = {**frontier.settings, "thinned_from_masks": frontier.evaluations}
-    return replace(frontier, scores=scores, settings=settings)
 
 
 if __name__ == "__main__":

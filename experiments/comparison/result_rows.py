@@ -104,7 +104,6 @@ class ResultRow(CellRecord):
 
     file = "results.jsonl"
     record_name = "A result record"
-    rerun = "run the evaluation again"
     identity = ("method", "seed", "cell", "part")
 
     @property

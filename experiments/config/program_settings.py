@@ -136,13 +136,11 @@ class LoggerConfig:
     """Loggers besides ``metrics.jsonl`` in the run folder, which is always written."""
 
     wandb: bool = False
-    """Whether to log to Weights & Biases."""
+    """Whether to log to Weights & Biases: as WANDB_MODE says, else online if a login is found."""
     tensorboard: bool = False
     """Whether to log to TensorBoard."""
     project: str = "rap"
     """Project of wandb."""
-    wandb_mode: str = setting("auto", choices=("auto", "online", "offline"))
-    """``auto``: online if a login is found, else offline."""
 
 
 @dataclass

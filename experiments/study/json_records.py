@@ -44,13 +44,11 @@ class Record:
             how the row was made.
         file: Name of the file of such rows in a run folder.
         record_name: What error messages call a record, at the start of a sentence.
-        rerun: What to do in a new run folder if a record is of another version.
         identity: Fields and properties that tell the rows of a file apart.
     """
 
     file: ClassVar[str] = ""
     record_name: ClassVar[str] = "A record"
-    rerun: ClassVar[str] = "run the program again"
     identity: ClassVar[tuple[str, ...]]
 
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -83,7 +81,7 @@ class Record:
         if wrong:
             raise ArtifactError(
                 f"{cls.record_name} has missing or unknown keys: {', '.join(wrong)}; it was "
-                f"written by another version, so {cls.rerun} in a new run folder."
+                "written by another version, so run the program again in a new run folder."
             )
         return cls(**record)
 

@@ -88,7 +88,7 @@ class Wandb:
     The run is online if a login is found, otherwise offline. A resumed training keeps its id.
 
     Raises:
-        ExperimentError: wandb cannot be reached, or ``logger.wandb_mode=online`` has no login.
+        ExperimentError: wandb cannot be reached.
     """
 
     def __init__(self, config: Config, folder: Path, job: str) -> None:
@@ -100,7 +100,7 @@ class Wandb:
         os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")
         about = [config.agent.name, f"seed-{config.seed}"] if job == "train" else []
         config.root.mkdir(parents=True, exist_ok=True)
-        mode: Any = wandb_mode(config.logger.wandb_mode)
+        mode: Any = wandb_mode()
         try:
             self._run = wandb.init(
                 dir=str(config.root),
@@ -119,8 +119,8 @@ class Wandb:
             )
         except wandb.errors.CommError as error:
             raise ExperimentError(
-                f"wandb is not reachable ({error}); set logger.wandb_mode=offline, and run "
-                "`wandb sync` later."
+                f"wandb is not reachable ({error}); set WANDB_MODE=offline, and run `wandb sync` "
+                "later."
             ) from None
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
@@ -155,23 +155,12 @@ def logged_settings(config: Config, job: str) -> dict[str, Any]:
     }
 
 
-def wandb_mode(setting: str) -> str:
-    """Return the mode for `wandb.init`; ``auto`` is online only if a login exists.
+def wandb_mode() -> str:
+    """Return the mode for `wandb.init`: ``WANDB_MODE``, else online only if a login exists.
 
-    ``auto`` respects ``WANDB_MODE``. wandb never prompts for a login.
-
-    Raises:
-        ExperimentError: The mode is ``online``, but there is no login.
+    wandb never prompts for a login.
     """
-    mode = os.environ.get("WANDB_MODE", "") if setting == "auto" else setting
-    if not mode:
-        return "online" if has_login() else "offline"
-    if mode == "online" and not has_login():
-        raise ExperimentError(
-            "logger.wandb_mode is online, but there is no login. Run `wandb login` first, or set "
-            "logger.wandb_mode=offline and run `wandb sync` later."
-        )
-    return mode
+    return os.environ.get("WANDB_MODE") or ("online" if has_login() else "offline")
 
 
 def has_login() -> bool:

@@ -1,6 +1,5 @@
 """Comparison of run folders: separate groups, and pure output."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -96,44 +95,6 @@ def test_cells_outside_the_grid_are_not_averaged_with_it(tmp_path):
     assert set(mean_losses(records, "sparsity").values()) == {50.0}
     assert set(mean_losses(records, "outside").values()) == {90.0}
     assert max(mean_losses(records).values()) < 50.0
-    text = compare(CompareConfig(runs=str(tmp_path)))
-    assert "-- At fixed sparsity --" in text
-    assert "-- Outside the training range of policies --" in text
-    page = compare(CompareConfig(runs=str(tmp_path), format="markdown"))
-    assert "20 % sparsity" in page
-
-
-def test_text_and_markdown_show_verdicts_curves_and_costs(root):
-    text = compare(CompareConfig(runs=str(root)))
-    lines = [line.split() for line in text.splitlines()]
-    greedy = next(
-        line for line in lines if line[:3] == ["Greedy", "per", "byte"] and "+" in line[3]
-    )
-    assert greedy[-1] == "worse"
-    assert "6.9 min" in text, "seconds of training, from the run itself"
-    assert "Attention only" in text
-    assert "even*" in text or "better*" in text or "worse*" in text, "it misses budgets"
-    page = compare(CompareConfig(runs=str(root), format="markdown"))
-    for line in page.splitlines():
-        assert line.startswith(("|", "#", "Final ΔNLL")) or not line
-    assert "# syn: " in page
-    assert "Better / even / worse" in page
-
-
-def test_trainings_alone_show_what_varied_and_the_objective(tmp_path):
-    for name, swept, objective in (
-        ("a", {"x.y": 1}, 0.5),
-        ("b", {"x.y": 2}, 0.25),
-        ("c", {}, None),
-    ):
-        folder = tmp_path / "study" / "train" / f"{name}-s0"
-        folder.mkdir(parents=True)
-        record = {"method": name, "seed": 0, "swept": swept, "objective": objective}
-        (folder / "run.json").write_text(json.dumps(record))
-    text = compare(CompareConfig(runs=str(tmp_path)))
-    table = [line.split() for line in text.split("what varies ==")[1].splitlines() if line]
-    assert table[0] == ["y", "Trained", "Objective"]
-    assert [line[0] for line in table[2:]] == ["2", "1", "-"], "the best first"
 
 
 def test_the_final_delta_nll_is_that_of_the_last_episodes(root):

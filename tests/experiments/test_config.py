@@ -103,15 +103,6 @@ def test_experiments_with_records_of_four_bits_name_their_ladder(experiment):
     assert config.workload.get("levels", "four-bits") == "four-bits"
 
 
-@pytest.mark.parametrize(("program", "name"), [("train", "default"), ("demo", "demo")])
-def test_without_an_experiment_the_program_names_the_run(program, name):
-    assert composed(program).name == name
-
-
-def test_by_default_there_are_no_workers():
-    assert context_config(composed()).workers == 0
-
-
 @pytest.mark.parametrize("number", range(max(map(len, GROUPS.values()))))
 def test_every_option_of_every_group_composes(number):
     """The first options of all groups compose together, then the second ones, and so on."""
@@ -198,7 +189,6 @@ def test_a_misspelt_key_or_wrong_type_is_named(override, named):
         ("replay.timing=wal", "Unknown replay.timing 'wal'; known are 'cpu', 'wall'. Did you mean"),
         ("replay.token_scale=.nan", "replay.token_scale must be above 0, not nan"),
         ("importance.method=gis", "Did you mean 'gsi'?"),
-        ("logger.wandb_mode=of", "known are 'auto', 'offline', 'online'"),
         ("name=a/b", "name must be one folder name"),
         ("threads=0", "threads must be a whole number of at least 1, or null, not 0"),
         ("scoring.workers=-1", "scoring.workers must be a whole number of at least 0"),

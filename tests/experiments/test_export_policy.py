@@ -9,7 +9,7 @@ from agents.trained_policy import TrainedPolicy
 from experiments.config.common import ImportanceConfig
 from experiments.config.program_settings import EvaluateConfig, FrontierConfig
 from experiments.contexts import build_context
-from experiments.export_policy import ExportPolicyConfig, export, reduced, settings_of
+from experiments.export_policy import ExportPolicyConfig, export, settings_of
 from experiments.profile import profile
 from experiments.study.console import ExperimentError
 from experiments.train import train
@@ -17,7 +17,6 @@ from rap_env.errors import ArtifactError
 from rap_env.plan import Plan
 from rap_env.policies.loading import load_policy
 from rap_env.policies.network_policy import NetworkPolicy
-from rap_env.policies.tables import TablePolicy
 from rap_env.request import Request
 from tests.experiments.tiny_study import own_text, short_training, tiny_study
 
@@ -60,21 +59,6 @@ def test_the_exported_file_chooses_like_the_run(config, run, tmp_path):
     assert exported.file.model["fingerprint"] == context.memory.facts.fingerprint
 
 
-def test_the_frontier_is_written_next_to_the_policy(config, run, tmp_path):
-    export(ExportPolicyConfig(str(run), str(tmp_path / "rap.safetensors")))
-    context = build_context(config)
-    table = load_policy(tmp_path / "rap.frontier.json", context.memory)
-    assert isinstance(table, TablePolicy)
-    assert table.table.entries == context.frontier.entries
-    assert len(table.table.scores) == len(context.frontier.entries)
-    assert len(table.table.scores) < context.frontier.evaluations
-    assert table.table.settings["thinned_from_masks"] == context.frontier.evaluations
-    for request in asked(context.memory):
-        full = TablePolicy(context.memory, context.frontier)
-        assert table.choose(request) == full.choose(request)
-    assert reduced(table.table).scores == table.table.scores
-
-
 def test_a_comparison_that_was_moved_is_found_with_its_profile(config, run, tmp_path):
     moved = shutil.copytree(config.root, tmp_path / "elsewhere" / "other")
     settings = settings_of(moved / "train" / run.name)
@@ -82,9 +66,6 @@ def test_a_comparison_that_was_moved_is_found_with_its_profile(config, run, tmp_
         (tmp_path / "elsewhere" / "other").resolve(),
         config.model,
     )
-    shutil.rmtree(moved / "profile")
-    export(ExportPolicyConfig(str(moved / "train" / run.name), str(tmp_path / "rap.safetensors")))
-    assert not (tmp_path / "rap.frontier.json").exists(), "there is none without a profile"
 
 
 def test_a_folder_without_a_run_is_rejected(config, run, tmp_path):

@@ -8,7 +8,6 @@ from experiments.launch import (
     READS,
     _composed,
     _mistake,
-    guess,
     help_text,
     read_by,
     register_program,
@@ -25,14 +24,6 @@ def test_the_settings_in_the_help_of_a_program_exist(program):
     assert "\n  name=" in help_text(read_by(program), values, groups)
 
 
-def test_a_line_gives_a_setting_as_a_command_does_and_its_names():
-    values, groups = _composed("train")
-    lines = help_text(read_by("train"), values, groups).splitlines()
-    assert "  agent.total_timesteps=20000" in lines
-    assert "  evaluate.budgets=[0.9, 0.8]" in lines
-    assert "  logger.wandb_mode=auto   (auto|online|offline)" in lines
-
-
 def test_the_help_shows_the_values_that_the_command_gives(tmp_path):
     done = run_python("-m", "experiments.train", "experiment=table", "seed=3", "--help",
                       cwd=Path(__file__).parents[2])  # fmt: skip
@@ -40,12 +31,6 @@ def test_the_help_shows_the_values_that_the_command_gives(tmp_path):
     assert "experiments.train: train one agent" in done.stdout
     assert "model.name=score_table:smollm2-135m" in done.stdout
     assert "\n  seed=3\n" in done.stdout
-
-
-def test_the_usage_names_the_module_that_runs():
-    module = "experiments.studies.prompts"
-    done = run_python("-m", module, "--help", cwd=Path(__file__).parents[2])
-    assert f"Usage: python -m {module} [SETTING=VALUE ...]" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -62,12 +47,3 @@ def test_a_mistake_is_one_sentence_with_the_nearest_name(text, expected):
     sentence = _mistake(text, "train")
     assert expected in sentence
     assert "\n" not in sentence
-
-
-def test_a_setting_that_resembles_nothing_is_named():
-    assert guess("zzz", {"seed": 0}, []).startswith("There is no setting 'zzz'. --help")
-
-
-def test_the_name_of_a_section_inside_another_may_be_the_nearest():
-    values = {"evaluate": {"text": {"seed": 0}, "plans": "none"}}
-    assert "Did you mean 'evaluate.text'?" in guess("evaluate.texts", values, [])

@@ -40,11 +40,3 @@ def test_an_explicit_number_wins(tmp_path):
     set_threads(Config(name="c", runs_dir=str(tmp_path), threads=2))
     assert torch.get_num_threads() == 2
     assert not list(tmp_path.iterdir())
-
-
-def test_a_damaged_file_is_written_again(tmp_path):
-    config = Config(name="c", runs_dir=str(tmp_path))
-    (tmp_path / "c").mkdir()
-    (tmp_path / "c" / "threads.txt").write_text("")
-    set_threads(config)
-    assert int((tmp_path / "c" / "threads.txt").read_text()) == torch.get_num_threads()

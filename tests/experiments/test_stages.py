@@ -82,7 +82,7 @@ def test_a_profile_is_not_measured_twice_nor_mixed(profiled):
         profile(other, path.parent)
 
 
-def test_a_training_leaves_checkpoints_metrics_and_a_picture(trained):
+def test_a_training_leaves_checkpoints_and_metrics(trained):
     folder = trained.stage_dir("train") / "maskable_ppo-s0"
     facts = RunFolder(folder).read()
     assert facts["timesteps"] >= 64

@@ -87,7 +87,6 @@ class ReplayRow(Record):
 
     file = "replay.jsonl"
     record_name = "A replay record"
-    rerun = "run the replay again"
     identity = ("system",)
 
     system: str

@@ -4,11 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from experiments.compare import compare
 from experiments.comparison.result_rows import ResultRow
-from experiments.comparison.run_records import gather
 from experiments.config.common import ImportanceConfig, TasksConfig, parse_pinned
-from experiments.config.program_settings import CompareConfig, EnvConfig, EvaluateConfig
+from experiments.config.program_settings import EnvConfig, EvaluateConfig
 from experiments.contexts import build_context, evaluation_cells, grid_requests, make_ladder_bytes
 from experiments.evaluate import evaluate
 from experiments.study.console import ExperimentError
@@ -144,14 +142,3 @@ def test_recorded_plans_of_other_settings_are_rejected(evaluated, tmp_path):
     nothing = replace(evaluated, evaluate=replace(settings, plans=[str(tmp_path / "none")]))
     with pytest.raises(ExperimentError, match="There are no results in"):
         evaluate(nothing, tmp_path / "evaluate")
-
-
-def test_tables_show_plans_and_budgets_that_differ(evaluated):
-    comparison = gather(evaluated.root).comparison
-    assert len(comparison.cells) == 4
-    text = compare(CompareConfig(runs=str(evaluated.root)))
-    assert "Uniform settings" in text
-    assert "about 0.5" in text
-    assert "ΔNLL divided by that of Uniform settings" in text
-    assert "Distance from the native model" in text
-    assert text.count("KL divergence / 99th percentile / Same top token, ") == 2

@@ -16,8 +16,7 @@ from experiments.study.json_records import (
     delta_nll_fields,
     request_field,
 )
-from experiments.study.plotting import Panel, panel_figure
-from experiments.study.table_format import TitledTable, columns_table, crossed_table
+from experiments.study.table_format import TitledTable, columns_table
 
 
 @dataclass(frozen=True)
@@ -134,20 +133,3 @@ def test_frozen_settings_are_checked(tmp_path):
     config.model.name = "another"
     with pytest.raises(ExperimentError, match=r"model\.name"):
         fake.study.run(config, tmp_path)
-
-
-def test_a_crossed_table_has_an_entry_for_each_pair():
-    table = crossed_table("x", {"a": 1, "b": 2}, {"c": 10, "d": 20}, lambda x, y: str(x + y))
-    assert table == (["x", "c", "d"], [["a", "11", "21"], ["b", "12", "22"]])
-
-
-def test_panels_share_a_legend_and_hide_what_is_left():
-    parts = [
-        Panel(lambda axis: axis.plot([1], [2], label="s"), str(place), "x", "y")
-        for place in range(4)
-    ]
-    figure = panel_figure(parts, columns=3, same_axes=True)
-    shown = [axis for axis in figure.axes if axis.get_visible()]
-    assert len(shown) == 4
-    assert len(figure.legends) == 1
-    assert [bool(axis.get_ylabel()) for axis in shown] == [True, False, False, True]

@@ -1,13 +1,10 @@
 """Records survive kills, and damage is detected."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from experiments.comparison.result_rows import ResultRow
-from experiments.comparison.result_tables import accuracy_table
-from experiments.comparison.summaries import Comparison
 from experiments.study.json_records import (
     append_record,
     read_records,
@@ -63,22 +60,6 @@ def test_a_row_of_another_schema_names_the_keys():
     record["speed"] = 1
     with pytest.raises(ArtifactError, match="missing or unknown keys: delta_nll, speed"):
         ResultRow.from_record(record)
-
-
-def test_fields_that_were_not_measured_may_be_left_out():
-    record = make_row("gsi", (1, 128), 0.9).to_record()
-    for key in ("sparsity", "outside", "training_s", "accuracies_norm", "task_documents", "levels",
-                "target_delta_nll"):  # fmt: skip
-        del record[key]
-    row = ResultRow.from_record(record)
-    assert row.accuracies_norm is row.task_documents is row.levels is None
-    assert row.plan.removed_names == tuple(row.mask)
-    assert accuracy_table(Comparison([row]))[0] == ["Method", "task_one", "task_two", "mean"]
-    assert (row.sparsity, row.outside, row.training_s, row.part) == (None, False, None, "grid")
-    published = sorted((Path(__file__).parents[3] / "results").glob("*/evaluate"))
-    assert published
-    for folder in published:
-        assert all(row.part == "grid" for row in ResultRow.read(folder / "results.jsonl"))
 
 
 def test_the_row_key_depends_on_all_inputs():

@@ -8,7 +8,7 @@ import pytest
 from experiments.config import Config
 from experiments.config.program_settings import AgentConfig
 from experiments.study.console import ExperimentError
-from experiments.study.run_folder import RunFolder, flatten, provenance
+from experiments.study.run_folder import RunFolder
 from rap_env.errors import ArtifactError
 
 
@@ -56,10 +56,3 @@ def test_a_damaged_run_json_raises_an_error_with_a_remedy(tmp_path, config):
     (tmp_path / "run.json").write_text('{"stage": ')
     with pytest.raises(ArtifactError, match="is damaged; delete the file"):
         run.read()
-
-
-def test_provenance_and_flattening():
-    facts = provenance({"run": 1})
-    assert facts["python"].count(".") == 2
-    assert facts["git"] is None or len(facts["git"]["commit"]) == 40
-    assert flatten({"a": {"b": 1, "c": {}}, "d": 2}) == {"a.b": 1, "a.c": {}, "d": 2}

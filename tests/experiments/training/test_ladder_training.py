@@ -8,10 +8,8 @@ import pytest
 from agents.trained_policy import TrainedPolicy
 from experiments.comparison.result_rows import ResultRow
 from experiments.comparison.run_records import TABLE_FILE
-from experiments.config import Config
 from experiments.config.program_settings import (
     AgentConfig,
-    EnvConfig,
     EvaluateConfig,
     FrontierConfig,
     ScoreModelConfig,
@@ -27,7 +25,7 @@ from experiments.train import train
 from experiments.training.score_model import demonstrations, draw_requests, make_envs
 from experiments.training.score_tables import ROUNDS_FILE, scored_masks
 from rap_env.envs.ladder import RAPLadderVectorEnv
-from rap_env.errors import ArtifactError, UnknownNameError
+from rap_env.errors import ArtifactError
 from rap_env.importance.plan_table import PlanTable
 from rap_env.plan import Plan
 from rap_env.request import Request
@@ -135,10 +133,3 @@ def test_the_agent_is_evaluated_beside_baselines(config, run):
         ladder.positions(row.plan)
         if row.method == "agent":
             assert row.levels == trained.choose(request).levels
-
-
-def test_settings_of_the_environment_are_checked():
-    with pytest.raises(UnknownNameError, match="RAPPrune-v2"):
-        Config(env=EnvConfig(id="RAPPrune-v2"))
-    with pytest.raises(UnknownNameError, match="teacher"):
-        Config(warm_start=WarmStartConfig(teacher="best"))

@@ -128,7 +128,6 @@ def test_a_resumed_run_keeps_its_id_and_continues(config, no_login):
         ]  # fmt: skip
         assert [row["step"] for row in history[:3]] == [first, "10", "20"]
         assert (history[0]["a"], history[0]["bad"]) == ("0.5", "NaN")
-        assert "policy" in history[3]
 
 
 def test_an_unreachable_server_is_one_sentence(config, no_login, monkeypatch):
@@ -142,7 +141,7 @@ def test_an_unreachable_server_is_one_sentence(config, no_login, monkeypatch):
     monkeypatch.setattr(wandb, "init", fails)
     config.logger.wandb = True
     with (
-        pytest.raises(ExperimentError, match=r"no route to host.*logger\.wandb_mode=offline"),
+        pytest.raises(ExperimentError, match=r"no route to host.*WANDB_MODE=offline"),
         open_loggers(config, config.stage_dir("train") / "ppo-s4", job="train"),
     ):
         pass
@@ -150,18 +149,14 @@ def test_an_unreachable_server_is_one_sentence(config, no_login, monkeypatch):
 
 def test_the_mode_follows_the_login(no_login, monkeypatch):
     assert not has_login()
-    assert wandb_mode("auto") == "offline"
-    with pytest.raises(ExperimentError, match="no login. Run `wandb login` first"):
-        wandb_mode("online")
-    assert wandb_mode("offline") == "offline"
+    assert wandb_mode() == "offline"
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert wandb_mode("auto") == "disabled"
+    assert wandb_mode() == "disabled"
     monkeypatch.delenv("WANDB_MODE")
     no_login.write_text("machine api.wandb.ai login user password invented-for-this-test\n")
     no_login.chmod(0o600)
     assert has_login()
-    assert wandb_mode("auto") == "online"
-    assert wandb_mode("offline") == "offline"
+    assert wandb_mode() == "online"
 
 
 @pytest.mark.parametrize("package", ["wandb", "tensorboard"])
