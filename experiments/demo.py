@@ -70,11 +70,8 @@ def demo(config: Config, folder: Path) -> Path:
     evaluate(config, config.stage_dir("evaluate"), scores)
 
     stage(4, f"the engine serves for {config.demo.live_s} s; its memory falls and returns")
-    recording = live.recorded(
-        config.stage_dir("live"),
-        lambda: live.record(model.llm, load_policy(policy_file, model.llm), config.demo.live_s),
-    )
-    assert recording is not None  # it was made
+    policy, folder = load_policy(policy_file, model.llm), config.stage_dir("live")
+    recording = live.record_once(folder, model.llm, policy, config.demo.live_s)
     say(wrapped(recording.summary))
 
     stage(5, "verdict and report")

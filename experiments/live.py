@@ -12,7 +12,7 @@ import io
 import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -91,11 +91,6 @@ class Question:
     question: str
     asked_s: float
     texts: list[tuple[float, str]] = field(default_factory=list)
-
-    def note(self, time_s: float, text: str) -> None:
-        """Note the text at a moment, if it has grown."""
-        if not self.texts or self.texts[-1][1] != text:
-            self.texts.append((time_s, text))
 
     @property
     def right(self) -> bool:
@@ -191,7 +186,9 @@ def record(llm: ElasticLLM, policy: Policy, seconds: float) -> Recording:
     while (passed := time.monotonic() - started) < seconds:
         if asked:
             text = llm.tokenizer.decode(asked.token_ids, skip_special_tokens=True).strip()
-            recording.answers[-1].note(round(passed, 3), text)
+            texts_so_far = recording.answers[-1].texts
+            if not texts_so_far or texts_so_far[-1][1] != text:
+                texts_so_far.append((round(passed, 3), text))
             asked = None if asked.done else asked
         ready = asked is None
         if ready and len(round_of_chats) < CHATS:  # one more chat, then the next question
@@ -210,15 +207,20 @@ def record(llm: ElasticLLM, policy: Policy, seconds: float) -> Recording:
     return recording
 
 
-def recorded(folder: Path, make: Callable[[], Recording] | None = None) -> Recording | None:
-    """The recording in a folder; without one, `make` makes it, if it is given."""
+def recorded(folder: Path) -> Recording | None:
+    """The recording in a folder; None if there is none."""
     body = read_json(folder / FILE, made_by="the live run")
-    if body is not None:
-        answers = [Question(**answer) for answer in body.pop("answers")]
-        return Recording(answers=answers, **body)
-    if make is None:
+    if body is None:
         return None
-    recording = make()
+    answers = [Question(**answer) for answer in body.pop("answers")]
+    return Recording(answers=answers, **body)
+
+
+def record_once(folder: Path, llm: ElasticLLM, policy: Policy, seconds: float) -> Recording:
+    """The recording in a folder; without one, `record` makes it."""
+    if recording := recorded(folder):
+        return recording
+    recording = record(llm, policy, seconds)
     write_text(folder / FILE, json.dumps(asdict(recording)))
     return recording
 
@@ -317,9 +319,7 @@ def program(config: Config, folder: Path) -> Path:
     from rap_env.policies.loading import load_policy
 
     llm = shared_llm(config.model.name, dtype=config.model.dtype, weights=config.model.weights)
-    seconds = float(config.demo.live_s)
-    recording = recorded(folder, lambda: record(llm, load_policy("rap", llm), seconds))
-    assert recording is not None  # it was made
+    recording = record_once(folder, llm, load_policy("rap", llm), config.demo.live_s)
     save_png(live_figure(recording), folder / "live.png")
     save_gif(recording, folder / "live.gif")
     say(f"{recording.summary}\n{folder / 'live.gif'}")
