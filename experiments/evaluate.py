@@ -29,9 +29,9 @@ from experiments.launch import launch
 from experiments.study.console import ExperimentError
 from experiments.study.harness import Job, measured
 from experiments.study.json_records import delta_nll_fields, request_field, set_aside, trim_metrics
+from experiments.study.loggers import Loggers, open_loggers
 from experiments.study.run_folder import RunFolder
 from experiments.study.statistics import kept_above_chance
-from experiments.training.loggers import Loggers, open_loggers
 from rap_env.artifacts import digest
 from rap_env.context.base import PruningContext, make_encoder, method_order
 from rap_env.context.table import TableContext

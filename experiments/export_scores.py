@@ -2,7 +2,7 @@
 
 The table has the scores that the store has of the model on the calibration text, and the
 importance that agents observe. ``export.masks=20000`` first measures masks (see
-`experiments.training.score_tables`) until the store has as many; after a kill, the same command
+`experiments.score_model`) until the store has as many; after a kill, the same command
 resumes and writes the same table. ``export.records=[results/tight]`` adds the scores that a
 comparison recorded, so that nothing is measured twice, and what its plans lose on held-out text.
 ``export.levels=true model.weights=native`` adds what ``RAPLadder-v0`` needs: the costs of levels,
@@ -12,34 +12,42 @@ which are measured unless the package or the cache has them, and the scores of p
 from __future__ import annotations
 
 import logging
+import os
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
+from experiments.comparison.result_rows import ResultRow, rows_below
 from experiments.comparison.run_records import TABLE_FILE
 from experiments.config import Config
-from experiments.contexts import build_context
+from experiments.contexts import FRONTIER_FILE, build_context
 from experiments.launch import launch
-from experiments.study.console import ExperimentError, say
-from experiments.study.run_folder import RunFolder
-from experiments.study.table_format import plain
-from experiments.training.score_tables import (
-    held_out_losses,
+from experiments.score_model import (
+    ROUNDS_FILE,
     importance_orders,
+    native_shift,
     planned_masks,
-    recorded_scores,
+    scored_masks,
     stored_scores,
     table_of,
 )
+from experiments.study.console import ExperimentError, say
+from experiments.study.json_records import read_records
+from experiments.study.run_folder import RunFolder
+from experiments.study.table_format import plain
 from rap_env.context.base import PruningContext
+from rap_env.importance.plan_table import PlanTable
 from rap_env.levels import LADDERS
 from rap_env.models.progress import progress_bar
 from rap_env.plan import Plan, every_mask
-from rap_env.scoring.held_out import Fidelity, FidelityRow
+from rap_env.scoring.held_out import Fidelity, FidelityRow, HeldOutLosses
 from rap_env.scoring.interface import bar_callback
 from rap_env.scoring.plan_runner import chunks
+
+Folders = Sequence[str | os.PathLike[str]]
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +121,79 @@ def measure(config: Config, context: PruningContext, recorded: Mapping[Plan, flo
         for chunk in chunks(missing, CHUNK_MASKS):
             context.scorer.nll_many(chunk, bar_callback(bar))
     log.info("Measured %d of %d masks.", len(known) + len(missing), num_masks)
+
+
+def recorded_scores(folders: Folders, context: PruningContext) -> dict[Plan, float]:
+    """Return the mean NLL of all plans that comparisons recorded, nats per token.
+
+    So that scores of several machines go together, each has its own rise; see `native_shift`.
+
+    Args:
+        folders: Folders of comparisons, with the table of their profile, their training runs, or
+            their evaluation.
+        context: The model and text that they must have been measured with.
+
+    Raises:
+        ExperimentError: A folder has no scores, or they were measured on another text.
+        ArtifactError: A table is of another model, or damaged.
+    """
+    nll_by_plan: dict[Plan, float] = {}
+    for folder in map(Path, folders):
+        own = _table_scores(folder, context)
+        for row in _rows(folder, context):
+            own.setdefault(row.plan, row.calibration_delta_nll + context.scorer.dense_nll)
+        if not own:
+            raise ExperimentError(
+                f"{folder} has no recorded scores of this model and calibration text."
+            )
+        nll_by_plan |= own
+    return nll_by_plan
+
+
+def _table_scores(folder: Path, context: PruningContext) -> dict[Plan, float]:
+    """Return the scores of a comparison's table and training runs; none without a table."""
+    path = folder / "profile" / FRONTIER_FILE
+    if not path.is_file():
+        return {}
+    table = PlanTable.load(path, context.memory)
+    shift = native_shift(table, str(path), context)
+    nll_by_plan = dict(table.scores)
+    for path in sorted(folder.glob(f"train/*/{ROUNDS_FILE}")):
+        for record in read_records(path):
+            nll_by_plan |= scored_masks(record)
+    return {plan: nll + shift for plan, nll in nll_by_plan.items()}
+
+
+def held_out_losses(folders: Folders, context: PruningContext) -> HeldOutLosses | None:
+    """Return what the plans of some comparisons lose on the held-out text that most of them report.
+
+    Args:
+        folders: As for `recorded_scores`.
+        context: The model and calibration text of the comparisons.
+
+    Returns:
+        None if no plan was evaluated.
+
+    Raises:
+        ArtifactError: There are too few plans to predict others.
+    """
+    rows = [row for folder in map(Path, folders) for row in _rows(folder, context)]
+    texts = Counter(row.depends_on["report_sha256"] for row in rows)
+    if not texts:
+        return None
+    text = texts.most_common(1)[0][0]
+    rows = [row for row in rows if row.depends_on["report_sha256"] == text]
+    losses = {row.plan: row.delta_nll for row in rows}
+    calibration = {row.plan: row.calibration_delta_nll for row in rows}
+    provenance = rows[0].depends_on["report_text"]
+    return HeldOutLosses.fitted(provenance, losses, calibration, context.memory.facts.num_blocks)
+
+
+def _rows(folder: Path, context: PruningContext) -> list[ResultRow]:
+    """Return a comparison's rows of the same model and calibration text."""
+    facts, here = context.memory.facts, context.corpus.sha256
+    own = {"model_fingerprint": facts.fingerprint, "calibration_sha256": here}
+    return [row for row in rows_below(folder) if own.items() <= row.depends_on.items()]
 
 
 def _check(config: Config, context: PruningContext, recorded: Mapping[Plan, float]) -> None:

@@ -11,10 +11,9 @@ from typing import Any
 from experiments.config import Config
 from experiments.contexts import GSI_FILE, build_context, frontier_artifact, make_ladder_bytes
 from experiments.launch import launch
+from experiments.score_model import draw_requests, stored_scores
 from experiments.study.json_records import write_text
 from experiments.study.run_folder import RunFolder
-from experiments.training.score_model import draw_requests
-from experiments.training.score_tables import stored_scores
 from rap_env.context.base import PruningContext, costs_of
 from rap_env.context.opening import require_live
 from rap_env.importance.plan_search import PlanSearchConfig, build_plan_table

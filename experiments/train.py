@@ -21,11 +21,11 @@ from agents.training import TrainResult
 from experiments.config import Config
 from experiments.contexts import build_context, grid_requests, held_out_scorer, make_ladder_bytes
 from experiments.launch import launch, swept_settings
+from experiments.score_model import learn
 from experiments.study.console import say
 from experiments.study.json_records import trim_metrics
+from experiments.study.loggers import open_loggers
 from experiments.study.run_folder import RunFolder
-from experiments.training.loggers import open_loggers
-from experiments.training.score_model import learn
 from rap_env.context.base import PruningContext
 from rap_env.leaderboard.tasks import pinned_tasks
 from rap_env.plan import Plan

@@ -13,12 +13,11 @@ from experiments.config.common import ImportanceConfig, ModelConfig
 from experiments.config.program_settings import EvaluateConfig, ExportConfig, FrontierConfig
 from experiments.contexts import build_context
 from experiments.evaluate import decision_scores, evaluate
-from experiments.export_scores import export_scores
+from experiments.export_scores import export_scores, recorded_scores
 from experiments.profile import profile
 from experiments.study.json_records import read_records
 from experiments.study.run_folder import RunFolder
 from experiments.train import train
-from experiments.training.score_tables import recorded_scores
 from rap_env.errors import RapError
 from rap_env.importance.plan_table import PlanTable
 from rap_env.plan import Plan

@@ -14,7 +14,7 @@ import pytest
 import experiments
 
 ROOT = Path(experiments.__file__).parent
-SHARED = {"contexts", "launch", "llama_cpp"}
+SHARED = {"contexts", "launch", "llama_cpp", "score_model"}
 """Files of the root that are no programs."""
 
 
@@ -76,7 +76,7 @@ def test_nothing_imports_a_study():
     ("module", "unneeded"),
     [
         ("experiments.compare", ("torch", "transformers", "wandb")),
-        ("experiments.training.loggers", ("torch", "matplotlib", "tensorboard", "wandb")),
+        ("experiments.study.loggers", ("torch", "matplotlib", "tensorboard", "wandb")),
     ],
 )
 def test_large_libraries_are_not_loaded_where_they_are_not_needed(module, unneeded):

@@ -18,12 +18,17 @@ from experiments.config.program_settings import (
 from experiments.contexts import build_context, frontier_artifact, make_ladder_bytes
 from experiments.evaluate import decision_scores, evaluate
 from experiments.profile import profile
+from experiments.score_model import (
+    ROUNDS_FILE,
+    demonstrations,
+    draw_requests,
+    make_envs,
+    scored_masks,
+)
 from experiments.study.console import ExperimentError
 from experiments.study.json_records import read_records
 from experiments.study.run_folder import RunFolder
 from experiments.train import train
-from experiments.training.score_model import demonstrations, draw_requests, make_envs
-from experiments.training.score_tables import ROUNDS_FILE, scored_masks
 from rap_env.envs.ladder import RAPLadderVectorEnv
 from rap_env.errors import ArtifactError
 from rap_env.importance.plan_table import PlanTable

@@ -16,12 +16,11 @@ from experiments.config.program_settings import (
 )
 from experiments.contexts import build_context, make_ladder_bytes
 from experiments.profile import profile
+from experiments.score_model import ROUNDS_FILE, demonstrations, scored_masks
 from experiments.study.console import ExperimentError
 from experiments.study.json_records import read_records
 from experiments.study.run_folder import RunFolder
 from experiments.train import train
-from experiments.training.score_model import demonstrations
-from experiments.training.score_tables import ROUNDS_FILE, scored_masks
 from rap_env.scoring.score_table import ScoreTable
 from tests.experiments.tiny_study import tiny_study
 

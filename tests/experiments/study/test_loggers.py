@@ -13,8 +13,8 @@ from experiments.config.program_settings import AgentConfig
 from experiments.launch import read_by
 from experiments.study.console import ExperimentError
 from experiments.study.json_records import read_records
+from experiments.study.loggers import has_login, logged_settings, open_loggers, wandb_mode
 from experiments.study.run_folder import flatten
-from experiments.training.loggers import has_login, logged_settings, open_loggers, wandb_mode
 from rap_env.errors import MissingDependencyError
 
 

@@ -2,7 +2,7 @@
 
 from itertools import islice
 
-from experiments.training.score_tables import planned_masks
+from experiments.score_model import planned_masks
 from rap_env.plan import Plan
 
 BLOCKS = 60

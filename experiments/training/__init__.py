@@ -1,1 +1,0 @@
-"""Training of agents: score model, score tables, sweeps and loggers."""
