@@ -222,18 +222,6 @@ def test_rows_of_a_batch_have_levels_of_their_own(name, level) -> None:
     assert llm.held_bytes.kv_cache == 0
 
 
-def test_layers_at_different_levels_and_a_joining_row_at_others() -> None:
-    llm = long_llm()
-    batch, other = LiveBatch(llm), LiveBatch(llm)
-    llm.apply(uniform("int4"))
-    batch.prefill(random_rows(90))
-    llm.apply(Plan.of({"layer00.cache": "int8"}))
-    other.prefill(random_rows(50, seed=2))
-    batch.join(other)
-    assert batch.plans == [uniform("int4"), llm.plan]
-    assert torch.isfinite(grown(batch, [[5], [6]])).all()
-
-
 @pytest.mark.parametrize("level", ["int8", "int4", "window64"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "mistral_sliding"])
 def test_bfloat16_stays_within_its_rounding(name, level) -> None:
