@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from rap_env.errors import counted
 from rap_env.memory import MemoryModel
 from rap_env.plan import EMBEDDINGS, KINDS, Plan, is_cache
 from rap_env.request import Request, human_bytes
@@ -71,9 +72,8 @@ class Scene:
     @property
     def request_words(self) -> str:
         """The request in words."""
-        batch, length = self.request.batch_size, self.request.seq_len_tokens
-        sequences = "sequence" if batch == 1 else "sequences"
-        return f"{batch} {sequences} of {length:,} tokens"
+        sequences = counted(self.request.batch_size, "sequence")
+        return f"{sequences} of {self.request.seq_len_tokens:,} tokens"
 
     @property
     def budget_words(self) -> str:
@@ -109,13 +109,10 @@ class Scene:
         """The number of lowered items of each kind and level, in words; empty if there are none."""
         kept = ((item, level) for item, level in self.plan.levels.items() if level != "removed")
         counts = Counter((_kind(item), level) for item, level in kept)
-        named = {pair: pair[0] for pair in counts if pair[0] == EMBEDDINGS}
-        named |= {
-            pair: f"{count} {pair[0]}{'s' if count > 1 else ''}"
-            for pair, count in counts.items()
-            if pair not in named
-        }
-        return ", ".join(f"{named[pair]} {pair[1]}" for pair in counts)
+        return ", ".join(
+            f"{kind if kind == EMBEDDINGS else counted(count, kind)} {level}"
+            for (kind, level), count in counts.items()
+        )
 
     def share_left(self, index: int) -> float:
         """Share of a block's native bytes that its weights have at their level."""

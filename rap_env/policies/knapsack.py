@@ -23,7 +23,7 @@ from rap_env.policies.base import Policy
 from rap_env.policies.method import Basis
 from rap_env.policies.multiple_choice import MultipleChoice
 from rap_env.policies.packaged_files import packaged_costs
-from rap_env.policies.registry import makes, packaged, reads
+from rap_env.policies.registry import makes, reads
 from rap_env.request import Request
 
 _CACHED_CHOICES = 1024
@@ -318,8 +318,8 @@ class TextPolicy(Policy):
         return self.for_text(()).delta_nll(plan, seq_len_tokens)
 
 
-@packaged("knapsack-by-text")
-def _packaged_by_text(memory: MemoryModel) -> Policy:
+@makes("knapsack-by-text")
+def _packaged_by_text(memory: MemoryModel, basis: Basis | None) -> Policy:
     return TextPolicy(packaged_costs(KindCosts, memory), partial(KnapsackPolicy, memory))
 
 

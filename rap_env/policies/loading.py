@@ -20,14 +20,7 @@ from rap_env.policies.base import Policy, as_policy
 from rap_env.policies.method import Basis, Method
 from rap_env.policies.network_policy import KIND
 from rap_env.policies.packaged_files import default_facts, packaged_basis
-from rap_env.policies.registry import (
-    Reader,
-    makes,
-    methods,
-    packaged_policies,
-    policy_names,
-    readers,
-)
+from rap_env.policies.registry import Reader, makes, methods, policy_names, readers
 from rap_env.request import Request
 
 _HINT = (
@@ -150,8 +143,6 @@ def _make(name: str, memory: MemoryModel, basis: Basis | None) -> Policy:
     """A method or a packaged policy by its name, that of a file, or one of another package."""
     if name in methods():
         return methods()[name](memory, basis)
-    if name in packaged_policies():
-        return packaged_policies()[name](memory)
     path = Path(name).expanduser()
     if path.is_file():
         return _reader_of(path)(path, memory)

@@ -119,53 +119,16 @@ class _UpperLayers:
         return np.asarray(hidden @ self._last)
 
 
-@dataclass(frozen=True)
-class _InputRows:
-    """What changes of the rows as items are lowered, and where it is in the inputs of a pass.
-
-    Inputs have a column for each block or item. Prices have no weight of their own; they are
-    standardised together with the features.
-
-    Attributes:
-        features: The features.
-        compared: The features and the prices.
-        prices: The prices.
-        deviations: Both, standardised.
-        useful: The useful share.
-        valid: Whether there is a lower level.
-        near: The levels of the neighbours.
-    """
-
-    features: slice
-    compared: slice
-    prices: slice
-    deviations: slice
-    useful: int
-    valid: int
-    near: slice
-
-    @classmethod
-    def of(cls, spec: RowSpec) -> _InputRows:
-        """The places for a kind of rows."""
-        features = len(spec.features)
-        compared = features + len(spec.priced)
-        useful, valid, near = 2 * compared, 2 * compared + 1, 2 * compared + 2
-        return cls(
-            slice(0, features),
-            slice(0, compared),
-            slice(features, compared),
-            slice(compared, 2 * compared),
-            useful,
-            valid,
-            slice(near, near + spec.num_neighbours),
-        )
-
-
 class PolicyNetwork:
     """Chooses what to lower on one model until a request fits.
 
-    It does not change after construction, so threads may share it. The first layer is a sum over
-    the parts of a row (`RowSpec.columns`); each part is computed where it changes:
+    It does not change after construction, so threads may share it. The inputs of a pass have a
+    column for each block or item. Their rows are features, prices, both of them standardised, the
+    useful share, whether there is a lower level, and the levels of the neighbours. Prices have no
+    weight of their own; they are standardised together with the features.
+
+    The first layer is a sum over the parts of a row (`RowSpec.columns`); each part is computed
+    where it changes:
 
     | part of a row | here | changes |
     |---|---|---|
@@ -183,7 +146,11 @@ class PolicyNetwork:
     def __init__(self, weights: NetworkWeights, encoder: ObservationEncoder) -> None:
         self.encoder, self.spec = encoder, weights.spec
         spec, count = self.spec, len(encoder.ladder)
-        self.rows = _InputRows.of(spec)
+        features = len(spec.features)
+        compared = features + len(spec.priced)
+        self.features, self.prices = slice(0, features), slice(features, compared)
+        self.compared, self.deviations = slice(0, compared), slice(compared, 2 * compared)
+        self.useful, self.valid, self.near = 2 * compared, 2 * compared + 1, 2 * compared + 2
         self.shown, shown_prices = spec.shown(weights.without)
         self.useful_floor = np.float32(spec.useful_floor)
         self.see_request = np.float32("request" not in weights.without)
@@ -276,7 +243,7 @@ class _Pass:
         fixed[BYTES_OVER] = 0.0  # comes with each pass
         self._request = fixed @ network.request
         count = len(network.encoder.ladder)
-        self._inputs: Floats = np.zeros((network.rows.near.stop, count), dtype=np.float32)
+        self._inputs: Floats = np.zeros((len(network.varying), count), dtype=np.float32)
         self._levels: Floats = np.zeros(2 * count + 1, dtype=np.float32)
         self._level, self._lowest = self._levels[:count], self._levels[count:-1]
         self._take(slice(None))
@@ -288,20 +255,23 @@ class _Pass:
         Args:
             over: Bytes over the budget as a share of the native peak.
         """
-        network, inputs, rows = self._network, self._inputs, self._network.rows
-        seen_over, valid = np.float32(over), inputs[rows.valid]
-        useful = inputs[rows.useful]
+        network, inputs = self._network, self._inputs
+        seen_over, valid = np.float32(over), inputs[network.valid]
+        useful = inputs[network.useful]
         divisor = seen_over * network.see_request + _OVER_FLOOR
         np.divide(inputs[network.spec.freed], divisor, out=useful)
         np.minimum(useful, _ONE, out=useful)
         log_costs = network.spec.log_costs(inputs[network.spec.costs], np.log)
-        np.subtract(log_costs, np.log(useful + network.useful_floor), out=inputs[rows.prices])
+        np.subtract(log_costs, np.log(useful + network.useful_floor), out=inputs[network.prices])
         mean = _standardise(
-            inputs[rows.compared], valid, np.float32(self.num_valid), inputs[rows.deviations]
+            inputs[network.compared],
+            valid,
+            np.float32(self.num_valid),
+            inputs[network.deviations],
         )
         shared = self._request + seen_over * network.request[BYTES_OVER] + self._by_level
         if network.spec.means:
-            shared += mean[rows.features] @ network.mean_valid
+            shared += mean[network.features] @ network.mean_valid
         hidden = inputs.T @ network.varying
         hidden += network.own
         hidden += shared
@@ -320,15 +290,15 @@ class _Pass:
         """Take over what is observed of one row, or of all."""
         network, observation = self._network, self._seen.observation
         features = observation[network.spec.key][rows] * network.shown
-        self._inputs[network.rows.features, rows] = features.T
-        self._inputs[network.rows.valid, rows] = observation["action_mask"][rows]
+        self._inputs[network.features, rows] = features.T
+        self._inputs[network.valid, rows] = observation["action_mask"][rows]
 
     def _sum_levels(self) -> None:
         """Compute what all levels together determine."""
-        network, inputs, places = self._network, self._inputs, self._network.rows
-        self.num_valid = np.count_nonzero(inputs[places.valid])
-        self._level[:] = network.spec.level(inputs[places.features].T)
-        self._levels.take(network.near_numbers, out=inputs[places.near], mode="wrap")  # -1: none
+        network, inputs = self._network, self._inputs
+        self.num_valid = np.count_nonzero(inputs[network.valid])
+        self._level[:] = network.spec.level(inputs[network.features].T)
+        self._levels.take(network.near_numbers, out=inputs[network.near :], mode="wrap")  # -1: none
         np.greater_equal(self._level, 1, out=self._lowest)
         if network.spec.means:
             self._lowest /= max(1.0, float(self._lowest.sum()))

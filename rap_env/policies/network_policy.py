@@ -34,7 +34,7 @@ from rap_env.policies.base import Policy
 from rap_env.policies.method import Basis
 from rap_env.policies.network import NetworkWeights, PolicyNetwork
 from rap_env.policies.packaged_files import packaged_file
-from rap_env.policies.registry import makes, packaged, reads
+from rap_env.policies.registry import makes, reads
 from rap_env.request import Request
 
 log = logging.getLogger(__name__)
@@ -288,7 +288,7 @@ def _read_policy(path: Path, memory: MemoryModel) -> Policy:
     return NetworkPolicy(memory, PolicyFile.load(path))
 
 
-def _packaged_policy(name: str, memory: MemoryModel) -> Policy:
+def _packaged_policy(name: str, memory: MemoryModel, basis: Basis | None) -> Policy:
     file = packaged_network(_PACKAGED[name])
     if file.weights.rows == "ladder" and not file.serves(memory.facts):
         own, facts = file.model["name"], memory.facts
@@ -307,7 +307,7 @@ def packaged_network(file_name: str) -> PolicyFile:
 
 
 for _name in _PACKAGED:
-    packaged(_name)(partial(_packaged_policy, _name))
+    makes(_name)(partial(_packaged_policy, _name))
 
 
 @makes(_REMOVES)

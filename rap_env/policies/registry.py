@@ -16,12 +16,10 @@ from rap_env.policies.packaged_files import packaged_basis
 
 MethodT = TypeVar("MethodT", bound=type[Method])
 Maker = Callable[[MemoryModel, Basis | None], Policy]
-Factory = Callable[[MemoryModel], Policy]
 Reader = Callable[[Path, MemoryModel], Policy]
 MakerT = TypeVar("MakerT", bound=Callable[..., Policy])
 
 _METHODS: dict[str, Maker] = {}
-_PACKAGED: dict[str, Factory] = {}
 _READERS: dict[str, Reader] = {}
 
 
@@ -37,14 +35,9 @@ def register(method: MethodT) -> MethodT:
 def makes(name: str) -> Callable[[MakerT], MakerT]:
     """Register what makes a policy of this name from the byte arithmetic of a model and a basis.
 
-    In a comparison the policy is made from the basis; without one, from files in the package.
+    In a comparison the policy may be made from the basis; without one, from files in the package.
     """
     return partial(_register, _METHODS, name)
-
-
-def packaged(name: str) -> Callable[[MakerT], MakerT]:
-    """Register what makes a policy of this name from the byte arithmetic of a model alone."""
-    return partial(_register, _PACKAGED, name)
 
 
 def reads(kind: str) -> Callable[[MakerT], MakerT]:
@@ -58,15 +51,9 @@ def _register(registry: dict[str, Any], name: str, maker: MakerT) -> MakerT:
 
 
 def methods() -> Mapping[str, Maker]:
-    """What makes all methods, by name: from a basis, or from what the package has."""
+    """What makes all policies, by name: from a basis, or from what the package has."""
     _import_all()
     return _METHODS
-
-
-def packaged_policies() -> Mapping[str, Factory]:
-    """What makes the policies that are in the package only, by name."""
-    _import_all()
-    return _PACKAGED
 
 
 def readers() -> Mapping[str, Reader]:
@@ -77,7 +64,7 @@ def readers() -> Mapping[str, Reader]:
 
 def policy_names() -> list[str]:
     """The names of all policies of this package, sorted."""
-    return sorted({*methods(), *packaged_policies()})
+    return sorted(methods())
 
 
 @cache

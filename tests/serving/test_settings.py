@@ -19,7 +19,6 @@ from rap_env.models.files.loading import WEIGHTS
 from rap_env.models.weights.residency import RESIDENCIES
 from rap_env.policies.loading import load_policy
 from rap_env.policies.packaged_files import PACKAGED, default_facts
-from rap_env.policies.registry import packaged_policies
 from rap_env.request import parse_bytes
 from rap_env.runtime.plan_chooser import predicts
 from rap_env.runtime.running import RESTORES
@@ -177,7 +176,8 @@ def test_what_can_serve_passes(folder, right):
 
 
 def test_the_policies_without_predictions_are_named():
-    names = {"dense", "frontier", "knapsack", "rap-v0", *packaged_policies()}
+    trained = {"rap", "rap-low-bits", "rap-recall", "rap-v0"}
+    names = {"dense", "frontier", "knapsack", "knapsack-by-text", *trained}
     for name in names:
         masks = name in ("frontier", "rap-v0")
         memory = MemoryModel(default_facts("bf16" if masks else "native"))

@@ -250,22 +250,11 @@ def shared_llm(
     name = os.fspath(model)
     if looks_like_path(model):
         name = str(Path(name).expanduser().resolve())
-    if weights == "native" and not _may_be_packed(model):
-        weights = "bf16"  # the same model
-    kind = (choose_dtype if weights == "bf16" else choose_packed_dtype)(dtype, place)
-    key = (name, str(place), str(kind), weights, *settings)
+    key = (name, str(place), dtype, weights, *settings)
     with _shared_lock:
         if key not in _shared:
             _shared[key] = load_llm(model, device=device, dtype=dtype, weights=weights)
         return _shared[key]
-
-
-def _may_be_packed(model: str | os.PathLike[str]) -> bool:
-    """Whether a model's own weights may be packed: a GGUF file, or an alias of one."""
-    if not looks_like_path(model):
-        return "/" not in os.fspath(model)  # a hub id is a folder
-    path = Path(model).expanduser()
-    return not path.is_dir() or is_packed(path)
 
 
 def _after_fork() -> None:

@@ -146,7 +146,8 @@ def locked(target: Path) -> Iterator[None]:
 def scratch(target: Path) -> Iterator[Path]:
     """An empty folder in the parent of `target`, removed afterwards unless it was moved.
 
-    Call it only under `locked(target)`: leftovers of earlier, killed attempts are removed first.
+    Leftovers of earlier, killed attempts are removed first. Call it under `locked(target)` where
+    several processes may fill the same folder.
     """
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)

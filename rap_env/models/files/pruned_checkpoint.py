@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,13 +20,13 @@ from typing import Any
 
 import torch
 
-from rap_env.artifacts import disk_errors, load_artifact, save_artifact
+from rap_env.artifacts import load_artifact, save_artifact
 from rap_env.errors import ArtifactError, UnsupportedModelError
 from rap_env.model_facts import reject_stubs
 from rap_env.models.caches.attention import attention_name, speed_up_decoding
 from rap_env.models.families.adapter import FamilyAdapter, adapter_for
 from rap_env.models.families.placeholders import remove_blocks
-from rap_env.models.files.model_folder import file_sha256
+from rap_env.models.files.model_folder import file_sha256, scratch
 from rap_env.models.files.pruned_code import code_files, removed_entries, with_code, without_code
 from rap_env.models.files.weight_files import load_complete
 from rap_env.models.live.elastic import ElasticLLM
@@ -82,21 +81,14 @@ def save_pruned(
         raise ArtifactError(
             f"{folder} has content that is no pruned checkpoint; choose another folder."
         )
-    with disk_errors(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # tempfile would create a folder that only its owner can read, as safetensors does files.
-        work = folder.parent / f".{folder.name}.{secrets.token_hex(4)}"
-        work.mkdir()
-        try:
-            _write(llm, mask, work)
-            if readme:
-                (work / "README.md").write_text(readme, encoding="utf-8")
-            mode = (work / PRUNED_FILE).stat().st_mode
-            for path in work.iterdir():
-                path.chmod(mode)
-            _replace(folder, work)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+    with scratch(folder) as work:
+        _write(llm, mask, work)
+        if readme:
+            (work / "README.md").write_text(readme, encoding="utf-8")
+        mode = (work / PRUNED_FILE).stat().st_mode  # only their owner can read safetensors' files
+        for path in work.iterdir():
+            path.chmod(mode)
+        _replace(folder, work)
     return folder
 
 
