@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from rap_env.context.base import ContextConfig
 from rap_env.errors import check_name
@@ -12,11 +12,12 @@ from rap_env.importance.profiles import GSI_METHODS
 from rap_env.levels import parse_levels, parse_together
 from rap_env.reward import parse_reward
 from rap_env.scoring.corpus import CorpusConfig
-from rap_env.scoring.generated_tasks import GENERATED_TASKS
-from rap_env.scoring.lm_eval_tasks import TaskConfig
 from rap_env.scoring.score_table import table_path
 from rap_env.specs import check, check_settings, setting, settings_of
 from rap_env.workload.traffic import parse_sampler
+
+if TYPE_CHECKING:
+    from rap_env.scoring.lm_eval_tasks import TaskConfig
 
 INFEASIBLE = ("error", "clip")
 """What to do with a budget that no plan can meet: reject the request (one that was drawn is drawn
@@ -195,6 +196,9 @@ def parse_tasks(tasks: Sequence[str] | Mapping[str, Any] | None) -> TaskConfig:
         UnknownNameError: There is no such setting, or a misspelt generated task.
         InvalidRequestError: A number is out of range, or names are repeated.
     """
+    from rap_env.scoring.generated_tasks import GENERATED_TASKS
+    from rap_env.scoring.lm_eval_tasks import TaskConfig
+
     given = dict(tasks) if isinstance(tasks, Mapping) else {"names": tasks} if tasks else {}
     check_settings(given, "the tasks", settings_of(TaskConfig))
     return TaskConfig(**{"names": tuple(GENERATED_TASKS), "limit": TASK_DOCUMENTS, **given})

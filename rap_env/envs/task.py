@@ -26,7 +26,6 @@ from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.reward import MeasuresAccuracy, StepOutcome, ceiling_nll, make_reward, uses_tasks
-from rap_env.scoring.lm_eval_tasks import check_scorable
 from rap_env.specs import check_settings
 from rap_env.workload import make_sampler
 
@@ -123,6 +122,8 @@ class PruningTask:
 
     def __init__(self, config: EnvConfig, context: PruningContext | None = None) -> None:
         if config.tasks is not None and uses_tasks(config.reward):
+            from rap_env.scoring.lm_eval_tasks import check_scorable
+
             check_scorable(parse_tasks(config.tasks).names)
         self.context = open_context(config.context_config()) if context is None else context
         try:
