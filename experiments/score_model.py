@@ -156,9 +156,8 @@ def table_of(
     Raises:
         ArtifactError: There are too few scores.
     """
-    scorer, features = context.scorer, context.features
+    scorer = context.scorer
     with_gsi = config.importance.method == "gsi"
-    arrays = {name: array.tolist() for name, array in vars(features).items()}
     return ScoreTable.fitted(
         context.memory.facts,
         scores,
@@ -170,7 +169,6 @@ def table_of(
         context=dict(scorer.context),
         text=context.corpus.provenance,
         settings=_settings(config, context),
-        features=arrays,
         one_shot=asdict(context.one_shot),
         gsi=asdict(context.gsi) if with_gsi else None,
         evaluation_s=scorer.evaluation_s,

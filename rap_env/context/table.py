@@ -12,15 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
-
 from rap_env.artifacts import with_tuples
 from rap_env.context.base import ContextConfig, PruningContext
 from rap_env.errors import ArtifactError, ModelNotAvailableError
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.plan_table import PlanTable
 from rap_env.importance.profiles import GSIProfile, OneShotProfile
-from rap_env.ladder.features import ImportanceFeatures
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan, block_name
@@ -89,14 +86,6 @@ class TableContext(PruningContext):
                 "importance='one_shot' or 'none', or make a table with importance=gsi."
             )
         return GSIProfile(**with_tuples(self.table.gsi))
-
-    @cached_property
-    def features(self) -> ImportanceFeatures:
-        """Those of the live model's context."""
-        if self.importance == self.table.settings["importance"]:
-            arrays = {name: np.array(values) for name, values in self.table.features.items()}
-            return ImportanceFeatures(**arrays)
-        return super().features
 
     @cached_property
     def frontier(self) -> PlanTable:

@@ -79,7 +79,6 @@ class ScoreTable:
         text: Provenance of the text.
         settings: Settings that it was measured with: ``device``, ``dtype``, ``calibration``
             (of `CorpusConfig`), ``importance``, ``gsi_removals`` and ``gsi_method``.
-        features: The importance that an agent observes (`ImportanceFeatures`), each (2L,).
         one_shot: The fields of the `OneShotProfile`.
         gsi: The fields of the `GSIProfile`, or None.
         evaluation_s: Seconds that scoring one plan took on the machine that measured it.
@@ -94,7 +93,6 @@ class ScoreTable:
     context: dict[str, Any]
     text: dict[str, Any]
     settings: dict[str, Any]
-    features: dict[str, list[float]]
     one_shot: dict[str, Any]
     gsi: dict[str, Any] | None
     evaluation_s: float
@@ -201,6 +199,7 @@ class ScoreTable:
                 "with ScoreTable.fitted(...).save(path), which `python -m "
                 "experiments.export_scores` does in a checkout of the project."
             ) from None
+        body.pop("features", None)  # of older tables; what an agent observes follows from the rest
         facts = ModelFacts.from_json(body.pop("facts"))
         index = {block_name(number): number for number in range(facts.num_blocks)}
         plans = [

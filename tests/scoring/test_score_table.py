@@ -37,7 +37,7 @@ def test_a_table_round_trips_through_its_file(table, path):
     assert again.facts == table.facts
     assert asdict(again.predictor) == asdict(table.predictor)
     assert again.fidelity == table.fidelity
-    for name in ("context", "text", "settings", "features", "evaluation_s"):
+    for name in ("context", "text", "settings", "evaluation_s"):
         assert getattr(again, name) == json.loads(json.dumps(getattr(table, name)))
     assert again.dense_nll == table.scores[Plan()]
 

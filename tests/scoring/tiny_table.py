@@ -39,7 +39,6 @@ def table_of(
             "gsi_removals": gsi_removals,
             "gsi_method": "exact",
         },
-        features={name: array.tolist() for name, array in vars(context.features).items()},
         one_shot=asdict(context.one_shot),
         gsi=asdict(context.gsi) if importance == "gsi" else None,
         evaluation_s=0.25,
