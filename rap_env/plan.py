@@ -207,11 +207,6 @@ class Plan:
         """Names of the removed blocks, in ascending order of index."""
         return tuple(map(block_name, sorted(self.removed)))
 
-    @property
-    def mask(self) -> Plan:
-        """The plan that removes the same blocks and lowers nothing else."""
-        return self if self.is_mask else Plan(self.removed)
-
     def count_removed(self, kind: BlockKind) -> int:
         """Number of removed blocks of one kind."""
         return sum(KINDS[index % 2] == kind for index in self.removed)

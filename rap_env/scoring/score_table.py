@@ -289,7 +289,7 @@ class TableScorer:
 
     def _predicted(self, plan: Plan) -> float:
         """Predicted delta_nll, nats per token; relative to that of a plan's mask if it is known."""
-        mask = plan.mask
+        mask = Plan(plan.removed)
         predicted = self._model.delta_nll(mask, lowered_cost(plan, self._lowered))
         if mask not in self._measured:
             return predicted

@@ -131,8 +131,9 @@ def test_other_plans_are_predicted_and_flagged(live, table):
     plan = Plan.of({"layer00.cache": "int4", "layer01.ffn": "removed"})
     assert context.scorer.is_predicted(plan)
     predict = table.predictor.delta_nll
-    rise = predict(plan.mask, cost) - predict(plan.mask)  # on top of the measured mask
-    assert context.scorer.nll(plan) == pytest.approx(live.scorer.nll(plan.mask) + rise)
+    removal = Plan.removing("layer01.ffn")
+    rise = predict(removal, cost) - predict(removal)  # on top of the measured removal
+    assert context.scorer.nll(plan) == pytest.approx(live.scorer.nll(removal) + rise)
     assert rise >= 0
     infos = [info for *_, info in play(make_v1(context, reward=DENSE_TIMING), 0)]
     lowered = [info for info in infos if set(info["levels"]) - {"native", "removed"}]

@@ -77,7 +77,7 @@ class Harness:
 
     @property
     def mask(self) -> Plan:
-        return self.llm.plan.mask
+        return Plan(self.llm.plan.removed)
 
     @property
     def everything(self) -> Plan:

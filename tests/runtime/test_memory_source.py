@@ -216,7 +216,7 @@ def test_growth_of_the_rest_counts_as_used_and_at_rest_lowers_the_budget(process
     llm = tiny_llm()
     meter = ResidentMeter(llm, process=folder)
     memory = GivenMemory(600 * MIB, meter=meter)
-    controller = RuntimeController(llm, StaticPolicy(llm.plan.mask), memory, meter=meter)
+    controller = RuntimeController(llm, StaticPolicy(llm.plan), memory, meter=meter)
     monitor = controller.monitor
     budget, shape = monitor.budget_bytes, BatchShape(1, 8)
     write(530)  # the server has grown
@@ -241,7 +241,7 @@ def test_what_is_loaded_late_is_never_charged_to_the_model(process, machine, lim
         "process": GivenMemory(1000 * MIB, meter=meter),
         "system": machine.open(),
     }[limited]
-    controller = RuntimeController(llm, StaticPolicy(llm.plan.mask), memory, meter=meter)
+    controller = RuntimeController(llm, StaticPolicy(llm.plan), memory, meter=meter)
     monitor, shape = controller.monitor, BatchShape(1, 8)
     before = monitor.budget_bytes
     write(590)  # a vocabulary, connections, holes in the heap

@@ -52,7 +52,7 @@ def test_the_dense_model_writes_and_leaves_the_global_generator_and_the_mask_alo
     torch.manual_seed(5)
     with model.masked(Plan.removing(0, 1, 2)):
         assert torch.equal(load_corpus(config, model, progress=False).tokens, dense.tokens)
-        assert model.plan.mask == Plan.removing(0, 1, 2)
+        assert model.plan == Plan.removing(0, 1, 2)
     assert torch.equal(torch.rand(3), expected)
 
 

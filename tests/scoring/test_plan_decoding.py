@@ -63,7 +63,9 @@ def test_caches_beside_removed_blocks_and_native_caches(family):
     llm, ids = tiny_llm(family, layers=3), tokens(2, TOKENS)
     plan = Plan.of({"layer00.cache": "int2", "layer01.attn": "removed", "layer01.ffn": "removed"})
     (rise,) = check(llm, ids, [plan], TOLERANCE[torch.float32])
-    alone = MaskScorer(llm, ids).window_nll(plan) - MaskScorer(llm, ids).window_nll(plan.mask)
+    alone = MaskScorer(llm, ids).window_nll(plan) - MaskScorer(llm, ids).window_nll(
+        Plan(plan.removed)
+    )
     assert abs(alone).max() > TOLERANCE[torch.float32]
     assert rise > 0
 

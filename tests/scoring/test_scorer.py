@@ -174,7 +174,7 @@ def test_a_failed_pass_leaves_model_and_later_scores_right():
     with pytest.raises(NonFiniteScoreError, match=r"removed ffn 0.*float32"):
         scorer.nll(Plan.removing(1))
     weight.data.copy_(kept)
-    assert llm.plan.mask == Plan()
+    assert llm.plan == Plan()
     assert scorer.evaluations == 1
     assert scorer.nll(Plan.removing(2)) == expected
 
@@ -184,7 +184,7 @@ def test_the_mask_in_force_does_not_matter_and_stays():
     expected = MaskScorer(llm, ids).nll(Plan.removing(1))
     with llm.masked(Plan.removing(0, 3)):
         assert MaskScorer(llm, ids).nll(Plan.removing(1)) == expected
-        assert llm.plan.mask == Plan.removing(0, 3)
+        assert llm.plan == Plan.removing(0, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

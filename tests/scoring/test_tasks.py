@@ -279,7 +279,7 @@ def test_the_model_is_left_as_it_was(llm):
     before = {name: value.clone() for name, value in llm.model.state_dict().items()}
     with llm.masked(Plan.removing(3)):
         TaskScorer(llm, TaskConfig(("rap_choice",), limit=2)).accuracies(SOME)
-        assert llm.plan.mask == Plan.removing(3)
+        assert llm.plan == Plan.removing(3)
     after = llm.model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -340,7 +340,7 @@ def test_nan_is_an_error_with_its_location():
     message = r"tiny \(float32\) gave a non-finite likelihood \(native\); check"
     with pytest.raises(NonFiniteScoreError, match=message):
         scorer.accuracies(Plan())
-    assert llm.plan.mask == Plan()
+    assert llm.plan == Plan()
 
 
 def test_names_must_be_a_list_of_different_names():

@@ -51,7 +51,7 @@ def saved(tmp_path):
 def test_the_loaded_model_is_the_masked_one(name, mask, dtype, tmp_path) -> None:
     llm = tiny_llm(name, dtype=dtype)
     loaded = load_pruned(save_pruned(llm, mask, tmp_path / "pruned"))
-    assert llm.plan.mask == loaded.plan.mask == Plan()
+    assert llm.plan == loaded.plan == Plan()
     assert loaded.pruned == mask
     with llm.masked(mask):
         assert torch.equal(logits(loaded), logits(llm))
@@ -202,7 +202,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(saved, tmp_path, monkeypatch, a
     monkeypatch.setattr(llm.model, "save_pretrained", save)
     with pytest.raises(StorageFullError, match="No space left while writing"):
         save_pruned(llm, EVERYTHING, saved)
-    assert llm.plan.mask == Plan()
+    assert llm.plan == Plan()
     assert load_pruned(saved).pruned == MASK
     assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
 

@@ -107,7 +107,7 @@ def test_a_block_that_the_model_lacks_is_rejected_and_nothing_changes() -> None:
         llm.apply(Plan.removing(0, 4))
     with pytest.raises(UnknownNameError), llm.masked(Plan.removing("layer99.ffn")):
         pytest.fail("the mask should not have been applied")
-    assert llm.plan.mask == Plan.removing(1)
+    assert llm.plan == Plan.removing(1)
     assert torch.equal(logits(llm), before)
 
 
@@ -144,7 +144,7 @@ class TestFingerprint:
         llm = tiny_llm()
         llm.apply(MASKS["everything"])
         assert llm.fingerprint == tiny_llm().fingerprint == llm.facts.fingerprint
-        assert llm.plan.mask == MASKS["everything"]
+        assert llm.plan == MASKS["everything"]
 
     def test_the_fingerprint_depends_on_weights_dtype_config_and_family(self) -> None:
         one_value = tiny_model()

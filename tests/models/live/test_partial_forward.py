@@ -56,7 +56,7 @@ def test_other_shapes_and_the_mask_in_force_do_not_matter(family):
         expected = by_blocks(PartialForward(llm), ids, Plan.removing(1))
         with llm.masked(Plan.removing(0, 3)):
             assert torch.equal(by_blocks(partial, ids, Plan.removing(1)), expected)
-            assert llm.plan.mask == Plan.removing(0, 3)
+            assert llm.plan == Plan.removing(0, 3)
 
 
 def test_the_model_is_left_as_it_was():
@@ -71,7 +71,7 @@ def test_the_model_is_left_as_it_was():
         llm.model.get_decoder().layers[0].mlp._forward_hooks.clear()
         assert torch.equal(llm.model(ids).logits, before)
     assert all("forward" not in layer.__dict__ for layer in llm.model.get_decoder().layers)
-    assert llm.plan.mask == Plan()
+    assert llm.plan == Plan()
 
 
 def _fail(*_args):
