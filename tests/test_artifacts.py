@@ -94,11 +94,6 @@ def test_other_files_are_rejected(text: str, tmp_path: Path) -> None:
         load_artifact(tmp_path / "a.json", "thing", 1)
 
 
-def test_a_missing_artifact_raises_file_not_found(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        load_artifact(tmp_path / "none.json", "thing", 1)
-
-
 def test_nan_is_not_saved_and_the_old_file_is_kept(tmp_path: Path) -> None:
     save_artifact(tmp_path / "a.json", "thing", 1, {"nll": 1.0})
     with pytest.raises(ValueError, match="not JSON compliant"):

@@ -27,13 +27,6 @@ def _given(monkeypatch, *words: str) -> None:
     monkeypatch.setattr("sys.argv", ["benchmark", *words])
 
 
-def test_settings_come_from_the_command_line(monkeypatch):
-    settings: list[_Settings] = []
-    _given(monkeypatch, "batch_size=4", "threads=1")
-    run_with_settings(_Settings, settings.append)
-    assert settings == [_Settings(batch_size=4, threads=1)]
-
-
 def _reject(settings: _Settings) -> None:
     raise InvalidRequestError(f"No batch of {settings.batch_size}.")
 
@@ -83,33 +76,14 @@ def test_ratios_are_paired():
         ratios([1.0, 2.0], [1.0])
 
 
-@pytest.mark.parametrize(
-    ("at_least", "at_most", "reached", "met"),
-    [
-        (2.0, None, 2.0, True),
-        (2.0, None, 1.9, False),
-        (None, 3.0, 3.0, True),
-        (None, 3.0, 3.1, False),
-        (2.0, 3.0, 2.5, True),
-        (2.0, 3.0, 1.0, False),
-    ],
-)
-def test_a_target_is_met_within_its_bounds(at_least, at_most, reached, met):
-    assert target("ratio", reached, at_least=at_least, at_most=at_most)["met"] is met
-
-
 def test_a_record_states_how_the_numbers_were_measured_and_makes_the_rows_of_its_targets(
     tmp_path, capsys
 ):
     fast = target("times as fast", 2.4, 2.6, 2.5, at_least=2.2, against="naive loop")
-    write_record(
-        "toy",
-        _Settings(results_dir=str(tmp_path), batch_size=7),
-        [fast, target("seconds", 4.0, at_most=3.0)],
-        step_s=spread([3.0, 1.0, 2.0]),
-    )
+    slow, settings = target("seconds", 4.0, at_most=3.0), _Settings(results_dir=str(tmp_path))
+    write_record("toy", settings, [fast, slow], step_s=spread([3.0, 1.0, 2.0]))
     record = json.loads((tmp_path / "toy-cpu.json").read_text())
-    assert record["settings"] == {"repeats": 5, "threads": None, "batch_size": 7}
+    assert record["settings"] == {"repeats": 5, "threads": None, "batch_size": 3}
     assert record["measured"]["step_s"] == {"median": 2, "low": 1, "high": 3, "repeats": 3}
     assert {"cpu", "cores", "instruction_sets"} <= record["machine"].keys()
     assert {"python", "torch", "transformers", "gymnasium", "rap_env"} <= record["versions"].keys()
@@ -120,12 +94,6 @@ def test_a_record_states_how_the_numbers_were_measured_and_makes_the_rows_of_its
         "| `toy` | seconds | - | 4 | ≤ 3 | no | Toy, 2 threads |",
     ]
     assert "| `toy` | seconds | - | 4 | ≤ 3 | no |" in capsys.readouterr().out
-
-
-def test_records_of_a_gpu_have_names_of_their_own(tmp_path):
-    settings = _Settings(results_dir=str(tmp_path))
-    write_record("toy", settings, [target("seconds", 1.0, at_most=3.0)], device="cuda:1")
-    (record,) = committed_records(tmp_path)
-    assert (tmp_path / "toy-cuda.json").exists()
-    record["machine"]["gpu"] = "Toy GPU"
-    assert targets_table([record]).endswith("| yes | Toy GPU |")
+    write_record("toy", settings, [fast], device="cuda:1")
+    assert {path.name for path in tmp_path.iterdir()} == {"toy-cpu.json", "toy-cuda.json"}
+    assert len(committed_records(tmp_path)) == 2

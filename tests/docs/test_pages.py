@@ -1,4 +1,4 @@
-"""README and docs: length, links, and numbers that come from the records."""
+"""README and docs: links, public names, and tables that come from records and tests."""
 
 import re
 import subprocess
@@ -7,16 +7,11 @@ import sys
 import pytest
 
 import rap_env
-from experiments.live import recorded
 from tests.docs.test_code_blocks import PAGES, ROOT
 from tests.programs import run_python
-from tests.test_layers import LAYERS
 
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
-
-
-def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 110
+MARK = re.compile(r"pytest\.mark\.engine_feature\(\s*((?:\"[^\"]*\",?\s*){3})\)")
 
 
 @pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md", "results/README.md"])
@@ -64,27 +59,18 @@ def test_the_api_page_has_the_public_names():
     assert re.findall(r"^## (\w+)$", text, re.M) == named
 
 
-def test_the_page_of_contributors_has_the_layers_of_the_package():
-    text = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
-    shown: list[set[str]] = []
-    for number, names, file in re.findall(r"^\| *(\d*) *\| (.*?) \|.*\| `(.*)` \|$", text, re.M):
-        if number:
-            shown.append(set())
-        shown[-1] |= set(re.findall(r"`(\w+)`", names))
-        assert (ROOT / file).is_file()
-    assert len(shown) == len(LAYERS)
-    for names, layer in zip(shown, LAYERS, strict=True):
-        assert names <= set(layer)
-        assert {name for name in layer if (ROOT / "rap_env" / name).is_dir()} <= names
-    for way in re.findall(r"^- \*\*.*\n(?:  .*\n)*", text, re.M):
-        for file in re.findall(r"`([a-z_/]+(?:\.py|/))`", way):
-            assert (ROOT / "rap_env" / file).exists()
-
-
-def test_the_readme_says_of_its_picture_what_the_record_has():
-    recording = recorded(ROOT / "results" / "live")
-    right, answers = sum(answer.right for answer in recording.answers), len(recording.answers)
-    over = [step for step in recording.steps if step[2] > step[1]]
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"{right} of {answers} answers right, no pass above the limit" in text
-    assert over == []
+def test_each_cell_of_the_table_is_what_the_marks_of_tests_say():
+    marked = set()
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        for arguments in MARK.findall(path.read_text(encoding="utf-8")):
+            marked.add(tuple(re.findall(r"\"([^\"]*)\"", arguments)))
+    text = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
+    section = text.partition("## What each engine can do\n")[2].partition("\n\nEach cell")[0]
+    header, _, *rows = [line[2:-2].split(" | ") for line in section.strip().splitlines()]
+    cells = {
+        (engine, row[0], cell)
+        for row in rows
+        for engine, cell in zip(header[1:], row[1:], strict=True)
+        if cell != "no"
+    }
+    assert cells == marked

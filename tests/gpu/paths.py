@@ -71,7 +71,7 @@ PATHS = {
 
 
 def ordered(llm):
-    """The first and the last round measure all blocks; the one between them bounds their losses."""
+    """The first blocks of the exact order, and the NLL after each."""
     profile = gsi(MaskScorer(llm, TOKENS), stop=3, progress=False)
     return np.array([*profile.order_indices, *profile.nll_after])
 

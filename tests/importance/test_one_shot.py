@@ -23,37 +23,6 @@ def test_delta_nll_is_measured_block_by_block():
     assert profile.provenance["text"]["tokens"] == 27
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt", "gpt_neox_sequential"])
-def test_block_influence_follows_the_residual_stream(family):
-    """Against the stream itself: the model cut after each block by removing all later ones."""
-    llm, ids = tiny_llm(family), tokens()
-    streams = []
-    for kept in range(5):
-        with torch.no_grad(), llm.masked(Plan.removing(*range(kept, 4))):
-            streams.append(_last_stream(llm, ids).double())
-    expected = [
-        float((1 - torch.cosine_similarity(a, b, dim=-1)).mean())
-        for a, b in itertools.pairwise(streams)
-    ]
-    assert block_influence(MaskScorer(llm, ids)) == pytest.approx(expected, rel=1e-4, abs=1e-7)
-
-
-def _last_stream(llm, ids):
-    """What leaves the last layer, before the last norm."""
-    kept = []
-    layer = llm.adapter.layers(llm.model)[-1]
-    handle = layer.register_forward_hook(lambda _m, _i, output: kept.append(output))
-    llm.model(ids, use_cache=False)
-    handle.remove()
-    return kept[0] if isinstance(kept[0], torch.Tensor) else kept[0][0]
-
-
-def test_features_from_one_shot_rank_by_loss():
-    features = ImportanceFeatures.from_one_shot(np.array([3.0, 0.0, 1.0]))
-    assert features.gsi_rank.tolist() == [1.0, 0.0, 0.5]
-    assert ImportanceFeatures.none(3).one_shot.tolist() == [0, 0, 0]
-
-
 def streams(llm, ids):
     """What enters each layer, and what leaves the last one, by hooks on a usual pass."""
     seen = []
@@ -67,11 +36,32 @@ def streams(llm, ids):
 
     hooks = [layer.register_forward_pre_hook(enters, with_kwargs=True) for layer in layers]
     hooks.append(layers[-1].register_forward_hook(leaves))
-    with torch.inference_mode():
+    with torch.no_grad():
         llm.model(ids, use_cache=False)
     for hook in hooks:
         hook.remove()
     return seen
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt", "gpt_neox_sequential"])
+def test_block_influence_follows_the_residual_stream(family):
+    """Against the stream itself: the model cut after each block by removing all later ones."""
+    llm, ids = tiny_llm(family), tokens()
+    ends = []
+    for kept in range(5):
+        with llm.masked(Plan.removing(*range(kept, 4))):
+            ends.append(streams(llm, ids)[-1].double())
+    expected = [
+        float((1 - torch.cosine_similarity(a, b, dim=-1)).mean())
+        for a, b in itertools.pairwise(ends)
+    ]
+    assert block_influence(MaskScorer(llm, ids)) == pytest.approx(expected, rel=1e-4, abs=1e-7)
+
+
+def test_features_from_one_shot_rank_by_loss():
+    features = ImportanceFeatures.from_one_shot(np.array([3.0, 0.0, 1.0]))
+    assert features.gsi_rank.tolist() == [1.0, 0.0, 0.5]
+    assert ImportanceFeatures.none(3).one_shot.tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "gpt2"])

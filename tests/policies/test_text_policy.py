@@ -12,7 +12,7 @@ from rap_env.policies.loading import load_policy
 from rap_env.policies.packaged_files import default_facts
 from rap_env.request import Request
 from rap_env.runtime.memory_estimator import BatchShape
-from tests.importance.test_kind_costs import kind_costs
+from tests.importance.test_text_kinds import kind_costs
 from tests.runtime.harness import Harness, greedy
 from tests.tiny import VOCAB_SIZE, tiny_llm
 

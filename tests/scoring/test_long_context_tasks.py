@@ -13,6 +13,7 @@ from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.plan import Plan
 from rap_env.scoring.generated_tasks import NAMES, OBJECTS
+from rap_env.scoring.lm_eval_tasks import TaskConfig
 from rap_env.scoring.long_context_tasks import (
     CHOICES,
     DEPTHS,
@@ -21,6 +22,8 @@ from rap_env.scoring.long_context_tasks import (
     long_context_task,
 )
 from rap_env.scoring.plan_lm import likelihoods, make_batches
+from rap_env.scoring.tasks import TaskScorer
+from tests.scoring.local_tasks import write_task
 from tests.tiny import LAYERS, randomise, tiny_config, tiny_tokenizer, word_tokenizer
 
 WORDS = word_tokenizer()
@@ -136,9 +139,6 @@ class TestScores:
     """The model runs once for each text, with the caches of the plan."""
 
     def scorer(self, llm, *names, limit=16):
-        from rap_env.scoring.lm_eval_tasks import TaskConfig
-        from rap_env.scoring.tasks import TaskScorer
-
         return TaskScorer(llm, TaskConfig(names, limit=limit))
 
     def test_one_pass_answers_all_questions_about_a_text(self, llm):
@@ -186,10 +186,6 @@ class TestScores:
             self.scorer(llm, "rap_recal_512")
 
     def test_open_answers_have_no_choices(self, tmp_path, llm):
-        from rap_env.scoring.lm_eval_tasks import TaskConfig
-        from rap_env.scoring.tasks import TaskScorer
-        from tests.scoring.local_tasks import write_task
-
         write_task(tmp_path, "lambada_openai")
         scorer = TaskScorer(llm, TaskConfig(("lambada_openai",), data_root=str(tmp_path)))
         with pytest.raises(UnknownNameError, match="multiple-choice task 'lambada_openai'"):

@@ -36,12 +36,6 @@ def test_divergences_of_known_distributions():
     assert agreement.same_top_token_share == 0.5
 
 
-def test_the_99th_percentile_is_over_tokens():
-    divergences = np.arange(101.0)
-    agreement = agreement_of(np.stack([divergences, divergences < 30]))
-    assert agreement == NativeAgreement(50.0, 99.0, 30 / 101)
-
-
 @pytest.mark.parametrize("family", DISTINCT_FAMILIES)
 def test_plans_are_compared_with_whole_passes_of_the_model(family):
     llm, ids = tiny_llm(family), text(windows=3)

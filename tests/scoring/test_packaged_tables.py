@@ -10,7 +10,6 @@ from rap_env.scoring.score_table import ScoreTable, packaged_names, packaged_tab
 WHOLE = [path for path in packaged_tables() if path.name.startswith("small-")]
 PREDICTING = [path for path in packaged_tables() if path not in WHOLE]
 MODEL = "smollm2-135m"
-LOW_BITS = f"{MODEL}-low-bits."
 
 
 def test_a_packaged_table_is_found_by_the_name_of_its_model():
@@ -36,14 +35,6 @@ def test_predictions_agree_with_measurements_that_they_were_not_fitted_to(path):
     everything = table.fidelity.rows[0]
     assert everything.masks >= 100
     assert everything.spearman >= 0.99
-    random_too = path.name == f"{MODEL}.bf16.json"  # others have masks of searches and policies
-    assert everything.median_relative_error <= (0.06 if LOW_BITS in path.name else 0.05)
-    assert len(table.scores) >= (20_000 if random_too else 1_000)
-    deep = table.fidelity.rows[-1]
-    assert deep.spearman >= 0.98
-    if LOW_BITS in path.name:  # blocks are seldom removed
-        assert {"int3", "int2"} <= set(table.facts.level_param_bytes)
-    else:
-        assert deep.masks > everything.masks / 2
-    assert len(table.text["sha256"]) == 64
+    assert everything.median_relative_error <= (0.06 if "low-bits" in path.name else 0.05)
+    assert table.fidelity.rows[-1].spearman >= 0.98
     assert (table.levels is None) == (".bf16." in path.name)

@@ -25,28 +25,6 @@ def test_the_least_recently_used_state_is_evicted_first():
     assert cache.held_bytes == 48
 
 
-def test_batches_and_nodes_are_distinguished():
-    cache = StateCache(1000)
-    cache.put(0, (1, DENSE), state(1))
-    cache.put(1, (1, DENSE), state(2))
-    cache.put(0, (1, Plan.removing(0)), state(3))
-    cache.put(0, (1, DENSE), state(4))
-    assert [
-        cache.get(*key)[0] for key in ((0, (1, DENSE)), (1, (1, DENSE)), (0, (1, Plan.removing(0))))
-    ] == [4, 2, 3]
-    assert cache.held_bytes == 48
-    cache.clear()
-    assert cache.get(0, (1, DENSE)) is None
-    assert cache.held_bytes == 0
-
-
-def test_nothing_is_kept_beyond_the_cap():
-    cache = StateCache(15)
-    cache.put(0, (0, DENSE), state(0))
-    assert cache.get(0, (0, DENSE)) is None
-    assert cache.held_bytes == 0
-
-
 def test_a_part_of_a_batch_does_not_keep_the_batch():
     """Several plans run in one batch, and few of their states are kept."""
     batch = torch.arange(64.0).reshape(16, 4)

@@ -10,9 +10,6 @@ from rap_env.plan import Plan
 from rap_env.scoring.held_out import Fidelity, FidelityRow, spearman
 from rap_env.scoring.predictor import LEAST_SHARE, ScoreModel
 from rap_env.scoring.predictor_fit import fit_score_model
-from rap_env.scoring.score_table import ScoreTable
-from tests.envs.tiny_contexts import make_context
-from tests.scoring.tiny_table import all_masks, fitted_again, table_of
 
 BLOCKS, CEILING = 16, 8.0
 RNG = np.random.default_rng(0)
@@ -184,14 +181,3 @@ def test_bounds_hold_for_many_masks_as_for_one(model):
     assert member.delta_nll_many(other) == pytest.approx(alone, abs=1e-9)
     free = member.delta_nll_many(other, clamped=False)
     assert (free != member.delta_nll_many(other)).any()  # some prediction was clamped
-
-
-def test_a_table_keeps_the_ensemble_and_its_pessimism(tmp_path):
-    context = make_context()
-    single = table_of(context, all_masks(6, 3))
-    table = fitted_again(single, members=3, pessimism=2.0)
-    table.save(tmp_path / "table.json")
-    again = ScoreTable.load(tmp_path / "table.json").predictor
-    assert (len(again.members), again.pessimism) == (3, 2.0)
-    mask = Plan.removing(0, 1, 3, 4)
-    assert again.delta_nll(mask) == table.predictor.delta_nll(mask)

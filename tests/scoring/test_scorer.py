@@ -13,7 +13,6 @@ from rap_env.errors import (
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.plan import Plan, block_name
 from rap_env.scoring import plan_runner
-from rap_env.scoring.corpus import Corpus
 from rap_env.scoring.score_table import TableScorer
 from rap_env.scoring.scorer import METRIC, MaskScorer
 from rap_env.scoring.store import ScoreStore
@@ -117,13 +116,6 @@ def test_masks_that_share_a_batch_differ_by_rounding_alone(family, dtype):
         assert together.block_forwards <= sum(6 - len(mask.removed) for mask in masks)
 
 
-def test_what_two_masks_share_runs_once():
-    llm, ids = tiny_llm(layers=4), tokens()
-    scorer = MaskScorer(llm, ids)
-    scorer.nll_many([Plan.removing(7), Plan.removing(6)])
-    assert scorer.block_forwards == 6 + 2  # six in common, then one block each
-
-
 def test_sharing_saves_blocks_whatever_the_cache_holds():
     llm, ids = tiny_llm(layers=6), tokens()
     base = Plan.removing(4)
@@ -142,15 +134,7 @@ def test_sharing_saves_blocks_whatever_the_cache_holds():
     assert work[2] <= 0.65 * work[0]
 
 
-def test_batching_of_windows_is_part_of_the_context():
-    llm, ids = tiny_llm(), tokens(windows=8)
-    whole, split = MaskScorer(llm, ids), MaskScorer(llm, ids, batch_tokens=18)
-    assert len(split.batches) == 4
-    assert split.nll(Plan.removing(1)) == pytest.approx(whole.nll(Plan.removing(1)), rel=1e-5)
-    assert split.context != whole.context
-
-
-def test_the_context_distinguishes_models_texts_and_dtypes():
+def test_the_context_distinguishes_models_texts_dtypes_and_batches():
     ids = tokens()
     contexts = [
         MaskScorer(tiny_llm(), ids).context,
@@ -158,8 +142,9 @@ def test_the_context_distinguishes_models_texts_and_dtypes():
         MaskScorer(tiny_llm(dtype=torch.bfloat16), ids).context,
         MaskScorer(tiny_llm(), tokens(seed=1)).context,
         MaskScorer(tiny_llm(), ids.reshape(9, 3)).context,
+        MaskScorer(tiny_llm(), ids, batch_tokens=18).context,
     ]
-    assert len({str(context) for context in contexts}) == 5
+    assert len({str(context) for context in contexts}) == 6
     assert MaskScorer(tiny_llm(), ids).context == contexts[0]
 
 
@@ -187,8 +172,9 @@ def test_the_mask_in_force_does_not_matter_and_stays():
         assert llm.plan == Plan.removing(0, 3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("head_tokens", [1, 5, 256])
+@pytest.mark.parametrize(
+    ("dtype", "head_tokens"), [(torch.float32, 5), (torch.bfloat16, 1), (torch.bfloat16, 256)]
+)
 def test_the_loss_in_pieces_equals_the_loss(dtype, head_tokens, monkeypatch):
     monkeypatch.setattr(plan_runner, "HEAD_TOKENS", head_tokens)
     llm, ids = tiny_llm(dtype=dtype), tokens()
@@ -226,48 +212,22 @@ def test_a_block_that_the_model_lacks():
     assert scorer.evaluations == 0
 
 
-FEW_MASKS = [Plan(), Plan.removing(1), Plan.removing(0, 3), Plan.removing(1, 2)]
-
-
-@pytest.fixture
-def scorer():
-    ids = torch.randint(3, VOCAB_SIZE, (4, 8), generator=torch.Generator().manual_seed(0))
-    return MaskScorer(tiny_llm(), Corpus.of_tokens(ids))
-
-
-def test_a_part_has_the_nll_of_its_windows(scorer):
-    found = scorer.nll_on(FEW_MASKS, [0, 2])
-    whole = [scorer.window_nll(mask)[[0, 2]].mean() for mask in FEW_MASKS]
-    np.testing.assert_allclose(found, whole, rtol=1e-5)
-    assert found[0] != pytest.approx(scorer.nll(FEW_MASKS[0]))  # the other windows differ
-
-
-def test_a_mask_on_a_part_counts_as_that_part(scorer):
-    scorer.nll_on([*FEW_MASKS, FEW_MASKS[0]], [0])
-    assert scorer.evaluations == 0
-    assert scorer.passes == len(FEW_MASKS) / 4
-    blocks = scorer.block_forwards
-    assert 0 < blocks <= sum(4 - len(mask.removed) for mask in FEW_MASKS) / 4
-    scorer.nll_on(FEW_MASKS, [0])
-    assert (scorer.passes, scorer.block_forwards) == (1, blocks)  # it is known by now
-    scorer.nll(FEW_MASKS[1])
-    assert scorer.passes == 2
-
-
-def test_a_mask_known_on_the_whole_text_is_not_run_on_a_part(scorer):
-    scorer.nll_many(FEW_MASKS)
-    passes = scorer.passes
-    found = scorer.nll_on(FEW_MASKS, [1, 3])
-    assert found == [scorer.window_nll(mask)[[1, 3]].mean() for mask in FEW_MASKS]
-    assert scorer.passes == passes == len(FEW_MASKS)
-
-
-def test_nothing_of_a_part_is_stored(scorer, tmp_path):
+def test_a_part_of_the_text_has_the_nll_of_its_windows_and_counts_as_that_part(tmp_path):
     store = ScoreStore(tmp_path / "scores.sqlite")
-    stored = MaskScorer(scorer.llm, scorer.corpus, store)
-    stored.nll_on(FEW_MASKS, [0])
-    assert len(store) == 0
-    assert stored.known == 0
+    scorer = MaskScorer(tiny_llm(), tokens(windows=4, length=8), store)
+    masks = [Plan(), Plan.removing(1), Plan.removing(0, 3), Plan.removing(1, 2)]
+    found = scorer.nll_on([*masks, masks[0]], [0, 2])
+    work = scorer.passes, scorer.block_forwards
+    assert work[0] == len(masks) / 2
+    assert 0 < work[1] <= sum(4 - len(mask.removed) for mask in masks) / 2
+    assert scorer.nll_on(masks, [0, 2]) == found[:4]
+    assert (scorer.passes, scorer.block_forwards) == work, "it is known by now"
+    assert scorer.evaluations == scorer.known == len(store) == 0, "no part is stored"
+    whole = [scorer.window_nll(mask) for mask in masks]
+    np.testing.assert_allclose(found[:4], [nll[[0, 2]].mean() for nll in whole], rtol=1e-5)
+    passes = scorer.passes
+    assert scorer.nll_on(masks, [1, 3]) == [nll[[1, 3]].mean() for nll in whole]
+    assert scorer.passes == passes == work[0] + len(masks), "known from the whole text"
 
 
 def test_a_table_has_one_part_the_whole_text():

@@ -23,27 +23,17 @@ def path(tmp_path):
     return tmp_path / "deep" / "scores.sqlite"
 
 
-def test_values_come_back_exactly(path):
+def test_values_come_back_exactly_by_every_part_of_their_key(path):
     values = [0.1 + 0.2, 1e-300, 12345.678901234567]
     ScoreStore(path).put(CONTEXT, MASK, "nll", values)
-    assert ScoreStore(path).get(CONTEXT, MASK, "nll") == values
-
-
-def test_every_part_of_the_key_counts(path):
     store = ScoreStore(path)
-    store.put(CONTEXT, MASK, "nll", [1.0])
-    assert store.get({"model": "other"}, MASK, "nll") is None
-    assert store.get(CONTEXT, MASK.without(2), "nll") is None
-    assert store.get(CONTEXT, MASK, "acc") is None
-
-
-def test_rows_lists_what_was_stored(path):
-    store = ScoreStore(path)
-    store.put(CONTEXT, MASK, "nll", [1.0])
     store.put(CONTEXT, Plan(), "nll", [2.0])
     store.put(CONTEXT, Plan(), "acc", [3.0])
-    assert dict(store.rows(CONTEXT, "nll")) == {MASK: [1.0], Plan(): [2.0]}
-    assert len(store) == 3
+    store.put({"model": "other"}, MASK, "nll", [4.0])
+    assert dict(store.rows(CONTEXT, "nll")) == {MASK: values, Plan(): [2.0]}
+    assert store.get(CONTEXT, MASK, "nll") == values
+    assert store.get(CONTEXT, MASK, "acc") is None
+    assert len(store) == 4
 
 
 def test_keys_of_lowered_plans_depend_on_how_levels_are_made(path):

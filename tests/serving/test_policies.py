@@ -18,7 +18,7 @@ from rap_env.serving.limits import LiveLimit
 from rap_env.serving.served_model import choose_policy
 from rap_env.serving.settings import ServerSettings
 from rap_env.serving.stack import build_stack, greeting
-from tests.importance.test_kind_costs import kind_costs
+from tests.importance.test_text_kinds import kind_costs
 from tests.policies.test_knapsack import costs
 from tests.serving.background import BackgroundServer
 from tests.serving.conftest import served, tiny_stack

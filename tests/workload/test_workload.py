@@ -8,7 +8,21 @@ from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.workload import SAMPLERS, make_sampler
 from rap_env.workload.traffic import AZURE_CODE, AZURE_CONV, LEVELS, TraceError
-from tests.workload.drawing import HEADER, draws, share
+from tests.made_facts import made_facts
+
+HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+
+
+@pytest.fixture
+def memory():
+    return MemoryModel(
+        made_facts(3, 1000, 4000, base_bytes=3000, kv_bytes_per_token=(8,) * 3, max_positions=2048)
+    )
+
+
+def draws(sampler, count=50, seed=0):
+    rng = np.random.default_rng(seed)
+    return [sampler.sample(rng) for _ in range(count)]
 
 
 @pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"trace"}))
@@ -85,7 +99,10 @@ def test_traffic_follows_the_trace_in_stated_ranges(memory, name, table):
             1.0 if expected == 2048 else level, abs=0.03
         )
     assert {request.batch_size for request in seen} == {1, 2, 4}
-    shares = [share(memory, request) for request in seen]
+    shares = [
+        request.budget_bytes / memory.dense_peak_bytes(request.batch_size, request.seq_len_tokens)
+        for request in seen
+    ]
     assert 0.499 < min(shares) < 0.51
     assert 0.69 < max(shares) < 0.7
 
@@ -99,8 +116,11 @@ def test_the_two_services_differ_as_the_public_trace_does():
     assert AZURE_CODE.quantiles[LEVELS.index(0.99)] == 7461
 
 
-def test_trace_draws_at_random(memory, trace):
-    sampler = make_sampler({"name": "trace", "path": str(trace)}, memory)
+def test_trace_draws_at_random(memory, tmp_path):
+    path = tmp_path / "trace.csv"
+    rows = "".join(f"2023-11-16 18:17:0{n},{100 * n},{n}\n" for n in range(1, 6))
+    path.write_text(HEADER + rows)
+    sampler = make_sampler({"name": "trace", "path": str(path)}, memory)
     assert {r.seq_len_tokens for r in draws(sampler)} == {101, 202, 303, 404, 505}
     assert draws(sampler) == draws(sampler)
 
@@ -146,7 +166,6 @@ def test_a_missing_or_binary_trace_is_rejected(memory, tmp_path):
         ({"batch_size": 1}, "Unknown sampler None"),
         ({"name": "fixed", "batchsize": 1}, "of the sampler 'fixed': 'batchsize'; .*batch_size"),
         ({"name": "fixed", "memory": 1}, "setting of the sampler 'fixed': 'memory'"),
-        ({"name": "azure-conv", "table": 1}, "setting of the sampler 'azure-conv': 'table'"),
     ],
 )
 def test_unknown_names_list_the_known_ones(memory, spec, message):
@@ -158,22 +177,17 @@ def test_unknown_names_list_the_known_ones(memory, spec, message):
     ("spec", "message"),
     [
         ({"name": "fixed", "batch_size": 0}, "batch size must be from 1 to .*, not 0"),
-        ({"name": "fixed", "batch_size": 1.5}, r"batch_size must be a whole number, not 1\.5"),
         ({"name": "fixed", "seq_len_tokens": 4096}, "from 1 to 2048 tokens"),
         ({"name": "fixed", "budget_fraction": "0.8"}, "between 0 and 1, not '0.8'"),
-        ({"name": "fixed", "budget_fraction": 1.0}, r"between 0 and 1, not 1\.0"),
         ({"name": "fixed", "budget_fraction": 0.5, "budget_bytes": 5}, "not both"),
         ({"name": "fixed", "budget_bytes": 0}, "budget_bytes must be a whole number"),
         ({"name": "grid", "batch_sizes": []}, "at least one entry"),
         ({"name": "grid", "batch_sizes": 4}, "batch_sizes must be of type Sequence, not 4"),
-        ({"name": "grid", "budget_fractions": []}, "at least one entry"),
         ({"name": "grid", "seq_lens_tokens": [5, 0]}, "not 0"),
         ({"name": "grid", "budget_fractions": [0.5], "budget_bytes": [5]}, "not both"),
         ({"name": "azure-conv", "max_batch_size": 0}, "from 1 to .*, not 0"),
-        ({"name": "azure-conv", "max_batch_size": 2.0}, "max_batch_size must be a whole number"),
         ({"name": "azure-conv", "budget_fraction_range": [0.9, 0.5]}, r"\[0\.9, 0\.5\]"),
         ({"name": "azure-conv", "budget_fraction_range": [0.5, 1.0]}, "below 1, not"),
-        ({"name": "azure-conv", "budget_fraction_range": [0.5]}, "below 1, not"),
     ],
 )
 def test_invalid_settings_are_rejected_at_construction(memory, spec, message):
