@@ -73,7 +73,7 @@ def encoder_of(context, spec=SPEC) -> ObservationEncoder:
 
 
 def make_envs(context, spec=SPEC, **settings):
-    """Environments of v1, stepped together."""
+    """Environments, stepped together."""
     return lambda num_envs: RAPLadderVectorEnv(
         context=context, num_envs=num_envs, autoreset_mode="SameStep",
         **{"workload": WORKLOAD, **spec, **settings},

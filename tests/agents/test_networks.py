@@ -10,7 +10,6 @@ from rap_env.plan import Plan
 from rap_env.policies.network_rows import _NEAR_ITEMS
 from rap_env.request import Request
 from tests.agents.ladders import LadderContext, encoder_of
-from tests.agents.synthetic import SyntheticContext
 
 LOWERED = {"layer00.attn": "removed", "layer01.ffn": "int8", "layer02.cache": "int4",
            "embeddings": "int8"}  # fmt: skip
@@ -38,16 +37,6 @@ def without_blocks(encoder, *removed, **request):
 
 def columns_that_change(rows, one, other):
     return set(torch.nonzero((rows(one) - rows(other)).abs().amax(dim=(0, 1))).ravel().tolist())
-
-
-def test_rows_are_finite_native_and_at_the_lowest_levels(items):
-    same = SyntheticContext([0.1] * 12)
-    for encoder in (ObservationEncoder(mask_bytes(same.memory), same.features), items):
-        rows = Rows(encoder.space)
-        for levels in ({}, encoder.ladder.lowest.levels):
-            out = rows(observed(encoder, levels))
-            assert out.shape == (1, len(encoder.ladder), rows.features_dim)
-            assert torch.isfinite(out).all()
 
 
 def test_a_block_observes_which_neighbours_are_kept(blocks):

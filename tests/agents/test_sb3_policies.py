@@ -90,14 +90,3 @@ def test_only_masked_dqn_masks_its_q_values(context):
     assert masked[3] == masked[7] == Q_INVALID
     assert (masked > Q_INVALID).sum() == 10
     assert (scores(model_of("dqn", context), observation) > Q_INVALID).all()
-
-
-@pytest.mark.parametrize("name", ALGORITHMS)
-def test_sb3_predict_returns_valid_actions_if_masks_are_given(name, context):
-    model = model_of(name, context)
-    observation = observed(context, *range(8), fraction=0.3)
-    arguments = {"action_masks": observation["action_mask"]} if "maskable" in name else {}
-    for _ in range(30):
-        action, _ = model.predict(observation, deterministic=False, **arguments)
-        assert not ALGORITHMS[name].masked or int(action) not in range(8)
-        assert np.shape(action) == ()

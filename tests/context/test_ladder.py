@@ -18,7 +18,7 @@ from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.packaged_files import default_facts
 from rap_env.scoring.corpus import Corpus
-from tests.envs.playing import DENSE_TIMING, LEVELS, make_v1, play
+from tests.envs.playing import DENSE_TIMING, LEVELS, make_ladder, play
 from tests.envs.tiny_contexts import make_ladder_context
 from tests.scoring.tiny_table import all_masks, table_of
 
@@ -70,7 +70,7 @@ def test_no_importance_measures_nothing():
     context = make_ladder_context(importance="none")
     found = make_encoder(context, "ladder", LEVELS, ()).importance
     assert not any(array.any() for array in vars(found).values())
-    make_v1(context)
+    make_ladder(context)
     assert context.scorer.evaluations == 0
 
 
@@ -103,7 +103,7 @@ def test_a_table_has_the_costs_and_the_order_of_the_live_model(live, table, tmp_
 
 
 def test_measured_plans_give_the_episodes_of_the_live_model(live, table):
-    env = make_v1(live, reward=DENSE_TIMING)
+    env = make_ladder(live, reward=DENSE_TIMING)
     expected = [play(env, seed) for seed in range(3)]
     plans = {
         env.ladder.plan(
@@ -118,7 +118,7 @@ def test_measured_plans_give_the_episodes_of_the_live_model(live, table):
     }  # fmt: skip
     scores = {**table.scores, **{plan: live.scorer.nll(plan) for plan in plans if plan}}
     known = TableContext(replace(table, scores=scores), "t", importance="one_shot")
-    found = [play(make_v1(known, reward=DENSE_TIMING), seed) for seed in range(3)]
+    found = [play(make_ladder(known, reward=DENSE_TIMING), seed) for seed in range(3)]
     for steps, others in zip(found, expected, strict=True):
         for (seen, *rest), (wanted, *others_rest) in zip(steps, others, strict=True):
             assert rest == others_rest, "rewards and infos to the last bit"
@@ -135,7 +135,7 @@ def test_other_plans_are_predicted_and_flagged(live, table):
     rise = predict(removal, cost) - predict(removal)  # on top of the measured removal
     assert context.scorer.nll(plan) == pytest.approx(live.scorer.nll(removal) + rise)
     assert rise >= 0
-    infos = [info for *_, info in play(make_v1(context, reward=DENSE_TIMING), 0)]
+    infos = [info for *_, info in play(make_ladder(context, reward=DENSE_TIMING), 0)]
     lowered = [info for info in infos if set(info["levels"]) - {"native", "removed"}]
     assert lowered
     assert all(info["predicted"] for info in lowered)

@@ -76,7 +76,7 @@ def make_sync(context, mode, steps=None, **settings) -> SyncVectorEnv:
     return prune_task(context).make_sync(mode, steps, **settings)
 
 
-def make_v1(context, **settings) -> RAPLadderEnv:
+def make_ladder(context, **settings) -> RAPLadderEnv:
     return ladder_task(context).make(**settings)
 
 

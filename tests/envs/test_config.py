@@ -1,10 +1,8 @@
 import ast
 import inspect
 import re
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import fields
 
-import gymnasium as gym
-import numpy as np
 import pytest
 
 from rap_env.context.base import ContextConfig
@@ -13,8 +11,6 @@ from rap_env.envs.ladder import RAPLadderEnv
 from rap_env.envs.prune import RAPPruneEnv
 from rap_env.errors import InvalidRequestError, RapError, UnknownNameError
 from rap_env.specs import settings_of
-from tests.envs.playing import DENSE_TIMING, play
-from tests.tiny import tiny_model, tiny_tokenizer
 
 
 @pytest.mark.parametrize("kind", [RAPPruneEnv, RAPLadderEnv])
@@ -70,13 +66,6 @@ def test_a_wrong_type_is_named_before_a_model_loads(settings, words):
         RAPPruneEnv(**{"model": "no-such-model", **settings})
 
 
-def test_numbers_of_numpy_are_accepted():
-    config = EnvConfig(gsi_removals=np.int64(3), invalid_action_penalty=np.float32(0.5))
-    assert type(config.gsi_removals) is int
-    assert type(config.invalid_action_penalty) is float
-    assert (config.gsi_removals, config.invalid_action_penalty) == (3, 0.5)
-
-
 @pytest.mark.parametrize(
     ("environment", "config"), [(RAPPruneEnv, EnvConfig()), (RAPLadderEnv, LadderEnvConfig())]
 )
@@ -109,34 +98,3 @@ def test_v1_loads_native_weights_and_long_windows():
 def test_invalid_settings_of_v1_are_found_before_a_model_loads(settings, error, message):
     with pytest.raises(error, match=message):
         RAPLadderEnv("no-such-model", **settings)
-
-
-def test_a_configuration_is_frozen_and_describes_a_context():
-    config = EnvConfig("m", calibration="text.txt", importance="one_shot", store=None)
-    with pytest.raises(FrozenInstanceError):
-        config.model = "n"
-    context = config.context_config()
-    assert (context.model, context.calibration.source) == ("m", "text.txt")
-    assert (context.importance, context.store) == ("one_shot", None)
-    assert EnvConfig().context_config() == ContextConfig()
-
-
-def test_make_takes_plain_values(tmp_path, monkeypatch):
-    monkeypatch.setenv("RAP_CACHE_DIR", str(tmp_path / "cache"))
-    tiny_model(layers=2).save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    settings = {
-        "model": str(tmp_path / "model"),
-        "workload": {"name": "fixed", "batch_size": 8, "budget_fraction": 0.9},
-        "reward": DENSE_TIMING,
-        "calibration": {"windows": 2, "window_tokens": 8},
-        "importance": "one_shot",
-        "store": str(tmp_path / "scores.sqlite"),
-    }
-    env, twin = (gym.make("RAPPrune-v0", **settings) for _ in range(2))
-    assert env.unwrapped.context is twin.unwrapped.context
-    assert env.spec.kwargs == settings
-    steps = play(env, 0, masked=True)
-    assert steps[-1][2]
-    assert (tmp_path / "scores.sqlite").exists()
-    assert env.get_wrapper_attr("action_masks")().dtype == bool

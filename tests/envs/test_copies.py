@@ -15,7 +15,7 @@ from tests.envs.playing import (
     NUM_ENVS,
     assert_same,
     make,
-    make_v1,
+    make_ladder,
     reset_finished,
 )
 from tests.scoring.tiny_table import all_masks, table_of
@@ -58,7 +58,7 @@ def test_copies_of_an_environment_on_a_table_continue_identically(table, copied,
 
 
 def test_copies_of_a_live_environment_share_its_model(context, ladder):
-    for env in (make(context, workload="grid"), make_v1(ladder, workload="grid")):
+    for env in (make(context, workload="grid"), make_ladder(ladder, workload="grid")):
         env.reset(seed=1)
         continued(env, 0, 11)
         other = copy.deepcopy(env)

@@ -1,12 +1,7 @@
-import warnings
-
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.vector import AutoresetMode
 
-import rap_env
 from rap_env.errors import InvalidRequestError, NonFiniteScoreError, UnknownNameError
 from rap_env.plan import Plan
 from tests.envs.playing import (
@@ -15,7 +10,6 @@ from tests.envs.playing import (
     ITEMS,
     MODES,
     NUM_ENVS,
-    USUAL,
     assert_same,
     check_resumed,
     make_vector,
@@ -23,32 +17,6 @@ from tests.envs.playing import (
     request_at,
 )
 from tests.envs.tiny_contexts import make_context
-
-
-@pytest.mark.parametrize("name", ["RAPPrune", "RAPLadder"])
-def test_gymnasium_makes_it(context, name):
-    class Holder:
-        """Survives the deep copy of a spec."""
-
-        memory, features, scorer = context.memory, context.features, context.scorer
-        importance = "none"
-
-        def __deepcopy__(self, memo):
-            return self
-
-    settings = {"levels": "masks"} if name == "RAPLadder" else {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        envs = gym.make_vec(
-            f"{name}-v0", 3, context=Holder(), max_episode_steps=7, **USUAL, **settings
-        )
-    assert type(envs) is getattr(rap_env, f"{name}VectorEnv")
-    assert envs.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP
-    assert type(envs).metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP
-    seen, _ = envs.reset(seed=0)
-    assert envs.observation_space.contains(seen)
-    assert envs.action_space == gym.spaces.MultiDiscrete([COUNT] * 3)
-    assert envs.single_action_space == gym.spaces.Discrete(COUNT)
 
 
 def test_an_environment_has_one_sub_environment_at_least(context):

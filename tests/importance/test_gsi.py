@@ -16,7 +16,7 @@ from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.plan import Plan, block_name
 from rap_env.scoring.scorer import MaskScorer
 from rap_env.scoring.store import ScoreStore
-from tests.envs.playing import LEVELS, make_v1, play
+from tests.envs.playing import LEVELS, make_ladder, play
 from tests.envs.tiny_contexts import make_ladder_context
 from tests.scoring.test_scorer import plain_nll, removals, scan, tokens
 from tests.tiny import tiny_llm
@@ -237,7 +237,7 @@ def test_environments_observe_it(tmp_path):
     context = make_ladder_context(
         importance="gsi", gsi_method="lazy", gsi_removals=4, folder=tmp_path
     )
-    env = make_v1(context, reward={"name": "perplexity", "relative_to": "gsi"})
+    env = make_ladder(context, reward={"name": "perplexity", "relative_to": "gsi"})
     assert len(list(tmp_path.glob("item-gsi-lazy-4-*.json"))) == 1
     order = item_order(context, env._task.encoder.ladder_bytes)
     observation, _ = env.reset(seed=0)

@@ -2,12 +2,16 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from rap_env.artifacts import load_artifact
+from rap_env.ladder.items import Ladder
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
-from rap_env.policies.loading import load_policy
+from rap_env.plan import Plan
+from rap_env.policies.loading import load_policy, make_method
 from rap_env.policies.network_policy import NetworkPolicy, PolicyFile
 from rap_env.policies.packaged_files import DEFAULT_MODEL, PACKAGED, default_facts
 from rap_env.request import Request
@@ -125,3 +129,37 @@ def test_the_packaged_policies_are_of_the_default_model(weights, names, caplog):
     for name in names:
         assert load_policy(name, llm).choose(request)
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+SHAPES = ((1, 128), (8, 2048), (16, 4096))
+
+
+@pytest.fixture(scope="module")
+def baseline(levelled):
+    ladder_bytes = LadderBytes(levelled, Ladder.of(levelled.facts, "all"))
+    return make_method("rap-v0", SimpleNamespace(memory=levelled), ladder_bytes)
+
+
+def uniform(levelled, level):
+    return Plan.uniform(levelled.facts.num_layers, caches=level)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_removes_blocks_only_where_int8_caches_do_not_suffice(levelled, baseline, shape):
+    int8 = levelled.peak_bytes(uniform(levelled, "int8"), Request(*shape, budget_bytes=1))
+    assert baseline.choose(Request(*shape, budget_bytes=int8)) == uniform(levelled, "int8")
+    tight = Request(*shape, budget_bytes=int(0.9 * int8))
+    plan = baseline.choose(tight)
+    assert plan.removed
+    assert {level.name for _, level in plan.caches} == {"int8"}
+    assert levelled.peak_bytes(plan, tight) <= tight.budget_bytes
+    assert baseline.choose(Request(*shape, levelled.dense_peak_bytes(*shape))) == Plan()
+    assert baseline.evaluations == 0
+
+
+def test_every_budget_of_the_ladder_is_met_or_answered_with_the_smallest_plan(levelled, baseline):
+    for shape in SHAPES:
+        everything = Plan.removing(*range(levelled.facts.num_blocks))
+        least = levelled.peak_bytes(everything, Request(*shape, budget_bytes=1))
+        plan = baseline.choose(Request(*shape, budget_bytes=least))
+        assert plan.removed == everything.removed

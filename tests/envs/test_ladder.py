@@ -1,21 +1,18 @@
-"""`RAPLadder-v0`: the contract of Gymnasium, the episodes, and that masks are those of v0."""
+"""`RAPLadder-v0`: its episodes, and that those of removals alone are those of `RAPPrune-v0`."""
 
 import numpy as np
 import pytest
 
-from rap_env.errors import (
-    InvalidRequestError,
-)
+from rap_env.errors import InvalidRequestError
 from rap_env.ladder.features import ITEM_FEATURES
 from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.envs.playing import (
     DENSE_TIMING,
     LEVELS,
-    LONG_CACHES,
     long_request,
     make,
-    make_v1,
+    make_ladder,
     play,
 )
 
@@ -23,7 +20,7 @@ SAME = ("peak_bytes", "request", "reward_terms", "nll")
 
 
 class TestSameAsV0:
-    """With weights native or removed and native caches, v1 has the episodes of v0."""
+    """With weights native or removed and native caches, it has the episodes of RAPPrune."""
 
     @pytest.mark.parametrize(
         "reward", ["perplexity", DENSE_TIMING, {"name": "perplexity", "scale": "log"}], ids=str
@@ -33,7 +30,7 @@ class TestSameAsV0:
         shared = {"reward": reward, "workload": workload}
         old, new = (
             make(context, **shared),
-            make_v1(context, levels="masks", over_budget="measured", **shared),
+            make_ladder(context, levels="masks", over_budget="measured", **shared),
         )
         assert old.action_space == new.action_space
         for seed in range(3):
@@ -58,7 +55,7 @@ class TestSameAsV0:
 class TestEpisode:
     @pytest.mark.parametrize("seed", range(8))
     def test_valid_actions_lower_items_until_the_request_fits(self, ladder, seed):
-        env = make_v1(ladder, reward=DENSE_TIMING)
+        env = make_ladder(ladder, reward=DENSE_TIMING)
         (_, start), *steps = play(env, seed, masked=True)
         assert set(start["levels"]) == {"native"}
         request = Request(**start["request"])
@@ -77,7 +74,7 @@ class TestEpisode:
         assert env.plan == before
 
     def test_every_level_is_reached_one_by_one(self, ladder):
-        env = make_v1(ladder)
+        env = make_ladder(ladder)
         env.reset(seed=0, options={"request": long_request(ladder, 1e-6)})
         cache = env.ladder.numbers["layer00.cache"]
         reached = []
@@ -91,7 +88,7 @@ class TestEpisode:
         assert reward == -0.1
 
     def test_levels_that_caches_take_together_need_one_action(self, ladder):
-        env = make_v1(ladder, together=["int8", "int4"])
+        env = make_ladder(ladder, together=["int8", "int4"])
         env.reset(seed=0, options={"request": long_request(ladder, 1e-6)})
         numbers = env.ladder.numbers
         caches = [numbers[f"layer{n:02}.cache"] for n in range(3)]
@@ -109,23 +106,13 @@ class TestEpisode:
         assert lowered("layer01.cache") == ["removed", "int4-window32", "int4"]
         assert env.action_masks()[caches].tolist() == [False, False, True]
 
-    def test_budgets_reach_down_to_the_lowest_levels(self, ladder):
-        env = make_v1(ladder, together=["int4"])
-        _, info = env.reset(seed=0, options={"request": {**LONG_CACHES, "budget_bytes": 10}})
-        assert info["infeasible"] == {"asked_budget_bytes": 10}
-        over = False
-        while not over:
-            _, _, over, _, info = env.step(int(env.action_masks().argmax()))
-        assert info["peak_bytes"] == env.request.budget_bytes
-        assert env.plan == env.ladder.lowest
-
     def test_requests_that_no_level_helps_are_rejected(self, ladder):
-        env = make_v1(ladder, levels={"caches": ["int8"]}, importance="none")
+        env = make_ladder(ladder, levels={"caches": ["int8"]}, importance="none")
         short = {"batch_size": 1, "seq_len_tokens": 20, "budget_fraction": 0.9}
         with pytest.raises(InvalidRequestError, match="no fewer bytes .* longer sequence"):
             env.reset(options={"request": short})
         fixed = {"name": "fixed", **short}
-        blind = make_v1(ladder, levels={"caches": ["int8"]}, importance="none", workload=fixed)
+        blind = make_ladder(ladder, levels={"caches": ["int8"]}, importance="none", workload=fixed)
         with pytest.raises(InvalidRequestError, match="None of the requests .* longer sequence"):
             blind.reset(seed=0)
 
