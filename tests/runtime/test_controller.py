@@ -110,22 +110,6 @@ def test_measured_bytes_over_the_budget_remove_blocks_although_the_prediction_fi
     assert harness.meter.used_bytes() <= harness.budget_bytes
 
 
-def test_bytes_that_appear_during_a_switch_remove_more_blocks_at_once(harness):
-    harness.budget_bytes = between(harness, 1)
-    apply = harness.llm.apply
-
-    def noisy_apply(mask):
-        apply(mask)
-        harness.meter.noise_bytes = (
-            harness.budget_bytes - harness.estimator.peak_bytes(mask, EMPTY_BATCH) + 2000
-        )
-
-    harness.llm.apply = noisy_apply
-    fits = harness.controller.check(SHAPE)
-    assert harness.controller.switcher.switches > 1
-    assert not fits or harness.meter.used_bytes() <= harness.budget_bytes
-
-
 def test_a_pass_that_could_exceed_the_budget_removes_blocks_before_it_runs(harness):
     harness.budget_bytes = harness.need(Plan(), SHAPE)
     next_pass = PassSize(80, 160)
@@ -133,14 +117,6 @@ def test_a_pass_that_could_exceed_the_budget_removes_blocks_before_it_runs(harne
     assert harness.mask
     estimate = harness.estimator.pass_estimate(harness.mask, SHAPE, next_pass)
     assert harness.meter.used_bytes() + estimate.total <= harness.budget_bytes
-
-
-def test_what_ran_out_of_memory_is_not_expected_again(harness):
-    monitor = harness.controller.monitor
-    harness.budget_bytes = monitor.meter.peak_bytes() + 5000
-    assert harness.controller.check(EMPTY_BATCH)
-    harness.controller.note_out_of_memory("decode")
-    assert monitor.margin.bytes == 5000
 
 
 def test_while_idle_a_burst_expires_and_freed_memory_is_returned(harness):

@@ -11,14 +11,11 @@ from rap_env.errors import (
     InfeasibleBudgetError,
     InvalidRequestError,
     QueueFullError,
-    UnknownNameError,
 )
 from rap_env.plan import Plan
 from rap_env.policies.loading import StaticPolicy
 from rap_env.runtime.memory_estimator import BatchShape
 from rap_env.runtime.request_handle import (
-    AdmitEvent,
-    EndEvent,
     PlanEvent,
     RequestHandle,
     TokenEvent,
@@ -74,21 +71,6 @@ def test_a_stop_token_ends_the_answer_and_is_not_part_of_it(harness):
     assert engine.stats().served == 1
 
 
-def test_events_come_in_order_with_times(harness, engine):
-    heard = []
-    handle = engine.submit(prompt(3), greedy(4), heard.append)
-    harness.run(engine)
-    *begin, end = heard
-    tokens = begin[2:]
-    assert begin[:2] == [AdmitEvent(0.0), PlanEvent(Plan(), 0.0)]
-    assert [event.token_id for event in tokens] == handle.token_ids
-    times = [event.time_s for event in tokens]
-    assert times == sorted(times)
-    assert end == EndEvent("length", None, handle.ended_s)
-    assert handle.arrived_s == 0.0
-    assert handle.first_token_s == times[0]
-
-
 @pytest.mark.parametrize("turns", [0, 1, 3, 6])
 def test_a_request_can_be_cancelled_at_any_stage_and_others_continue(harness, turns):
     engine = harness.engine(prefill_chunk_tokens=2)
@@ -115,11 +97,8 @@ def test_invalid_requests_are_rejected_at_once():
         with pytest.raises(InvalidRequestError, match=words):
             engine.submit(ids, greedy(new))
     engine.submit(prompt(15), greedy(5))
-    for wrong in ({"max_batch_size": 0}, {"prefill_chunk_tokens": 0}, {"max_seq_len_tokens": 65}):
-        with pytest.raises(InvalidRequestError, match="must be at least 1"):
-            Harness().engine(**wrong)
-    with pytest.raises(UnknownNameError, match="restore mode 'refil'"):
-        Harness().engine(restore="refil")
+    with pytest.raises(InvalidRequestError, match="must be at least 1"):
+        Harness().engine(max_seq_len_tokens=65)
 
 
 def test_a_full_queue_rejects_requests():
@@ -128,18 +107,6 @@ def test_a_full_queue_rejects_requests():
         engine.submit(prompt(3), greedy(2))
     with pytest.raises(QueueFullError, match="full: 2 requests wait"):
         engine.submit(prompt(3), greedy(2))
-    assert engine.stats().refused == 1
-
-
-def test_a_request_that_waits_too_long_is_rejected(harness):
-    engine = harness.engine(max_batch_size=1, queue_timeout_s=1.0)
-    first = engine.submit(prompt(3), greedy(30))
-    second = engine.submit(prompt(3), greedy(2))
-    harness.run(engine)
-    assert first.reason == "length"
-    assert second.reason == "error"
-    assert "waited longer than 1.0 s" in second.error
-    assert second.rejection == "queue_timeout"
     assert engine.stats().refused == 1
 
 
@@ -230,10 +197,8 @@ def test_stats_and_records_describe_the_steps(harness, engine):
     assert (stats.queued, stats.running, stats.tokens) == (2, 1, 2)
     harness.run(engine)
     stats = engine.stats()
-    assert (stats.queued, stats.running, stats.served) == (0, 0, 3)
-    assert (stats.tokens, stats.prompt_tokens) == (15, 12)
+    assert (stats.running, stats.served, stats.tokens, stats.prompt_tokens) == (0, 3, 15, 12)
     assert 0 < stats.overhead_s < stats.busy_s
-    assert ("decode", 3) in [(record.kind, record.rows) for record in harness.records]
     for record in harness.records:
         assert record.budget_bytes == harness.budget_bytes
         assert record.duration_s > 0
@@ -290,19 +255,6 @@ def test_the_plan_is_an_event_only_where_it_changes():
     changes = [PlanEvent(plans[0], 0.0), PlanEvent(plans[2], 2.0), PlanEvent(plans[3], 3.0)]
     assert heard == changes
     assert made.plan == plans[-1]
-
-
-def test_a_handle_holds_the_results_and_a_late_listener_gets_all_events():
-    made, heard, after = handle(), [], []
-    made.emit(token(7))
-    made.add_listener(heard.append)
-    made.emit(token(8))
-    assert not made.done
-    made.emit(EndEvent("stop", None, 20.0))
-    made.add_listener(after.append)
-    assert heard == after == [token(7), token(8), EndEvent("stop", None, 20.0)]
-    assert made.result(timeout_s=0) is made
-    assert (made.token_ids, made.first_token_s, made.ended_s) == ([7, 8], 9.0, 20.0)
 
 
 def test_a_listener_that_raises_is_logged_and_not_called_again(caplog):

@@ -79,20 +79,6 @@ def test_the_newest_request_is_preempted_and_continues_from_its_tokens():
     assert second.token_ids[: len(kept)] == kept
 
 
-def test_a_preempted_request_is_first_in_the_queue():
-    harness = Harness(guard_order=())
-    engine = harness.engine()
-    handles = [engine.submit(prompt(4, n), greedy(12)) for n in range(4)]
-    for _ in range(3):
-        engine.step()
-    assert engine.stats().running == 3
-    harness.budget_bytes = harness.need(Plan(), BatchShape(2, 20))
-    harness.run(engine)
-    firsts = [handle.ended_s for handle in handles]
-    assert firsts == sorted(firsts)
-    assert sum(handle.preemptions for handle in handles) == 1
-
-
 def test_a_request_waits_while_no_mask_fits_it_with_the_running_batch():
     harness = Harness(guard_order=())
     harness.budget_bytes = harness.need(Plan(), BatchShape(1, 30))
@@ -111,20 +97,6 @@ def test_a_queued_request_that_can_no_longer_fit_is_rejected(harness, engine):
     assert handle.reason == "error"
     assert "do not fit the largest expected budget" in handle.error
     assert handle.rejection == "infeasible"
-
-
-def test_a_plan_that_changes_within_the_prompt_is_an_event_before_the_first_token(harness):
-    engine = harness.engine(prefill_chunk_tokens=4)
-    heard = []
-    handle = engine.submit(prompt(8), greedy(4), heard.append)
-    engine.step()
-    harness.budget_bytes = harness.need(Plan.removing(0, 1, 2), BatchShape(1, 11))
-    harness.run(engine)
-    _, first, second, *rest = heard
-    assert [event.plan for event in (first, second)] == [Plan(), harness.llm.plan]
-    assert harness.mask
-    assert [event.plan for event in rest[:-1]] == [harness.llm.plan] * 4
-    assert handle.plan == harness.llm.plan
 
 
 def test_each_token_records_its_mask_and_rows_continue_as_under_a_new_one():
@@ -196,17 +168,6 @@ def test_threads_that_submit_cancel_and_move_the_budget_corrupt_nothing(served):
     stats = engine.stats()
     assert stats.served + stats.cancelled == 40
     assert stats.failed == 0
-
-
-def test_closing_a_running_engine_ends_all_requests_and_its_thread(served):
-    harness, engine = served
-    handles = [engine.submit(prompt(4, n), greedy(50)) for n in range(10)]
-    handles[0].add_listener(lambda event: None)
-    engine.close(timeout_s=30)
-    assert all(handle.result(timeout_s=1).reason in ("length", "cancelled") for handle in handles)
-    assert not engine.alive
-    assert not any(thread.name == "rap-engine" for thread in threading.enumerate())
-    assert harness.llm.held_bytes.kv_cache == 0
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import random
 
 import pytest
 
-from rap_env.errors import InvalidRequestError
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.request import Request
@@ -56,16 +55,6 @@ def test_the_guard_removes_blocks_in_order_until_the_mask_fits(llm):
         assert fitting == Plan.removing(*expected)
 
 
-def test_sliding_windows_limit_the_cache_of_a_row():
-    estimator = MemoryEstimator(tiny_llm("mistral_sliding"))
-    short, long = (estimator.workspace_bytes(BatchShape(1, tokens)) for tokens in (20, 21))
-    model = estimator.memory
-    activations = model.workspace_bytes(Request(1, 21, 1)) - model.workspace_bytes(
-        Request(1, 20, 1)
-    )
-    assert long - short == activations
-
-
 def simulated(rows) -> int:
     """The most tokens that a batch ever holds, step by step."""
     rows, most = [list(row) for row in rows], 0
@@ -75,22 +64,11 @@ def simulated(rows) -> int:
     return most
 
 
-@pytest.mark.parametrize("wrong", [(0, 3), (3, 0), (-1, 2)])
-def test_invalid_shapes_are_rejected(wrong):
-    with pytest.raises(InvalidRequestError, match="or 0 of both"):
-        BatchShape(*wrong)
-
-
 def test_the_largest_shape_agrees_with_a_simulation():
     draw = random.Random(0)
     for _ in range(200):
         rows = [(draw.randint(1, 40), draw.randint(0, 40)) for _ in range(draw.randint(1, 9))]
         assert BatchShape.of(rows).tokens == simulated(rows), rows
-
-
-def test_a_shape_knows_the_most_rows_of_its_batch():
-    assert BatchShape(3, 20).rows == 3
-    assert BatchShape.of([(100, 10)] * 7 + [(100, 900)]) == BatchShape(1, 1000, rows=8)
 
 
 def test_a_uniform_shape_covers_every_row_at_every_time():

@@ -8,14 +8,12 @@ import time
 import pytest
 import torch
 
-from rap_env.errors import MemorySourceError
 from rap_env.memory import MemoryModel
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.models.weights.packed_layout import buffer_bytes
 from rap_env.plan import Plan
 from rap_env.policies.loading import OrderPolicy, StaticPolicy
 from rap_env.policies.uniform import uniform_plans
-from rap_env.runtime import memory_monitor
 from rap_env.runtime.memory_estimator import (
     EMPTY_BATCH,
     UNKNOWN_PASS,
@@ -155,12 +153,6 @@ def test_the_peak_is_the_mark_if_it_has_risen_else_the_largest_value_read(tmp_pa
     assert meter.peak_bytes() == model + 20 * MIB
 
 
-@linux
-def test_a_process_that_cannot_be_read_is_rejected(tmp_path):
-    with pytest.raises(MemorySourceError, match="use TensorMeter"):
-        ResidentMeter(tiny_llm(), process=tmp_path / "none")
-
-
 @pytest.mark.gpu
 def test_on_a_cuda_device_temporary_tensors_count_in_the_peak():
     llm = tiny_llm()
@@ -210,33 +202,6 @@ def test_a_step_is_compared_with_the_most_held_since_the_last_trim():
     made.trim()
     made.observe_step(EMPTY_BATCH, "decode")
     assert made.margin.bytes > 0
-
-
-def test_freed_memory_that_piles_up_is_returned_before_the_next_pass():
-    made = monitor()
-    kept, trims = memory_monitor._MOST_FREED_BYTES, []
-    made.trim = lambda: trims.append(made.meter.noise_bytes) or MemoryMonitor.trim(made)
-    made.meter.noise_bytes = kept // 2
-    made.observe_step(SHAPE, "decode")
-    assert trims == []
-    made.meter.noise_bytes = 2 * kept
-    made.observe_step(SHAPE, "decode")
-    assert trims == [2 * kept]
-    made.observe_step(SHAPE, "decode")  # the meter still shows it, so it is not freed memory
-    assert trims == [2 * kept]
-    made.meter.noise_bytes = 4 * kept
-    made.observe_step(SHAPE, "decode")
-    assert trims == [2 * kept, 4 * kept]
-
-
-def test_reading_the_limit_does_not_change_the_budget():
-    budgets = iter([100, 500, 300])
-    made = monitor(lambda: next(budgets))
-    assert made.budget_limit_bytes() == 500
-    assert made.budget_bytes == 100
-    made.poll()
-    assert (made.budget_bytes, made.max_budget_bytes) == (300, 500)
-    assert monitor(limit_bytes=7 * 10**6).budget_limit_bytes() == 7 * 10**6
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,10 @@
 """Plans at runtime: levels are lowered before blocks are removed, and raised again."""
 
 import itertools
-import random
-import threading
 
 import pytest
 import torch
 
-from rap_env.memory import MemoryModel
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
 from rap_env.policies.loading import OrderPolicy
@@ -16,10 +13,8 @@ from rap_env.request import Request
 from rap_env.runtime.memory_estimator import BatchShape, MemoryEstimator
 from tests.runtime.harness import (
     ORDER,
-    PLENTY,
     SHAPE,
     Harness,
-    greedy,
     prompt,
     serve_while_the_budget_jumps,
 )
@@ -81,17 +76,6 @@ def test_levels_used_before_stay_in_the_bytes_of_a_resident_model():
     )
 
 
-def test_a_shorter_chunk_needs_less_workspace_and_the_policy_gets_the_difference():
-    llm = tiny_llm(layers=3)
-    whole, short = MemoryEstimator(llm), MemoryEstimator(llm, chunk_tokens=8)
-    saved = whole.workspace_bytes(LONG) - short.workspace_bytes(LONG)
-    assert saved > 0
-    for plan in PLANS[:2]:
-        assert whole.peak_bytes(plan, LONG) - short.peak_bytes(plan, LONG) == saved
-    assert short.surcharge_bytes(LONG) == -saved
-    assert whole.surcharge_bytes(LONG) == 0
-
-
 def test_a_falling_budget_lowers_caches_then_weights_then_removes_blocks():
     harness = lowering()
     plans = uniform_plans(harness.llm.facts)
@@ -147,28 +131,3 @@ def test_outputs_stay_valid_while_a_plan_follows_the_budget_and_the_end_is_nativ
     after = llm.model.state_dict()
     assert after.keys() == weights.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in weights.items())
-
-
-@pytest.mark.slow
-def test_two_threads_that_lower_and_raise_plans_break_no_request():
-    harness = lowering(hold_s=0.0, hysteresis_share=0.0)
-    engine = harness.engine(prefill_chunk_tokens=8, max_batch_size=3)
-    harness.controller.monitor.max_budget_bytes = PLENTY
-    stop = threading.Event()
-    plans = [*uniform_plans(harness.llm.facts), Plan.removing(1, 2)]
-
-    def switch():
-        draw = random.Random(3)
-        while not stop.wait(0.002):
-            harness.llm.apply(draw.choice(plans))
-
-    other = threading.Thread(target=switch)
-    other.start()
-    handles = [engine.submit(prompt(10, n), greedy(20)) for n in range(5)]
-    try:
-        harness.run(engine)
-    finally:
-        stop.set()
-        other.join()
-    assert [(handle.reason, handle.error) for handle in handles] == [("length", None)] * 5
-    assert MemoryModel(harness.llm).check_plan(harness.llm.plan) == harness.llm.plan

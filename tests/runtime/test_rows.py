@@ -156,17 +156,3 @@ def test_decode_steps_follow_a_chunk_by_the_target():
         assert pace.decodes_first
         pace.note_step(0.1)
     assert not pace.decodes_first
-
-
-def test_requests_that_wait_decode_together_soon():
-    harness = Harness()
-    engine = harness.engine(max_batch_size=4, prefill_chunk_tokens=16, target_itl_s=0.1)
-    pace = engine._scheduler._pace
-    pace.note_chunk = lambda _seconds, waiting: Pace.note_chunk(pace, 0.4, waiting)
-    pace.note_step = lambda _seconds: Pace.note_step(pace, 0.05)
-    handles = [engine.submit(prompt(30, n), greedy(12)) for n in range(8)]
-    harness.run(engine)
-    assert all(len(handle.token_ids) == 12 for handle in handles)
-    rows = [record.rows for record in harness.records if record.kind == "decode"]
-    assert max(rows) == 4
-    assert len(rows) < 50  # 86, if as many steps followed each chunk as when none wait
