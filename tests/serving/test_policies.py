@@ -92,19 +92,6 @@ def test_a_fixed_budget_in_which_nothing_fits_above_the_floor_is_refused_at_the_
         build_stack(ServerSettings(model_memory=budget, max_delta_nll=0.0), **given)
 
 
-@pytest.mark.parametrize(
-    ("floor", "words"),
-    [
-        ({"max_delta_nll": 0.1}, "dense does not: choose such a policy, or set max_delta"),
-        ({"min_quality_per_request": 0.0}, "min_quality_per_request=0.0 needs a policy"),
-    ],
-)
-def test_a_policy_that_predicts_nothing_is_refused_at_the_start(tokenizer, floor, words):
-    settings = ServerSettings(policy="dense", model_memory="1GiB", **floor)
-    with pytest.raises(RapError, match=words):
-        build_stack(settings, llm=tiny_llm(tokenizer=tokenizer))
-
-
 def test_a_request_may_ask_for_a_stricter_floor_within_the_limit_of_the_server(tokenizer):
     budget = 10**9
     stack = stack_of(tokenizer, lambda: budget, min_quality_per_request=0.1, queue_timeout_s=0.2)
