@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -32,6 +33,7 @@ _COLOURS = {  # distinguishable by colour-blind people; in the order in which th
 }
 _STACK = (32, 118, 400, 606)  # left, top, right, bottom of the two columns of blocks
 _PANEL = (440, 928)  # left and right of the words and the bar
+_LINE_CHARACTERS = 66  # of words in the panel
 _LINE_LAYERS = 60  # layers per line of text, and characters of its bar
 _Box = tuple[float, float, float, float]
 _SYMBOLS = {"native": "#", "removed": "."}  # of other levels, their bits
@@ -273,18 +275,12 @@ def _draw_words(draw: ImageDraw.ImageDraw, scene: Scene) -> None:
     words = {"Removed so far": scene.removed_words, "Lowered so far": scene.lowered_words}
     words["NLL increase so far"] = scene.delta_nll_words  # the font has no Greek letters
     shown = [pair for pair in words.items() if pair[1]]
-    step = 64 if len(shown) == 2 else 46
+    step = 64 if len(shown) == 2 else 50
     for number, (head, text) in enumerate(shown):
         y = 606 - step * (len(shown) - number)
         draw.text((left, y), head, _GREY, _font(15))
-        size = 19
-        while draw.textlength(text, _font(size)) > right - left and size > 13:
-            size -= 1
-        if draw.textlength(text, _font(size)) > right - left and ", " in text:
-            place = text.rindex(", ", 0, len(text) // 2 + 8) + 1  # two lines, not tiny letters
-            text = f"{text[:place]}\n{text[place + 1 :]}"
-        top = 18 if "\n" in text else 21
-        draw.multiline_text((left, y + top), text, _INK, _font(size), spacing=2)
+        lines = textwrap.fill(text, _LINE_CHARACTERS)
+        draw.multiline_text((left, y + 18), lines, _INK, _font(14), spacing=2)
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

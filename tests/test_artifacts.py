@@ -18,7 +18,6 @@ from rap_env.artifacts import (
     digest,
     disk_errors,
     load_artifact,
-    remove_incomplete_line,
     save_artifact,
 )
 from rap_env.errors import ArtifactError, StorageFullError
@@ -196,10 +195,3 @@ def test_the_systems_own_full_disk_is_recognised() -> None:
 def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
     with pytest.raises(PermissionError), disk_errors(tmp_path):
         raise PermissionError(errno.EACCES, "no")
-
-
-def test_removing_an_incomplete_line_is_logged(tmp_path, caplog):
-    path = tmp_path / "log.jsonl"
-    path.write_bytes(b"{}\n{")
-    remove_incomplete_line(path)
-    assert "incomplete line" in caplog.text

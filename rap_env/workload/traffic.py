@@ -62,18 +62,13 @@ class LengthTable:
 
     quantiles: tuple[int, ...]
 
-    def at(self, level: float | npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-        """Lengths in tokens at probabilities in [0, 1], interpolated on a log scale."""
-        logs = np.asarray(np.interp(np.asarray(level), _LEVELS, self._logs))
-        return np.asarray(np.rint(np.exp(logs)), dtype=np.int64)
-
     @cached_property
     def _logs(self) -> npt.NDArray[np.float64]:
         return np.asarray(np.log(np.array(self.quantiles)))
 
     def sample(self, rng: np.random.Generator) -> int:
-        """Draw a length in tokens: the quantile at a uniform draw."""
-        return int(self.at(rng.random()))
+        """Draw a length in tokens: the quantile at a uniform draw, interpolated on a log scale."""
+        return round(float(np.exp(np.interp(rng.random(), _LEVELS, self._logs))))
 
 
 class TraceRequest(NamedTuple):

@@ -1,12 +1,10 @@
 """The packaged policies, level costs and frontier."""
 
-import json
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
-from rap_env.artifacts import load_artifact
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
@@ -37,15 +35,6 @@ def memory():
     )  # fmt: skip
 
 
-def test_the_files_are_small_and_hold_no_local_paths():
-    assert TABLE.stat().st_size < 200_000
-    assert '"/' not in json.dumps(load_artifact(TABLE, "plan table", 1)), "an absolute path"
-    for path in PACKAGED.glob("*.safetensors"):
-        assert path.stat().st_size < 300_000
-        provenance = PolicyFile.load(path).provenance
-        assert '"/' not in json.dumps(provenance), "an absolute path"
-
-
 def test_policies_over_levels_meet_tight_budgets_with_few_removals(levelled, caplog):
     for path in PACKAGED.glob("*.ladder.safetensors"):
         policy = load_policy(path, levelled)
@@ -72,8 +61,6 @@ def levelled():
 
 
 def test_the_level_costs_are_of_the_packaged_facts(levelled):
-    assert COSTS.stat().st_size < 100_000
-    assert '"/' not in COSTS.read_text(), "an absolute path"
     costs = load_policy("knapsack", levelled).level_costs
     assert costs.window_tokens == 1024
     for layer in range(30):

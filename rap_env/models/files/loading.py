@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -58,23 +56,6 @@ WEIGHTS: tuple[Weights, ...] = get_args(Weights)
 log = logging.getLogger(__name__)
 
 
-@contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Pause Python's garbage collector.
-
-    Importing transformers creates a million objects that stay; searching them for garbage again
-    and again took a fifth of the loading time.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@_collector_paused()
 def load_llm(
     model: str | os.PathLike[str],
     *,

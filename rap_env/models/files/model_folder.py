@@ -130,16 +130,8 @@ def in_child(make: Callable[..., T], *args: Any) -> T:
 def locked(target: Path) -> Iterator[None]:
     """Keep other processes from creating `target` at the same time; a killed process unlocks."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(target.parent / f".{target.name}.lock")
-    try:
-        lock.acquire(timeout=1)
-    except filelock.Timeout:
-        log.info("Another process is creating %s; waiting for it", target)
-        lock.acquire()
-    try:
+    with filelock.FileLock(target.parent / f".{target.name}.lock"):
         yield
-    finally:
-        lock.release()
 
 
 @contextlib.contextmanager

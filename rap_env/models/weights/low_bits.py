@@ -125,9 +125,7 @@ class LowBitMatrix(PackedMatrix):
         scale, zero = (
             part.T.repeat_interleave(form.group_inputs, dim=1) for part in pairs.unbind(-1)
         )
-        block, row = flat // BLOCK, flat % BLOCK
-        half_bytes = self.codes[block, :, row % HALF]
-        half_bytes = torch.where((row < HALF)[:, None], half_bytes & 15, half_bytes >> 4)
+        half_bytes = self.code_rows(flat)
         target = _Target(
             half_bytes.new_empty(len(flat), self.shape[1], 1),
             half_bytes.new_empty(len(flat), self.shape[1] // 4, 1),

@@ -100,11 +100,6 @@ class PackedMatrix:
         return {name: getattr(self, name) for name in tensor_shapes(self.level, self.shape)}
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all its tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-    @property
     def device(self) -> torch.device:
         """Where it is."""
         return self.codes.device
@@ -113,11 +108,6 @@ class PackedMatrix:
     def in_blocks(self) -> bool:
         """Whether its codes are int4 in blocks of 64 rows."""
         return self.codes.dim() > len(self.shape)
-
-    def to(self, device: torch.device | str) -> PackedMatrix:
-        """The same matrix on another device."""
-        tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
-        return type(self)(self.level, self.shape, **tensors)
 
     def widen(self, out: torch.Tensor, first: int = 0) -> None:
         """Write the weights of some rows, rounded once to the dtype of `out`.
@@ -235,7 +225,7 @@ class PackedMatrix:
         return weights, None
 
     def code_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """The int4 codes of single rows, (n,) to (n, in)."""
+        """The half bytes of single rows, (n,) to (n, bytes); at int4 the codes, (n, in)."""
         if self.in_blocks:
             block, row = rows // BLOCK, rows % BLOCK
             codes = self.codes[block, :, row % HALF]

@@ -13,9 +13,7 @@ from rap_env.models.files.gguf_reader import (
     GgufFile,
     packed_blocks,
     packs_as_int4,
-    transformers_reads,
 )
-from tests.models.tiny_gguf import write_tiny_gguf
 
 _HALF_ULP = 2.0**-8  # largest relative error of rounding to bfloat16, and as much for arithmetic
 # where blocks of each type have their 16-bit scales, in bytes
@@ -79,18 +77,6 @@ def test_another_byte_order_is_rejected(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(UnsupportedModelError, match="of the other byte order"):
         GgufFile(path)
-
-
-def test_transformers_reads_the_file_once_and_others_as_before(path: Path, tmp_path: Path) -> None:
-    write_tiny_gguf(tmp_path / "other.gguf")
-    file, before = GgufFile(path), (gguf.GGUFReader, gguf.get_tensor_name_map)
-    with transformers_reads(file):
-        assert gguf.GGUFReader(str(path)) is file
-        assert isinstance(gguf.GGUFReader(tmp_path / "other.gguf"), GGUFReader)
-        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
-        assert names.get_name("model.layers.1.mlp.up_proj") == "blk.1.ffn_up"
-        assert gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2) is names
-    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
 
 
 @pytest.mark.parametrize("name", INT4)

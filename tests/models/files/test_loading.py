@@ -1,4 +1,3 @@
-import gc
 import json
 import multiprocessing
 import os
@@ -11,7 +10,6 @@ import torch
 from rap_env.errors import (
     ChecksumError,
     ModelNotAvailableError,
-    RapError,
     UnknownNameError,
     UnsupportedModelError,
 )  # fmt: skip
@@ -181,25 +179,6 @@ def test_equal_arguments_share_one_model(folder: Path, monkeypatch: pytest.Monke
     assert shared_llm(str(folder), dtype="float16") is not llm
 
 
-def test_another_source_is_another_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = []
-    monkeypatch.setattr(loading, "load_llm", lambda *_, **__: loaded.append(1) or object())
-    auto = shared_llm("smollm2-135m")
-    assert shared_llm("smollm2-135m") is auto
-    monkeypatch.setenv("RAP_MODEL_SOURCE", "pypi")
-    assert shared_llm("smollm2-135m") is not auto
-    assert len(loaded) == 2
-
-
-def test_a_failed_load_is_retried(folder: Path) -> None:
-    config = folder / "config.json"
-    config.rename(folder / "away.json")
-    with pytest.raises(ModelNotAvailableError):
-        shared_llm(folder)
-    (folder / "away.json").rename(config)
-    assert shared_llm(folder).name == "tiny-llama"
-
-
 def _use_in_child(folder: Path) -> None:
     loading.load_llm = lambda *_, **__: os._exit(3)  # type: ignore[assignment]
     llm = shared_llm(folder, device="cpu", dtype="float32")
@@ -214,16 +193,3 @@ def test_a_forked_process_uses_its_parents_model(folder: Path) -> None:
         child.start()
     child.join(60)
     assert child.exitcode == 0
-
-
-@pytest.mark.parametrize("enabled", [True, False])
-def test_loading_leaves_the_garbage_collector_as_it_was(enabled, folder) -> None:
-    try:
-        (gc.enable if enabled else gc.disable)()
-        load_llm(folder, device="cpu")
-        assert gc.isenabled() is enabled
-        with pytest.raises(RapError):
-            load_llm(folder / "none", device="cpu")
-        assert gc.isenabled() is enabled
-    finally:
-        gc.enable()

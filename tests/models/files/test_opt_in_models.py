@@ -80,12 +80,3 @@ def test_installed_packages_need_neither_network_nor_acceptance(
     monkeypatch.setenv("RAP_OFFLINE", "1")
     monkeypatch.delenv("PIP_FIND_LINKS")
     assert sources.locate(ALIAS, packed=True).folder.is_dir()
-
-
-def test_a_missing_package_is_no_installation(index, tmp_path, monkeypatch) -> None:
-    path = tmp_path / "site" / GEMMA3.parts[0].member
-    path.parent.mkdir(parents=True)
-    path.touch()
-    monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    with pytest.raises(ModelNotAvailableError, match="--accept-licence"):
-        sources.locate(ALIAS)

@@ -10,8 +10,7 @@ from safetensors import safe_open
 
 from rap_env.errors import ChecksumError, ModelNotAvailableError, UnsupportedModelError
 from rap_env.models.files.gguf_source import converted_gguf
-from rap_env.models.files.packed_folder import PACKED_FILE, is_packed, load_native
-from rap_env.models.files.sources import locate
+from rap_env.models.files.packed_folder import PACKED_FILE, load_native
 from rap_env.models.files.weight_files import load_weights
 from rap_env.models.weights.packed_modules import PackedEmbedding, PackedLinear, PackedModule
 from tests.models.tiny_gguf import write_gguf, write_tiny_gguf
@@ -205,18 +204,6 @@ def test_tensors_of_other_shapes_are_rejected(lonely: Path, tmp_path: Path) -> N
         UnsupportedModelError, match=r"'transformer\.wpe\.weight' has shape \(8, 64\)"
     ):
         converted_gguf(tmp_path / "gpt2.gguf", packed=True)
-
-
-def test_packed_and_widened_folders_stand_side_by_side(lonely: Path, tmp_path: Path) -> None:
-    write_tiny_gguf(tmp_path / "tiny.gguf", kind="Q4_0", **SIZES)
-    wide, packed = locate(tmp_path / "tiny.gguf"), locate(tmp_path / "tiny.gguf", packed=True)
-    assert wide.name == packed.name == "tiny"
-    assert is_packed(packed.folder)
-    assert not is_packed(wide.folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        assert (packed.folder / name).read_bytes() == (wide.folder / name).read_bytes()
-    size = sum(path.stat().st_size for path in packed.folder.glob("*.safetensors"))
-    assert size < sum(path.stat().st_size for path in wide.folder.glob("*.safetensors")) / 4
 
 
 def test_a_file_without_a_tensor_is_rejected(lonely: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rap_env.errors import ChecksumError, ModelNotAvailableError, UnsupportedModelError
+from rap_env.errors import ChecksumError, ModelNotAvailableError
 from rap_env.memory import MemoryModel
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.weights.residency import Residency, WeightStore
@@ -202,18 +202,6 @@ def test_blocks_are_removed_of_which_neither_plan_can_be_read(monkeypatch) -> No
         apply_to(plan, llm, plain)
 
 
-def test_dropped_embeddings_need_the_models_own_files(tmp_path: Path) -> None:
-    llm = opened(saved(tmp_path))
-    with torch.no_grad():
-        llm.model.lm_head.weight[0, 0] += 1
-    llm.set_residency("drop")
-    before = logits(llm)
-    with pytest.raises(UnsupportedModelError, match="hold other values"):
-        llm.apply(INT4)
-    assert llm.plan == Plan()
-    assert torch.equal(logits(llm), before)
-
-
 @pytest.mark.parametrize("plan", [INT4, MIXED], ids=["int4", "mixed"])
 def test_the_residency_may_change_under_a_plan(tmp_path: Path, plan: Plan) -> None:
     llm, plain = opened(saved(tmp_path)), tiny_llm(dtype=torch.bfloat16)
@@ -240,14 +228,3 @@ def test_levels_made_in_inference_mode_are_used_outside_of_it(tmp_path, residenc
     plain.apply(INT4)
     for plan in (INT4, Plan(), INT8):
         apply_to(plan, llm, plain)
-
-
-def test_a_temporary_plan_loads_and_evicts_weights() -> None:
-    llm, plain = offloaded(), tiny_llm()
-    llm.apply(INT4)
-    held_bytes = llm.held_bytes.weights
-    with llm.masked(MIXED), plain.masked(MIXED):
-        assert torch.equal(logits(llm), logits(plain))
-    assert llm.held_bytes.weights == held_bytes
-    assert llm.fingerprint == plain.fingerprint
-    assert llm.held_bytes.weights == held_bytes
