@@ -8,7 +8,6 @@ import torch
 from rap_env.errors import InvalidRequestError, UnknownNameError
 from rap_env.plan import Plan
 from rap_env.reward import (
-    REWARDS,
     PerplexityReward,
     StepOutcome,
     make_reward,
@@ -159,12 +158,6 @@ def test_recall_pays_the_rise_in_nats_at_the_end(scorer):
     assert last["recall"] == pytest.approx(-0.5 * len(PATH[-1].removed) / 3)
     alone = make_reward("recall", KeptShare)
     assert alone.step(StepOutcome(Plan(), 0.0, None, ends=True)) == {"recall": 0.0}
-
-
-@pytest.mark.parametrize("name", sorted(REWARDS))
-def test_every_reward_works_by_name(scorer, name):
-    terms = play(make_reward(name, KeptShare), scorer)[-1]
-    assert all(math.isfinite(value) and value < 0 for value in terms.values())
 
 
 @pytest.mark.parametrize(

@@ -89,13 +89,6 @@ def test_lazy_measures_more_items_if_one_has_risen(good, bad, examined, tmp_path
     assert nll[profile.order[-1]] == min(nll.values())
 
 
-def test_lazy_is_exact_about_what_it_measured():
-    llm, ids = tiny_llm(layers=8), tokens()
-    profile = gsi(scorer := MaskScorer(llm, ids), stop=5, method="lazy", progress=False)
-    masks = [Plan.removing(*profile.order_indices[: i + 1]) for i in range(5)]
-    assert list(profile.nll_after) == scorer.nll_many(masks)
-
-
 def test_a_warm_store_does_not_reduce_the_reported_cost(tmp_path):
     llm, ids, store = tiny_llm(layers=3), tokens(), ScoreStore(tmp_path / "scores.sqlite")
     cold = gsi(MaskScorer(llm, ids, store), progress=False)
@@ -131,6 +124,8 @@ def test_interrupted_and_resumed_gives_the_same_result(method, tmp_path):
     scorer = MaskScorer(llm, ids)
     continued = gsi(scorer, method=method, path=path, progress=False)
     assert scorer.evaluations == sum(whole.candidates[2:])  # neither dense nor the first rounds
+    taken = [Plan.removing(*whole.order_indices[:n]) for n in range(1, 1 + len(whole.order))]
+    assert list(whole.nll_after) == scorer.nll_many(taken)
     for name in ("order", "nll_after", "candidates", "evaluations"):
         assert getattr(continued, name) == getattr(whole, name)
     assert GSIProfile.load(path, llm) == continued
@@ -199,13 +194,11 @@ def test_the_lazy_search_measures_fewer_plans(context):
     assert lazy.nll_after[-1] < exact.nll_after[-1] + 0.5
 
 
-def test_a_profile_of_other_levels_or_methods_is_rejected(context, tmp_path):
+def test_a_profile_of_other_levels_is_rejected(context, tmp_path):
     path = tmp_path / "gsi.json"
     run(context, stop=1, path=path)
     with pytest.raises(ArtifactError, match="measured for other levels"):
         run(context, bytes_of(context, together=()), stop=2, path=path)
-    with pytest.raises(ArtifactError, match="method='lazy' .*, not with 'exact'"):
-        run(context, stop=2, path=path, method="exact")
 
 
 def test_it_ends_when_nothing_frees_bytes(context):

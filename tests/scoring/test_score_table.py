@@ -2,17 +2,27 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
 from rap_env.artifacts import save_artifact
 from rap_env.errors import ArtifactError, ModelNotAvailableError, UnknownNameError
-from rap_env.plan import Plan
-from rap_env.scoring.score_table import ScoreTable, TableScorer, table_path
+from rap_env.plan import Plan, every_mask
+from rap_env.scoring.score_table import (
+    ScoreTable,
+    TableScorer,
+    packaged_names,
+    packaged_tables,
+    table_path,
+)
 from tests.envs.tiny_contexts import make_context
 from tests.scoring.tiny_table import all_masks, fitted_again, table_of
 
 BLOCKS = 6
+WHOLE = [path for path in packaged_tables() if path.name.startswith("small-")]
+PREDICTING = [path for path in packaged_tables() if path not in WHOLE]
+MODEL = "smollm2-135m"
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +122,31 @@ def test_measured_plans_stand_beside_masks(context, table, tmp_path):
         scorer.nll(other)
     with pytest.raises(UnknownNameError, match=r"layer09"):
         scorer.nll(Plan.of({"layer09.cache": "int2"}))
+
+
+def test_a_packaged_table_is_found_by_the_name_of_its_model():
+    assert MODEL in packaged_names()
+    masks, plans = (table_path(f"score_table:{MODEL}", how) for how in ("bf16", "native"))
+    assert masks != plans
+    assert {masks, plans} <= set(packaged_tables())
+    assert table_path(f"score_table:./{MODEL}") == Path(MODEL)  # a file of this name
+    assert sum(path.stat().st_size for path in packaged_tables()) < 2_000_000
+
+
+@pytest.mark.parametrize("path", WHOLE, ids=lambda path: path.name)
+def test_tables_of_small_models_have_every_mask(path):
+    table = ScoreTable.load(path)
+    assert set(table.scores) == set(every_mask(table.facts.num_blocks))
+    assert table.held_out.fidelity.rows[0].spearman >= 0.99
+    assert len(table.held_out.measured) >= 300
+
+
+@pytest.mark.parametrize("path", PREDICTING, ids=lambda path: path.name)
+def test_predictions_agree_with_measurements_that_they_were_not_fitted_to(path):
+    table = ScoreTable.load(path)
+    everything = table.fidelity.rows[0]
+    assert everything.masks >= 100
+    assert everything.spearman >= 0.99
+    assert everything.median_relative_error <= (0.06 if "low-bits" in path.name else 0.05)
+    assert table.fidelity.rows[-1].spearman >= 0.98
+    assert (table.levels is None) == (".bf16." in path.name)

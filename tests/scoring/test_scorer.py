@@ -1,5 +1,7 @@
 """Scores of masks and plans: correct, shared bit for bit, and counted."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from rap_env.errors import (
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.plan import Plan, block_name
 from rap_env.scoring import plan_runner
+from rap_env.scoring.plan_runner import StateCache, branch_nodes, plan_prefixes
 from rap_env.scoring.score_table import TableScorer
 from rap_env.scoring.scorer import METRIC, MaskScorer
 from rap_env.scoring.store import ScoreStore
@@ -272,3 +275,39 @@ def test_plans_that_differ_in_the_embeddings_share_nothing():
     scorer.nll_many([Plan(), lowered, Plan.removing(3), lowered.without(3)])
     assert scorer.block_forwards == 4 + 4
     assert scorer.nll(lowered) != scorer.dense_nll
+
+
+def test_a_part_of_a_batch_does_not_keep_the_batch():
+    """Several plans run in one batch, and few of their states are kept."""
+    batch = torch.arange(64.0).reshape(16, 4)
+    cache = StateCache(48)
+    for number, part in enumerate(torch.split(batch, 1)):
+        cache.put(0, (number, Plan()), part)
+    kept = [cache.get(0, (number, Plan())) for number in range(13, 16)]
+    assert [list(one[0]) for one in kept] == batch[13:].tolist()
+    held = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in kept}
+    assert sum(held.values()) == cache.held_bytes == 48
+
+
+def test_branches_are_where_later_masks_leave():
+    steps = tuple((block,) for block in range(8))
+    first, second, third = Plan.removing(1), Plan.removing(1, 6), Plan.removing(0)
+    # The first two leave each other before block 6, the third leaves both before block 0.
+    assert branch_nodes([first, second, third], steps) == {(6, first), (0, Plan())}
+    assert branch_nodes([Plan.removing(0, 2)], steps) == set()
+    assert branch_nodes([], steps) == set()
+
+
+def test_with_its_branches_kept_every_prefix_runs_once():
+    draw, steps = random.Random(0), tuple((block,) for block in range(8))
+    for _ in range(50):
+        rows = sorted({tuple(draw.getrandbits(1) for _ in range(8)) for _ in range(12)})
+        masks = [Plan.removing(*(i for i, bit in enumerate(row) if bit)) for row in rows]
+        kept = branch_nodes(masks, steps)
+        have, ran = set(), []
+        for mask in masks:
+            path = list(enumerate(plan_prefixes(mask, steps)))
+            start = max((n for n, node in enumerate(path) if node in have), default=0)
+            ran += path[start + 1 :]
+            have |= kept & set(path)
+        assert len(ran) == len(set(ran))
