@@ -25,7 +25,7 @@ import threading
 import traceback
 import types
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 LIBRARIES = (
     "hydra.main", "hydra._internal.utils", "matplotlib.figure", "sb3_contrib", "torch", "wandb",
@@ -37,14 +37,14 @@ _MESSAGE_BYTES = 1 << 20
 
 
 class PythonProgram:
-    """A running Python program; the attributes and methods are those of `subprocess.Popen`.
+    """A running Python program; the methods are those of `subprocess.Popen`.
 
     Args:
         arguments: Arguments of the interpreter: ``-m MODULE ...`` or ``-c CODE ...``.
         cwd: Working directory; that of this process if left out.
         env: Environment variables; those of this process if left out.
-        stdout: File for the output; `subprocess.PIPE` gives it in the attribute `stdout`.
-        stderr: File for errors; `subprocess.STDOUT` is that of the output.
+        stdout: File for the output.
+        stderr: File for errors.
     """
 
     def __init__(
@@ -53,22 +53,13 @@ class PythonProgram:
         *,
         cwd: Path | str | None = None,
         env: dict[str, str] | None = None,
-        stdout: Any = None,
-        stderr: Any = None,
+        stdout: IO[Any],
+        stderr: IO[Any],
     ) -> None:
         self.returncode: int | None = None
-        self.stdout = None
-        with contextlib.ExitStack() as opened:
-            if stdout == subprocess.PIPE:
-                reader, writer = os.pipe()
-                self.stdout = open(reader, encoding="utf-8")  # noqa: PTH123, SIM115
-                output = opened.enter_context(open(writer, "wb")).fileno()  # noqa: PTH123
-            else:
-                output = 1 if stdout is None else stdout.fileno()
-            errors = output if stderr == subprocess.STDOUT else stderr.fileno() if stderr else 2
-            program = {"arguments": arguments, "cwd": str(cwd or Path.cwd()),
-                       "env": dict(os.environ if env is None else env)}  # fmt: skip
-            self.pid = _ask(program, output, errors)
+        program = {"arguments": arguments, "cwd": str(cwd or Path.cwd()),
+                   "env": dict(os.environ if env is None else env)}  # fmt: skip
+        self.pid = _ask(program, stdout.fileno(), stderr.fileno())
         self._pidfd = os.pidfd_open(self.pid)
 
     def poll(self) -> int | None:
@@ -86,25 +77,14 @@ class PythonProgram:
             self.returncode = _ask({"ended": self.pid})
         return self.returncode
 
-    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
-        """Read the rest of the output until the program ends."""
-        assert self.stdout is not None
-        text = self.stdout.read()
-        self.wait(timeout)
-        return text, None
-
-    def send_signal(self, number: int) -> None:
+    def terminate(self, number: int = signal.SIGTERM) -> None:
         """Send a signal, unless the program has ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
-    def terminate(self) -> None:
-        """Ask the program to end."""
-        self.send_signal(signal.SIGTERM)
-
     def kill(self) -> None:
         """End the program at once."""
-        self.send_signal(signal.SIGKILL)
+        self.terminate(signal.SIGKILL)
 
 
 def run_python(

@@ -183,6 +183,7 @@ def test_unknown_names_list_the_known_ones(memory, spec, message):
         ({"name": "fixed", "budget_bytes": 0}, "budget_bytes must be a whole number"),
         ({"name": "grid", "batch_sizes": []}, "at least one entry"),
         ({"name": "grid", "batch_sizes": 4}, "batch_sizes must be of type Sequence, not 4"),
+        ({"name": "grid", "budget_fractions": []}, "at least one entry"),
         ({"name": "grid", "seq_lens_tokens": [5, 0]}, "not 0"),
         ({"name": "grid", "budget_fractions": [0.5], "budget_bytes": [5]}, "not both"),
         ({"name": "azure-conv", "max_batch_size": 0}, "from 1 to .*, not 0"),

@@ -1,10 +1,14 @@
 """Every benchmark on a tiny model: what it counts, and that it ends in a record."""
 
+import importlib
 import json
+import pkgutil
+from pathlib import Path
 
 import pytest
 import torch
 
+import benchmarks
 from benchmarks import decide, levels, memory, scoring, step
 from benchmarks.memory import measured_peak
 from rap_env.memory import MemoryModel
@@ -45,6 +49,15 @@ def measured(tmp_path):
         return {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
 
     return run
+
+
+def test_every_benchmark_has_a_docstring_and_stands_in_the_makefile():
+    lines = Path("Makefile").read_text().splitlines()
+    listed = next(line for line in lines if line.startswith("BENCHMARKS :=")).split(":=")[1].split()
+    names = {module.name for module in pkgutil.iter_modules(benchmarks.__path__)}
+    modules = {name: importlib.import_module(f"benchmarks.{name}") for name in names}
+    assert all(module.__doc__ for module in modules.values())
+    assert {*listed} == {name for name, module in modules.items() if hasattr(module, "main")}
 
 
 def test_the_decisions_of_a_policy_are_timed(folder, measured, tmp_path, monkeypatch):

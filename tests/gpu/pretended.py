@@ -105,14 +105,6 @@ class _Operations(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         operation = func.overloadpacket
-        if operation.__name__.startswith("_foreach_"):  # its lists may hold tensors of all devices
-            lists = [value for value in args if isinstance(value, (list, tuple))]
-            together = [_one_place(func, group) for group in zip(*lists, strict=True)]
-            results = func(*args, **(kwargs or {}))
-            if results:  # not in place
-                for result, place in zip(results, together, strict=True):
-                    _mark(result, place)
-            return results
         leaves = tree_leaves((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not leaf.is_meta]
         if operation in _TAKE_CPU_INDICES and on_gpu(args[0]):
@@ -160,8 +152,6 @@ class _Places(TorchFunctionMode):
             made: torch.Tensor = func(*args, **options)
             self._waits.pinned.append(made.nbytes)
             return made
-        if func is torch.device and type(args[0]) is int:
-            return GPU
         if func == torch.Tensor.device.__get__:  # made anew at each access
             return place_of(args[0]) if on_gpu(args[0]) else func(*args)
         if func == torch.Tensor.is_cuda.__get__:
@@ -185,8 +175,6 @@ class _Places(TorchFunctionMode):
         self, func: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
     ) -> torch.Tensor:
         tensor, *given = args
-        if given and type(given[0]) is int:  # a number of a GPU
-            given[0] = GPU
         named = next(filter(_is_place, (*given, *options.values())), None)
         like = next((value for value in given if isinstance(value, torch.Tensor)), None)
         if named is not None:
@@ -201,22 +189,8 @@ class _Places(TorchFunctionMode):
             return tensor
         self._waits.count += not options.get("non_blocking", False)
         with _disable_current_modes():
-            copied: torch.Tensor = _Copy.apply(tensor, there)  # type: ignore[no-untyped-call]
+            copied: torch.Tensor = _mark(tensor.clone(), there)
         return copied
-
-
-class _Copy(torch.autograd.Function):
-    """A copy on another device; its gradient goes back to where the tensor was."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, there: torch.device) -> torch.Tensor:
-        ctx.here = place_of(tensor)
-        copied: torch.Tensor = _mark(tensor.clone(), there)
-        return copied
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        return _mark(gradient.clone(), ctx.here), None
 
 
 def _is_place(value: Any) -> bool:

@@ -48,6 +48,8 @@ def test_a_table_round_trips_through_its_file(table, path):
     assert again.scores == table.scores
     assert again.facts == table.facts
     assert asdict(again.predictor) == asdict(table.predictor)
+    deep = Plan.removing(0, 1, 2, 3)
+    assert again.predictor.delta_nll(deep) == table.predictor.delta_nll(deep)
     assert again.fidelity == table.fidelity
     for name in ("context", "text", "settings", "evaluation_s"):
         assert getattr(again, name) == json.loads(json.dumps(getattr(table, name)))
