@@ -13,7 +13,7 @@ from gymnasium.error import ResetNeeded
 from rap_env.context.base import PruningContext
 from rap_env.envs.config import RENDER_MODES, EnvConfig, check_render_mode
 from rap_env.envs.episode import Episode
-from rap_env.envs.task import EpisodeStart, Measurement, PruningTask
+from rap_env.envs.task import EpisodeStart, PruningTask
 from rap_env.ladder.observation import Observation
 from rap_env.plan import Plan
 from rap_env.render import Scene, render_ansi, render_rgb
@@ -165,18 +165,9 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         Raises:
             RapError: The model does not have those items or cannot serve that request.
         """
-        saved = state["episode"]
-        self._restore(state, None if saved is None else self._task.measured_again(saved))
-
-    def _restore(self, state: Mapping[str, Any], measurement: Measurement | None) -> None:
-        """Restore what `get_state` returned, with the measurement of the episode's plan."""
         self.np_random.bit_generator.state = state["generator"]
-        task, saved, self.current = self._task, state["episode"], None
-        if saved is not None:
-            start = task.start_of_saved(saved)
-            counters = (saved[name] for name in ("invalid_actions", "steps", "over"))
-            self.current = Episode(task, start, saved["positions"])
-            self.current.resume(measurement, *counters)
+        saved = state["episode"]
+        self.current = None if saved is None else Episode.of_saved(self._task, saved)
 
     def __reduce__(self) -> tuple[Any, ...]:
         arguments = {**self._config.arguments, "render_mode": self.render_mode}
@@ -189,12 +180,11 @@ class PruningEnv(gym.Env[Observation, np.int64]):
             "seed": self.np_random_seed,
             "left_after": self._left_after,
             "state": self.get_state(),
-            "measurement": None if self.current is None else self.current.measurement,
         }
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.spec, self.action_space = state["spec"], state["action_space"]
-        self._restore(state["state"], state["measurement"])
+        self.set_state(state["state"])
         self._np_random_seed, self._left_after = state["seed"], state["left_after"]
 
     def _warn_of_limit(self) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,7 @@ from rap_env.envs.task import EpisodeStart, Measurement, PruningTask, RewardedSt
 from rap_env.ladder.observation import Observation, ObservedState
 from rap_env.ladder.state import Lowering
 from rap_env.ladder.steps import moved
+from rap_env.request import Request
 
 
 class Transition(NamedTuple):
@@ -132,6 +133,18 @@ class Episode:
         if self.start.asked_budget_bytes is not None:
             info["infeasible"] = {"asked_budget_bytes": self.start.asked_budget_bytes}
         return info
+
+    @classmethod
+    def of_saved(cls, task: PruningTask, saved: Mapping[str, Any]) -> Self:
+        """The episode that `saved` described; a plan that was measured is measured again."""
+        request, positions = Request(**saved["request"]), saved["positions"]
+        start = EpisodeStart(request, task.costs(request), saved["asked_budget_bytes"])
+        episode, measurement = cls(task, start, positions), None
+        if saved["measured"]:
+            (measurement,) = task.measure([task.ladder.plan(positions)])
+        counters = (saved[name] for name in ("invalid_actions", "steps", "over"))
+        episode.resume(measurement, *counters)
+        return episode
 
     def saved(self) -> dict[str, Any]:
         """The state as plain JSON values."""

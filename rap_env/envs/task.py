@@ -212,17 +212,6 @@ class PruningTask:
             over_budget & (invalid_actions >= self.max_invalid_actions)
         ), out_of_steps
 
-    def start_of_saved(self, saved: Mapping[str, Any]) -> EpisodeStart:
-        """The start of an episode that `Episode.saved` describes."""
-        request = Request(**saved["request"])
-        return EpisodeStart(request, self.costs(request), saved["asked_budget_bytes"])
-
-    def measured_again(self, saved: Mapping[str, Any]) -> Measurement | None:
-        """The measurement of the plan that `Episode.saved` describes, if it was measured."""
-        return (
-            self.measure([self.ladder.plan(saved["positions"])])[0] if saved["measured"] else None
-        )
-
     @cached_property
     def measured_start(self) -> Measurement:
         """The measurement of the unchanged model."""
