@@ -28,7 +28,6 @@ from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.observation import ObservationEncoder
 from rap_env.memory import MemoryModel
-from rap_env.model_facts import ModelFacts
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.policies.method import Basis
@@ -89,10 +88,6 @@ class PolicyFile:
         model = {"name": facts.name, "fingerprint": facts.fingerprint, "dtype": facts.dtype}
         return cls(weights, encoder.importance, ladder.spec, _levels(ladder), model, provenance)
 
-    def serves(self, facts: ModelFacts) -> bool:
-        """Whether a model has the items and levels that the policy was exported for."""
-        return _levels(Ladder.of(facts, **self.ladder)) == self.items
-
     def encoder_for(self, memory: MemoryModel, base: Plan = Plan()) -> ObservationEncoder:
         """What encodes the policy's observations of a model.
 
@@ -106,12 +101,12 @@ class PolicyFile:
         """
         own, facts = self.model, memory.facts
         ladder = Ladder.of(facts, **self.ladder)
-        if not self.serves(facts):
+        if _levels(ladder) != self.items:
             raise ArtifactError(
                 f"The policy was exported for {own['name']}, whose items have other levels than "
                 f"those of {facts.name} as it is loaded ({facts.weights} weights): "
-                f"{len(self.items)} and {len(ladder)} items. Load the model as it was, or export a "
-                "policy for it."
+                f"{len(self.items)} and {len(ladder)} items. Load the model as it was (a packaged "
+                "policy over levels needs weights='native'), or export a policy for it."
             )
         if facts.fingerprint != own["fingerprint"]:
             log.warning(
@@ -289,16 +284,7 @@ def _read_policy(path: Path, memory: MemoryModel) -> Policy:
 
 
 def _packaged_policy(name: str, memory: MemoryModel, basis: Basis | None) -> Policy:
-    file = packaged_network(_PACKAGED[name])
-    if file.weights.rows == "ladder" and not file.serves(memory.facts):
-        own, facts = file.model["name"], memory.facts
-        raise ArtifactError(
-            f'The packaged policy "{name}" is of {own} with native weights, but {facts.name} '
-            f"is loaded with {facts.weights} weights, so its items have other levels. Load "
-            f'{own} with weights="native", or use the packaged policy "rap-v0", which removes '
-            "blocks only."
-        )
-    return NetworkPolicy(memory, file, name=name)
+    return NetworkPolicy(memory, packaged_network(_PACKAGED[name]), name=name)
 
 
 def packaged_network(file_name: str) -> PolicyFile:

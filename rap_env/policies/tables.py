@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -77,14 +77,9 @@ class TablePolicy(Policy):
         if best is not None:
             return best
         if self._make_fallback is not None:
-            return self._fallback.choose(request)
+            return self._make_fallback().choose(request)
         smallest = np.argmin(self._known.peak_bytes(costs)) if self._known.plans else None
         return Plan() if smallest is None else self._known.plans[int(smallest)]
-
-    @cached_property
-    def _fallback(self) -> Policy:
-        assert self._make_fallback is not None
-        return self._make_fallback()
 
 
 def _all_levels(facts: ModelFacts) -> Ladder:

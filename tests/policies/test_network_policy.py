@@ -183,5 +183,3 @@ def test_the_packaged_policies_have_names(tmp_path, monkeypatch):
         policy, request = load_policy(name, served), Request.at_fraction(served, 1, 100, 0.5)
         assert (policy.name, bool(policy.weight_levels)) == (name, name != "rap-v0")
         assert policy.choose(request) == NetworkPolicy(served, policy.file).choose(request)
-    with pytest.raises(ArtifactError, match=r'packed weights.*policy "rap-v0"'):
-        load_policy("rap", made_ladder.memory(packed=True))

@@ -54,6 +54,7 @@ class Place:
     Attributes:
         original: The module with native weights.
         shapes: Shapes of its matrices.
+        widen_bytes: Bytes of the buffer into which its packed weights are widened.
         tied: The place whose weights it shares (a head tied to the embeddings).
     """
 
@@ -64,6 +65,7 @@ class Place:
         self._skeleton = skeleton(slot.original)  # native weights may be evicted later
         weights = matrices_of(self._skeleton)
         self.shapes = [(w.shape[0], w.shape[1]) for w in weights.values()]
+        self.widen_bytes = module_widen_bytes(self._skeleton)
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
@@ -74,11 +76,6 @@ class Place:
             else {name: getattr(self.original, name) for name in matrices_of(self._skeleton)}
         )
         return {f"{self.name}.{name}": tensor for name, tensor in own.items()}
-
-    @property
-    def widen_bytes(self) -> int:
-        """Bytes of the buffer into which packed weights are widened."""
-        return module_widen_bytes(self._skeleton)
 
     def keeps(self, level: PackedLevel) -> bool:
         """Whether the module is the same at a level, because it is packed as tightly."""
