@@ -8,10 +8,8 @@ from rap_env.models.caches import block_attention, token_attention
 from rap_env.models.caches.attention import attend
 from rap_env.models.caches.grouped_cache import GroupedLayer
 from rap_env.models.caches.groups import (
-    Step,
     pack,
     parts,
-    set_current_step,
     widen,
 )
 
@@ -88,36 +86,6 @@ def test_every_way_through_equals_the_definition(level, softcap, window, size) -
             close(attend(query[:, :, part], chunk, scale, softcap, window), start)
             start += count
         assert layer.get_seq_length() == tokens
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_rows_of_other_lengths_do_not_matter(level) -> None:
-    """Three rows of 150, 100 and 34 tokens, padded on the left, in chunks and single tokens."""
-    level, scale, lengths = CacheLevel.of(level), 0.3, (150, 100, 34)
-    query, keys, values = (random(3, n, 150, 8, seed=n) for n in (4, 2, 2))
-    rows = [
-        plain(query[b, :, -n:], keys[b, :, -n:], values[b, :, -n:], level, scale)
-        for b, n in enumerate(lengths)
-    ]
-    layer, start = GroupedLayer(level), 0
-    for count in [20, 60, 45, *[1] * 25]:
-        end = start + count
-        before, after = ([max(0, n - 150 + done) for n in lengths] for done in (start, end))
-        set_current_step(Step(before, after, end))
-        part = slice(start, end)
-        chunk, _ = layer.update(keys[:, :, part], values[:, :, part])
-        actual = attend(query[:, :, part], chunk, scale)
-        set_current_step(None)
-        for row, expected in enumerate(rows):
-            new = after[row] - before[row]
-            torch.testing.assert_close(
-                actual[row, count - new :].double(),
-                expected[before[row] : after[row]],
-                rtol=1e-4,
-                atol=2e-5,
-            )
-            assert not actual[row, : count - new].any()  # padding
-        start = end
 
 
 def test_small_pieces_give_the_same(monkeypatch) -> None:

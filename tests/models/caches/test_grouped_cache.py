@@ -12,6 +12,7 @@ from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
 from tests.models.grouped import (
     LEVELS,
+    POSITIONS,
     assert_near,
     grown,
     last_logits,
@@ -154,30 +155,17 @@ def test_levels_change_between_two_steps(name) -> None:
     assert_near(batch.prefill(rows), last_logits(llm, rows))
 
 
-@each_family("name", level=["int4", "window64"])
+@each_family("name", level=LEVELS)
 def test_a_cache_that_was_lowered_is_that_of_its_level(name, level) -> None:
-    """Layer 0, whose input no level changes, has the groups that a prefill at the level stores."""
-    llm = long_llm(name)
+    """In the last layer, whose input no level changes, it is what a prefill at the level stores."""
+    llm = long_llm(name, window=POSITIONS)  # all tokens are seen
     batch, fresh = LiveBatch(llm), LiveBatch(llm)
     rows = random_rows(110, 64, 33)
     batch.prefill(rows)
-    llm.apply(uniform(level))
+    llm.apply(Plan.of({f"layer{LAYERS - 1:02}.cache": level}))
     fresh.prefill(rows)
-    mine, theirs = batch._parts[0].cache.layers[0], fresh._parts[0].cache.layers[0]
-    assert mine.lengths == theirs.lengths == [110, 64, 33]
-    for row, length in enumerate(mine.lengths):
-        own = (length - 1) // 32
-        for slot, group in enumerate(mine._slots(length)):
-            if group >= 0 and mine.level.sees(own, group) and not mine.is_sliding:
-                for actual, expected in zip(mine.groups, theirs.groups, strict=True):
-                    if actual.dtype.is_floating_point:
-                        torch.testing.assert_close(actual[row, :, slot], expected[row, :, slot])
-                    else:
-                        assert (
-                            actual[row, :, slot] == expected[row, :, slot]
-                        ).float().mean() > 0.99
-        tail = slice(0, length - 32 * own)
-        torch.testing.assert_close(mine.keys[row, :, tail], theirs.keys[row, :, tail])
+    assert batch.kv_bytes == fresh.kv_bytes
+    assert_near(batch.extend([3, 4, 5]), fresh.extend([3, 4, 5]))
 
 
 @pytest.mark.engine_feature("here", "Levels of caches", "a level for each layer")
@@ -220,25 +208,6 @@ def test_rows_of_a_batch_have_levels_of_their_own(name, level) -> None:
     lower.close()
     native.close()
     assert llm.held_bytes.kv_cache == 0
-
-
-@pytest.mark.parametrize("level", ["int8", "int4", "window64"])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "mistral_sliding"])
-def test_bfloat16_stays_within_its_rounding(name, level) -> None:
-    """In bfloat16 a code may be one off wherever rounding differs, in any way of running.
-
-    Allowed is a tenth of the logits' range, which is four times the distance between a native
-    pass in one piece and one token at a time.
-    """
-    llm = long_llm(name, dtype=torch.bfloat16)
-    rows = random_rows(100, 67)
-    llm.apply(uniform(level))
-    expected = last_logits(llm, rows)
-    batch = LiveBatch(llm)
-    batch.prefill([row[:-10] for row in rows])
-    actual = grown(batch, [row[-10:] for row in rows])
-    assert batch.kv_bytes == predicted_bytes(llm, 2, 100)
-    assert (actual - expected).abs().max() <= 0.1 * (expected.max() - expected.min())
 
 
 def generate(run, rows, **kwargs):

@@ -7,12 +7,11 @@ import torch
 
 from rap_env.models.caches.layers import ReservedLayer
 from rap_env.models.device import own_pages
-from rap_env.models.families.placeholders import PLACEHOLDER_DTYPE
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
 from rap_env.runtime.memory_meter import ResidentMeter
-from tests.models.grouped import long_llm
-from tests.tiny import FAMILIES, tiny_llm
+from tests.models.grouped import long_llm, uniform
+from tests.tiny import FAMILIES, LAYERS, tiny_llm
 
 ROWS = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14, 15]]
 
@@ -81,12 +80,10 @@ def test_a_removed_block_and_a_lower_level_free_what_was_reserved() -> None:
     batch = LiveBatch(llm)
     batch.reserve_tokens = 200
     batch.prefill(ROWS)
-    layers = len(batch._parts[0].cache.layers)
-    share = batch.kv_bytes // layers
+    share = batch.kv_bytes // LAYERS
     llm.apply(Plan.removing(0))
-    assert batch._parts[0].cache.layers[0].keys.dtype == PLACEHOLDER_DTYPE
-    assert batch.kv_bytes < share * (layers - 1) + 100
-    llm.apply(Plan.uniform(layers, caches="int8").without(0))
+    assert batch.kv_bytes < share * (LAYERS - 1) + 100
+    llm.apply(uniform("int8").without(0))
     batch.extend([3, 3])
     assert batch.kv_bytes < share
 
@@ -100,9 +97,3 @@ def test_freed_pages_leave_the_process_at_once() -> None:
     del pages
     assert full - meter.used_bytes() >= 0.95 * size
     assert len(between) == size // 2**16
-
-
-def test_small_tensors_take_no_page_of_their_own() -> None:
-    small = own_pages(30).view(torch.bfloat16).view(3, 5)
-    assert small.shape == (3, 5)
-    assert small.untyped_storage().nbytes() == 30

@@ -63,16 +63,6 @@ def test_a_mask_equals_blocks_whose_output_is_zero(name: str, dtype: torch.dtype
 
 
 @each_family("name", mask=MASKS, dtype=DTYPES)
-def test_generation_with_cache_equals_generation_without(name, mask, dtype) -> None:
-    llm = tiny_llm(name, dtype=dtype)
-    llm.apply(mask)
-    ask = {**padded_batch(), "max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
-    with_cache = llm.generate(**ask, use_cache=True)
-    assert with_cache.shape == (3, 9 + 4)
-    assert torch.equal(with_cache, llm.generate(**ask, use_cache=False))
-
-
-@each_family("name", mask=MASKS, dtype=DTYPES)
 def test_a_loop_over_tokens_equals_one_pass(name, mask, dtype) -> None:
     llm = tiny_llm(name, dtype=dtype)
     batch = padded_batch()

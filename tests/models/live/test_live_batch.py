@@ -4,13 +4,12 @@ import pytest
 import torch
 
 from rap_env.errors import InvalidRequestError
-from rap_env.levels import CacheLevel
 from rap_env.models.caches import row_parts
 from rap_env.models.caches.kv_cache import PassInterruptedError
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
 from tests.models.generation import gated_logits
-from tests.models.grouped import random_rows, rows_of
+from tests.models.grouped import random_rows, rows_of, uniform
 from tests.tiny import FAMILIES, LAYERS, each_family, tiny_llm
 
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
@@ -135,31 +134,6 @@ def test_a_joining_row_under_another_plan_keeps_what_it_has() -> None:
     close(logits, torch.cat([older[:, -1], newer[:, -1]]))
 
 
-def test_removed_keys_and_values_are_freed_and_the_rest_is_counted() -> None:
-    llm = tiny_llm(dtype=torch.bfloat16)
-    batch = LiveBatch(llm)
-    batch.prefill(random_rows(8, 8))
-    one_layer = 2 * 8 * llm.facts.kv_bytes_per_token[0]
-    assert batch.kv_bytes == llm.held_bytes.kv_cache == 2 * one_layer
-    llm.apply(Plan.removing(0))
-    places = 2 * 2 * 8  # a byte as key and one as value for each token
-    assert batch.kv_bytes == llm.held_bytes.kv_cache == one_layer + places
-    batch.keep([1])
-    assert batch.kv_bytes == (one_layer + places) // 2
-    batch.close()
-    assert batch.kv_bytes == llm.held_bytes.kv_cache == 0
-
-
-def test_a_failed_step_leaves_the_rows_and_the_next_one_is_right() -> None:
-    llm = tiny_llm()
-    batch = LiveBatch(llm)
-    batch.prefill(random_rows(6, 4))
-    before = rows_of(batch)
-    lose_cache(llm, batch)
-    assert rows_of(batch) == before
-    close(batch.extend([5, 6]), gated_logits(llm, rows_of(batch), {})[:, -1])
-
-
 def test_a_failed_join_leaves_both_batches(monkeypatch) -> None:
     llm = tiny_llm()
     batch, other = LiveBatch(llm), LiveBatch(llm)
@@ -226,15 +200,6 @@ def test_bad_calls_are_rejected_and_change_nothing() -> None:
     assert rows_of(batch) == [[3, 4], [5]]
 
 
-LEVELS = {
-    "native": CacheLevel(),
-    "int8": CacheLevel(bits=8),
-    "int2": CacheLevel(bits=2),
-    "int8 with a window": CacheLevel(bits=8, window_tokens=32),
-    "a window": CacheLevel(window_tokens=32),
-}
-
-
 class Interrupt:
     """Ends a pass before the layer with a number, counted from 0; None ends none."""
 
@@ -269,12 +234,12 @@ def test_an_interrupted_pass_can_be_repeated(name, layer):
 
 
 @pytest.mark.parametrize("tokens", [40, 1])
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", ["native", "int8", "int2", "int8-window32", "window32"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_a_cache_is_as_before_an_interrupted_pass(family, level, tokens):
     interrupt = Interrupt()
     llm = tiny_llm(family)
-    llm.apply(Plan(caches=tuple((n, LEVELS[level]) for n in range(LAYERS))))
+    llm.apply(uniform(level))
     batch, whole = LiveBatch(llm, interrupt=interrupt), LiveBatch(llm)
     # 128 and 96 tokens: one more begins a group, which takes the place of an old one in a window.
     prompts, more = random_rows(128, 96), random_rows(tokens, tokens, seed=1)
@@ -298,7 +263,7 @@ def test_a_plan_that_is_lowered_after_an_interruption_finds_the_earlier_tokens()
     with pytest.raises(PassInterruptedError):
         batch.append(more)
     interrupt.at(None)
-    llm.apply(Plan(caches=((0, CacheLevel(bits=4)), (1, CacheLevel(bits=8)))))
+    llm.apply(Plan.of({"layer00.cache": "int4", "layer01.cache": "int8"}))
     assert torch.equal(batch.append(more), whole.append(more))
 
 

@@ -35,13 +35,6 @@ def test_blocks_run_one_by_one_equal_the_full_pass(family, dtype):
         assert torch.allclose(head, logits, atol=1e-6)
 
 
-def test_removed_blocks_leave_the_state_as_it_is():
-    partial = PartialForward(tiny_llm())
-    state = partial.enter(tokens())
-    assert partial.run((), state) is state
-    assert partial.run((0,), state, Plan.removing(0)) is state
-
-
 def test_parallel_blocks_are_one_step():
     assert PartialForward(tiny_llm("gpt_neox")).steps == ((0, 1), (2, 3))
     assert PartialForward(tiny_llm("gpt_neox_sequential")).steps == ((0,), (1,), (2,), (3,))
@@ -65,14 +58,9 @@ def test_the_model_is_left_as_it_was():
     with torch.inference_mode():
         before = llm.model(ids).logits
         by_blocks(partial, ids, Plan.removing(2))
-        llm.model.get_decoder().layers[0].mlp.register_forward_hook(_fail)
+        handle = llm.model.get_decoder().layers[0].mlp.register_forward_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             by_blocks(partial, ids, Plan())
-        llm.model.get_decoder().layers[0].mlp._forward_hooks.clear()
+        handle.remove()
         assert torch.equal(llm.model(ids).logits, before)
-    assert all("forward" not in layer.__dict__ for layer in llm.model.get_decoder().layers)
     assert llm.plan == Plan()
-
-
-def _fail(*_args):
-    raise ZeroDivisionError
