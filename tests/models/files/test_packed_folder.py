@@ -10,9 +10,12 @@ from safetensors import safe_open
 
 from rap_env.errors import ChecksumError, ModelNotAvailableError, UnsupportedModelError
 from rap_env.models.files.gguf_source import converted_gguf
+from rap_env.models.files.loading import load_llm
 from rap_env.models.files.packed_folder import PACKED_FILE, load_native
 from rap_env.models.files.weight_files import load_weights
 from rap_env.models.weights.packed_modules import PackedEmbedding, PackedLinear, PackedModule
+from rap_env.plan import Plan
+from tests.models.states import tensor_bytes
 from tests.models.tiny_gguf import write_gguf, write_tiny_gguf
 
 IDS = torch.tensor([[5, 9, 33, 7, 100, 260]])
@@ -148,7 +151,13 @@ def test_gemma_with_mixed_types(lonely: Path, tmp_path: Path) -> None:
     assert layer.self_attn.o_proj.level == layer.mlp.down_proj.level == "int4"
     assert layer.self_attn.q_proj.level == layer.mlp.up_proj.level == "int8"
     assert torch.equal(native.model.embed_tokens.embed_scale, wide.model.embed_tokens.embed_scale)
+    llm = load_llm(tmp_path / "gemma.gguf", device="cpu", dtype="float32")
+    llm.apply(Plan.of({"layer00.ffn": "int4"}))  # the layer keeps what has four bits already
+    assert llm.model.model.layers[0].mlp.up_proj.level == "int4"
+    assert tensor_bytes(llm.model) < tensor_bytes(native)
+    llm.apply(Plan())
     ids = torch.arange(2, 30)[None]  # longer than the window
+    assert torch.equal(llm.model(ids).logits, native(ids).logits)
     actual, expected = (torch.log_softmax(m(ids).logits, -1) for m in (native, wide))
     assert (expected.exp() * (expected - actual)).sum(-1).abs().max() < 0.02
 

@@ -7,7 +7,7 @@ import torch
 
 from rap_env.errors import UnknownNameError, UnsupportedModelError
 from rap_env.memory import MemoryModel
-from rap_env.models.files import loading, packed_folder
+from rap_env.models.files import packed_folder
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.packed_folder import is_packed
 from rap_env.models.files.pruned_checkpoint import save_pruned
@@ -99,29 +99,6 @@ def test_int4_weights_have_no_level_but_removed(tmp_path: Path, name: str) -> No
     assert not (cache_dir() / "offloaded").exists()
 
 
-def test_mixed_packed_weights_keep_what_is_narrow_already(tmp_path: Path) -> None:
-    llm = loaded(tmp_path, "llama", "int8")
-    narrow = llm._live.items[1].places[0]
-    llm._live.items[1].quantise("int4")
-    module = llm._live.items[1]._made["int4"][narrow]
-    narrow.slot.put(module)  # as in a file whose tensors have different types
-    mixed = ElasticLLM(llm.model, None, name="mixed")
-    native = logits(mixed)
-    mixed.set_residency("offload")
-    held_bytes = mixed.held_bytes.weights
-    mixed.apply(Plan.of({"layer00.ffn": "int4"}))
-    assert mixed.model.get_submodule(narrow.name) is module
-    assert (
-        held_bytes - mixed.held_bytes.weights
-        == mixed.facts.weight_levels(1)["native"] - (mixed.facts.weight_levels(1)["int4"])
-    )
-    assert torch.equal(
-        mixed.model.get_submodule(narrow.name)(torch.ones(1, 16)), module(torch.ones(1, 16))
-    )
-    mixed.apply(Plan())
-    assert torch.equal(logits(mixed), native)
-
-
 def test_it_is_quantised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved(tmp_path / "model")
     first = load_llm(folder, device="cpu", weights="int4")
@@ -148,14 +125,3 @@ def test_packed_weights_are_rejected_where_unquantised_ones_are_needed(tmp_path:
     save_pruned(load_llm(tmp_path / "model", device="cpu"), Plan.removing(0), tmp_path / "pruned")
     with pytest.raises(UnsupportedModelError, match="pruned checkpoint"):
         load_llm(tmp_path / "pruned", device="cpu", weights="int8")
-
-
-@pytest.mark.parametrize("name", ["llama_tied", "llama"])
-def test_a_tied_head_stays_tied_on_another_device(tmp_path: Path, name: str) -> None:
-    llm = loaded(tmp_path, name, "int8")
-    before = tensor_bytes(llm.model)
-    model = loading._moved(llm.model, torch.device("meta"))
-    rows, head = model.get_input_embeddings(), model.get_output_embeddings()
-    assert rows.tensors()["weight_codes"].is_meta
-    assert head.tensors()["weight_codes"].is_meta
-    assert tensor_bytes(model) == before

