@@ -1,21 +1,18 @@
 """Generation by hand: what `generate` does, one token at a time, over any version's cache."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 
 import torch
 from transformers import DynamicCache
 
+from rap_env.models.caches.kv_cache import cache_argument
+
 
 def cached_step(model, ids, cache, attention_mask=None) -> torch.Tensor:
     """Logits for the tokens `ids`, with the past in `cache`."""
-    known = inspect.signature(model.forward).parameters
-    name = "cache" if "cache" in known else "past_key_values"
+    past = {cache_argument(model): cache}
     with torch.no_grad():
-        output = model(
-            input_ids=ids, attention_mask=attention_mask, use_cache=True, **{name: cache}
-        )
-    return output.logits
+        return model(input_ids=ids, attention_mask=attention_mask, use_cache=True, **past).logits
 
 
 def token_by_token(model, input_ids, attention_mask, prompt: int) -> torch.Tensor:

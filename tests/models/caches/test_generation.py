@@ -14,7 +14,6 @@ from tests.tiny import FAMILIES, LAYERS, padded_batch, tiny_llm
 
 ATTENTION = Plan.removing(*range(0, 2 * LAYERS, 2))
 REMOVED = {"first": Plan.removing(0), "last": Plan.removing(2, 1), "all": ATTENTION}
-EVERY_REMOVED = pytest.mark.parametrize("removed", REMOVED.values(), ids=REMOVED.keys())
 NEW = 7
 
 
@@ -35,7 +34,7 @@ def generate(llm, **kwargs):
     ],
     ids=["beams", "sampled beams", "samples", "chunks", "static cache"],
 )
-@EVERY_REMOVED
+@pytest.mark.parametrize("removed", REMOVED.values(), ids=REMOVED.keys())
 def test_decoding_with_a_cache_equals_decoding_without(name, ask, cached, removed) -> None:
     llm = tiny_llm(name)
     llm.apply(removed)

@@ -152,6 +152,7 @@ def test_gemma_with_mixed_types(lonely: Path, tmp_path: Path) -> None:
     assert layer.self_attn.q_proj.level == layer.mlp.up_proj.level == "int8"
     assert torch.equal(native.model.embed_tokens.embed_scale, wide.model.embed_tokens.embed_scale)
     llm = load_llm(tmp_path / "gemma.gguf", device="cpu", dtype="float32")
+    llm.set_residency("offload")
     llm.apply(Plan.of({"layer00.ffn": "int4"}))  # the layer keeps what has four bits already
     assert llm.model.model.layers[0].mlp.up_proj.level == "int4"
     assert tensor_bytes(llm.model) < tensor_bytes(native)

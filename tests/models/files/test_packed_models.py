@@ -19,10 +19,6 @@ from rap_env.request import Request
 from tests.models.states import logits, saved, tensor_bytes, weights_hash
 from tests.tiny import DISTINCT_FAMILIES, FAMILIES, LAYERS, each_family, tiny_model
 
-EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
-SEVERAL = pytest.mark.parametrize(
-    "name", ["llama", "llama_tied", "gemma3", "gpt2", "opt", "mixtral"]
-)
 REQUEST = Request(1, 8, 1)
 CALIBRATION_TOKENS = 630
 
@@ -57,7 +53,7 @@ def test_a_format_equals_the_level_of_a_live_model(tmp_path, name, level, dtype)
     assert packed.fingerprint != live.fingerprint
 
 
-@EVERY_FAMILY
+@pytest.mark.parametrize("name", FAMILIES)
 def test_masks_and_levels_of_packed_weights(tmp_path: Path, name: str) -> None:
     llm = loaded(tmp_path, name, "int8")
     memory, before = MemoryModel(llm), weights_hash(llm.model)
@@ -85,7 +81,7 @@ def test_masks_and_levels_of_packed_weights(tmp_path: Path, name: str) -> None:
     assert torch.equal(logits(llm), native)
 
 
-@SEVERAL
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "gemma3", "gpt2", "opt", "mixtral"])
 def test_int4_weights_have_no_level_but_removed(tmp_path: Path, name: str) -> None:
     llm = loaded(tmp_path, name, "int4")
     assert list(llm.facts.weight_levels(0)) == ["native", "removed"]

@@ -19,7 +19,6 @@ MASKS = {
     "all ffn": Plan.removing(*range(1, NUM_BLOCKS, 2)),
     "everything": Plan.removing(*range(NUM_BLOCKS)),
 }
-EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
 DTYPES = [torch.float32, torch.bfloat16]
 
 # The last linear map of each block: with its weights at zero the block adds nothing.
@@ -101,7 +100,7 @@ def test_a_block_that_the_model_lacks_is_rejected_and_nothing_changes() -> None:
     assert torch.equal(logits(llm), before)
 
 
-@EVERY_FAMILY
+@pytest.mark.parametrize("name", FAMILIES)
 def test_bytes_of_blocks_and_base_add_up_to_the_unique_tensors(name: str) -> None:
     llm = tiny_llm(name)
     unique = {p.data_ptr(): p.nbytes for p in llm.model.parameters()}
