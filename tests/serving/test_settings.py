@@ -145,7 +145,7 @@ def folder(tmp_path):
         ({"policy": "{folder}/other.json"}, "other.json is damaged, but the file of a policy"),
         ({"policy": "{folder}/facts.json"}, "facts.json is of the kind 'model facts', but"),
         ({"policy": "frontier"}, "other weights or another dtype"),
-        ({"policy": "rap", "weights": "bf16"}, 'is of smollm2-135m.* with native weights'),
+        ({"policy": "rap", "weights": "bf16"}, "exported for smollm2-135m.*needs weights='native'"),
         ({"model_memory": "1MiB"}, r"model_memory must be at least [\d,]+ bytes"),
         ({"dtype": "int3"}, "Unknown dtype 'int3'"),
     ],
