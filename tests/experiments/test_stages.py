@@ -11,7 +11,6 @@ from experiments.comparison.result_rows import ResultRow
 from experiments.comparison.run_records import training_dirs
 from experiments.config.common import ImportanceConfig, ScoringConfig
 from experiments.config.program_settings import EvaluateConfig
-from experiments.config.study_settings import LadderConfig
 from experiments.evaluate import check_names, evaluate
 from experiments.profile import profile
 from experiments.study.console import ExperimentError
@@ -36,7 +35,6 @@ def config(base):
             requests=["1x16", "2x32"], budgets=[0.9, 0.8], baselines=BASELINES,
             random_seeds=[0, 1], text=own_text(),
         ),
-        ladder=LadderConfig(requests=["1x16"], weights=["native"], caches=["native", "int4"]),
     )  # fmt: skip
 
 
