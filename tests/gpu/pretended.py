@@ -2,7 +2,7 @@
 
 A tensor is on the GPU if its storage is marked, so that all views of it are there too. Operations
 on tensors of both devices raise, as do NumPy arrays of a tensor on the GPU. Speed, rounding,
-memory, streams and sizes that depend on data are not pretended.
+memory, streams, gradients and sizes that depend on data are not pretended.
 """
 
 import contextlib
