@@ -115,9 +115,12 @@ def measure(config: Config, context: PruningContext, recorded: Mapping[Plan, flo
         islice((mask for mask in plan if mask not in known), max(0, num_masks - len(known)))
     )
     with progress_bar(
-        config.progress, total=num_masks, initial=min(num_masks, len(known)), desc="measure masks",
+        config.progress,
+        total=num_masks,
+        initial=min(num_masks, len(known)),
+        desc="measure masks",
         unit="mask",
-    ) as bar:  # fmt: skip
+    ) as bar:
         for chunk in chunks(missing, CHUNK_MASKS):
             context.scorer.nll_many(chunk, bar_callback(bar))
     log.info("Measured %d of %d masks.", len(known) + len(missing), num_masks)

@@ -167,9 +167,17 @@ def serve(config: Path | None, **options: str | bool | None) -> None:
 )
 @json_option
 def choose(
-    batch: int, seq: int, budget: str, policy: str, model: str, device: str,
-    dtype: str, weights: str, engine: str, as_json: bool,
-) -> None:  # fmt: skip
+    batch: int,
+    seq: int,
+    budget: str,
+    policy: str,
+    model: str,
+    device: str,
+    dtype: str,
+    weights: str,
+    engine: str,
+    as_json: bool,
+) -> None:
     """Choose a plan for a request and show its memory.
 
     The default model needs neither its weights nor torch.

@@ -19,9 +19,14 @@ PARTS = ("grid", "sparsity", "outside")
 fixed sparsity, and cells outside the training range of policies."""
 
 QUALITY = (
-    "kl_divergence_mean", "kl_divergence_p99", "same_top_token_share", "flipped_answers_share",
-    "accuracy_above_chance", "accuracy_above_chance_ci_low", "accuracy_above_chance_ci_high",
-)  # fmt: skip
+    "kl_divergence_mean",
+    "kl_divergence_p99",
+    "same_top_token_share",
+    "flipped_answers_share",
+    "accuracy_above_chance",
+    "accuracy_above_chance_ci_low",
+    "accuracy_above_chance_ci_high",
+)
 """Fields of a row that compare its plan with the native model, besides ΔNLL."""
 
 _MEASURED = ("report_text", "report_sha256", "tasks")

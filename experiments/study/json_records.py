@@ -234,8 +234,10 @@ def set_aside(path: Path, row_type: type[RowT], keys: Collection[str]) -> None:
         write_records(aside, others)
         logger.info(
             "%d rows of methods, texts or budgets that are not evaluated now are kept in %s, and "
-            "return from there.", len(others), aside,
-        )  # fmt: skip
+            "return from there.",
+            len(others),
+            aside,
+        )
     write_records(path, [row.to_record() for key, row in rows.items() if key in keys])
 
 

@@ -112,8 +112,9 @@ def _warn_of_a_copy(context: LiveContext) -> None:
         "let gymnasium.make_vec choose the vector environment (leave out vectorization_mode), "
         "which steps all sub-environments in one process; or use a score table, which has no "
         "model.",
-        context.memory.facts.name, (dense.weights + dense.embeddings) / 2**20,
-    )  # fmt: skip
+        context.memory.facts.name,
+        (dense.weights + dense.embeddings) / 2**20,
+    )
 
 
 def require_live(context: PruningContext) -> LiveContext:

@@ -57,10 +57,21 @@ _policy_option = click.option(
 @json_option
 @click.pass_obj
 def export(
-    command: str | None, out: Path, target: str, plan_file: Path | None, remove: Sequence[str],
-    batch: int | None, seq: int | None, budget: str | None, policy: str | None, model: str,
-    device: str, dtype: str, measure: str | None, as_json: bool,
-) -> None:  # fmt: skip
+    command: str | None,
+    out: Path,
+    target: str,
+    plan_file: Path | None,
+    remove: Sequence[str],
+    batch: int | None,
+    seq: int | None,
+    budget: str | None,
+    policy: str | None,
+    model: str,
+    device: str,
+    dtype: str,
+    measure: str | None,
+    as_json: bool,
+) -> None:
     """Write a model under a plan to OUT, for another engine, with a model card.
 
     Give the plan in a file (--plan), or the blocks to remove (--remove), or a request (--batch,

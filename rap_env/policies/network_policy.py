@@ -112,8 +112,11 @@ class PolicyFile:
             log.warning(
                 "The policy was exported for %s (%s), and %s (%s) has other weights: it uses the "
                 "importance of the former's items, so its plans may be worse.",
-                own["name"], own["dtype"], facts.name, facts.dtype,
-            )  # fmt: skip
+                own["name"],
+                own["dtype"],
+                facts.name,
+                facts.dtype,
+            )
         return ObservationEncoder(LadderBytes(memory, ladder, base), self.importance)
 
     def save(self, path: str | os.PathLike[str]) -> None:

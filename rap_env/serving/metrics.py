@@ -84,7 +84,7 @@ class ServingMetrics:
         self.prompt_tokens = histogram("prompt_length_tokens", "Tokens of a prompt.", _TOKENS)
         self.answer_tokens = histogram(
             "answer_length_tokens", "Tokens of an answer.", (0, *_TOKENS)
-        )  # fmt: skip
+        )
         registry.register(_EngineState(engine, settings))
         ProcessCollector(registry=registry)
 

@@ -119,8 +119,10 @@ def choose_policy(settings: ServerSettings, llm: ElasticLLM, limit: LiveLimit | 
             return chosen
     log.info(
         "Weights of %s are not used, because they are not made; `rap fetch --levels %s` makes them "
-        "once, in minutes.", ", ".join(sorted(absent)), settings.model,
-    )  # fmt: skip
+        "once, in minutes.",
+        ", ".join(sorted(absent)),
+        settings.model,
+    )
     return fewer
 
 
@@ -142,8 +144,9 @@ def load_serving_policy(settings: ServerSettings, model: HasFacts) -> Policy:
             raise
         log.warning(
             "%s Until then the server lowers all caches uniformly, then all weights, and then "
-            "removes whole layers, the last ones first.", error,
-        )  # fmt: skip
+            "removes whole layers, the last ones first.",
+            error,
+        )
     memory = MemoryModel(model.facts)
     order = middle_first(memory.facts.num_layers)
     return OrderPolicy(memory, order, uniform_plans(memory.facts), "uniform")

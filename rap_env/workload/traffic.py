@@ -40,8 +40,13 @@ COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 """Header of a trace file in the public Azure format: one request per line, in time order."""
 
 LEVELS: tuple[float, ...] = (
-    0.0, 0.01, *(round(0.025 * k, 3) for k in range(1, 40)), 0.99, 0.999, 1.0,
-)  # fmt: skip
+    0.0,
+    0.01,
+    *(round(0.025 * k, 3) for k in range(1, 40)),
+    0.99,
+    0.999,
+    1.0,
+)
 """Probabilities of the quantiles in a `LengthTable`: every 2.5 %, and 1, 99 and 99.9 %."""
 
 
