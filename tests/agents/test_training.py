@@ -206,13 +206,6 @@ def test_full_disk_leaves_the_last_checkpoint(tmp_path, context, monkeypatch):
     assert not list((tmp_path / "checkpoints").glob(".new-*"))
 
 
-def test_leftovers_of_a_kill_are_removed(tmp_path, context):
-    left_over = tmp_path / "checkpoints" / ".new-abc"
-    left_over.mkdir(parents=True)
-    train(short(steps=32), make_envs(context), tmp_path, progress=False)
-    assert not left_over.exists()
-
-
 @pytest.mark.parametrize("name", ["maskable_ppo", "masked_dqn"])
 def test_divergence_raises_an_error_with_a_remedy(tmp_path, context, monkeypatch, name, often):
     models = []

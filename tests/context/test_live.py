@@ -50,14 +50,6 @@ def test_observations_do_not_depend_on_earlier_measurements(tmp_path):
     assert np.array_equal(fresh.gsi_rank, after.gsi_rank)
 
 
-def test_kinds_of_importance(tmp_path):
-    none = make_live(tmp_path, importance="none")
-    assert not none.features.one_shot.any()
-    assert none.scorer.evaluations == 0
-    single = make_live(tmp_path, importance="one_shot")
-    assert np.array_equal(single.features.one_shot, single.one_shot.delta_nll)
-
-
 def test_an_artifact_by_path(tmp_path):
     path = tmp_path / "mine.json"
     profile = gsi(make_live(tmp_path).scorer, stop=3, path=path, progress=False)

@@ -11,13 +11,13 @@ from rap_env.importance.level_costs import LevelCosts
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
-from rap_env.model_facts import ModelFacts
 from rap_env.plan import EMBEDDINGS, Plan, block_name, cache_name, every_mask
 from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.policies.loading import make_method
 from rap_env.policies.multiple_choice import MultipleChoice
 from rap_env.request import Request
 from tests.agents.synthetic import SyntheticContext
+from tests.made_facts import made_facts
 from tests.policies.requests import SHAPES, fits, needing
 
 CACHES = ("int8", "int4", "int4-window64")
@@ -25,32 +25,23 @@ CACHES = ("int8", "int4", "int4-window64")
 
 def facts(layers=2, packed=False, widen_bytes=700, **changed):
     """Layers with unequal bytes, two key and value heads of 32 channels, levels everywhere."""
-    blocks = 2 * layers
-    native = tuple(4000 + 1000 * (i % 3) for i in range(blocks))
+    native = tuple(4000 + 1000 * (i % 3) for i in range(2 * layers))
+    levels = {} if packed else {"int8": tuple(n // 2 for n in native)}
+    levels |= {} if packed else {"int4": tuple(n // 3 for n in native)}
     values = {
-        "name": "made",
-        "fingerprint": "a" * 64,
-        "dtype": "bfloat16",
         "block_param_bytes": native,
         "base_bytes": 9000,
         "kv_bytes_per_token": (256,) * layers,
-        "kv_window_tokens": (None,) * layers,
-        "itemsize": 2,
-        "hidden_size": 1,
         "ffn_width": 40,
         "vocab_size": 10,
-        "max_positions": 4096,
         "weights": "packed" if packed else "unquantised",
-        "level_param_bytes": {}
-        if packed
-        else {"int8": tuple(n // 2 for n in native), "int4": tuple(n // 3 for n in native)},
+        "level_param_bytes": levels,
         "level_base_bytes": {} if packed else {"int8": 4500},
         "widen_bytes": widen_bytes,
         "kv_heads": (2,) * layers,
         "kv_head_size": (32,) * layers,
-        **changed,
     }
-    return ModelFacts(**values)
+    return made_facts(layers, **{**values, **changed})
 
 
 def costs(made, seed=0, caches=CACHES, joint=None, window_tokens=512):
