@@ -28,7 +28,7 @@ from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
-from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.scorer import PlanScorer
 
 _EACH = "one full forward of a plain model for each"
 _TOLERANCE = 1e-3  # a plain model's loss sums in another order
@@ -120,8 +120,8 @@ def main(settings: ScoringSettings) -> None:
         def naive(plan: Plan) -> Scored:
             return process.submit(_score, sorted(plan.removed)).result()
 
-        measure_plans(settings, MaskScorer(llm, corpus), naive)
-        measure_gsi(settings, lambda: MaskScorer(llm, corpus), naive)
+        measure_plans(settings, PlanScorer(llm, corpus), naive)
+        measure_gsi(settings, lambda: PlanScorer(llm, corpus), naive)
 
 
 def episode_plans(memory: MemoryModel, count: int) -> list[Plan]:
@@ -137,7 +137,7 @@ def episode_plans(memory: MemoryModel, count: int) -> list[Plan]:
 
 
 def measure_plans(
-    settings: ScoringSettings, scorer: MaskScorer, naive: Callable[[Plan], Scored]
+    settings: ScoringSettings, scorer: PlanScorer, naive: Callable[[Plan], Scored]
 ) -> None:
     """Time `nll_many` on plans of episodes, and compare the scores with the naive loop's."""
     plans = episode_plans(MemoryModel(scorer.llm), settings.plans)
@@ -162,7 +162,7 @@ def measure_plans(
 
 
 def measure_gsi(
-    settings: ScoringSettings, new_scorer: Callable[[], MaskScorer], naive: Callable[[Plan], Scored]
+    settings: ScoringSettings, new_scorer: Callable[[], PlanScorer], naive: Callable[[Plan], Scored]
 ) -> None:
     """Time exact and lazy GSI, and check that the exact order is the naive loop's."""
     scorer, order, naive_s = new_scorer(), list[int](), 0.0

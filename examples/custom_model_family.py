@@ -63,13 +63,13 @@ def check(model: Olmo2ForCausalLM, llm: ElasticLLM) -> None:
     """Test the family: nothing removed changes nothing, all removed leaves embeddings and head."""
     tokens = text()[:2]
     before = model(tokens).logits
-    with llm.masked(Plan.removing(*range(2 * LAYERS))):
+    with llm.applied(Plan.removing(*range(2 * LAYERS))):
         left = model(tokens).logits
     torch.testing.assert_close(
         left, model.lm_head(model.model.norm(model.model.embed_tokens(tokens)))
     )
     for block in range(2 * LAYERS):
-        with llm.masked(Plan.removing(block)):
+        with llm.applied(Plan.removing(block)):
             assert not torch.equal(model(tokens).logits, before), f"block {block} is not removed"
     assert torch.equal(model(tokens).logits, before), "removed blocks come back unchanged"
 
@@ -78,7 +78,7 @@ def order(model: Olmo2ForCausalLM, removals: int = 3) -> GSIProfile:
     """Check the family with a model, and find the blocks that it needs least."""
     llm = ElasticLLM(model, None, name="tiny-olmo2")
     check(model, llm)
-    scorer = rap_env.MaskScorer(llm, Corpus.of_tokens(text()[1::2]))
+    scorer = rap_env.PlanScorer(llm, Corpus.of_tokens(text()[1::2]))
     return rap_env.gsi(scorer, stop=removals, progress=False)
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rap_env.models.live.elastic import ElasticLLM
     from rap_env.scoring.corpus import Corpus
     from rap_env.scoring.lm_eval_tasks import TaskConfig
-    from rap_env.scoring.scorer import MaskScorer
+    from rap_env.scoring.scorer import PlanScorer
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ def load_texts(
 
 def held_out_scorer(
     text: TextConfig, role: str, context: PruningContext, *, compare: bool = False
-) -> MaskScorer:
+) -> PlanScorer:
     """Return a scorer on a text that no search has used; an `AgreementScorer` with `compare`.
 
     Raises:
@@ -133,16 +133,16 @@ def held_out_scorer(
         ModelNotAvailableError: The context is a score table, which has scores on one text only.
     """
     from rap_env.scoring.native_agreement import AgreementScorer
-    from rap_env.scoring.scorer import MaskScorer
+    from rap_env.scoring.scorer import PlanScorer
 
     corpus = load_text(text, role, context.llm)
     ensure_disjoint(context.corpus, corpus)
     workers = context.workers if isinstance(context, LiveContext) else None
-    make = AgreementScorer if compare else MaskScorer
+    make = AgreementScorer if compare else PlanScorer
     return make(context.llm, corpus, context.store, workers=workers)
 
 
-def measured_on(scorer: MaskScorer) -> dict[str, Any]:
+def measured_on(scorer: PlanScorer) -> dict[str, Any]:
     """What a row that a scorer measures depends on: the model and the text."""
     facts = scorer.llm.facts
     return {

@@ -27,7 +27,7 @@ from rap_env.request import Request
 from rap_env.scoring.corpus import CorpusConfig
 
 if TYPE_CHECKING:
-    from rap_env.scoring.scorer import MaskScorer
+    from rap_env.scoring.scorer import PlanScorer
 
 TOLERANCE_NLL, TOLERANCE_SHARE = 0.01, 0.02
 """Nats per token, and share of ΔNLL: other processors round bfloat16 differently."""
@@ -37,7 +37,7 @@ def check_entry(
     entry: Entry,
     memory: MemoryModel,
     requests: Sequence[Request],
-    scorers: Mapping[str, MaskScorer],
+    scorers: Mapping[str, PlanScorer],
     *,
     every: int = 1,
     on_plan: Callable[[], object] = lambda: None,
@@ -104,7 +104,7 @@ def check_file(
 
     from rap_env.models.progress import progress_bar
     from rap_env.scoring.corpus_loading import load_corpus
-    from rap_env.scoring.scorer import MaskScorer
+    from rap_env.scoring.scorer import PlanScorer
 
     torch.set_num_threads(threads)
     entry = Entry.load(file)
@@ -119,7 +119,7 @@ def check_file(
     scorers = {"calibration": context.scorer}
     if text is not None:
         corpus = load_corpus(held_out_text(task, text, text_field), context.llm)
-        scorers["test"] = MaskScorer(context.llm, corpus, context.store)
+        scorers["test"] = PlanScorer(context.llm, corpus, context.store)
     total = len(entry.runs) * len(range(0, len(task.requests), every))
     with progress_bar(True, total=total, desc="replay", unit="plan") as bar:
         return check_entry(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -33,6 +34,9 @@ _REMOVED = {
     "takes a quarter of the bytes",
 }
 """What to use instead of each public name that the last version still had."""
+
+_RENAMED = {"MaskScorer": "PlanScorer"}
+"""Public names of the last version, with the present ones."""
 
 _ENTRY_POINTS = {
     "RAPPrune-v0": ("rap_env.envs.prune:RAPPruneEnv", "rap_env.envs.prune:RAPPruneVectorEnv"),
@@ -91,6 +95,9 @@ else:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        warnings.warn(f"{name} is now {_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+        name = _RENAMED[name]
     if name not in _MODULES:
         more = f": {_REMOVED[name]}" if name in _REMOVED else ""
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}{more}")

@@ -19,6 +19,6 @@ from rap_env.runtime.controller import RuntimeController as RuntimeController
 from rap_env.scoring.corpus import CorpusConfig as CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus as load_corpus
 from rap_env.scoring.plan_lm import PlanLM as PlanLM
-from rap_env.scoring.scorer import MaskScorer as MaskScorer
+from rap_env.scoring.scorer import PlanScorer as PlanScorer
 
 __version__: str

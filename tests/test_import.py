@@ -61,6 +61,11 @@ def test_a_removed_or_misspelt_name_is_an_error_that_says_what_to_use_instead(na
         getattr(rap_env, name)
 
 
+def test_an_old_name_gives_the_present_class_and_warns():
+    with pytest.warns(DeprecationWarning, match="MaskScorer is now PlanScorer"):
+        assert rap_env.MaskScorer is rap_env.PlanScorer
+
+
 def test_the_entry_point_is_a_name_so_that_a_spec_can_be_saved():
     assert gymnasium.spec("RAPPrune-v0").entry_point == "rap_env.envs.prune:RAPPruneEnv"
     assert "RAPPrune-v0" in gymnasium.spec("RAPPrune-v0").to_json()

@@ -12,7 +12,7 @@ from rap_env.reward import (
     StepOutcome,
     make_reward,
 )
-from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.scorer import PlanScorer
 from tests.tiny import VOCAB_SIZE, tiny_llm
 
 PATH = [Plan.removing(*blocks) for blocks in ((), (1,), (1, 4), (1, 4), (0, 1, 4))]  # one invalid
@@ -20,10 +20,10 @@ BASELINE = Plan.removing(2, 3)
 
 
 @pytest.fixture(scope="module")
-def scorer() -> MaskScorer:
+def scorer() -> PlanScorer:
     torch.set_num_threads(1)
     tokens = torch.randint(3, VOCAB_SIZE, (2, 8), generator=torch.Generator().manual_seed(0))
-    return MaskScorer(tiny_llm(layers=3), tokens)
+    return PlanScorer(tiny_llm(layers=3), tokens)
 
 
 class KeptShare:

@@ -169,7 +169,7 @@ def own_plans(
 def window_logits(llm: ElasticLLM, plan: Plan, window: torch.Tensor) -> torch.Tensor:
     """Logits of a window's positions but the last, in the model's dtype: (T,) to (T - 1, V)."""
     forward = PartialForward(llm, widen=True)
-    with llm.masked(plan):
+    with llm.applied(plan):
         hidden = forward.hidden(window[None].to(llm.device))[0, :-1]
         return torch.cat([forward.logits(part) for part in torch.split(hidden, HEAD_TOKENS)]).cpu()
 
@@ -207,7 +207,7 @@ def input_squares(llm: ElasticLLM, text: torch.Tensor) -> dict[str, list[float]]
     """llama.cpp's importance matrix: the mean square of each matrix's inputs, by tensor."""
     modules = llm.model.named_modules()
     layers = {name: module for name, module in modules if isinstance(module, torch.nn.Linear)}
-    with hessians(layers) as sums, torch.no_grad(), llm.masked(Plan()):
+    with hessians(layers) as sums, torch.no_grad(), llm.applied(Plan()):
         for window in text:
             llm.hidden(window[None].to(llm.device))
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, llm.facts.num_layers)

@@ -34,7 +34,7 @@ from rap_env.model_facts import ModelFacts
 from rap_env.models.files.loading import shared_llm
 from rap_env.plan import Plan
 from rap_env.request import Request
-from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.scorer import PlanScorer
 
 WEIGHTS: tuple[WeightLevel, ...] = ("native", "int8", "int4")
 CACHES = ("native", "int8", "int4", "int2", "window512")
@@ -82,7 +82,7 @@ def ladder_jobs(config: Config, folder: Path) -> Iterator[Job[LadderRow]]:
     if config.ladder.llama_cpp_caches:
         yield from _llama_cpp_jobs(config, report)
 
-    def measured(name: str, plan: Plan, shape: Shape, scorer: MaskScorer) -> LadderRow:
+    def measured(name: str, plan: Plan, shape: Shape, scorer: PlanScorer) -> LadderRow:
         request = Request(*shape, budget_bytes=2**62)
         sizes = MemoryModel(scorer.llm).breakdown(plan, request)
         return LadderRow(
@@ -96,7 +96,7 @@ def ladder_jobs(config: Config, folder: Path) -> Iterator[Job[LadderRow]]:
     settings = [(name, plan, report) for name, plan in uniform_settings(report.llm.facts).items()]
     shipped = shared_llm(model.name, device=model.device, dtype=model.dtype, weights="native")
     if shipped.facts.packed:
-        packed = MaskScorer(shipped, report.corpus, context.store)
+        packed = PlanScorer(shipped, report.corpus, context.store)
         for caches in CACHES:
             plan = Plan.uniform(shipped.facts.num_layers, caches=caches)
             settings.append((f"as shipped / {caches}", plan, packed))
@@ -127,7 +127,7 @@ def uniform_settings(facts: ModelFacts) -> dict[str, Plan]:
     return plans
 
 
-def _llama_cpp_jobs(config: Config, report: MaskScorer) -> Iterator[Job[LadderRow]]:
+def _llama_cpp_jobs(config: Config, report: PlanScorer) -> Iterator[Job[LadderRow]]:
     """Yield llama.cpp's caches for all requests; `report` scores the unquantised model."""
     file = gguf_file(config.model.name)
     depends_on = {**measured_on(report), "file": file.name, "llama_cpp": need_llama_cpp()}

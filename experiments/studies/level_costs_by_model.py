@@ -26,7 +26,7 @@ from rap_env.models.files.sources import gguf_source
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import Plan
 from rap_env.request import Request
-from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.scorer import PlanScorer
 
 WEIGHTS: tuple[WeightLevel, ...] = ("int8", "int4", "int4-compact", "int3", "int2")
 FFN_LEVELS: tuple[WeightLevel, ...] = ("int3", "int2")
@@ -79,7 +79,7 @@ def level_cost_jobs(config: Config, folder: Path) -> Iterator[Job[LevelCostRow]]
     """
     context = build_context(config)
     llm, held_out = context.llm, held_out_scorer(config.evaluate.text, "report", context)
-    report = MaskScorer(llm, with_start(llm, held_out.corpus.tokens))
+    report = PlanScorer(llm, with_start(llm, held_out.corpus.tokens))
     name = Path(config.model.name).name
     text = Path(config.evaluate.text.source).parent.name or "self"
     request = Request(1, report.corpus.tokens.shape[1], budget_bytes=2**62)

@@ -35,7 +35,7 @@ from rap_env.request import Request
 from rap_env.scoring.corpus import Corpus
 from rap_env.scoring.lm_eval_tasks import TaskConfig, read_rows
 from rap_env.scoring.long_context_tasks import LongContextTask
-from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.scorer import PlanScorer
 from rap_env.scoring.tasks import TaskScorer
 
 NATIVE = "native"
@@ -157,7 +157,7 @@ def measures(config: Config, context: PruningContext) -> Iterator[Measure]:
     def right_answers(scorer: TaskScorer, name: str, plan: Plan) -> list[float]:
         return list(map(int, scorer.results(plan)[name].per_document["acc"]))
 
-    def losses(scorer: MaskScorer, plan: Plan) -> list[float]:
+    def losses(scorer: PlanScorer, plan: Plan) -> list[float]:
         return [round(nll, 5) for nll in scorer.window_nll(plan).tolist()]
 
     for kind, task in settings.tasks.items():
@@ -169,7 +169,7 @@ def measures(config: Config, context: PruningContext) -> Iterator[Measure]:
             yield Measure(kind, length, digest(scorer.context), values)
     for text in settings.documents:
         corpus = documents_of(llm, text)
-        values = partial(losses, MaskScorer(llm, corpus, context.store))
+        values = partial(losses, PlanScorer(llm, corpus, context.store))
         yield Measure(DOCUMENTS, text.window_tokens, corpus.sha256, values)
 
 

@@ -33,7 +33,7 @@ from rap_env.policies.base import Policy
 from rap_env.policies.knapsack import BY_TEXT, TextPolicy
 from rap_env.policies.loading import load_policy
 from rap_env.request import Request
-from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.scorer import PlanScorer
 from rap_env.scoring.store import with_levels
 
 BLIND = ", blind"
@@ -93,7 +93,7 @@ def prompt_jobs(config: Config, folder: Path) -> Iterator[Job[PolicyRow]]:
         policies[name] = RecordedPlans(name, path, llm.facts.fingerprint)
     texts = load_texts(settings.texts, "report", llm, progress=config.progress)
     store = open_store(config.store)
-    scorers = {name: MaskScorer(llm, text, store) for name, text in texts.items()}
+    scorers = {name: PlanScorer(llm, text, store) for name, text in texts.items()}
 
     def measure(name: str, text: str, cell: str, plans: Sequence[Plan]) -> PolicyRow:
         scorer = scorers[text]

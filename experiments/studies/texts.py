@@ -38,7 +38,7 @@ from rap_env.plan import EMBEDDINGS, Plan
 from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.request import Request
 from rap_env.scoring.corpus import ensure_disjoint
-from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.scorer import PlanScorer
 from rap_env.scoring.store import with_levels
 
 ALL = "all"
@@ -115,11 +115,11 @@ def text_jobs(config: Config, folder: Path) -> Iterator[Job[Any]]:
         requests[cell] = Request(*pinned.shape, pinned.budget_bytes)
         LadderBytes(memory, ladder).check_feasible(requests[cell])
 
-    def scorer_of(kind: str, role: str, **drawn: Any) -> MaskScorer:
+    def scorer_of(kind: str, role: str, **drawn: Any) -> PlanScorer:
         text = replace(settings.kinds[kind], window_tokens=settings.window_tokens, **drawn)
-        return MaskScorer(llm, load_text(text, role, llm, progress=config.progress), store)
+        return PlanScorer(llm, load_text(text, role, llm, progress=config.progress), store)
 
-    def depends_on(scorer: MaskScorer, **more: str) -> dict[str, Any]:
+    def depends_on(scorer: PlanScorer, **more: str) -> dict[str, Any]:
         return {"scores": digest(with_levels(scorer.context)), "ladder": ladder.spec, **more}
 
     def measure_costs(draw: Draw) -> CostRow:

@@ -24,7 +24,7 @@ from rap_env.models.progress import progress_bar
 from rap_env.plan import Plan
 
 if TYPE_CHECKING:
-    from rap_env.scoring.scorer import MaskScorer
+    from rap_env.scoring.scorer import PlanScorer
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -137,7 +137,7 @@ class Job(Generic[RowT]):
     depends_on: Mapping[str, Any]
     make: Callable[[], RowT]
     facts: Mapping[str, Any] = field(default_factory=dict)
-    scorer: MaskScorer | None = None
+    scorer: PlanScorer | None = None
     plans: Sequence[Plan] = ()
     subject: Any = None
 

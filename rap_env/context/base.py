@@ -30,9 +30,9 @@ from rap_env.specs import check, setting
 if TYPE_CHECKING:  # a context without a live model loads no torch
     from rap_env.models.live.elastic import ElasticLLM
     from rap_env.scoring.score_table import TableScorer
-    from rap_env.scoring.scorer import MaskScorer
+    from rap_env.scoring.scorer import PlanScorer
 
-    Scorer = MaskScorer | TableScorer
+    Scorer = PlanScorer | TableScorer
 
 IMPORTANCES = ("gsi", "one_shot", "none")
 """Kinds of importance that agents may observe; any other value is the path of a GSI artifact."""

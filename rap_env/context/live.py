@@ -70,12 +70,12 @@ class LiveContext(PruningContext):
         workers: WorkerPool | None = None,
         reopen: Callable[[], PruningContext] | None = None,
     ) -> None:
-        from rap_env.scoring.scorer import MaskScorer
+        from rap_env.scoring.scorer import PlanScorer
 
         self.store = store
         self.memory = MemoryModel(llm)
         self.workers = workers
-        self.scorer: MaskScorer = MaskScorer(llm, calibration, store, workers=workers)
+        self.scorer: PlanScorer = PlanScorer(llm, calibration, store, workers=workers)
         self.frontier_path = frontier
         self.importance = importance
         self._gsi_removals = gsi_removals

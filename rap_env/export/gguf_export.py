@@ -263,9 +263,9 @@ def low_bit_tensors(llm: ElasticLLM, plan: Plan) -> dict[str, GgufTensor]:
     heads = {"attn_q": int(llm.adapter.config.num_attention_heads), "attn_k": llm.adapter.kv_heads}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, llm.adapter.num_layers)
     tensors = {}
-    with llm.masked(Plan()):
+    with llm.applied(Plan()):
         native = set(llm.model.modules())
-    with llm.masked(Plan.of(low)):
+    with llm.applied(Plan.of(low)):
         for module_name, module in llm.model.named_modules():
             if not isinstance(module, PackedModule) or module in native:
                 continue

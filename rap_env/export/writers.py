@@ -26,7 +26,7 @@ from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS
 from rap_env.plan import Plan
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
-from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.scorer import PlanScorer
 from rap_env.version import __version__
 
 UNKNOWN_LICENCE = "unknown"
@@ -301,7 +301,7 @@ def measured_rise(llm: ElasticLLM, plan: Plan, export: Export) -> tuple[float, s
         return None
     tokens = min(_MEASURED_TOKENS, llm.adapter.max_positions)
     config = CorpusConfig(export.measure, _MEASURED_WINDOWS, tokens, role="report")
-    scorer = MaskScorer(llm, load_corpus(config, llm))
+    scorer = PlanScorer(llm, load_corpus(config, llm))
     rise = scorer.nll(plan) - scorer.nll(Plan())
     return rise, f"{_MEASURED_WINDOWS} x {tokens} tokens of {Path(export.measure).name}"
 

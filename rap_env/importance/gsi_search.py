@@ -27,14 +27,14 @@ from rap_env.ladder.state import LadderState
 from rap_env.memory import MemoryModel
 from rap_env.models.progress import progress_bar
 from rap_env.scoring.interface import OnScore, bar_callback
-from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.scorer import PlanScorer
 
 _LAZY_BATCH = 6
 _NEIGHBOURS = 2
 
 
 def gsi(
-    scorer: MaskScorer,
+    scorer: PlanScorer,
     ladder_bytes: LadderBytes | None = None,
     costs: LevelCosts | None = None,
     *,
@@ -86,7 +86,7 @@ def gsi(
 
 
 def _start(
-    scorer: MaskScorer, ladder: Ladder, method: str, path: str | os.PathLike[str] | None
+    scorer: PlanScorer, ladder: Ladder, method: str, path: str | os.PathLike[str] | None
 ) -> GSIProfile:
     """An empty profile, or the one saved at `path`."""
     if path is not None and Path(path).exists():
@@ -115,7 +115,7 @@ class _Search:
 
     def __init__(
         self,
-        scorer: MaskScorer,
+        scorer: PlanScorer,
         state: LadderState,
         profile: GSIProfile,
         stop: int | None,

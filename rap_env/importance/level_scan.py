@@ -29,7 +29,7 @@ from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.progress import progress_bar
 from rap_env.plan import EMBEDDINGS, Plan, block_name, cache_name, is_cache
 from rap_env.scoring.interface import bar_callback
-from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.scorer import PlanScorer
 
 _ByItem = dict[str, dict[str, float]]
 
@@ -37,7 +37,7 @@ Rise = npt.NDArray[np.float64]
 """Rise in NLL on each window of a text, nats per token, (windows,)."""
 
 
-def one_shot(scorer: MaskScorer, *, progress: bool = True) -> OneShotProfile:
+def one_shot(scorer: PlanScorer, *, progress: bool = True) -> OneShotProfile:
     """Measure the removal of every single block: 2L + 1 evaluations, minus stored ones."""
     alone = list(map(Plan.removing, range(scorer.llm.num_blocks)))
     spent, _ = _measured(scorer, alone, progress)
@@ -51,7 +51,7 @@ def one_shot(scorer: MaskScorer, *, progress: bool = True) -> OneShotProfile:
 
 
 def scan_levels(
-    scorer: MaskScorer,
+    scorer: PlanScorer,
     cache_levels: Sequence[str] = CACHE_LEVELS,
     *,
     together: Collection[str] = TOGETHER,
@@ -122,7 +122,7 @@ def _shares(
 
 def measure_jointly(
     costs: LevelCosts,
-    scorer: MaskScorer,
+    scorer: PlanScorer,
     plans: Sequence[Plan],
     *,
     progress: bool = True,
@@ -170,7 +170,7 @@ def _standard_error(rise: Rise) -> float:
 
 
 def _measured(
-    scorer: MaskScorer, plans: list[Plan], progress: bool
+    scorer: PlanScorer, plans: list[Plan], progress: bool
 ) -> tuple[dict[str, Any], list[Rise]]:
     """What measuring took, as fields of a profile, and the rise in NLL of each window."""
     meter = ScoringMeter(scorer)
@@ -181,7 +181,7 @@ def _measured(
     return spent, [scorer.window_nll(plan) - native for plan in plans]
 
 
-def block_influence(scorer: MaskScorer) -> npt.NDArray[np.float64]:
+def block_influence(scorer: PlanScorer) -> npt.NDArray[np.float64]:
     """Block influence of ShortGPT (Men et al. 2024, eq. 1) of each block instead of layer, (2L,).
 
     ``BI = 1 - E[cos(x, y)]`` with x the residual stream before and y after the block, the mean
@@ -203,7 +203,7 @@ def _influence(
     llm: ElasticLLM, partial: PartialForward, batches: Sequence[torch.Tensor], *, by_layer: bool
 ) -> npt.NDArray[np.float64]:
     total = torch.zeros(llm.num_blocks, dtype=torch.float64)
-    with llm.masked(Plan()):
+    with llm.applied(Plan()):
         for tokens in batches:
             state = before = partial.enter(tokens)
             for step in partial.steps:

@@ -35,7 +35,7 @@ from rap_env.scoring.predictor_fit import necessary_plans
 from rap_env.specs import check, setting
 
 if TYPE_CHECKING:  # a search with a predictor loads no torch
-    from rap_env.scoring.scorer import MaskScorer
+    from rap_env.scoring.scorer import PlanScorer
 
 
 from rap_env.importance.orders import one_shot_costs
@@ -79,7 +79,7 @@ class PlanSearchConfig:
 
 
 def build_plan_table(
-    scorer: MaskScorer,
+    scorer: PlanScorer,
     costs: LevelCosts,
     ladder_bytes: LadderBytes,
     requests: Sequence[Request],
@@ -122,7 +122,7 @@ def build_plan_table(
 class _Search:
     def __init__(
         self,
-        scorer: MaskScorer,
+        scorer: PlanScorer,
         costs: LevelCosts,
         ladder_bytes: LadderBytes,
         requests: Sequence[Request],

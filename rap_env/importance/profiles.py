@@ -17,7 +17,7 @@ from rap_env.model_facts import HasFacts, reject_stubs
 from rap_env.plan import block_index, block_name
 
 if TYPE_CHECKING:
-    from rap_env.scoring.scorer import MaskScorer
+    from rap_env.scoring.scorer import PlanScorer
 
 GSI_METHODS = ("exact", "lazy")
 """Methods of `rap_env.gsi`."""
@@ -72,7 +72,7 @@ class ScoringMeter:
         scorer: Counts its evaluations and the blocks that it runs.
     """
 
-    def __init__(self, scorer: MaskScorer) -> None:
+    def __init__(self, scorer: PlanScorer) -> None:
         self._scorer, self._began = scorer, time.perf_counter()
         self._before = scorer.evaluations, scorer.block_forwards
 

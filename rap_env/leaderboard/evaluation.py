@@ -405,8 +405,8 @@ def _judge(
             f"{dict(task.test_text)}; pass text=CorpusConfig(..., role='report')."
         )
     from rap_env.scoring.corpus_loading import load_corpus
-    from rap_env.scoring.scorer import MaskScorer
+    from rap_env.scoring.scorer import PlanScorer
 
     corpus = load_corpus(text, context.llm)
-    live = MaskScorer(context.llm, corpus, context.store)
+    live = PlanScorer(context.llm, corpus, context.store)
     return corpus.sha256, lambda plan, _: (live.nll(plan) - live.dense_nll, False)

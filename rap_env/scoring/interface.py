@@ -36,8 +36,8 @@ class ScoringJob:
 
     Attributes:
         tokens: Token ids, int64, shape (windows, T).
-        options: Further arguments of `MaskScorer`.
-        context: `MaskScorer.context` of the driver; a worker's must be equal.
+        options: Further arguments of `PlanScorer`.
+        context: `PlanScorer.context` of the driver; a worker's must be equal.
         compare: Whether plans are also compared with the native model.
     """
 

@@ -20,7 +20,7 @@ from torch.nn import functional
 from rap_env.plan import Plan
 from rap_env.scoring.interface import Measured, NativeAgreement, ScoringJob
 from rap_env.scoring.plan_runner import Node, OnLogits, predictions, tokens_at_once
-from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.scorer import PlanScorer
 
 METRIC = "native_agreement"
 """The store's metric for the fields of `NativeAgreement`."""
@@ -72,10 +72,10 @@ def agreement_of(tokens: npt.NDArray[np.float64]) -> NativeAgreement:
     )
 
 
-class AgreementScorer(MaskScorer):
+class AgreementScorer(PlanScorer):
     """Measures NLL and, from the same logits, how far plans are from the native model.
 
-    For arguments and attributes see `MaskScorer`; NLL is the same, bit for bit. A plan costs one
+    For arguments and attributes see `PlanScorer`; NLL is the same, bit for bit. A plan costs one
     more pass through the head, for the native logits, and a softmax of both. The native logits of
     one batch of windows are in memory meanwhile, which a memory cap does not count.
     """

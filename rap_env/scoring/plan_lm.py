@@ -84,7 +84,7 @@ class PlanLM(HFLM):  # type: ignore[misc]
         Raises:
             NonFiniteScoreError: The model gave NaN or infinity.
         """
-        with self.llm.masked(plan):
+        with self.llm.applied(plan):
             outputs = likelihoods(self._partial, batches)
         if not np.isfinite(outputs).all():
             raise NonFiniteScoreError(

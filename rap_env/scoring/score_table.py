@@ -75,7 +75,7 @@ class ScoreTable:
         facts: The facts of the model that the byte arithmetic needs.
         scores: Mean NLL by plan, nats per token; contains the dense model and every
             single removal.
-        context: Everything that determined the scores (`MaskScorer.context`).
+        context: Everything that determined the scores (`PlanScorer.context`).
         text: Provenance of the text.
         settings: Settings that it was measured with: ``device``, ``dtype``, ``calibration``
             (of `CorpusConfig`), ``importance``, ``gsi_removals`` and ``gsi_method``.
@@ -226,7 +226,7 @@ def _read_predictor(values: dict[str, Any]) -> DeltaNLLPredictor:
 
 
 class TableScorer:
-    """Scores plans from a table: the interface of `MaskScorer`, without a model.
+    """Scores plans from a table: the interface of `PlanScorer`, without a model.
 
     A measured plan has exactly the score that the model gave. Any other one has a
     predicted score; `is_predicted` tells which is which. No block is run, so counts are 0.

@@ -46,7 +46,7 @@ _WORKING_STATES = 24  # a block's inner activations, in hidden states, roughly
 _LOSS_VERSION = 2  # raised when the same numbers are computed in another order
 
 
-class MaskScorer:
+class PlanScorer:
     """Measures the model's NLL under plans, on a text cut into windows.
 
     Each window of T tokens is scored on its own (stride T, no context before it) and gives
@@ -120,7 +120,7 @@ class MaskScorer:
         self.stride = max(1, -(-path_bytes // max(1, prefix_cache_bytes)))
         self._scores: dict[Plan, npt.NDArray[np.float64]] = {}
         self._memory = MemoryModel(llm)
-        self._parts: dict[tuple[int, ...], MaskScorer] = {}  # by the numbers of their windows
+        self._parts: dict[tuple[int, ...], PlanScorer] = {}  # by the numbers of their windows
         self._part_windows = 0  # windows that parts ran, summed over plans
         self.context: Mapping[str, Any] = {
             **model_context(llm),
@@ -304,7 +304,7 @@ class MaskScorer:
         """The nodes of one plan that are kept for the plans of later calls."""
         return set(list(enumerate(self.runner.prefixes(plan)[:-1]))[:: self.stride])
 
-    def _part(self, windows: tuple[int, ...]) -> MaskScorer:
+    def _part(self, windows: tuple[int, ...]) -> PlanScorer:
         """The scorer of some windows, kept: a plan that was measured there is known."""
         if windows not in self._parts:
             share = len(windows) / self.num_windows
@@ -318,7 +318,7 @@ class MaskScorer:
             )
         return self._parts[windows]
 
-    def _share(self, part: MaskScorer) -> float:
+    def _share(self, part: PlanScorer) -> float:
         return part.num_windows / self.num_windows
 
     def _measure(self, plans: Sequence[Plan], keep: Collection[Node]) -> None:
@@ -332,7 +332,7 @@ class MaskScorer:
     ) -> npt.NDArray[np.float64]:
         """Mean NLL of each window for each plan, (plans, windows); caches the states of `keep`."""
         parts = []
-        with self.llm.masked(Plan()):
+        with self.llm.applied(Plan()):
             for batch, ids in enumerate(runner.batches):
                 last = runner.run(batch, plans, partial(runner.cache.put_some, keep, batch))
                 nll: dict[Plan, torch.Tensor] = {}

@@ -19,7 +19,7 @@ from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import Plan
 from rap_env.scoring.interface import Measured, ScoringJob
 from rap_env.scoring.native_agreement import AgreementScorer
-from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.scorer import PlanScorer
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class ScoringWorker:
 
     def __init__(self, open_model: Callable[[], ElasticLLM], threads: int) -> None:
         self._open_model, self._threads = open_model, threads
-        self._last: tuple[Any, MaskScorer] | None = None
+        self._last: tuple[Any, PlanScorer] | None = None
 
     def load(self) -> None:
         """Load the model."""
@@ -50,7 +50,7 @@ class ScoringWorker:
             if self._last is not None:
                 self._last[1].release()
             tokens = torch.tensor(job.tokens)  # a copy: Ray's arrays are read-only
-            make = AgreementScorer if job.compare else MaskScorer
+            make = AgreementScorer if job.compare else PlanScorer
             self._last = asked, make(self._llm, tokens, **job.options)
             _check_context(self._last[1], job)
         scorer = self._last[1]
@@ -63,7 +63,7 @@ class ScoringWorker:
         return Measured(plans, values, scorer.runner.block_runs - before, agreements)
 
 
-def _check_context(scorer: MaskScorer, job: ScoringJob) -> None:
+def _check_context(scorer: PlanScorer, job: ScoringJob) -> None:
     here, there = scorer.context, job.context
     different = [key for key in there if here.get(key) != there[key]]
     if different:
@@ -120,7 +120,7 @@ class WorkerPool:
         """Score plans on the whole text.
 
         Args:
-            job: The text and what to do (`MaskScorer.job`).
+            job: The text and what to do (`PlanScorer.job`).
             plans: In the order in which they share most of their first steps.
             least: Plans that run through the model together, so that no batch shall be smaller.
 

@@ -27,7 +27,7 @@ from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.scoring.held_out import spearman
-from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.scorer import PlanScorer
 from tests.tiny import VOCAB_SIZE, tiny_llm
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -57,7 +57,7 @@ def replayed():
     llm = tiny_llm(layers=3)
     memory = MemoryModel(llm.facts)
     tokens = torch.randint(3, VOCAB_SIZE, (4, 16), generator=torch.Generator().manual_seed(0))
-    scorers = {"calibration": MaskScorer(llm, tokens[:2]), "test": MaskScorer(llm, tokens[2:])}
+    scorers = {"calibration": PlanScorer(llm, tokens[:2]), "test": PlanScorer(llm, tokens[2:])}
     masks = [Plan.removing(1), Plan.removing(1, 3, 5)]
     peaks = [memory.peak_bytes(mask, Request(2, 16, budget_bytes=1)) for mask in masks]
     requests = [Request(2, 16, budget_bytes=peak) for peak in peaks]

@@ -20,7 +20,7 @@ from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
-from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.scorer import PlanScorer
 from tests.models.tiny_gguf import write_tiny_gguf
 
 MASK = Plan.removing("layer01.ffn", "layer02.attn")
@@ -56,7 +56,7 @@ def test_the_folder_is_the_model_under_the_plan(exported, model_folder, tmp_path
     assert answer["weight_bytes_after"] == stored < answer["weight_bytes_before"]
     llm = load_llm(model_folder, dtype="float32", device="cpu")
     ids = torch.arange(3, 12)[None]
-    with llm.masked(MASK), torch.no_grad():
+    with llm.applied(MASK), torch.no_grad():
         assert torch.equal(model(ids).logits, llm.model(ids).logits)
 
 
@@ -78,7 +78,7 @@ def test_the_card_states_source_plan_bytes_rise_licence_command_and_versions(
     assert rows["Rise in NLL, measured"] == text
     dense = load_llm(model_folder, dtype="float32", device="cpu")
     corpus = load_corpus(CorpusConfig(str(path), 4, 64, role="report"), dense)
-    before, after = (MaskScorer(model, corpus).nll(Plan()) for model in (dense, llm))
+    before, after = (PlanScorer(model, corpus).nll(Plan()) for model in (dense, llm))
     assert measured == pytest.approx(after - before, abs=1e-6) != 0
     assert rows["Command"].startswith("`rap export ")
     assert "--to hf" in rows["Command"]

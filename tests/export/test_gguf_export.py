@@ -42,7 +42,7 @@ MASKS = {
 
 
 def masked_logits(llm: ElasticLLM, plan) -> torch.Tensor:
-    with llm.masked(plan), torch.no_grad():
+    with llm.applied(plan), torch.no_grad():
         return llm.model(IDS[None]).logits[0].double()
 
 
@@ -143,7 +143,7 @@ def test_levels_of_few_bits_are_q4_1_with_the_values_of_the_live_levels(kind, we
         assert sum(map(len, written.values())) == len(tensors)
         assert {t.kind for t in written[level] if t.data.ndim > 1} == {Kind.Q4_1}
         assert len(written[level]) == 4 + 5  # an FFN and an attention block with their norms
-        with llm.masked(plan):
+        with llm.applied(plan):
             wide = {
                 "blk.0.ffn_down.weight": llm.model.model.layers[0].mlp.down_proj.widened().weight,
                 "blk.1.attn_v.weight": llm.model.model.layers[1].self_attn.v_proj.widened().weight,

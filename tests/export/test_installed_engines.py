@@ -97,7 +97,7 @@ def plan_of(name):
 def our_choices(name):
     """Prompts with the tokens that the model chooses here under a plan, and the NLL of each."""
     prompts = [llm().tokenizer(text).input_ids[:PROMPT_TOKENS] for text in TEXTS]
-    with llm().masked(plan_of(name)), torch.no_grad():
+    with llm().applied(plan_of(name)), torch.no_grad():
         ids = llm().generate(
             torch.tensor(prompts), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None
         )

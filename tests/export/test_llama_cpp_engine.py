@@ -43,7 +43,7 @@ def test_logits_and_greedy_tokens_are_those_of_the_masked_model(removed, tmp_pat
     export_gguf(model, plan, path)
     torch.testing.assert_close(engine_logits(path), masked_logits(llm, plan), rtol=0, atol=1e-5)
     prompt = IDS[:8]
-    with llm.masked(plan):
+    with llm.applied(plan):
         ours = llm.generate(
             prompt[None], max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None
         )

@@ -16,7 +16,7 @@ from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_estimator import BatchShape, MemoryEstimator
 from rap_env.runtime.memory_meter import TensorMeter
 from rap_env.runtime.sampling import SamplingParams
-from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.scorer import PlanScorer
 from tests.tiny import LAYERS, VOCAB_SIZE, tiny_model
 
 TOKENS = torch.randint(3, VOCAB_SIZE, (6, 40), generator=torch.Generator().manual_seed(0))
@@ -38,7 +38,7 @@ def generated(llm, plan):
     """The first logits of two rows, one of them padded; a second token is only run."""
     ids = torch.tensor([[0, 0, 7, 8], [5, 6, 7, 8]]).to(llm.device)
     shown = {"return_dict_in_generate": True, "output_logits": True}
-    with llm.masked(plan):
+    with llm.applied(plan):
         written = llm.generate(ids, attention_mask=ids.sign(), max_new_tokens=2, **shown)
     return written.logits[0].cpu().float().numpy()
 
@@ -57,7 +57,7 @@ def live(llm, residency):
 
 
 def scored(llm, together):
-    return np.array(MaskScorer(llm, TOKENS, masks_together=together).nll_many(PLANS))
+    return np.array(PlanScorer(llm, TOKENS, masks_together=together).nll_many(PLANS))
 
 
 PATHS = {
@@ -72,7 +72,7 @@ PATHS = {
 
 def ordered(llm):
     """The first blocks of the exact order, and the NLL after each."""
-    profile = gsi(MaskScorer(llm, TOKENS), stop=3, progress=False)
+    profile = gsi(PlanScorer(llm, TOKENS), stop=3, progress=False)
     return np.array([*profile.order_indices, *profile.nll_after])
 
 
@@ -99,7 +99,7 @@ def looked_up(llm):
 
 
 def influence(llm):
-    return block_influence(MaskScorer(llm, TOKENS))
+    return block_influence(PlanScorer(llm, TOKENS))
 
 
 def served(llm):

@@ -19,7 +19,7 @@ from rap_env.models.live.live_batch import LiveBatch
 from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS
 from rap_env.plan import Plan
 from rap_env.runtime.sampling import RowSampler, SamplingParams, sample_rows
-from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.scorer import PlanScorer
 from tests.gpu.paths import (
     PATHS,
     TOKENS,
@@ -90,21 +90,21 @@ def test_levels_of_few_bits_give_what_they_give_on_the_cpu(name):
 def test_the_number_of_masks_in_a_batch_depends_on_sizes_and_is_part_of_the_key():
     with pretended_gpu():
         llm = llm_of("llama", "cuda")
-        first, again, single = (MaskScorer(llm, TOKENS, masks_together=n) for n in (None, None, 1))
+        first, again, single = (PlanScorer(llm, TOKENS, masks_together=n) for n in (None, None, 1))
         assert first.options["masks_together"] == again.options["masks_together"] > 1
         assert first.context == again.context != single.context
         state_bytes = TOKENS.numel() * llm.facts.hidden_size * llm.facts.itemsize
         torch.cuda.mem_get_info.return_value = (0, MEMORY_BYTES)
-        assert MaskScorer(llm, TOKENS).options["masks_together"] == 1
+        assert PlanScorer(llm, TOKENS).options["masks_together"] == 1
         torch.cuda.memory_reserved.return_value = 200 * state_bytes
-        assert MaskScorer(llm, TOKENS).options["masks_together"] == 4  # reserved, but not in use
+        assert PlanScorer(llm, TOKENS).options["masks_together"] == 4  # reserved, but not in use
 
 
 def test_few_steps_wait_for_the_device():
     masks = [Plan.removing(first, second) for first in range(4) for second in range(4, 8)]
     with pretended_gpu() as waits:
         llm = ElasticLLM(tiny_model("llama", layers=4).to("cuda"), None, name="llama")
-        scorer = MaskScorer(llm, TOKENS, masks_together=16)
+        scorer = PlanScorer(llm, TOKENS, masks_together=16)
         _ = scorer.dense_nll
         before = waits.count
         scorer.nll_many(masks)
@@ -155,7 +155,7 @@ def test_int4_weights_of_a_text_are_made_and_read_from_files(on_each_device):
         for _ in range(2):  # the second time from the files
             llm = ElasticLLM(tiny_model("llama", layers=1).to(device), None, name="llama")
             calibrate(llm, TOKENS[:2])
-            scores.append(MaskScorer(llm, TOKENS).nll(Plan.uniform(1, weights="int4")))
+            scores.append(PlanScorer(llm, TOKENS).nll(Plan.uniform(1, weights="int4")))
         return scores
 
     expected, actual = on_each_device(calibrated)

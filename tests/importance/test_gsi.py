@@ -14,7 +14,7 @@ from rap_env.importance.profiles import GSIProfile
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.plan import Plan, block_name
-from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.scorer import PlanScorer
 from rap_env.scoring.store import ScoreStore
 from tests.envs.playing import LEVELS, make_ladder, play
 from tests.envs.tiny_contexts import make_ladder_context
@@ -39,7 +39,7 @@ def naive_order(llm, ids, count):
 )
 def test_exact_gsi_is_the_naive_loop(seed):
     llm, ids = tiny_llm(layers=4, seed=seed), tokens()
-    profile = gsi(MaskScorer(llm, ids), progress=False)
+    profile = gsi(PlanScorer(llm, ids), progress=False)
     order, levels = naive_order(llm, ids, 8)
     assert list(profile.order) == [block_name(block) for block in order]
     assert profile.nll_after == pytest.approx(levels, rel=2e-5)
@@ -59,10 +59,10 @@ def test_exact_gsi_is_the_naive_loop(seed):
 )
 def test_exact_gsi_equals_scans_of_all_blocks(family, dtype):
     llm = tiny_llm(family, layers=5, dtype=dtype)
-    scorer = MaskScorer(llm, tokens(windows=6), batch_tokens=18)
+    scorer = PlanScorer(llm, tokens(windows=6), batch_tokens=18)
     removed, order, levels = Plan(), [], []
     for _ in range(5):
-        nll = scan(MaskScorer(llm, tokens(windows=6), batch_tokens=18), removed)
+        nll = scan(PlanScorer(llm, tokens(windows=6), batch_tokens=18), removed)
         order.append(min(nll, key=lambda block: (nll[block], block)))
         levels.append(nll[order[-1]])
         removed = removed.without(order[-1])
@@ -75,7 +75,7 @@ def test_exact_gsi_equals_scans_of_all_blocks(family, dtype):
 @pytest.mark.parametrize(("good", "bad", "examined"), [(-9.0, -10.0, 15), (9.0, 10.0, 8)])
 def test_lazy_measures_more_items_if_one_has_risen(good, bad, examined, tmp_path):
     """All of them if each loses more than any was last known to, else a few."""
-    scorer, path = MaskScorer(tiny_llm(layers=8), tokens()), tmp_path / "gsi.json"
+    scorer, path = PlanScorer(tiny_llm(layers=8), tokens()), tmp_path / "gsi.json"
     nll = {block_name(block): value for block, value in scan(scorer, Plan.removing(0)).items()}
     next_to_it = "layer00.ffn"
     ranked = sorted(set(nll) - {next_to_it}, key=nll.__getitem__)
@@ -91,15 +91,15 @@ def test_lazy_measures_more_items_if_one_has_risen(good, bad, examined, tmp_path
 
 def test_a_warm_store_does_not_reduce_the_reported_cost(tmp_path):
     llm, ids, store = tiny_llm(layers=3), tokens(), ScoreStore(tmp_path / "scores.sqlite")
-    cold = gsi(MaskScorer(llm, ids, store), progress=False)
-    warm = gsi(MaskScorer(llm, ids, store), progress=False)
+    cold = gsi(PlanScorer(llm, ids, store), progress=False)
+    warm = gsi(PlanScorer(llm, ids, store), progress=False)
     assert warm.evaluations == cold.evaluations == cold.evaluations_run
     assert warm.evaluations_run == 0
 
 
 def test_the_profile_has_the_cost_of_each_block():
     llm, ids = tiny_llm(layers=3), tokens()
-    scorer = MaskScorer(llm, ids)
+    scorer = PlanScorer(llm, ids)
     profile = gsi(scorer, stop=2, progress=False)
     assert len(profile.order) == 2
     first, second = profile.order_indices
@@ -119,9 +119,9 @@ def test_the_profile_has_the_cost_of_each_block():
 @pytest.mark.parametrize("method", ["exact", "lazy"])
 def test_interrupted_and_resumed_gives_the_same_result(method, tmp_path):
     llm, ids, path = tiny_llm(layers=4), tokens(windows=4), tmp_path / "gsi.json"
-    whole = gsi(MaskScorer(llm, ids), method=method, progress=False)
-    gsi(MaskScorer(llm, ids), stop=2, method=method, path=path, progress=False)
-    scorer = MaskScorer(llm, ids)
+    whole = gsi(PlanScorer(llm, ids), method=method, progress=False)
+    gsi(PlanScorer(llm, ids), stop=2, method=method, path=path, progress=False)
+    scorer = PlanScorer(llm, ids)
     continued = gsi(scorer, method=method, path=path, progress=False)
     assert scorer.evaluations == sum(whole.candidates[2:])  # neither dense nor the first rounds
     taken = [Plan.removing(*whole.order_indices[:n]) for n in range(1, 1 + len(whole.order))]
@@ -135,12 +135,12 @@ def test_interrupted_and_resumed_gives_the_same_result(method, tmp_path):
 
 def test_another_models_artifact_is_rejected(tmp_path):
     path = tmp_path / "gsi.json"
-    gsi(MaskScorer(tiny_llm(), tokens()), stop=1, path=path, progress=False)
+    gsi(PlanScorer(tiny_llm(), tokens()), stop=1, path=path, progress=False)
     for other in (tiny_llm(seed=1), tiny_llm(dtype=torch.bfloat16)):
         with pytest.raises(ArtifactError, match="other weights or another dtype"):
             GSIProfile.load(path, other)
     with pytest.raises(ArtifactError, match="not with 'exact' on this text"):
-        gsi(MaskScorer(tiny_llm(), tokens(seed=1)), path=path, progress=False)
+        gsi(PlanScorer(tiny_llm(), tokens(seed=1)), path=path, progress=False)
 
 
 CACHES = LEVELS["caches"]

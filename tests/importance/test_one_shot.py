@@ -9,13 +9,13 @@ import torch
 from rap_env.importance.level_scan import block_influence, layer_influence, one_shot
 from rap_env.ladder.features import ImportanceFeatures
 from rap_env.plan import Plan
-from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.scorer import PlanScorer
 from tests.scoring.test_scorer import tokens
 from tests.tiny import VOCAB_SIZE, tiny_llm
 
 
 def test_delta_nll_is_measured_block_by_block():
-    scorer = MaskScorer(tiny_llm(), tokens())
+    scorer = PlanScorer(tiny_llm(), tokens())
     profile = one_shot(scorer, progress=False)
     expected = [scorer.nll(Plan.removing(i)) - scorer.dense_nll for i in range(4)]
     assert profile.delta_nll == pytest.approx(expected)
@@ -49,13 +49,13 @@ def test_block_influence_follows_the_residual_stream(family):
     llm, ids = tiny_llm(family), tokens()
     ends = []
     for kept in range(5):
-        with llm.masked(Plan.removing(*range(kept, 4))):
+        with llm.applied(Plan.removing(*range(kept, 4))):
             ends.append(streams(llm, ids)[-1].double())
     expected = [
         float((1 - torch.cosine_similarity(a, b, dim=-1)).mean())
         for a, b in itertools.pairwise(ends)
     ]
-    assert block_influence(MaskScorer(llm, ids)) == pytest.approx(expected, rel=1e-4, abs=1e-7)
+    assert block_influence(PlanScorer(llm, ids)) == pytest.approx(expected, rel=1e-4, abs=1e-7)
 
 
 def test_features_from_one_shot_rank_by_loss():
@@ -86,5 +86,5 @@ def test_is_that_of_the_dense_model():
     llm = tiny_llm()
     ids = torch.arange(3, 11)[None]
     dense = layer_influence(llm, [ids])
-    with llm.masked(Plan.removing(0, 1)):
+    with llm.applied(Plan.removing(0, 1)):
         assert layer_influence(llm, [ids]).tolist() == dense.tolist()

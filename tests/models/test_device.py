@@ -14,7 +14,7 @@ from rap_env.models.device import choose_device, choose_dtype, use_threads
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import Plan
 from rap_env.runtime.memory_meter import resident_bytes
-from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.scorer import PlanScorer
 from tests.scoring.test_scorer import tokens
 from tests.tiny import tiny_model
 
@@ -208,9 +208,9 @@ def test_gradients_are_those_of_the_float32_product(on_a_cpu):
 def test_scores_of_both_ways_agree_and_are_kept_apart(on_a_cpu):
     llm = ElasticLLM(tiny_model(dtype=torch.bfloat16), None, name="tiny")
     masks = [Plan(), Plan.removing(1), Plan.removing(0, 3)]
-    through_float32 = MaskScorer(llm, tokens())
+    through_float32 = PlanScorer(llm, tokens())
     actual = through_float32.nll_many(masks)
     on_a_cpu(False)
-    emulated = MaskScorer(llm, tokens())
+    emulated = PlanScorer(llm, tokens())
     assert actual == pytest.approx(emulated.nll_many(masks), abs=2e-3)
     assert through_float32.context != emulated.context

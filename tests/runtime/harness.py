@@ -115,7 +115,7 @@ def greedy(new: int, **settings) -> SamplingParams:
 def alone(llm, prompt_ids, new: int, mask=Plan()) -> list[int]:
     """Tokens of greedy decoding without a cache, a batch or an engine."""
     ids = list(prompt_ids)
-    with llm.masked(mask):
+    with llm.applied(mask):
         for _ in range(new):
             ids.append(int(llm.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
     return ids[len(prompt_ids) :]

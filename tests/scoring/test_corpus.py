@@ -53,7 +53,7 @@ def test_the_dense_model_writes_and_leaves_the_global_generator_and_the_mask_alo
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    with model.masked(Plan.removing(0, 1, 2)):
+    with model.applied(Plan.removing(0, 1, 2)):
         assert torch.equal(load_corpus(config, model, progress=False).tokens, dense.tokens)
         assert model.plan == Plan.removing(0, 1, 2)
     assert torch.equal(torch.rand(3), expected)

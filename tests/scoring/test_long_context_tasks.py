@@ -157,7 +157,7 @@ class TestScores:
         requests = [(row[:n], row[n : n + size]) for row in rows for n, size in ((80, 3), (70, 1))]
         requests += [(rows[0][:70], [5]), (rows[1][:40], [6, 7]), (rows[2][:40], rows[2][40:41])]
         plan = Plan.uniform(LAYERS, caches="int8")
-        with llm.masked(plan):
+        with llm.applied(plan):
             shared = make_batches(requests, 128, share_prefixes=True)
             alone = make_batches(requests, 128)
             assert sum(len(batch.tokens) for batch in shared) == 4

@@ -9,7 +9,7 @@ import torch
 from rap_env.plan import Plan
 from rap_env.scoring.interface import NativeAgreement
 from rap_env.scoring.native_agreement import METRIC, AgreementScorer, TokenComparison, agreement_of
-from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.scorer import PlanScorer
 from rap_env.scoring.store import ScoreStore
 from rap_env.scoring.workers import ScoringWorker
 from tests.scoring.test_scorer import plans_for, text
@@ -41,7 +41,7 @@ def test_plans_are_compared_with_whole_passes_of_the_model(family):
     llm, ids = tiny_llm(family), text(windows=3)
     scorer, plain = (
         AgreementScorer(llm, ids, batch_tokens=50),
-        MaskScorer(llm, ids, batch_tokens=50),
+        PlanScorer(llm, ids, batch_tokens=50),
     )
     assert scorer.agreement(Plan()) == NATIVE
     for plan in plans_for(llm):
@@ -49,7 +49,7 @@ def test_plans_are_compared_with_whole_passes_of_the_model(family):
     mask = Plan.removing(1)
     logs = []
     for plan in (Plan(), mask):
-        with llm.masked(plan), torch.no_grad():
+        with llm.applied(plan), torch.no_grad():
             logs.append(llm.model(ids).logits[:, :-1].double().log_softmax(-1).flatten(0, 1))
     native, ours = logs
     divergence = (native.exp() * (native - ours)).sum(-1).numpy()
@@ -82,7 +82,7 @@ def test_agreements_are_stored_and_losses_of_older_stores_are_kept(tmp_path):
     llm, ids = tiny_llm(), text()
     plans = [Plan(), Plan.removing(1), Plan.of({"layer00.cache": "int4"})]
     store = ScoreStore(tmp_path / "scores.sqlite")
-    nll = MaskScorer(llm, ids, store).nll_many(plans)
+    nll = PlanScorer(llm, ids, store).nll_many(plans)
     first = AgreementScorer(llm, ids, store)
     assert first.nll_many(plans) == nll
     assert first.evaluations == 3, "the store has no agreement yet"
@@ -99,7 +99,7 @@ def test_workers_compare_too(tmp_path):
     driver = AgreementScorer(llm, ids, ScoreStore(tmp_path / "scores.sqlite"))
     worker = ScoringWorker(lambda: llm, torch.get_num_threads())
     worker.load()
-    assert worker.measure(MaskScorer(llm, ids).job, plans).agreements == {}
+    assert worker.measure(PlanScorer(llm, ids).job, plans).agreements == {}
     driver.take(worker.measure(driver.job, plans))
     expected = AgreementScorer(llm, ids)
     assert [driver.agreement(p) for p in plans] == [expected.agreement(p) for p in plans]

@@ -7,7 +7,7 @@ import transformers as tf
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan, block_name
-from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.scorer import PlanScorer
 from tests.scoring.test_scorer import tokens
 from tests.tiny import (
     DISTINCT_FAMILIES,
@@ -28,7 +28,7 @@ TOLERANCE = {torch.float32: 5e-5, torch.bfloat16: 3e-2}
 
 def decoded_nll(llm, ids, plan):
     """NLL of each window, (windows,), from the logits of a batch that grows by a token a step."""
-    with llm.masked(plan):
+    with llm.applied(plan):
         batch = LiveBatch(llm)
         logits = [batch.prefill([row[:1] for row in ids.tolist()])]
         logits += [batch.extend(ids[:, place].tolist()) for place in range(1, ids.shape[1] - 1)]
@@ -38,7 +38,7 @@ def decoded_nll(llm, ids, plan):
 
 def check(llm, ids, plans, tolerance):
     """Compare scores with decoding; returns the rise of each plan's NLL over the native one."""
-    scorer = MaskScorer(llm, ids)
+    scorer = PlanScorer(llm, ids)
     for plan in plans:
         expected = decoded_nll(llm, ids, plan).tolist()
         assert scorer.window_nll(plan) == pytest.approx(expected, abs=tolerance), plan
@@ -63,7 +63,7 @@ def test_caches_beside_removed_blocks_and_native_caches(family):
     llm, ids = tiny_llm(family, layers=3), tokens(2, TOKENS)
     plan = Plan.of({"layer00.cache": "int2", "layer01.attn": "removed", "layer01.ffn": "removed"})
     (rise,) = check(llm, ids, [plan], TOLERANCE[torch.float32])
-    alone = MaskScorer(llm, ids).window_nll(plan) - MaskScorer(llm, ids).window_nll(
+    alone = PlanScorer(llm, ids).window_nll(plan) - PlanScorer(llm, ids).window_nll(
         Plan(plan.removed)
     )
     assert abs(alone).max() > TOLERANCE[torch.float32]

@@ -17,7 +17,7 @@ from rap_env.plan import Plan, block_name
 from rap_env.scoring import plan_runner
 from rap_env.scoring.plan_runner import StateCache, branch_nodes, plan_prefixes
 from rap_env.scoring.score_table import TableScorer
-from rap_env.scoring.scorer import METRIC, MaskScorer
+from rap_env.scoring.scorer import METRIC, PlanScorer
 from rap_env.scoring.store import ScoreStore
 from tests.envs.tiny_contexts import make_context
 from tests.scoring.tiny_table import all_masks, table_of
@@ -34,7 +34,7 @@ def tokens(windows=3, length=9, seed=0):
 
 def plain_nll(llm, ids, mask, **options):
     """The model's own loss, window by window."""
-    with torch.no_grad(), llm.masked(mask):
+    with torch.no_grad(), llm.applied(mask):
         return [float(llm.model(w[None], labels=w[None], **options).loss) for w in ids]
 
 
@@ -80,7 +80,7 @@ def plans_for(llm):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scores_equal_the_models_own_loss(family):
     llm, ids, longer = tiny_llm(family), tokens(), text()
-    scorer, on_longer = MaskScorer(llm, ids), MaskScorer(llm, longer)
+    scorer, on_longer = PlanScorer(llm, ids), PlanScorer(llm, longer)
     for mask in MASKS:
         expected = plain_nll(llm, ids, mask)
         assert scorer.window_nll(mask) == pytest.approx(expected, rel=2e-5), mask
@@ -95,9 +95,9 @@ def test_what_plans_share_changes_no_bit(family, dtype):
     llm = tiny_llm(family, dtype=dtype)
     plans = plans_for(llm)
     for ids, asked in ((tokens(), MASKS), (text(), plans)):
-        single = [MaskScorer(llm, ids).nll(plan) for plan in asked]
-        assert MaskScorer(llm, ids).nll_many(asked) == single
-        one_by_one, few = MaskScorer(llm, ids), MaskScorer(llm, ids, prefix_cache_bytes=1)
+        single = [PlanScorer(llm, ids).nll(plan) for plan in asked]
+        assert PlanScorer(llm, ids).nll_many(asked) == single
+        one_by_one, few = PlanScorer(llm, ids), PlanScorer(llm, ids, prefix_cache_bytes=1)
         assert [one_by_one.nll(plan) for plan in asked] == single
         assert few.nll_many(asked[::-1]) == single[::-1]
     if dtype == torch.float32:
@@ -111,9 +111,9 @@ def test_masks_that_share_a_batch_differ_by_rounding_alone(family, dtype):
     scan = [Plan.removing(2, index) for index in (0, 1, 3, 4, 5)]
     nothing_shared = [Plan.removing(0, 4), Plan.removing(1), Plan.removing(0, 1, 3), Plan()]
     masks = scan + nothing_shared
-    single = [MaskScorer(llm, ids).nll(mask) for mask in masks]
+    single = [PlanScorer(llm, ids).nll(mask) for mask in masks]
     for width in (2, 4, 16):
-        together = MaskScorer(llm, ids, masks_together=width)
+        together = PlanScorer(llm, ids, masks_together=width)
         assert together.nll_many(masks) == pytest.approx(single, abs=rounding)
         assert together.evaluations == len(masks)
         assert together.block_forwards <= sum(6 - len(mask.removed) for mask in masks)
@@ -125,7 +125,7 @@ def test_sharing_saves_blocks_whatever_the_cache_holds():
     expected = None
     work = []
     for cache_bytes in (1, 3 * ids.numel() * 16 * 4, 2**30):
-        scorer = MaskScorer(llm, ids, batch_tokens=9, prefix_cache_bytes=cache_bytes)
+        scorer = PlanScorer(llm, ids, batch_tokens=9, prefix_cache_bytes=cache_bytes)
         nll = scan(scorer, base)
         expected = expected or nll
         assert nll == expected
@@ -140,21 +140,21 @@ def test_sharing_saves_blocks_whatever_the_cache_holds():
 def test_the_context_distinguishes_models_texts_dtypes_and_batches():
     ids = tokens()
     contexts = [
-        MaskScorer(tiny_llm(), ids).context,
-        MaskScorer(tiny_llm(seed=1), ids).context,
-        MaskScorer(tiny_llm(dtype=torch.bfloat16), ids).context,
-        MaskScorer(tiny_llm(), tokens(seed=1)).context,
-        MaskScorer(tiny_llm(), ids.reshape(9, 3)).context,
-        MaskScorer(tiny_llm(), ids, batch_tokens=18).context,
+        PlanScorer(tiny_llm(), ids).context,
+        PlanScorer(tiny_llm(seed=1), ids).context,
+        PlanScorer(tiny_llm(dtype=torch.bfloat16), ids).context,
+        PlanScorer(tiny_llm(), tokens(seed=1)).context,
+        PlanScorer(tiny_llm(), ids.reshape(9, 3)).context,
+        PlanScorer(tiny_llm(), ids, batch_tokens=18).context,
     ]
     assert len({str(context) for context in contexts}) == 6
-    assert MaskScorer(tiny_llm(), ids).context == contexts[0]
+    assert PlanScorer(tiny_llm(), ids).context == contexts[0]
 
 
 def test_a_failed_pass_leaves_model_and_later_scores_right():
     llm, ids = tiny_llm(), tokens()
-    expected = MaskScorer(llm, ids).nll(Plan.removing(2))
-    scorer = MaskScorer(llm, ids)
+    expected = PlanScorer(llm, ids).nll(Plan.removing(2))
+    scorer = PlanScorer(llm, ids)
     scorer.nll(Plan())
     weight = llm.model.get_decoder().layers[1].mlp.down_proj.weight
     kept = weight.data.clone()
@@ -169,9 +169,9 @@ def test_a_failed_pass_leaves_model_and_later_scores_right():
 
 def test_the_mask_in_force_does_not_matter_and_stays():
     llm, ids = tiny_llm(), tokens()
-    expected = MaskScorer(llm, ids).nll(Plan.removing(1))
-    with llm.masked(Plan.removing(0, 3)):
-        assert MaskScorer(llm, ids).nll(Plan.removing(1)) == expected
+    expected = PlanScorer(llm, ids).nll(Plan.removing(1))
+    with llm.applied(Plan.removing(0, 3)):
+        assert PlanScorer(llm, ids).nll(Plan.removing(1)) == expected
         assert llm.plan == Plan.removing(0, 3)
 
 
@@ -204,11 +204,11 @@ def test_the_loss_in_pieces_equals_the_loss(dtype, head_tokens, monkeypatch):
 )
 def test_impossible_windows(ids, text):
     with pytest.raises(CorpusError, match=text):
-        MaskScorer(tiny_llm(), ids)
+        PlanScorer(tiny_llm(), ids)
 
 
 def test_a_block_that_the_model_lacks():
-    scorer = MaskScorer(tiny_llm(), tokens())
+    scorer = PlanScorer(tiny_llm(), tokens())
     for plan in (Plan.removing(4), Plan.of({"layer02.cache": "int4"})):
         with pytest.raises(UnknownNameError, match=r"layer02\.attn"):
             scorer.nll_many([plan])
@@ -217,7 +217,7 @@ def test_a_block_that_the_model_lacks():
 
 def test_a_part_of_the_text_has_the_nll_of_its_windows_and_counts_as_that_part(tmp_path):
     store = ScoreStore(tmp_path / "scores.sqlite")
-    scorer = MaskScorer(tiny_llm(), tokens(windows=4, length=8), store)
+    scorer = PlanScorer(tiny_llm(), tokens(windows=4, length=8), store)
     masks = [Plan(), Plan.removing(1), Plan.removing(0, 3), Plan.removing(1, 2)]
     found = scorer.nll_on([*masks, masks[0]], [0, 2])
     work = scorer.passes, scorer.block_forwards
@@ -245,9 +245,9 @@ def test_a_table_has_one_part_the_whole_text():
 def test_plans_are_stored_beside_masks_and_not_run_again(tmp_path):
     llm, ids = tiny_llm(), text()
     plans = plans_for(llm)
-    first = MaskScorer(llm, ids, ScoreStore(tmp_path / "s.sqlite"))
+    first = PlanScorer(llm, ids, ScoreStore(tmp_path / "s.sqlite"))
     values = first.nll_many(plans)
-    again = MaskScorer(llm, ids, ScoreStore(tmp_path / "s.sqlite"))
+    again = PlanScorer(llm, ids, ScoreStore(tmp_path / "s.sqlite"))
     assert again.nll_many(plans) == values
     assert again.evaluations == again.block_forwards == 0
     stored = dict(again.store.rows(again.context, METRIC))
@@ -256,7 +256,7 @@ def test_plans_are_stored_beside_masks_and_not_run_again(tmp_path):
 
 def test_plans_share_the_steps_before_the_first_that_differs():
     llm, ids = tiny_llm(layers=4), text()
-    scorer = MaskScorer(llm, ids)
+    scorer = PlanScorer(llm, ids)
     scorer.nll_many([
         Plan(),
         Plan.of({"layer03.cache": "int4"}),  # blocks 6 and 7 run again
@@ -270,7 +270,7 @@ def test_plans_share_the_steps_before_the_first_that_differs():
 
 def test_plans_that_differ_in_the_embeddings_share_nothing():
     llm = tiny_llm("llama_tied")
-    scorer = MaskScorer(llm, text())
+    scorer = PlanScorer(llm, text())
     lowered = Plan(embeddings="int8")
     scorer.nll_many([Plan(), lowered, Plan.removing(3), lowered.without(3)])
     assert scorer.block_forwards == 4 + 4

@@ -66,7 +66,7 @@ def lm_evals_results(config, monkeypatch, plan, llm, **options):
     from lm_eval.models.huggingface import HFLM
 
     monkeypatch.setenv("DISABLE_MULTIPROC", "1")
-    with lm_eval_tasks.quiet(), llm.masked(plan):
+    with lm_eval_tasks.quiet(), llm.applied(plan):
         given = {"pretrained": llm.model, "tokenizer": tiny_tokenizer(), **options}
         lm = HFLM(**given, batch_size=7, softmax_dtype=torch.float32)
         return evaluate(lm, loaded(config), limit=config.limit, bootstrap_iters=2)
@@ -137,7 +137,7 @@ def test_whole_texts_have_lm_evals_likelihoods_under_a_plan(llm):
     ]
     with lm_eval_tasks.quiet():
         plain = HFLM(pretrained=llm.model, tokenizer=tiny_tokenizer(), batch_size=1)
-        with llm.masked(SOME):
+        with llm.applied(SOME):
             expected = plain.loglikelihood_rolling(requests, disable_tqdm=True)
     found = PlanLM(llm, SOME).loglikelihood_rolling(requests, disable_tqdm=True)
     assert found == pytest.approx(expected, rel=1e-5)
@@ -158,7 +158,7 @@ def test_the_head_on_continuations_alone_changes_nothing(family):
     ]
     requests += [(ids[0][:-1], [7]), (ids[0][:-2], [ids[0][-2], 9]), (ids[1][:3], ids[1][3:5])]
     mask = Plan.removing("layer00.attn")
-    with llm.masked(mask), torch.no_grad():
+    with llm.applied(mask), torch.no_grad():
         found = likelihoods(PartialForward(llm), make_batches(requests, 64))
         for (context, target), (likelihood, greedy) in zip(requests, found, strict=True):
             whole = torch.tensor([context + target])
@@ -355,7 +355,7 @@ def requests():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_padded_batch_scores_as_each_sequence_alone_under_lowered_caches(family):
     llm = tiny_llm(family)
-    with llm.masked(Plan.of(CACHES)):
+    with llm.applied(Plan.of(CACHES)):
         partial, together = PartialForward(llm, widen=True), make_batches(requests(), 63)
         assert len(together) == 1
         found = likelihoods(partial, together)
@@ -370,7 +370,7 @@ def test_tasks_are_scored_under_plans_and_stored_by_plan(tmp_path):
     plan, mask = Plan.of(CACHES), Plan.removing("layer00.attn")
     config = TaskConfig(("rap_minimal_pairs", "rap_recall"), limit=4)
     scorer = TaskScorer(llm, config, ScoreStore(tmp_path / "s.sqlite"))
-    with llm.masked(mask):
+    with llm.applied(mask):
         results = scorer.results(plan)
         assert llm.plan == mask
     assert scorer.accuracies(plan) == {n: r.metrics["acc"] for n, r in results.items()}

@@ -14,7 +14,7 @@ from rap_env.importance.gsi_search import gsi
 from rap_env.models.files.loading import load_llm
 from rap_env.plan import Plan
 from rap_env.scoring.plan_runner import sharing_order
-from rap_env.scoring.scorer import METRIC, MaskScorer
+from rap_env.scoring.scorer import METRIC, PlanScorer
 from rap_env.scoring.store import ScoreStore
 from rap_env.scoring.workers import ScoringWorker, WorkerPool, batches_of
 from tests.scoring.fake_ray import FakeRay
@@ -63,9 +63,9 @@ def cluster():
 def check_scores_of_a_pool_that_loses_a_worker(llm, workers, folder, caplog, end_one=None):
     """They are those of one process to the last bit, each reported and stored once."""
     ids, plans = tokens(windows=5), [*MASKS, *LOWERED]
-    alone, scored = MaskScorer(llm, ids, batch_tokens=18), Counter()
+    alone, scored = PlanScorer(llm, ids, batch_tokens=18), Counter()
     store = ScoreStore(folder / "scores.sqlite")
-    spread = MaskScorer(llm, ids, store, batch_tokens=18, workers=workers)
+    spread = PlanScorer(llm, ids, store, batch_tokens=18, workers=workers)
 
     def on_score(plan):
         if not scored and end_one is not None:
@@ -94,7 +94,7 @@ def test_a_worker_whose_scores_would_differ_is_an_error():
     llm, ids = tiny_llm(), tokens()
     worker = ScoringWorker(lambda: llm, torch.get_num_threads())
     worker.load()
-    scorer = MaskScorer(llm, ids, batch_tokens=18)
+    scorer = PlanScorer(llm, ids, batch_tokens=18)
     found = worker.measure(scorer.job, MASKS[:3])
     assert [values.mean() for values in found.window_nll.values()] == scorer.nll_many(MASKS[:3])
     with pytest.raises(WorkerError, match=r"other scores than this process \(threads: 1, not 2\)"):
@@ -134,12 +134,12 @@ def test_a_worker_lost_in_the_middle_changes_no_score(tmp_path, caplog):
     check_scores_of_a_pool_that_loses_a_worker(llm, workers, tmp_path, caplog)
     assert len(lost) == 1
     here, there = (
-        gsi(MaskScorer(llm, ids, workers=pool), method="lazy", progress=False)
+        gsi(PlanScorer(llm, ids, workers=pool), method="lazy", progress=False)
         for pool in (None, workers)
     )
     assert (there.order_indices, there.nll_after) == (here.order_indices, here.nll_after)
-    part = MaskScorer(llm, ids, workers=workers).nll_on(MASKS[:4], [0, 3])
-    assert part == MaskScorer(llm, ids).nll_on(MASKS[:4], [0, 3])
+    part = PlanScorer(llm, ids, workers=workers).nll_on(MASKS[:4], [0, 3])
+    assert part == PlanScorer(llm, ids).nll_on(MASKS[:4], [0, 3])
 
 
 def test_workers_that_always_die_end_in_an_error():
@@ -150,7 +150,7 @@ def test_workers_that_always_die_end_in_an_error():
     llm = tiny_llm("llama", layers=3)
     workers = pool_on(Dying, llm)
     with pytest.raises(WorkerError, match="died one after the other; .* The last error: killed$"):
-        MaskScorer(llm, tokens(), workers=workers).nll_many(MASKS)
+        PlanScorer(llm, tokens(), workers=workers).nll_many(MASKS)
     assert workers._ray.started == 2 + 7
 
 
@@ -166,18 +166,18 @@ def test_an_error_in_a_worker_is_that_of_one_process_and_the_pool_goes_on():
 
     llm = tiny_llm("llama", layers=3)
     workers = pool_on(Broken, llm)
-    scorer = MaskScorer(llm, tokens(), workers=workers)
+    scorer = PlanScorer(llm, tokens(), workers=workers)
     with pytest.raises(NonFiniteScoreError):
         scorer.nll_many(MASKS)
-    assert scorer.nll_many(MASKS) == MaskScorer(llm, tokens()).nll_many(MASKS)
+    assert scorer.nll_many(MASKS) == PlanScorer(llm, tokens()).nll_many(MASKS)
     assert workers._ray.started == 4, "the error ended the first two"
 
 
 def test_workers_run_where_ray_has_fewer_cores():
     llm = tiny_llm("llama", layers=3)
     workers = pool_on(ScoringWorker, llm, 3)
-    nll = MaskScorer(llm, tokens(), workers=workers).nll_many(MASKS)
-    assert nll == MaskScorer(llm, tokens()).nll_many(MASKS)
+    nll = PlanScorer(llm, tokens(), workers=workers).nll_many(MASKS)
+    assert nll == PlanScorer(llm, tokens()).nll_many(MASKS)
     assert workers._ray.asked["num_cpus"] == 0
 
 

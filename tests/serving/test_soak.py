@@ -120,7 +120,7 @@ class RecordingEngine(Engine):
 def is_wrong(fresh, answer, plan):
     """Whether a token of an answer is not a fresh model's under a plan, given those before it."""
     ids, rows, cache = [*answer.prompt_ids], [], None
-    with fresh.masked(plan), torch.no_grad():
+    with fresh.applied(plan), torch.no_grad():
         for piece in (ids, *([token] for token in answer.token_ids[:-1])):
             given = {"use_cache": True, cache_argument(fresh.model): cache}
             output = fresh.model(input_ids=torch.tensor([piece]), **given)

@@ -34,7 +34,7 @@ from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.runtime.request_handle import RequestHandle
 from rap_env.scoring.plan_runner import token_nll
-from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.scorer import PlanScorer
 
 LABELS = {
     "dense": "Dense",
@@ -255,7 +255,7 @@ def held_out_delta_nll(config: Config, llm: ElasticLLM, plans: Sequence[Plan]) -
     """ΔNLL of plans on the first windows of the prompts' text, nats per token."""
     corpus = load_text(config.replay.text, "report", llm, progress=config.progress)
     windows = min(config.replay.mask_loss_windows, len(corpus.tokens))
-    scorer = MaskScorer(llm, corpus.spread(windows), open_store(config.store))
+    scorer = PlanScorer(llm, corpus.spread(windows), open_store(config.store))
     return [nll - scorer.dense_nll for nll in scorer.nll_many(list(plans))]
 
 

@@ -222,7 +222,7 @@ def shared_llm(
 
     It is loaded at the first call. A forked process continues to use the model that its parent
     loaded (on the CPU without a copy in memory); a spawned one loads its own. Apply masks with
-    ``with llm.masked(mask):``, so that other users find the model unchanged.
+    ``with llm.applied(mask):``, so that other users find the model unchanged.
 
     Args and errors are those of `load_llm`.
     """

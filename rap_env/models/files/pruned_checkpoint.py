@@ -142,7 +142,7 @@ def load_pruned(
 
 
 def _write(llm: ElasticLLM, mask: Plan, folder: Path) -> None:
-    with llm.masked(mask), transformers_bars(shown=False):
+    with llm.applied(mask), transformers_bars(shown=False):
         # With the names that the model has, so that transformers need not know its model type.
         llm.model.save_pretrained(folder, save_original_format=False)
     if llm.tokenizer is not None:

@@ -79,7 +79,7 @@ def generate_windows(
     special = sorted({*getattr(llm.tokenizer, "all_special_ids", ()), start})
     devices = [llm.device] if llm.device.type == "cuda" else []
     parts = []
-    with torch.random.fork_rng(devices), llm.masked(Plan()):
+    with torch.random.fork_rng(devices), llm.applied(Plan()):
         torch.manual_seed(seed)
         for first in range(0, windows, _BATCH):
             size = min(_BATCH, windows - first)
@@ -200,7 +200,7 @@ def use_text(
     text.update(f"{tuple(windows.shape)} {uniform} {_damping(uniform)} v{_VERSION}".encode())
     digest = text.hexdigest()
     folder = cache_dir() / "calibrated" / f"{llm.fingerprint[:16]}-{digest[:16]}"
-    with llm.exclusive(), llm.masked(Plan()):
+    with llm.exclusive(), llm.applied(Plan()):
         items, residency = llm._live.all_items, llm.residency
         if any(level in item.made for item in items for level in levels):
             llm.set_residency("resident")
@@ -242,7 +242,7 @@ def calibrate(
     use_text(llm, windows, levels, uniform=uniform)
     items = llm._live.all_items
     folders = {path.parent for item in items for path in item.files.values()}
-    with llm.exclusive(), llm.masked(Plan()), contextlib.ExitStack() as locks:
+    with llm.exclusive(), llm.applied(Plan()), contextlib.ExitStack() as locks:
         for folder in folders:
             locks.enter_context(locked(folder))
         if not any(map(_missing, items)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
@@ -132,7 +133,7 @@ class ElasticLLM:
             self._live.prepare(self._target(plan))
 
     @contextlib.contextmanager
-    def masked(self, plan: Plan) -> Iterator[ElasticLLM]:
+    def applied(self, plan: Plan) -> Iterator[ElasticLLM]:
         """Apply a plan for the duration of a ``with`` block, in which other threads wait.
 
         The earlier plan is restored afterwards, also after an error. Weights that are unused only
@@ -145,6 +146,11 @@ class ElasticLLM:
                 yield self
             finally:
                 self._live.set(before, evict=True)
+
+    def masked(self, plan: Plan) -> AbstractContextManager[ElasticLLM]:
+        """The old name of `applied`."""
+        warnings.warn("masked is now applied", DeprecationWarning, stacklevel=2)
+        return self.applied(plan)
 
     def exclusive(self) -> AbstractContextManager[object]:
         """Keep other threads from running the model or changing its plan; may be nested."""
@@ -276,7 +282,7 @@ class ElasticLLM:
 
     @cached_property
     def _own_bytes(self) -> tuple[tuple[int, ...], int]:
-        with self.masked(Plan()):
+        with self.applied(Plan()):
             return own_bytes(self.model, self._live.sites)
 
     @cached_property
@@ -285,7 +291,7 @@ class ElasticLLM:
 
         Computed once, in about a second per GB. Mask, device and source do not matter.
         """
-        with self.masked(Plan()):
+        with self.applied(Plan()):
             return fingerprint_of(self.model)
 
     @cached_property

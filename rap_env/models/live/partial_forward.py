@@ -163,7 +163,7 @@ class PartialForward:
             return state
         args, kwargs = self._calls_for(state)[layer]
         wide = self._wide(self._layers[layer])
-        with self._llm.masked(inside), wide, device.in_float32():
+        with self._llm.applied(inside), wide, device.in_float32():
             output = self._layers[layer](state, *args, **kwargs)
         left: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return left
@@ -193,7 +193,7 @@ class PartialForward:
         """Run embeddings and head at a level in a ``with`` block, without any change for native."""
         if level == "native":
             return contextlib.nullcontext()
-        return self._llm.masked(Plan(embeddings=level))
+        return self._llm.applied(Plan(embeddings=level))
 
     @property
     def head(self) -> nn.Linear:

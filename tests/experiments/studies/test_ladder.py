@@ -15,7 +15,7 @@ from rap_env.errors import InvalidRequestError
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.request import Request
-from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.scorer import PlanScorer
 from tests.experiments.tiny_study import own_text, tiny_study
 
 
@@ -33,7 +33,7 @@ def config(base):
 def scorer(config):
     context = build_context(config)
     text = load_text(config.evaluate.text, "report", context.llm, progress=False)
-    return MaskScorer(context.llm, text)
+    return PlanScorer(context.llm, text)
 
 
 def test_every_setting_is_measured_for_each_request(config, scorer):

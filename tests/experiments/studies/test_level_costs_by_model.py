@@ -12,7 +12,7 @@ from experiments.contexts import build_context, load_text
 from experiments.studies.level_costs_by_model import STUDY, LevelCostRow, with_start
 from rap_env.models.files.loading import load_llm
 from rap_env.plan import Plan
-from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.scorer import PlanScorer
 from tests.experiments.tiny_study import own_text, tiny_study
 
 
@@ -35,7 +35,7 @@ def test_every_level_is_measured_everywhere(config):
     ]  # fmt: skip
     assert {row.shipped_format for row in rows} == {"float32"}
     llm = load_llm(config.model.name, device="cpu", dtype="float32")
-    scorer = MaskScorer(llm, load_text(config.evaluate.text, "report", llm, progress=False))
+    scorer = PlanScorer(llm, load_text(config.evaluate.text, "report", llm, progress=False))
     plans = {
         ("weights", "int4"): Plan.uniform(3, weights="int4"),
         ("embeddings", "int8"): Plan(embeddings="int8"),

@@ -17,7 +17,7 @@ from rap_env.policies.loading import load_policy
 from rap_env.request import Request
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
-from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.scorer import PlanScorer
 from tests.experiments.letter_texts import write_letters
 from tests.experiments.synthetic_records import DEPENDS, make_row
 from tests.experiments.tiny_study import tiny_study
@@ -59,7 +59,7 @@ def test_each_window_is_measured_with_the_plan_of_its_prompt(config, rows):
     for row in rows:
         text = config.prompts.texts[row.text]
         corpus = load_corpus(CorpusConfig(text.source, 3, 48, role="report"), llm)
-        scorer = MaskScorer(llm, corpus)
+        scorer = PlanScorer(llm, corpus)
         for window, tokens in enumerate(corpus.tokens.tolist()):
             policy, shares = blind, ()
             if row.policy.endswith(BLIND):

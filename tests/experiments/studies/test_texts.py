@@ -33,7 +33,7 @@ from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.request import Request
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
-from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.scorer import PlanScorer
 from tests.experiments.letter_texts import write_letters
 from tests.experiments.tiny_study import tiny_study
 from tests.tiny import tiny_llm
@@ -67,7 +67,7 @@ def folder(config):
 def scorer_of(config, kind, seed, tokens, windows, role):
     llm = load_llm(config.model.name, device="cpu", dtype="float32")
     text = CorpusConfig(config.texts.kinds[kind].source, windows, tokens, seed, role=role)
-    return MaskScorer(llm, load_corpus(text, llm))
+    return PlanScorer(llm, load_corpus(text, llm))
 
 
 def test_costs_are_measured_on_each_draw(config, folder):
@@ -142,7 +142,7 @@ class AdditiveScorer:
 
 
 def test_the_gap_is_positive_if_costs_depend_on_the_kind(config, monkeypatch):
-    monkeypatch.setattr(program, "MaskScorer", AdditiveScorer)
+    monkeypatch.setattr(program, "PlanScorer", AdditiveScorer)
     other = replace(config, name="apart", store=None)
     rows = STUDY.read(STUDY.run(other, other.stage_dir("texts")))
     _, losses = losses_of(rows)

@@ -14,7 +14,7 @@ from experiments.train import objective, run_trial
 from rap_env.errors import CorpusError
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
-from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.scorer import PlanScorer
 from tests.experiments.tiny_study import own_text, short_training, tiny_study
 
 
@@ -70,7 +70,7 @@ def test_the_objective_on_another_text_is_measured_again(config, trained, tmp_pa
     )
     assert corpus.sha256 != context.scorer.corpus.sha256
     measured = objective(other, trained)
-    assert measured == pytest.approx(expected(config, trained, MaskScorer(context.llm, corpus)))
+    assert measured == pytest.approx(expected(config, trained, PlanScorer(context.llm, corpus)))
     assert RunFolder(trained).read()["objective_on"]["text"]["seed"] == 7
     assert measured != objective(config, trained)
 

@@ -80,7 +80,7 @@ def test_under_one_plan_concurrent_calls_equal_single_calls() -> None:
 
     def disturb() -> None:
         for _ in range(40):
-            with llm.masked(Plan.removing(1, 2)):
+            with llm.applied(Plan.removing(1, 2)):
                 cached_step(llm.model, padded_batch()["input_ids"], None)
 
     threads = [threading.Thread(target=work) for _ in range(3)]

@@ -81,7 +81,7 @@ def test_a_padded_pass_with_a_cache_and_without_one_equals_each_row(name, level)
 def test_masks_and_levels_together(name, level, removed) -> None:
     llm = long_llm(name)
     rows = random_rows(120, 75)
-    with llm.masked(removed):
+    with llm.applied(removed):
         native = last_logits(llm, rows)
     llm.apply(uniform(level).without(*removed.removed))
     expected = last_logits(llm, rows)
@@ -106,7 +106,7 @@ def test_rows_join_and_leave(name, level) -> None:
 
     def check(logits: torch.Tensor) -> None:
         expected = last_logits(llm, rows_of(batch))
-        with llm.masked(Plan()):
+        with llm.applied(Plan()):
             native = last_logits(llm, rows_of(batch))
         assert_near(logits, expected, native=native)
 

@@ -33,7 +33,7 @@ def test_a_removed_attention_block_leaves_two_bytes_a_token(name: str) -> None:
     llm = tiny_llm(name)
     dense = real_bytes(llm, 11)
     for removed in range(LAYERS):
-        with llm.masked(Plan.removing(2 * removed)):
+        with llm.applied(Plan.removing(2 * removed)):
             pruned = real_bytes(llm, 11)
         held = min(11, llm.facts.kv_window_tokens[removed] or 11)
         assert pruned[removed] == 2 * 3 * held

@@ -54,7 +54,7 @@ def test_the_loaded_model_is_the_masked_one(name, mask, dtype, tmp_path) -> None
     loaded = load_pruned(save_pruned(llm, mask, tmp_path / "pruned"))
     assert llm.plan == loaded.plan == Plan()
     assert loaded.pruned == mask
-    with llm.masked(mask):
+    with llm.applied(mask):
         assert torch.equal(logits(loaded), logits(llm))
         assert type(loaded.model) is type(llm.model)
         ours, theirs = loaded.model.state_dict(), llm.model.state_dict()
@@ -70,7 +70,7 @@ def test_the_loaded_model_can_be_masked_further(name: str, tmp_path) -> None:
     llm = tiny_llm(name)
     loaded = load_pruned(save_pruned(llm, MASK, tmp_path / "pruned"))
     more = Plan.removing(0, 1)
-    with llm.masked(MASK.without(*more.removed)), loaded.masked(more):
+    with llm.applied(MASK.without(*more.removed)), loaded.applied(more):
         assert torch.equal(logits(loaded), logits(llm))
     again = load_pruned(save_pruned(loaded, more, tmp_path / "more"))
     assert again.pruned == MASK.without(*more.removed)
@@ -99,7 +99,7 @@ def test_the_attention_implementation_is_kept(tmp_path) -> None:
     llm.model.set_attn_implementation("eager")
     loaded = load_pruned(save_pruned(llm, MASK, tmp_path / "pruned"))
     assert attention_name(loaded.model) == "eager"
-    with llm.masked(MASK):
+    with llm.applied(MASK):
         assert torch.equal(logits(loaded), logits(llm))
 
 
@@ -214,7 +214,7 @@ def test_transformers_opens_the_masked_model(name: str, tmp_path) -> None:
     model = opened(save_pruned(llm, mask, tmp_path / "pruned"))
     ask = {**padded_batch(), "max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
     cached, without = model.generate(**ask), model.generate(**ask, use_cache=False)
-    with llm.masked(mask):
+    with llm.applied(mask):
         assert torch.equal(logits(model), logits(llm))
         assert torch.equal(cached, llm.generate(**ask))
     assert torch.equal(cached, without)

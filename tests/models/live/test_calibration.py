@@ -18,7 +18,7 @@ INT4 = Plan.uniform(tiny.LAYERS, weights="int4")
 
 
 def _logits(llm: ElasticLLM, plan: Plan) -> torch.Tensor:
-    with llm.masked(plan):
+    with llm.applied(plan):
         return logits(llm, input_ids=OTHERS, attention_mask=None, use_cache=False)
 
 

@@ -56,7 +56,7 @@ def zeroed(llm: ElasticLLM, mask: Plan):
 def test_a_mask_equals_blocks_whose_output_is_zero(name: str, dtype: torch.dtype) -> None:
     llm = tiny_llm(name, dtype=dtype)
     for mask in [*MASKS.values(), *map(Plan.removing, range(NUM_BLOCKS))]:
-        with llm.masked(mask):
+        with llm.applied(mask):
             masked = logits(llm)
         assert torch.equal(masked, logits(zeroed(llm, mask))), mask
 
@@ -66,7 +66,7 @@ def test_a_loop_over_tokens_equals_one_pass(name, mask, dtype) -> None:
     llm = tiny_llm(name, dtype=dtype)
     batch = padded_batch()
     seen = batch["attention_mask"].bool()
-    with llm.masked(mask):
+    with llm.applied(mask):
         at_once = logits(llm).float()[seen]
         in_steps = token_by_token(llm.model, **batch, prompt=5).float()[seen]
     rounding = 1e-4 if dtype == torch.float32 else 0.02  # bfloat16 keeps 8 bits
@@ -94,7 +94,7 @@ def test_a_block_that_the_model_lacks_is_rejected_and_nothing_changes() -> None:
     before = logits(llm)
     with pytest.raises(UnknownNameError, match=r"block 'layer02.attn'; known are 'layer00.attn"):
         llm.apply(Plan.removing(0, 4))
-    with pytest.raises(UnknownNameError), llm.masked(Plan.removing("layer99.ffn")):
+    with pytest.raises(UnknownNameError), llm.applied(Plan.removing("layer99.ffn")):
         pytest.fail("the mask should not have been applied")
     assert llm.plan == Plan.removing(1)
     assert torch.equal(logits(llm), before)
@@ -112,7 +112,7 @@ def test_bytes_of_blocks_and_base_add_up_to_the_unique_tensors(name: str) -> Non
     facts = llm.facts
     assert sum(facts.block_param_bytes) + facts.base_bytes == sum(unique.values())
     for index, size in enumerate(facts.block_param_bytes):
-        with llm.masked(Plan.removing(index)):
+        with llm.applied(Plan.removing(index)):
             left = {p.data_ptr(): p.nbytes for p in llm.model.parameters()}
         assert size == sum(unique.values()) - sum(left.values()) > 0
 
@@ -156,7 +156,7 @@ def test_a_plan_is_restored_after_a_with_block() -> None:
     llm.apply(PLAN)
     before = logits(llm)
     uniform = Plan.uniform(LAYERS, caches="int2")
-    with llm.masked(uniform) as same, llm.without({2}):
+    with llm.applied(uniform) as same, llm.without({2}):
         assert same is llm
         assert llm.plan == uniform.without(2)
         assert not torch.equal(logits(llm), before)

@@ -78,7 +78,7 @@ def test_a_removal_affects_only_later_tokens(name, switch) -> None:
         index: [index in after.removed] * old + [index in absent] * (batch.length - old)
         for index in before.removed | after.removed
     }
-    with llm.masked(Plan()):
+    with llm.applied(Plan()):
         close(logits, gated_logits(llm, rows_of(batch), gates)[:, -1])
 
 
@@ -95,7 +95,7 @@ def test_rows_join_and_leave_without_affecting_each_other(name) -> None:
 
     def expected() -> torch.Tensor:
         gates = {index: gate[: batch.length] for index, gate in removed.items()}
-        with llm.masked(Plan()):
+        with llm.applied(Plan()):
             return gated_logits(llm, rows_of(batch), gates)[:, -1]
 
     close(grown(batch, 2), expected())
@@ -127,7 +127,7 @@ def test_a_joining_row_under_another_plan_keeps_what_it_has() -> None:
     llm.apply(Plan.removing(2))
     batch.join(newcomer)
     logits = grown(batch, 1)
-    with llm.masked(Plan()):
+    with llm.applied(Plan()):
         older = gated_logits(
             llm, rows_of(batch)[:1], {0: [False] * 6 + [True], 2: [False] * 6 + [True]}
         )

@@ -24,7 +24,7 @@ def test_blocks_run_one_by_one_equal_the_full_pass(family, dtype):
     llm, ids = tiny_llm(family, dtype=dtype), tokens()
     partial = PartialForward(llm)
     for mask in MASKS:
-        with torch.inference_mode(), llm.masked(mask):
+        with torch.inference_mode(), llm.applied(mask):
             decoder = llm.adapter.decoder(llm.model)
             expected = decoder(input_ids=ids, use_cache=False).last_hidden_state
             logits = llm.model(ids, use_cache=False).logits
@@ -47,7 +47,7 @@ def test_other_shapes_and_the_mask_in_force_do_not_matter(family):
     for shape in ((1, 4), (5, 9), (1, 4)):
         ids = tokens(*shape)
         expected = by_blocks(PartialForward(llm), ids, Plan.removing(1))
-        with llm.masked(Plan.removing(0, 3)):
+        with llm.applied(Plan.removing(0, 3)):
             assert torch.equal(by_blocks(partial, ids, Plan.removing(1)), expected)
             assert llm.plan == Plan.removing(0, 3)
 

@@ -60,7 +60,7 @@ def test_a_level_computes_with_its_weights_and_is_undone_exactly(name: str, leve
     llm = made(tiny_llm(name))
     native, before = logits(llm), weights_hash(llm.model)
     ids = torch.tensor([[5, 6, 7, 8]])
-    with llm.masked(UNIFORM[level]):
+    with llm.applied(UNIFORM[level]):
         packed, written = logits(llm), llm.generate(ids, max_new_tokens=3, do_sample=False)
         reference = tiny_model(name)
         replace_by_widened(reference, llm.model)

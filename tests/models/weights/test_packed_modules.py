@@ -22,7 +22,7 @@ from rap_env.models.weights.packed_modules import (
     packed,
 )
 from rap_env.plan import Plan
-from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.scorer import PlanScorer
 from tests.models.live.test_partial_forward import by_blocks
 from tests.scoring.test_scorer import tokens
 from tests.tiny import DISTINCT_FAMILIES, FAMILIES, LAYERS, VOCAB_SIZE, each_family, tiny_model
@@ -143,7 +143,7 @@ def test_packed_blocks_run_as_their_widened_weights_do(family, level):
         WidenedWeights.of(llm.model).max_bytes = limit
         for mask in MASKS:
             assert torch.equal(by_blocks(partial, ids, mask), by_blocks(wide, ids, mask)), mask
-            with llm.masked(mask):
+            with llm.applied(mask):
                 assert torch.equal(partial.hidden(ids), by_blocks(wide, ids, mask)), mask
         del partial
 
@@ -187,7 +187,7 @@ def test_modules_are_left_as_they_were():
 def test_a_packed_model_is_scored_as_one_with_its_widened_weights():
     packed_one, wide = packed_llm("llama_tied"), packed_llm("llama_tied", wide=True)
     ids = tokens(windows=4, length=20)
-    scorer, reference = MaskScorer(packed_one, ids), MaskScorer(wide, ids)
+    scorer, reference = PlanScorer(packed_one, ids), PlanScorer(wide, ids)
     assert scorer.nll_many(MASKS) == reference.nll_many(MASKS)
     assert scorer.context != reference.context
     assert WidenedWeights.of(packed_one.model).held_bytes > 0

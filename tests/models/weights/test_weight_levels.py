@@ -81,7 +81,7 @@ def test_the_state_depends_on_the_plan_alone(name: str) -> None:
     for plan in (uniform("int8"), Plan.removing(0, 1), uniform("int4", "int4"), Plan.removing(3)):
         llm.apply(plan)
     apply_to(MIXED, llm, fresh)
-    with llm.masked(uniform("int4")), fresh.masked(uniform("int4")):
+    with llm.applied(uniform("int4")), fresh.applied(uniform("int4")):
         assert torch.equal(logits(llm), logits(fresh))
     assert llm.plan == MIXED
     assert torch.equal(logits(llm), logits(fresh))
