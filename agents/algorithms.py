@@ -3,8 +3,8 @@
 An episode takes 5 to 60 actions and is rewarded at its end, so the hyperparameters in
 ``conf/agent`` do not discount (``gamma: 1``) and use each rollout often: an episode costs an
 evaluation of the language model, an update costs little. The values are in
-``conf/agent/NAME.yaml``, here or in the package that brings the agent, and nowhere else; what a
-caller does not give is taken from there.
+``conf/agent/NAME.yaml``, here or in the package that brings the agent, and nowhere else; what
+a caller does not give is taken from there.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ class PPOHyperparameters(Settings):
     """Hyperparameters of ``ppo`` and ``maskable_ppo``; names as in stable-baselines3.
 
     Attributes:
-        learning_rate: Adam's first learning rate; it falls linearly to a tenth over the training.
+        learning_rate: Adam's first learning rate; it falls linearly to a tenth over the
+            training.
         n_steps: Steps of each sub-environment in a rollout.
         batch_size: Steps in a mini-batch; limited to the size of the rollout.
         n_epochs: Passes over each rollout.
@@ -104,7 +105,8 @@ class DQNHyperparameters(Settings):
     """Hyperparameters of ``dqn`` and ``masked_dqn``; names as in stable-baselines3.
 
     Attributes:
-        learning_rate: Adam's first learning rate; it falls linearly to a tenth over the training.
+        learning_rate: Adam's first learning rate; it falls linearly to a tenth over the
+            training.
         buffer_size: Transitions in the replay buffer.
         learning_starts: Steps before the first update.
         batch_size: Transitions in a mini-batch.
@@ -138,15 +140,15 @@ class PolicySettings(Settings):
 
     Attributes:
         hidden: Units of each hidden layer.
-        block_vectors: Width of a learned vector for each block or item, which its row carries; 0
-            for none. Improves the policy on its own model, but it then does not transfer to a
-            model with another number of layers.
-        without: Features hidden from the network, each an ablation: ``gsi`` (rank and marginal
-            rise in NLL; those of the order over items), ``one_shot`` (the one-shot rise in
-            NLL), ``request`` (the request, and what a block or item frees for it: in RAPPrune the
-            policy is then one static order of removal), ``kind`` (which kind a block or item is
-            of) and ``depth`` (in which layer it is); without one of them, an item has no
-            neighbours.
+        block_vectors: Width of a learned vector for each block or item, which its row
+            carries; 0 for none. Improves the policy on its own model, but it then does not
+            transfer to a model with another number of layers.
+        without: Features hidden from the network, each an ablation: ``gsi`` (rank and
+            marginal rise in NLL; those of the order over items), ``one_shot`` (the one-shot
+            rise in NLL), ``request`` (the request, and what a block or item frees for it: in
+            RAPPrune the policy is then one static order of removal), ``kind`` (which kind a
+            block or item is of) and ``depth`` (in which layer it is); without one of them, an
+            item has no neighbours.
     """
 
     section: ClassVar[str] = "policy_settings"
@@ -289,13 +291,14 @@ class AgentConfig:
     """Configuration of a training: the agent, its length and its settings.
 
     Attributes:
-        name: One of `ALGORITHMS` (``ppo``, ``maskable_ppo``, ``dqn``, ``masked_dqn``), the name of
-            an entry point of another package, or ``package.module:name`` of an `Algorithm`.
+        name: One of `ALGORITHMS` (``ppo``, ``maskable_ppo``, ``dqn``, ``masked_dqn``), the
+            name of an entry point of another package, or ``package.module:name`` of an
+            `Algorithm`.
         total_timesteps: Environment steps, one action each; PPO finishes its last rollout.
         n_envs: Environments stepped together in one process; they share one model.
         seed: Seed of the networks, of exploration and of the requests.
-        hyperparameters: Settings of the algorithm (`Algorithm.hyperparameters`). Settings that
-            are not given have the values of ``conf/agent/NAME.yaml``.
+        hyperparameters: Settings of the algorithm (`Algorithm.hyperparameters`). Settings
+            that are not given have the values of ``conf/agent/NAME.yaml``.
         normalize_reward: Divide rewards by the running deviation of returns (`VecNormalize`);
             observations are in [0, 1] already.
         policy_settings: Settings of the block-wise policy
@@ -338,8 +341,8 @@ class AgentConfig:
 def make_model(config: AgentConfig, venv: VecEnv) -> BaseAlgorithm:
     """Make an untrained model for the environments in `venv`.
 
-    It lives on the CPU, since a GPU would slow down so small a network. The learning rate falls
-    linearly to a tenth over the training.
+    It lives on the CPU, since a GPU would slow down so small a network. The learning rate
+    falls linearly to a tenth over the training.
     """
     settings = dict(config.hyperparameters)
     if "n_steps" in settings:  # a mini-batch cannot be larger than the rollout

@@ -1,8 +1,9 @@
 """Checkpoints: written atomically, verified by checksums, and complete enough to resume exactly.
 
-A checkpoint is a folder that is renamed into place. Its ``checkpoint.json`` has the checksums of
-the other files and its own. Beside the networks it holds what training needs to continue bit for
-bit: random generators, running reward statistics and the unfinished episodes, as plain JSON.
+A checkpoint is a folder that is renamed into place. Its ``checkpoint.json`` has the checksums
+of the other files and its own. Beside the networks it holds what training needs to continue
+bit for bit: random generators, running reward statistics and the unfinished episodes, as
+plain JSON.
 """
 
 from __future__ import annotations
@@ -158,7 +159,8 @@ def check_same_run(checkpoint: Checkpoint, config: AgentConfig, venv: VecEnv) ->
     """Check that a run is resumed with the same settings; only the total of steps may change.
 
     Raises:
-        ArtifactError: Agent, policy, seed, hyperparameters, environments, ladder or spaces differ.
+        ArtifactError: Agent, policy, seed, hyperparameters, environments, ladder or spaces
+            differ.
     """
     asked = {
         **config.as_dict(),

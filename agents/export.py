@@ -34,8 +34,8 @@ def export_policy(run_dir: str | Path, context: PruningContext) -> PolicyFile:
             observed it. It may differ from the model of the training if the policy transfers.
 
     Raises:
-        ArtifactError: There is no checkpoint, all are damaged, the policy is not block-wise, or
-            it does not transfer to this model.
+        ArtifactError: There is no checkpoint, all are damaged, the policy is not block-wise,
+            or it does not transfer to this model.
     """
     checkpoint = checkpoint_of(run_dir)
     config = checkpoint.config
@@ -85,7 +85,8 @@ def network_weights(policy: BasePolicy, without: tuple[str, ...] = ()) -> Networ
         first_bias=_array(first.bias),
         second_weight=_array(second.weight),
         second_bias=_array(second.bias),
-        last_weight=_array(last.weight)[0],  # without the bias, which is the same for all actions
+        # Without the bias, which is the same for all actions.
+        last_weight=_array(last.weight)[0],
         linear_weight=_array(scores.linear.weight)[0],
         vectors=_array(vectors) if vectors.shape[1] else np.zeros((0, 0), dtype=np.float32),
         rows=rows.spec.key,

@@ -1,9 +1,9 @@
 """Imitation learning: a policy learns a teacher's plans before it learns from rewards.
 
-A plan says which level each item has, not in which order they were lowered. In a state on the way
-there, each remaining step is therefore a right action, and the policy is trained to choose one of
-them. States are random plans between the native one and the teacher's; they are drawn again for
-each update.
+A plan says which level each item has, not in which order they were lowered. In a state on the
+way there, each remaining step is therefore a right action, and the policy is trained to
+choose one of them. States are random plans between the native one and the teacher's; they are
+drawn again for each update.
 """
 
 from __future__ import annotations
@@ -131,7 +131,8 @@ class ImitationResult(NamedTuple):
     """Result of imitation learning, over the states of the last updates.
 
     Attributes:
-        agreement: Share of states in which the policy's greedy action is one of the teacher's.
+        agreement: Share of states in which the policy's greedy action is one of the
+            teacher's.
     """
 
     loss: float
@@ -148,10 +149,11 @@ def imitate(
 ) -> ImitationResult:
     """Train a model's policy to choose the plans that a teacher chooses.
 
-    Actor-critic policies: behaviour cloning, with minus the log of the probability that the next
-    action is one of the right ones. Q networks: the large-margin loss of DQfD (Hester et al. 2018,
-    arXiv 1704.03732, section "Deep Q-learning from demonstrations") between the best right action
-    and the best of all. No values are learned: the returns of a teacher's plans are not known.
+    Actor-critic policies: behaviour cloning, with minus the log of the probability that the
+    next action is one of the right ones. Q networks: the large-margin loss of DQfD (Hester et
+    al. 2018, arXiv 1704.03732, section "Deep Q-learning from demonstrations") between the
+    best right action and the best of all. No values are learned: the returns of a teacher's
+    plans are not known.
 
     Args:
         model: A model of any agent, trained or not; its policy is changed.

@@ -1,8 +1,8 @@
 """The policy network in torch: what it observes (rows), its outputs (heads), its policies.
 
 Shapes: B observations, N blocks or items, F features of each, R
-entries of the request, W = width of a row, H hidden units. The number of parameters does not depend
-on N, unless each block or item has a learned vector.
+entries of the request, W = width of a row, H hidden units. The number of parameters does not
+depend on N, unless each block or item has a learned vector.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ _VECTOR_SPREAD = 0.3
 class Rows(BaseFeaturesExtractor):
     """Joins the features of each block or item with those of the whole request.
 
-    Standardised features compare a block or item with the others, independently of the model's
-    size. A price is the log of a measured importance per useful byte, a ratio that a small network
-    would need many episodes to learn. Neighbours are included because a block next to a removed one
-    is often less important; which items are neighbours is read from the observed kinds and depths,
-    so that one network serves ladders of any size. `rap_env.policies.network_rows` lists the parts
-    of a row, and the network of the runtime computes the same rows.
+    Standardised features compare a block or item with the others, independently of the
+    model's size. A price is the log of a measured importance per useful byte, a ratio that a
+    small network would need many episodes to learn. Neighbours are included because a block
+    next to a removed one is often less important; which items are neighbours is read from the
+    observed kinds and depths, so that one network serves ladders of any size.
+    `rap_env.policies.network_rows` lists the parts of a row, and the network of the runtime
+    computes the same rows.
 
     Args:
-        observation_space: A ``Dict`` with ``request`` (R,), ``blocks`` or ``ladder`` (N, F) and
-            ``action_mask`` (N,).
+        observation_space: A ``Dict`` with ``request`` (R,), ``blocks`` or ``ladder`` (N, F)
+            and ``action_mask`` (N,).
         block_vectors: As in `agents.algorithms.PolicySettings`.
         without: As in `PolicySettings`; hidden features are 0.
 
@@ -103,7 +104,8 @@ class Rows(BaseFeaturesExtractor):
 
     def _neighbours(self, each: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         """Return what is observed of the levels of each row's neighbours."""
-        placed = each[0, :, : self.spec.features.index("depth") + 1]  # the same in all of them
+        # The same in all of them.
+        placed = each[0, :, : self.spec.features.index("depth") + 1]
         if not torch.equal(placed, self._placed):
             self._placed = placed.clone()
             near = self.spec.neighbours(placed.detach().cpu().numpy())
@@ -138,7 +140,8 @@ def _standardised(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
 class BlockScores(nn.Module):
     """Scores each block or item; all scores start near 0, so the first choices are nearly uniform.
 
-    A linear path parallel to the small network learns the important features in fewer episodes.
+    A linear path parallel to the small network learns the important features in fewer
+    episodes.
     """
 
     def __init__(self, row_width: int, hidden: int) -> None:

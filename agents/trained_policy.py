@@ -37,7 +37,8 @@ Flags = npt.NDArray[np.bool_]
 class PlanObserver:
     """Observes batches of n plans under some requests, on a model whose ladder has N items.
 
-    A plan is given by the positions of its levels, see `rap_env.ladder.items.Ladder.positions`.
+    A plan is given by the positions of its levels, see
+    `rap_env.ladder.items.Ladder.positions`.
 
     Args:
         encoder: Encodes the observations.
@@ -87,9 +88,9 @@ class PlanObserver:
     def right_actions(self, which: Counts, positions: Counts, targets: Counts) -> Flags:
         """The items that a plan on the way to a target may lower next, (n, N).
 
-        These are the items whose next level is not below their target. Levels that caches take
-        together are right as soon as one of them needs them. The cache of a block that the target
-        removes is lowered only together with others.
+        These are the items whose next level is not below their target. Levels that caches
+        take together are right as soon as one of them needs them. The cache of a block that
+        the target removes is lowered only together with others.
 
         Args:
             which: Index of each plan's request, (n,).
@@ -98,7 +99,8 @@ class PlanObserver:
         """
         costs = self._plans.costs
         lower = costs.nexts(costs.levels(positions, which))
-        stays = targets < self._lengths  # a cache that goes with its block is past its last level
+        # A cache that goes with its block is past its last level.
+        stays = targets < self._lengths
         right = (lower >= 0) & (lower <= targets) & stays
         for shared in self.ladder.shared_positions:
             takes = lower[:, self._caches] == shared
@@ -150,7 +152,8 @@ ScorePlans = Callable[[Sequence[Any]], Sequence[float]]
 """Returns a number for each plan, lower is better: its delta_nll or its NLL."""
 
 _Q_TEMPERATURE = 0.25
-"""Temperature of sampling by Q values, in units of their spread over an observation's blocks."""
+"""Temperature of sampling by Q values, in units of their spread over an observation's
+blocks."""
 
 
 class TrainedPolicy(Policy):
@@ -158,8 +161,8 @@ class TrainedPolicy(Policy):
 
     It repeatedly takes the action with the highest logit until the request fits: it removes a
     block or lowers an item. Invalid actions are never considered, also for agents that
-    were trained without action masks. With `best_of` above 1 it also samples from the network,
-    all samples in parallel, and returns the plan with the lowest score.
+    were trained without action masks. With `best_of` above 1 it also samples from the
+    network, all samples in parallel, and returns the plan with the lowest score.
 
     Args:
         policy: The network.
@@ -215,9 +218,9 @@ class TrainedPolicy(Policy):
     def load(cls, run_dir: str | Path, context: PruningContext, **options: Any) -> TrainedPolicy:
         """Load the policy of the newest undamaged checkpoint in a run's folder.
 
-        A policy over levels is loaded with the ladder that it was trained on. A block-wise policy
-        also serves a model with another number of layers, unless its blocks or items have learned
-        vectors. `options` are further arguments of the class.
+        A policy over levels is loaded with the ladder that it was trained on. A block-wise
+        policy also serves a model with another number of layers, unless its blocks or items
+        have learned vectors. `options` are further arguments of the class.
 
         Raises:
             ArtifactError: There is no checkpoint, all are damaged, or the policy was trained

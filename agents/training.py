@@ -84,18 +84,20 @@ def train(
 
     Args:
         config: Agent, length and hyperparameters.
-        make_envs: Makes a gymnasium vector environment with the given number of sub-environments,
-            the autoreset mode ``SAME_STEP`` and a state that can be saved
+        make_envs: Makes a gymnasium vector environment with the given number of
+            sub-environments, the autoreset mode ``SAME_STEP`` and a state that can be saved
             (`get_state` and `set_state`).
         run_dir: Folder of this run; checkpoints are written to its ``checkpoints``.
-        log_fns: Called after each episode and each update with metrics by name: ``episode/*``,
-            ``train/*``, ``time/*``. A resumed training repeats the steps since its checkpoint.
+        log_fns: Called after each episode and each update with metrics by name:
+            ``episode/*``, ``train/*``, ``time/*``. A resumed training repeats the steps since
+            its checkpoint.
         progress: Show a progress bar on a terminal.
         warm_start: Called once with the new model before training; not after a resume. Its
             seconds and evaluations count as those of the training.
 
     Raises:
-        ArtifactError: The run was started with other settings, or all checkpoints are damaged.
+        ArtifactError: The run was started with other settings, or all checkpoints are
+            damaged.
         StorageFullError: There is no space for a checkpoint.
         TrainingDivergedError: The parameters became NaN or infinite.
     """
@@ -201,7 +203,8 @@ class Recorder(BaseCallback):
     def save(self) -> None:
         """Write a checkpoint now."""
         if self._saved_at != self.num_timesteps:
-            self.logger.dump(self.num_timesteps)  # a resumed training has no losses of this update
+            # A resumed training has no losses of this update.
+            self.logger.dump(self.num_timesteps)
             self._count()
             save_checkpoint(self._folder, self.model, self._config, dict(self.totals))
             self._saved_at = self.num_timesteps

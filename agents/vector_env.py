@@ -20,8 +20,8 @@ Info = dict[str, Any]
 class GymVecEnv(VecEnv):
     """A `VecEnv` of stable-baselines3 on top of a gymnasium vector environment.
 
-    An agent sees the same seeds, observations, rewards and infos as with `DummyVecEnv` over single
-    environments. It works with gymnasium's own vector environments and with
+    An agent sees the same seeds, observations, rewards and infos as with `DummyVecEnv` over
+    single environments. It works with gymnasium's own vector environments and with
     `rap_env.RAPPruneVectorEnv`, which scores the plans of all sub-environments together.
 
     Raises:
@@ -109,7 +109,8 @@ def split_infos(infos: Mapping[str, Any], num_envs: int) -> list[Info]:
     """Split the infos of a gymnasium vector environment into one dict per sub-environment.
 
     Args:
-        infos: Arrays with a value for each sub-environment; ``_key`` flags those that have `key`.
+        infos: Arrays with a value for each sub-environment; ``_key`` flags those that have
+            `key`.
         num_envs: Number of sub-environments.
 
     Returns:

@@ -1,9 +1,9 @@
 """Time of a decision of an exported policy, without torch: ``python -m benchmarks.decide``.
 
-Every decision includes all of its work: the bytes of the request, its observation, and a pass of
-the network for each action: a removed block, or a lowered item of a policy over levels (with
-``weights=native``). p50 and p99 are over the requests, each at the median of its rounds. Set
-``OMP_NUM_THREADS=1`` for one core: NumPy reads it at its import.
+Every decision includes all of its work: the bytes of the request, its observation, and a pass
+of the network for each action: a removed block, or a lowered item of a policy over levels
+(with ``weights=native``). p50 and p99 are over the requests, each at the median of its
+rounds. Set ``OMP_NUM_THREADS=1`` for one core: NumPy reads it at its import.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class DecideSettings(ModelSettings):
 def decision_ms(settings: DecideSettings, memory: MemoryModel, call: int) -> np.ndarray:
     """Milliseconds of each decision of one measurement, (rounds, requests).
 
-    Requests get one token longer with each decision, as live requests rarely repeat a length, so
-    that no cache of the policy or of byte costs helps.
+    Requests get one token longer with each decision, as live requests rarely repeat a length,
+    so that no cache of the policy or of byte costs helps.
     """
     policy = load_policy(settings.policy, memory)
     milliseconds = []

@@ -1,7 +1,7 @@
 """Decode steps of one row and of several beside llama.cpp: ``python -m benchmarks.engine_steps``.
 
-Both engines read the model's own GGUF file without any plan and keep 16-bit caches. They run in one
-process, in turn: a prefill in each, then the decode steps in each.
+Both engines read the model's own GGUF file without any plan and keep 16-bit caches. They run
+in one process, in turn: a prefill in each, then the decode steps in each.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Levels that a running model has and changes to: ``python -m benchmarks.levels``.
 
-Decode steps and prefills of the model with packed weights and of the same model unquantised run in
-turn; so do those with and without FFN blocks at three bits, and decode steps with a quantised and
-an unquantised cache. Then all levels of a running batch change at once: from native to int4 weights
-and caches, in place, once all levels have been in use.
+Decode steps and prefills of the model with packed weights and of the same model unquantised
+run in turn; so do those with and without FFN blocks at three bits, and decode steps with a
+quantised and an unquantised cache. Then all levels of a running batch change at once: from
+native to int4 weights and caches, in place, once all levels have been in use.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class LevelsSettings(ModelSettings):
     """Settings of this benchmark."""
 
     packed: str = "native"
-    """Format of the packed weights: ``native`` (of a 4-bit GGUF file), ``int4`` or ``int8``."""
+    """Format of the packed weights: ``native`` (of a 4-bit GGUF file), ``int4`` or
+    ``int8``."""
     context_tokens: int = 512
     """Tokens in the cache of the decode steps, of the changed batch, and of the prefill."""
     cache_tokens: int = 2048

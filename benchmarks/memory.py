@@ -1,8 +1,9 @@
 """Predicted bytes against measured bytes: ``python -m benchmarks.memory``.
 
-For each plan a checkpoint without the blocks is saved and loaded (`save_pruned`, `load_pruned`).
-Then a prompt is prefilled in chunks, as `MemoryModel` assumes, and a few tokens are generated,
-while torch's allocator reports each allocation: the peak is of all tensors, temporary ones too.
+For each plan a checkpoint without the blocks is saved and loaded (`save_pruned`,
+`load_pruned`). Then a prompt is prefilled in chunks, as `MemoryModel` assumes, and a few
+tokens are generated, while torch's allocator reports each allocation: the peak is of all
+tensors, temporary ones too.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ def measured_peak(device: torch.device) -> Iterator[list[int]]:
     On CUDA it comes from the allocator's own counters, on a CPU from every event of torch's
     allocator, temporary tensors inside operations included. It does not include pages of
     memory-mapped files, buffers that BLAS libraries allocate themselves, and the release of
-    tensors from before the block. On a CPU the block should last seconds, not hours, because each
-    operation leaves a profiler event until its end. Blocks cannot be nested.
+    tensors from before the block. On a CPU the block should last seconds, not hours, because
+    each operation leaves a profiler event until its end. Blocks cannot be nested.
 
     Yields:
         A list that has the peak in bytes after the block.

@@ -1,7 +1,8 @@
 """Scoring against full forward passes of a plain model: ``python -m benchmarks.scoring``.
 
-Record ``nll_many``: all plans of episodes, as an agent with a reward at each step scores them, are
-scored at once. Record ``gsi``: exact and lazy GSI against the naive loop over all candidates.
+Record ``nll_many``: all plans of episodes, as an agent with a reward at each step scores
+them, are scored at once. Record ``gsi``: exact and lazy GSI against the naive loop over all
+candidates.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ class _NoFFN(nn.Module):
 class NaiveModel:
     """A plain Llama-like model and the text that plans are scored on by a full forward pass.
 
-    Removed blocks return zeros, the pass computes all logits, and the loss is torch's own over all
-    of them at once in float32, as in the code of SLEB, ShortGPT and BlockPruner.
+    Removed blocks return zeros, the pass computes all logits, and the loss is torch's own
+    over all of them at once in float32, as in the code of SLEB, ShortGPT and BlockPruner.
 
     Args:
         tokens: Token ids, shape (windows, T).
@@ -113,8 +114,8 @@ def main(settings: ScoringSettings) -> None:
     corpus = load_corpus(text, llm)
     folder = os.fspath(locate(settings.model).folder)
     arguments = (torch.get_num_threads(), folder, llm.dtype, str(llm.device), corpus.tokens)
-    # In a process of its own, because loading a model with this project also changes how freed
-    # memory is kept, which would speed up the naive loop too.
+    # In a process of its own, because loading a model with this project also changes how
+    # freed memory is kept, which would speed up the naive loop too.
     with ProcessPoolExecutor(1, get_context("spawn"), _start, arguments) as process:
 
         def naive(plan: Plan) -> Scored:

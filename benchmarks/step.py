@@ -19,7 +19,8 @@ from benchmarks.harness import Settings, alternate, ratios, target, write_record
 from experiments.study.console import run_with_settings
 
 TASKS = ("RAPLadder/SmolLM2-Table-v1", "RAPPrune/SmolLM2-Table-v1")
-_CART_POLE, _MOST_STEPS = "CartPole-v1", 500  # CartPole's own limit: both have the same wrappers
+# CartPole's own limit: both have the same wrappers.
+_CART_POLE, _MOST_STEPS = "CartPole-v1", 500
 
 
 @dataclass
@@ -48,7 +49,8 @@ def player(env: Any, count: int) -> Callable[[], None]:
     """A call that runs the same seeded episodes, in a single environment or in a vector of them."""
     env.action_space.seed(0)
     actions = [env.action_space.sample() for _ in range(count)]
-    single, task = isinstance(env, gym.Env), env.unwrapped.__dict__.get("_task")  # None: CartPole
+    # None: CartPole.
+    single, task = isinstance(env, gym.Env), env.unwrapped.__dict__.get("_task")
 
     def play() -> None:
         if task is not None:  # else a repetition would find each request in the cache

@@ -1,8 +1,9 @@
 """Generates what the documentation does not type: tables, environment pages, pictures.
 
-``python docs/generate.py`` writes the tables into the pages, between their markers, and the picture
-of README.md; both are committed. `docs/conf.py` makes the rest at each build, into
-``docs/_generated`` and ``docs/results/details``. All numbers come from the records in ``results/``.
+``python docs/generate.py`` writes the tables into the pages, between their markers, and the
+picture of README.md; both are committed. `docs/conf.py` makes the rest at each build, into
+``docs/_generated`` and ``docs/results/details``. All numbers come from the records in
+``results/``.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ COMPARISONS = {
     **dict.fromkeys(_PLANS, ("Mean ΔNLL", _TO_UNIFORM)),
     "learning": ("ΔNLL of RAP policy minus each other method, paired",),
 }
-"""Folders of ``results/`` with a comparison, and beginnings of the titles of the shown tables."""
+"""Folders of ``results/`` with a comparison, and beginnings of the titles of the shown
+tables."""
 
 _RANKED, _RANKED_GEMMA = (
     Source(folder, "rap", "rap-best of 8") for folder in ("tight_ranked", "tight_ranked_gemma")
@@ -299,7 +301,8 @@ TABLES: dict[str, Callable[[], str | None]] = {
     **{p: partial(inspect.getdoc, getattr(rap_env, c)) for p, (_, c) in ENVIRONMENTS.items()},
     "benchmarks": lambda: targets_table(committed_records()),
 }
-"""What stands between ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->`` of a page, by name."""
+"""What stands between ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->`` of a page, by
+name."""
 
 
 def write_all(docs: Path) -> None:

@@ -2,10 +2,11 @@
 
     python examples/custom_model_family.py
 
-The families that rap_env knows are in `FAMILIES`. Another one needs the names of its modules, and
-two conditions: each layer adds the outputs of both blocks to the residual stream outside of the
-modules named here, and no norm with a bias is between a block and that sum. `check` tests what
-follows from them. A small model that learns the text of this file stands for a real one.
+The families that rap_env knows are in `FAMILIES`. Another one needs the names of its modules,
+and two conditions: each layer adds the outputs of both blocks to the residual stream outside
+of the modules named here, and no norm with a bias is between a block and that sum. `check`
+tests what follows from them. A small model that learns the text of this file stands for a
+real one.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import Plan
 from rap_env.scoring.corpus import Corpus
 
-FAMILIES["olmo2"] = Family(  # by config.model_type; `rap_env.load_llm` then takes such models too
+# By config.model_type; `rap_env.load_llm` then takes such models too.
+FAMILIES["olmo2"] = Family(
     decoder="model",
     attn="self_attn",
     attn_norms=("post_attention_layernorm",),

@@ -2,8 +2,8 @@
 
     python examples/custom_reward.py
 
-Here an episode pays for bytes that stay free at its end, so that the agent may remove more than the
-budget asks for. Two orders of the items are compared under this reward.
+Here an episode pays for bytes that stay free at its end, so that the agent may remove more
+than the budget asks for. Two orders of the items are compared under this reward.
 """
 
 from __future__ import annotations

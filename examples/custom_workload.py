@@ -2,8 +2,8 @@
 
     python examples/custom_workload.py
 
-Built-in workloads draw from traces and ranges (see the argument `workload` of the environment). A
-wrapper that sets the request of each episode takes requests from anywhere.
+Built-in workloads draw from traces and ranges (see the argument `workload` of the
+environment). A wrapper that sets the request of each episode takes requests from anywhere.
 """
 
 from __future__ import annotations

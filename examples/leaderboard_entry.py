@@ -2,9 +2,9 @@
 
     python examples/leaderboard_entry.py
 
-Anything with `choose(request)` can be evaluated; it may use the table of the task, as the published
-searches did. The search starts from the best measured plan and raises one item while it lowers
-another.
+Anything with `choose(request)` can be evaluated; it may use the table of the task, as the
+published searches did. The search starts from the best measured plan and raises one item
+while it lowers another.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     python examples/ppo_single_file.py
 
-The networks see what changes: the level of each item, and the bytes that its next level frees.
-Where an episode has ended, the vector environment already shows the next one (SAME_STEP).
+The networks see what changes: the level of each item, and the bytes that its next level
+frees. Where an episode has ended, the vector environment already shows the next one
+(SAME_STEP).
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import rap_env
 TASK = "RAPLadder/SmolLM2-Table-v1"
 ENVS, STEPS, UPDATES, EPOCHS, BATCH = 64, 32, 400, 4, 512
 GAMMA, LAMBDA, CLIP, ENTROPY, LEARNING_RATE = 1.0, 0.95, 0.2, 0.002, 2e-3
-CHANGING = [5, 6]  # columns of an item's row: its level, and the bytes that the next one frees
+# Columns of an item's row: its level, and the bytes that the next one frees.
+CHANGING = [5, 6]
 
 
 def network(inputs: int, outputs: int, gain: float, hidden: int = 64) -> nn.Sequential:

@@ -2,9 +2,10 @@
 
     python examples/sb3_maskable_ppo.py
 
-`MultiInputPolicy` takes the dictionary of arrays as it is. The environment has `action_masks`,
-which MaskablePPO asks each sub-environment for. What `SETTINGS` and `Changing` change decides: with
-the defaults of MaskablePPO, as many seconds end far behind the knapsack.
+`MultiInputPolicy` takes the dictionary of arrays as it is. The environment has
+`action_masks`, which MaskablePPO asks each sub-environment for. What `SETTINGS` and
+`Changing` change decides: with the defaults of MaskablePPO, as many seconds end far behind
+the knapsack.
 """
 
 from __future__ import annotations

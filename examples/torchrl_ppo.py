@@ -64,7 +64,8 @@ class Agent:
         rows = TensorDictModule(Rows(columns, request), ["ladder", "request"], ["rows", "mean"])
         logits = TensorDictModule(Scores(), ["rows"], ["logits"])
         value = nn.Sequential(nn.Linear(HIDDEN, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 1))
-        mask = TensorDictModule(torch.Tensor.bool, ["action_mask"], ["valid"])  # int8 otherwise
+        # Int8 otherwise.
+        mask = TensorDictModule(torch.Tensor.bool, ["action_mask"], ["valid"])
         self.actor = ProbabilisticActor(
             TensorDictSequential(rows, logits, mask),
             in_keys={"logits": "logits", "mask": "valid"},

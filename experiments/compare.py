@@ -38,7 +38,8 @@ def as_markdown(comparisons: Sequence[Records], *, captions: bool = False) -> st
 
     Args:
         comparisons: The records.
-        captions: Whether to add the texts of each comparison, and what numbers of tables mean.
+        captions: Whether to add the texts of each comparison, and what numbers of tables
+            mean.
     """
     parts = []
     for records in comparisons:

@@ -51,8 +51,9 @@ def context_config(config: Config, *, profiled: bool = True) -> ContextConfig:
 
     Args:
         config: All settings.
-        profiled: Whether to read the importance from this comparison's artifact, if it exists, so
-            that agents are evaluated with the same numbers that they were trained with.
+        profiled: Whether to read the importance from this comparison's artifact, if it
+            exists, so that agents are evaluated with the same numbers that they were trained
+            with.
     """
     importance = config.importance.method
     artifact = config.stage_dir("profile") / GSI_FILE
@@ -60,7 +61,8 @@ def context_config(config: Config, *, profiled: bool = True) -> ContextConfig:
     if profiled and of_blocks and importance == "gsi" and artifact.exists():
         importance = str(artifact)
     frontier = frontier_artifact(config)
-    own = table_path(config.model.name) is not None and not frontier.exists()  # that of the table
+    # That of the table.
+    own = table_path(config.model.name) is not None and not frontier.exists()
     return ContextConfig(
         model=config.model.name,
         device=config.model.device,
@@ -130,7 +132,8 @@ def held_out_scorer(
 
     Raises:
         CorpusError: The text is too short or overlaps with the calibration text.
-        ModelNotAvailableError: The context is a score table, which has scores on one text only.
+        ModelNotAvailableError: The context is a score table, which has scores on one text
+            only.
     """
     from rap_env.scoring.native_agreement import AgreementScorer
     from rap_env.scoring.scorer import PlanScorer
@@ -184,7 +187,8 @@ class EvaluationCell:
     Attributes:
         sparsity: Share of the block bytes to free, if the cell is defined by it.
         outside: Whether the cell is outside the training range of policies.
-        target_delta_nll: ΔNLL that the budget stands for, nats per token, if it stands for one.
+        target_delta_nll: ΔNLL that the budget stands for, nats per token, if it stands for
+            one.
     """
 
     cell: Cell
@@ -249,8 +253,8 @@ def _checked(cells: list[EvaluationCell], ladder_bytes: LadderBytes) -> list[Eva
 def _at_sparsity(memory: MemoryModel, shape: tuple[int, int], share: float) -> EvaluationCell:
     """Return a cell whose budget is below the native peak by a share of all block bytes.
 
-    At a short request, nearly all bytes that a plan frees are weights, so a plan that meets the
-    budget removes this share of the parameters, embeddings and head not counted.
+    At a short request, nearly all bytes that a plan frees are weights, so a plan that meets
+    the budget removes this share of the parameters, embeddings and head not counted.
     """
     native = memory.dense_peak_bytes(*shape)
     budget = native - math.ceil(share * sum(memory.facts.block_param_bytes))

@@ -1,8 +1,8 @@
 """``python -m experiments.demo``: what the project does, on the default model, in a few minutes.
 
-What the package holds of the model (costs of levels, measured plans, a text) is used and not made
-again; every loss that the demo reports is measured on the model in this run. Finished stages are
-not repeated, so the same command resumes after a kill.
+What the package holds of the model (costs of levels, measured plans, a text) is used and not
+made again; every loss that the demo reports is measured on the model in this run. Finished
+stages are not repeated, so the same command resumes after a kill.
 """
 
 from __future__ import annotations

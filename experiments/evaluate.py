@@ -138,8 +138,8 @@ def decision_scores(folder: Path) -> Scores | None:
     """Return the predictor by which an agent selects the best of its sampled plans.
 
     Returns:
-        The score table that the run was trained on (`TABLE_FILE` in its folder), which predicts
-        NLL; None if it was trained on a model, so that the samples are measured.
+        The score table that the run was trained on (`TABLE_FILE` in its folder), which
+        predicts NLL; None if it was trained on a model, so that the samples are measured.
     """
     path = folder / TABLE_FILE
     if not path.exists():
@@ -228,7 +228,8 @@ class Evaluator:
     def again(self, config: Config) -> Iterator[Job[ResultRow]]:
         """Yield the plans of earlier results, which are measured on this text and these tasks.
 
-        All that describes the choices (method, seed, cell, evaluations, decision time) is kept.
+        All that describes the choices (method, seed, cell, evaluations, decision time) is
+        kept.
         """
         for row in read_recorded(config.evaluate.plans, self.depends_on):
             identity = (row.method, row.seed, row.cell, row.part)
@@ -341,7 +342,8 @@ def evaluate(config: Config, folder: Path, scores: PruningContext | None = None)
     Args:
         config: All settings.
         folder: The run folder.
-        scores: The context by which methods choose; None for the one in which plans are measured.
+        scores: The context by which methods choose; None for the one in which plans are
+            measured.
 
     Returns:
         The path of ``results.jsonl`` in the folder.

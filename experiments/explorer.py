@@ -1,7 +1,7 @@
 """``python -m experiments.explorer``: make the page that shows each method's plan for a request.
 
-The plans are computed at a grid of requests from the score table and the byte arithmetic in the
-package, in about a minute, and embedded in one HTML file that needs no network. It is
+The plans are computed at a grid of requests from the score table and the byte arithmetic in
+the package, in about a minute, and embedded in one HTML file that needs no network. It is
 committed, so that documentation and reports copy it; no model is run.
 """
 
@@ -43,7 +43,8 @@ METHODS = {
 BATCHES, LENGTHS = (1, 2, 4, 8, 16), (128, 256, 512, 1024, 2048, 4096, 8192)
 
 _DEEPEST_DELTA_NLL = 2.0  # of the smallest budget, nats per token
-_TIGHT_BUDGETS, _LOOSE_BUDGETS = 16, 9  # below and above the bytes of all items at lowest levels
+# Below and above the bytes of all items at lowest levels.
+_TIGHT_BUDGETS, _LOOSE_BUDGETS = 16, 9
 _BEGIN, _END = '<script type="application/json" id="data">', "</script>"
 
 
@@ -67,9 +68,9 @@ class Explorer:
         """The plans of all methods at each batch size, length and budget.
 
         Returns:
-            JSON values. ``choices`` has, by method, shape (batch, then length) and budget, the
-            number of a plan, the bytes of its caches and those of the rest; ``plans`` has, by
-            number, what `plan_row` returns.
+            JSON values. ``choices`` has, by method, shape (batch, then length) and budget,
+            the number of a plan, the bytes of its caches and those of the rest; ``plans``
+            has, by number, what `plan_row` returns.
         """
         policies = [make_method(name, self.context, self.ladder_bytes) for name in METHODS]
         shapes = [(batch, length) for batch in batches for length in lengths]
@@ -121,9 +122,9 @@ class Explorer:
         """What the page knows of a plan, whatever the request.
 
         Returns:
-            Its levels (a digit for each item: attention, caches, FFN by layer, then embeddings),
-            the bytes of its weights and embeddings, its ΔNLL on held-out text, and whether that
-            was measured.
+            Its levels (a digit for each item: attention, caches, FFN by layer, then
+            embeddings), the bytes of its weights and embeddings, its ΔNLL on held-out text,
+            and whether that was measured.
         """
         by_kind = item_levels(plan.levels, self.memory.facts.num_layers).values()
         digits = "".join(str(self.levels.index(level)) for kind in by_kind for level in kind)

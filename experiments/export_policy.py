@@ -2,8 +2,8 @@
 
     python -m experiments.export_policy run=runs/learning/train/rap-s0 out=rap.safetensors
 
-Model, calibration text and importance are read from the run's ``config.yaml``, so the files that
-the run needed must still exist at the same paths.
+Model, calibration text and importance are read from the run's ``config.yaml``, so the files
+that the run needed must still exist at the same paths.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def settings_of(folder: Path) -> Config:
     written = RunFolder(folder).settings()
     if written is None:
         raise ExperimentError(f"{folder} is not a run folder: it has no config.yaml.")
-    # Sections of earlier programs are left out, and that of loggers, to which nothing is logged.
+    # Sections of earlier programs are left out, and that of loggers, to which nothing is
+    # logged.
     known = {field.name for field in fields(Config)} - {"logger"}
     written = {name: value for name, value in written.items() if name in known}
     written["model"].pop("max_memory_bytes", None)  # those of earlier programs had it

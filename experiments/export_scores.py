@@ -4,9 +4,10 @@ The table has the scores that the store has of the model on the calibration text
 importance that agents observe. ``export.masks=20000`` first measures masks (see
 `experiments.score_model`) until the store has as many; after a kill, the same command
 resumes and writes the same table. ``export.records=[results/tight]`` adds the scores that a
-comparison recorded, so that nothing is measured twice, and what its plans lose on held-out text.
-``export.levels=true model.weights=native`` adds what ``RAPLadder-v0`` needs: the costs of levels,
-which are measured unless the package or the cache has them, and the scores of plans.
+comparison recorded, so that nothing is measured twice, and what its plans lose on held-out
+text. ``export.levels=true model.weights=native`` adds what ``RAPLadder-v0`` needs: the costs
+of levels, which are measured unless the package or the cache has them, and the scores of
+plans.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ Folders = Sequence[str | os.PathLike[str]]
 log = logging.getLogger(__name__)
 
 CHUNK_MASKS = 4096
-"""Masks scored in one call: of more masks, more share their first blocks (24 blocks run for each of
-4,096, 29 for each of 256), but each of them takes some 20 kB."""
+"""Masks scored in one call: of more masks, more share their first blocks (24 blocks run for
+each of 4,096, 29 for each of 256), but each of them takes some 20 kB."""
 
 
 def export_scores(config: Config, folder: Path) -> Path:
@@ -71,7 +72,8 @@ def export_scores(config: Config, folder: Path) -> Path:
     if config.export.masks is not None:
         measure(config, context, recorded)
     levels = context.level_costs(LADDERS["all"]["caches"]) if config.export.levels else None
-    # Machines differ in the last digits: what was published keeps its rise over the native model.
+    # Machines differ in the last digits: what was published keeps its rise over the native
+    # model.
     scores = stored_scores(context) | recorded
     if levels is None:
         scores = {plan: nll for plan, nll in scores.items() if plan.is_mask}
@@ -132,8 +134,8 @@ def recorded_scores(folders: Folders, context: PruningContext) -> dict[Plan, flo
     So that scores of several machines go together, each has its own rise; see `native_shift`.
 
     Args:
-        folders: Folders of comparisons, with the table of their profile, their training runs, or
-            their evaluation.
+        folders: Folders of comparisons, with the table of their profile, their training runs,
+            or their evaluation.
         context: The model and text that they must have been measured with.
 
     Raises:
@@ -203,8 +205,9 @@ def _check(config: Config, context: PruningContext, recorded: Mapping[Plan, floa
     """Check that a table can be made, before anything is measured.
 
     Raises:
-        ExperimentError: There is no store; it is empty and no masks are to be measured; or the
-            number of masks is more than half of all masks of the model, and not all of them.
+        ExperimentError: There is no store; it is empty and no masks are to be measured; or
+            the number of masks is more than half of all masks of the model, and not all of
+            them.
     """
     name, blocks = context.llm.name, context.memory.facts.num_blocks
     num_masks = config.export.masks

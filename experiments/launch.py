@@ -107,7 +107,8 @@ class NameBySweep(Callback):
         fixed = [*config.hydra.job.config.override_dirname.exclude_keys]
         fixed += [key for key, swept in varies.items() if not swept]
         quoted = ",".join(f"'{key}'" for key in fixed)
-        with read_write(config):  # Hydra composes the settings of each job from these overrides
+        # Hydra composes the settings of each job from these overrides.
+        with read_write(config):
             config.hydra.overrides.hydra.append(f"{_EXCLUDE}=[{quoted}]")
 
 
@@ -198,7 +199,8 @@ def _run_main(main: Callable[[], Any], program: str) -> None:
 def runs_in_parallel(hydra: Any) -> bool:
     """Whether jobs of a sweep run in parallel, as with every launcher except Hydra's own.
 
-    Each job then uses one thread of torch: jobs with threads on all cores would disturb each other.
+    Each job then uses one thread of torch: jobs with threads on all cores would disturb each
+    other.
     """
     return bool(
         hydra.mode == RunMode.MULTIRUN and not hydra.launcher._target_.endswith(".BasicLauncher")
@@ -219,8 +221,8 @@ def _mistake(text: str, program: str) -> str:
 def set_threads(config: Config) -> None:
     """Set torch's number of threads.
 
-    Rounding depends on the number of threads, so all stages of a comparison, including one that
-    resumes, use the number that its first stage chose.
+    Rounding depends on the number of threads, so all stages of a comparison, including one
+    that resumes, use the number that its first stage chose.
     """
     from rap_env.models.device import bound_kernel_caches, use_threads
 
@@ -233,7 +235,8 @@ def set_threads(config: Config) -> None:
 def _stored_threads(path: Path, workers: int) -> int:
     """The number of threads stored for this comparison; chooses and stores it if missing.
 
-    It is torch's own, or 1 if workers measure plans: workers have as many threads as this process.
+    It is torch's own, or 1 if workers measure plans: workers have as many threads as this
+    process.
     """
     import torch
 
@@ -264,8 +267,8 @@ READS: dict[str, tuple[str, ...]] = {
     "cgroup": ("model.name", "cgroup"),
     "texts": (*MODEL, "texts", "env"),
 }  # fmt: skip
-"""Sections and settings of each program beside the first four; a program that is not listed reads
-those of a model and the section of its own name."""
+"""Sections and settings of each program beside the first four; a program that is not listed
+reads those of a model and the section of its own name."""
 
 _WIDTH, _LONGEST_VALUE = 120, 80
 _EXPLAINED = (

@@ -1,7 +1,8 @@
 """``python -m experiments.leaderboard``: check entries of the leaderboard, or judge trainings.
 
-``check FILE`` replays the plans of an entry on the real model and on held-out text, and refuses
-numbers that do not reproduce. ``judge TASK FOLDER`` evaluates the policies of a training sweep.
+``check FILE`` replays the plans of an entry on the real model and on held-out text, and
+refuses numbers that do not reproduce. ``judge TASK FOLDER`` evaluates the policies of a
+training sweep.
 """
 
 from __future__ import annotations
@@ -141,8 +142,8 @@ def held_out_text(task: PinnedTask, text: str, text_field: str) -> CorpusConfig:
 def judge_runs(task: str, root: Path, split: str) -> Iterator[tuple[TrainingRun, Evaluation]]:
     """Evaluate the finished training runs below ``root/train`` on a pinned task with a score table.
 
-    Yields each run with its result; all rows replace ``root/evaluate/TASK-SPLIT/results.jsonl`` at
-    the end.
+    Yields each run with its result; all rows replace
+    ``root/evaluate/TASK-SPLIT/results.jsonl`` at the end.
 
     Raises:
         ExperimentError: There are no finished runs.

@@ -37,8 +37,8 @@ COSTS_FILE, KINDS_FILE = "levels.json", "kinds.json"
 def levels(config: Config, folder: Path) -> Path:
     """Measure the costs of levels; existing files of the folder are kept.
 
-    The folder gets ``levels.json``, and ``kinds.json`` with `kinds`. With `levels.out`, the costs
-    are also written there, and the model's facts beside them.
+    The folder gets ``levels.json``, and ``kinds.json`` with `kinds`. With `levels.out`, the
+    costs are also written there, and the model's facts beside them.
 
     Returns:
         The path of ``levels.json``.

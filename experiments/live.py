@@ -1,9 +1,9 @@
 """``python -m experiments.live experiment=demo``: serve while the memory falls and returns.
 
-Chats about texts run in rounds, and short questions come one after the other. The memory limit
-begins a tenth above what the native model needs for them, falls by half, and returns. Plans above
-the server's quality floor are not run: requests wait instead. The run is recorded and drawn: as a
-figure, and as an animation.
+Chats about texts run in rounds, and short questions come one after the other. The memory
+limit begins a tenth above what the native model needs for them, falls by half, and returns.
+Plans above the server's quality floor are not run: requests wait instead. The run is recorded
+and drawn: as a figure, and as an animation.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ if TYPE_CHECKING:
 FILE = "live.json"
 
 Step = tuple[float, int, int, int]
-"""A pass: its end in seconds, bytes of the limit, measured bytes, and the number of its plan."""
+"""A pass: its end in seconds, bytes of the limit, measured bytes, and the number of its
+plan."""
 
 QUESTIONS = {
     "What is the capital of France?": "Paris",
@@ -59,7 +60,8 @@ QUESTIONS = {
     "What is the capital of Germany?": "Berlin",
     "What is the capital of Greece?": "Athens",
 }
-"""What is asked in turn, and what a right answer contains; the native default model knows them."""
+"""What is asked in turn, and what a right answer contains; the native default model knows
+them."""
 
 CHATS, TEXT_CHARACTERS, CHAT_TOKENS, ANSWER_TOKENS = 4, 3600, 120, 24
 
@@ -67,7 +69,8 @@ CAPTION = "A language model keeps answering while half of its memory is taken aw
 """One sentence above the animation."""
 
 LIMIT = {0.0: 1.1, 0.2: 1.1, 0.45: 0.55, 0.62: 0.55, 0.7: 1.1, 1.0: 1.1}
-"""The memory limit as a share of the native need, by the share of the time that has passed."""
+"""The memory limit as a share of the native need, by the share of the time that has
+passed."""
 
 _FRAMES, _FRAMES_PER_S = 96, 8  # of the animation, however long the run was
 _CHARACTERS = 60  # of an answer that are shown

@@ -59,8 +59,8 @@ def gguf_file(model: str) -> Path:
     """The GGUF file that a model comes from.
 
     Args:
-        model: The path of a GGUF file, or the name of a model that was converted from one in the
-            cache, such as ``smollm2-135m``.
+        model: The path of a GGUF file, or the name of a model that was converted from one in
+            the cache, such as ``smollm2-135m``.
 
     Raises:
         ExperimentError: It comes from no GGUF file, or the file is gone.
@@ -183,7 +183,8 @@ class LlamaCpp:
             ids: Token ids, (N,).
             start: Position of the first one.
             all_logits: Whether all tokens give logits, or only the last one.
-            row: Number of the sequence, from 0; None for a token of each, all at one position.
+            row: Number of the sequence, from 0; None for a token of each, all at one
+                position.
 
         Returns:
             Logits, (N, V) or (1, V).
@@ -237,8 +238,9 @@ def write_quantised_file(
     Args:
         source: The GGUF file to quantise again.
         out: The file to write.
-        kind: One of `FILE_KINDS`. With embeddings, all matrices get the type of this kind or, where
-            their rows do not allow it, the one that llama.cpp takes instead; else llama.cpp's mix.
+        kind: One of `FILE_KINDS`. With embeddings, all matrices get the type of this kind or,
+            where their rows do not allow it, the one that llama.cpp takes instead; else
+            llama.cpp's mix.
         importance: llama.cpp's importance matrix: mean square of each input, by tensor.
 
     Raises:

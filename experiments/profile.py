@@ -57,8 +57,8 @@ def profile(config: Config, folder: Path) -> Path:
 def build_frontier_table(config: Config, context: PruningContext, path: Path) -> None:
     """Build the table of the best known plans for requests of the workload.
 
-    After a kill, the same command resumes from the score store. Every plan of the ladder that the
-    store has of the same model and text becomes part of the table too.
+    After a kill, the same command resumes from the score store. Every plan of the ladder that
+    the store has of the same model and text becomes part of the table too.
     """
     settings = config.frontier
     ladder_bytes = make_ladder_bytes(config, context)

@@ -45,8 +45,8 @@ ABSTRACT = [
 def report(config: Config, folder: Path) -> Path:
     """Write the report of a comparison.
 
-    The records of ``<runs_dir>/<name>`` are read; the folder gets ``index.html``, the explorer of
-    plans, ``tables.md`` and ``figures/``, as far as there are records.
+    The records of ``<runs_dir>/<name>`` are read; the folder gets ``index.html``, the
+    explorer of plans, ``tables.md`` and ``figures/``, as far as there are records.
 
     Returns:
         The page's path.

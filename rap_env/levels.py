@@ -13,9 +13,9 @@ Level of weights      Storage
 ====================  ==========================================================================
 
 A KV cache is cut into groups of `GROUP_TOKENS` tokens, counted from each sequence's own first
-token. The token at position t sees the keys and values of earlier groups as the cache stores them,
-and those of its own group unquantised: they are in the *tail*, a buffer of one group. So the result
-depends neither on how a prompt is cut into chunks nor on padding.
+token. The token at position t sees the keys and values of earlier groups as the cache stores
+them, and those of its own group unquantised: they are in the *tail*, a buffer of one group.
+So the result depends neither on how a prompt is cut into chunks nor on padding.
 
 ====================  ==========================================================================
 Level of a cache      Storage
@@ -27,8 +27,8 @@ Level of a cache      Storage
 ``int4-window512``    both
 ====================  ==========================================================================
 
-Keys are quantised per channel, over the tokens of a group, because some channels have outliers
-(Liu et al. 2024, KIVI); values per token, over groups of up to 32 channels.
+Keys are quantised per channel, over the tokens of a group, because some channels have
+outliers (Liu et al. 2024, KIVI); values per token, over groups of up to 32 channels.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class CacheLevel:
     """The storage format of one attention block's KV cache. ``CacheLevel()`` is native.
 
     Attributes:
-        bits: Bits of a stored value: 8, 4 or 2; 16 stands for unquantised values of any width.
+        bits: Bits of a stored value: 8, 4 or 2; 16 stands for unquantised values of any
+            width.
         window_tokens: Most recent tokens that are kept besides the sinks, a multiple of
             `GROUP_TOKENS`; None keeps all.
 
@@ -127,13 +128,13 @@ class CacheLevel:
     def groups_held(self, tokens: int, model_window: int | None = None) -> int:
         """Groups that are stored beside the tail once a sequence has `tokens` tokens.
 
-        A group leaves the tail when the first token of the next one arrives. Windows reuse the
-        slots of groups that they have passed, so that the number never falls.
+        A group leaves the tail when the first token of the next one arrives. Windows reuse
+        the slots of groups that they have passed, so that the number never falls.
 
         Args:
             tokens: Tokens of the sequence so far, at least 1.
-            model_window: Tokens that the model's own sliding window keeps between two steps (one
-                less than its width), or None.
+            model_window: Tokens that the model's own sliding window keeps between two steps
+                (one less than its width), or None.
         """
         held = (tokens - 1) // GROUP_TOKENS  # the next group is in the tail
         if model_window is not None:
@@ -167,7 +168,8 @@ class CacheLevel:
         """Bytes of one layer's cache for one sequence of `tokens` tokens, at least 1.
 
         Raises:
-            ValueError: The level is native: such a cache has no groups; it takes its tokens' bytes.
+            ValueError: The level is native: such a cache has no groups; it takes its tokens'
+                bytes.
         """
         if self.native:
             raise ValueError("A native cache is not stored in groups.")
@@ -188,8 +190,8 @@ def channel_groups(head_size: int) -> int:
 CACHE_LEVELS = ("int8", "int4", "int4-window512", "int4-window256", "int4-window128")
 """Levels of caches in the named ladders, below the native one.
 
-The level int2 is not among them: at 1,024 tokens a cache of the default model needs more bytes in
-int2 than in int4-window128, and costs twice as much.
+The level int2 is not among them: at 1,024 tokens a cache of the default model needs more
+bytes in int2 than in int4-window128, and costs twice as much.
 """
 
 LADDERS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -208,8 +210,9 @@ LADDERS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """Named ladders: the levels below the native one, from the most to the least exact.
 
-``all`` has int4 only where an item has no int4-compact, which loses as little with half a bit less.
-``four-bits`` was ``all`` before there were levels of fewer bits; older results are of it.
+``all`` has int4 only where an item has no int4-compact, which loses as little with half a bit
+less. ``four-bits`` was ``all`` before there were levels of fewer bits; older results are of
+it.
 """
 
 _GROUPS = ("weights", "caches", "embeddings")

@@ -1,9 +1,10 @@
 """Byte arithmetic: what a plan needs for a request. It loads neither torch nor a model.
 
-Weights and KV cache are exact at every level: equal to the bytes of the tensors that the model and
-its cache hold, with scales, zeros and the unquantised tail of a cache. The workspace (activations
-of one prefill chunk, logits of one position, the buffer into which packed weights are widened, the
-pieces of attention over lowered caches) is an estimate and is called one.
+Weights and KV cache are exact at every level: equal to the bytes of the tensors that the
+model and its cache hold, with scales, zeros and the unquantised tail of a cache. The
+workspace (activations of one prefill chunk, logits of one position, the buffer into which
+packed weights are widened, the pieces of attention over lowered caches) is an estimate and is
+called one.
 """
 
 from __future__ import annotations

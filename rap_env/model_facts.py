@@ -22,20 +22,23 @@ class ModelFacts:
         dtype: Name of the weights' dtype, such as ``"bfloat16"``.
         block_param_bytes: Bytes of each block's own tensors, shape (2L,).
         base_bytes: Bytes of everything else (embeddings, head, last norm), tied tensors once.
-        kv_bytes_per_token: Bytes that one token of one sequence adds to each layer's cache, (L,).
-        kv_window_tokens: Most tokens that each layer's cache holds (sliding window), or None, (L,).
+        kv_bytes_per_token: Bytes that one token of one sequence adds to each layer's cache,
+            (L,).
+        kv_window_tokens: Most tokens that each layer's cache holds (sliding window), or None,
+            (L,).
         itemsize: Bytes of one activation value.
         hidden_size: Width of the residual stream.
         ffn_width: Widest hidden activation of a feed-forward block for one token.
         vocab_size: Number of entries of the head.
         max_positions: Longest sequence the model accepts, in tokens.
-        weights: The format of native weights: ``"unquantised"``, or what packed ones came from,
-            such as ``"packed"``.
-        level_param_bytes: For each packed level the bytes of each block, (2L,); 0 where a block has
-            no such level below its native one. A level that no block has may be absent.
+        weights: The format of native weights: ``"unquantised"``, or what packed ones came
+            from, such as ``"packed"``.
+        level_param_bytes: For each packed level the bytes of each block, (2L,); 0 where a
+            block has no such level below its native one. A level that no block has may be
+            absent.
         level_base_bytes: As `base_bytes` at each packed level that embeddings and head have.
-        widen_bytes: Bytes of the buffer into which packed weights are widened, one matrix at a
-            time.
+        widen_bytes: Bytes of the buffer into which packed weights are widened, one matrix at
+            a time.
         calibration: Hash of the text with which weights of few bits are made, in hex; empty
             without one.
         kv_heads: Key and value heads of each layer, (L,); empty if caches have no levels.

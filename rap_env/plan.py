@@ -1,8 +1,8 @@
 """Plans: a level for each item of a model. Plain values without torch.
 
-The items of a model with L layers are the weights of its 2L blocks (``layer07.ffn``), the KV cache
-of each attention block (``layer07.cache``), and the embeddings with the head (``embeddings``). A
-plan whose items are native or removed is a mask.
+The items of a model with L layers are the weights of its 2L blocks (``layer07.ffn``), the KV
+cache of each attention block (``layer07.cache``), and the embeddings with the head
+(``embeddings``). A plan whose items are native or removed is a mask.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ BlockKind = Literal["attn", "ffn"]
 KINDS: tuple[BlockKind, BlockKind] = ("attn", "ffn")
 
 EMBEDDINGS = "embeddings"
-"""The item of the embeddings with the head; everything outside the blocks counts as part of it."""
+"""The item of the embeddings with the head; everything outside the blocks counts as part of
+it."""
 
 _BLOCK = re.compile(r"layer([0-9]+)\.(attn|ffn)")
 _CACHE = ".cache"
@@ -56,7 +57,8 @@ def block_index(block: str | int) -> int:
     elif not isinstance(block, bool) and hasattr(block, "__index__") and block.__index__() >= 0:
         return block.__index__()
     hint = "A block is written layerNN.attn or layerNN.ffn, or given by its index from 0."
-    layer = re.match(r"layer[0-9]+", str(block))  # suggest a block of the layer that was meant
+    # Suggest a block of the layer that was meant.
+    layer = re.match(r"layer[0-9]+", str(block))
     known = [f"{layer[0] if layer else 'layer00'}.{kind}" for kind in KINDS]
     raise UnknownNameError("block", block, known, hint)
 
@@ -83,8 +85,8 @@ class Plan:
     """A level for each item: a frozen, hashable value. ``Plan()`` is the native model.
 
     Prefer `of`, `removing` and `uniform` to the constructor, and the methods below to the
-    attributes. Equal plans are equal values: entries are sorted, native ones are left out, and a
-    removed block has no other level and no cache.
+    attributes. Equal plans are equal values: entries are sorted, native ones are left out,
+    and a removed block has no other level and no cache.
 
     Attributes:
         removed: The indices of the removed blocks.
@@ -108,7 +110,8 @@ class Plan:
     embeddings: WeightLevel = "native"
 
     def __post_init__(self) -> None:
-        # Nearly always they are indices already, which this tells faster than one call for each.
+        # Nearly always they are indices already, which this tells faster than one call for
+        # each.
         removed = self.removed
         indices = type(removed) is frozenset and {*map(type, removed)} <= _INT
         if not indices or min(removed, default=0) < 0:

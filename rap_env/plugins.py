@@ -1,7 +1,7 @@
 """Policies and agents of other packages.
 
-A package offers them as entry points of the groups in `GROUPS`; anything that can be imported is
-also found as ``package.module:name``. Names of this project come first, then entry points.
+A package offers them as entry points of the groups in `GROUPS`; anything that can be imported
+is also found as ``package.module:name``. Names of this project come first, then entry points.
 """
 
 from __future__ import annotations

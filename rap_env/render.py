@@ -24,7 +24,8 @@ SIZE = (960, 640)
 _INK, _GREY, _FAINT, _PAPER = "#1f2933", "#7b8794", "#d5dae0", "#ffffff"
 _EDGE = "#b8c2cc"
 _GOOD, _BAD = "#2f855a", "#c53030"
-_COLOURS = {  # distinguishable by colour-blind people; in the order in which the bar stacks them
+# Distinguishable by colour-blind people; in the order in which the bar stacks them.
+_COLOURS = {
     "embeddings": "#9aa5b1",
     "workspace": "#cbd2d9",
     "FFN weights": "#0072b2",
@@ -45,7 +46,8 @@ class Scene:
 
     Attributes:
         plan: The plan.
-        delta_nll: Its NLL minus that of the native model, nats per token; None if not measured.
+        delta_nll: Its NLL minus that of the native model, nats per token; None if not
+            measured.
     """
 
     memory: MemoryModel
@@ -138,7 +140,8 @@ def _kind(item: str) -> str:
 def render_ansi(scene: Scene) -> str:
     """Draw the scene as text: one column per layer, ``#`` native and ``.`` removed.
 
-    If items are lowered, digits are their bits, ``w`` is a window, and caches have a line too.
+    If items are lowered, digits are their bits, ``w`` is a window, and caches have a line
+    too.
     """
     facts, width, plan = scene.memory.facts, _LINE_LAYERS, scene.plan
     lines = [f"{facts.name}: {scene.request_words}", f"budget   {scene.budget_words}"]
@@ -177,9 +180,9 @@ def _cache_symbol(plan: Plan, layer: int) -> str:
 def render_rgb(scene: Scene) -> npt.NDArray[np.uint8]:
     """Draw the scene as a picture, shape (height, width, 3) of `SIZE`.
 
-    Left: the stack of blocks, layer 0 at the bottom; a block's width is proportional to the bytes
-    that it holds for this request, and what a lower level saves is hollow. Right: the request, the
-    bytes by what they hold, and the ΔNLL.
+    Left: the stack of blocks, layer 0 at the bottom; a block's width is proportional to the
+    bytes that it holds for this request, and what a lower level saves is hollow. Right: the
+    request, the bytes by what they hold, and the ΔNLL.
     """
     from PIL import Image, ImageDraw
 

@@ -1,10 +1,10 @@
 """Rewards: weighted sums of terms, each of which turns measurements of masks into a number.
 
-The environment measures a mask only where a step is rewarded: at the end of an episode, or at each
-step if the reward says so. This lets many environments have their masks scored together.
+The environment measures a mask only where a step is rewarded: at the end of an episode, or at
+each step if the reward says so. This lets many environments have their masks scored together.
 
-Each term states its range, its baseline (the mask whose reward is 0), whether it is deterministic,
-and its value when an episode fails (is truncated before the request fits).
+Each term states its range, its baseline (the mask whose reward is 0), whether it is
+deterministic, and its value when an episode fails (is truncated before the request fits).
 """
 
 from __future__ import annotations
@@ -50,9 +50,10 @@ class StepOutcome(NamedTuple):
             action), or None if it was not measured.
         ends: Whether the episode ends with this step, terminated or truncated.
         baseline_delta_nll: The same of the mask that the baseline named by
-            `RewardTerm.relative_to` has for this request; None if no term names one, or if the
-            episode continues.
-        fails: Whether the episode ends over its budget and has to rank below every plan that fits.
+            `RewardTerm.relative_to` has for this request; None if no term names one, or if
+            the episode continues.
+        fails: Whether the episode ends over its budget and has to rank below every plan that
+            fits.
     """
 
     mask: Plan
@@ -89,29 +90,32 @@ class PerplexityReward(RewardTerm):
 
     It uses the log of perplexity rather than perplexity: the log adds up over steps, and one
     ruined model does not dominate all other episodes. With ``timing="dense"`` each step is
-    charged the cost that its removal adds; with ``"terminal"`` the last step is charged all of it.
-    Undiscounted, both give the same return, since the differences telescope; the dense one tells
-    the agent sooner which removal hurt, the terminal one takes one model evaluation per episode
-    instead of one per step.
+    charged the cost that its removal adds; with ``"terminal"`` the last step is charged all
+    of it. Undiscounted, both give the same return, since the differences telescope; the dense
+    one tells the agent sooner which removal hurt, the terminal one takes one model evaluation
+    per episode instead of one per step.
 
     The ΔNLL differs between requests by orders of magnitude, so a learner mostly learns which
-    requests are hard. Two settings remove that effect, separately or together: ``relative_to``
-    adds a baseline's cost at the same request, so that the return is the advantage over the
-    baseline, and 0 where the policy chooses the baseline's mask; ``scale="log"`` makes equal
-    ratios of ΔNLL worth the same at every request. Together the return is
-    ``log((baseline + log_offset) / (delta_nll + log_offset))``.
+    requests are hard. Two settings remove that effect, separately or together:
+    ``relative_to`` adds a baseline's cost at the same request, so that the return is the
+    advantage over the baseline, and 0 where the policy chooses the baseline's mask;
+    ``scale="log"`` makes equal ratios of ΔNLL worth the same at every request. Together the
+    return is ``log((baseline + log_offset) / (delta_nll + log_offset))``.
 
     Attributes:
-        timing: ``"terminal"`` (default: an episode removes 10 to 30 blocks, so it needs that many
-            times fewer evaluations) or ``"dense"``. The baseline is paid at the last step in both.
-        loss_cap: A larger ΔNLL counts as this many nats per token; None for no cap (default: the
-            return is then exactly minus the ΔNLL). Random masks reach 10 and more, where the
-            model is worse than guessing and larger values carry no information; a cap keeps their
-            spread from hiding differences between good masks. A baseline's ΔNLL is capped too.
+        timing: ``"terminal"`` (default: an episode removes 10 to 30 blocks, so it needs that
+            many times fewer evaluations) or ``"dense"``. The baseline is paid at the last
+            step in both.
+        loss_cap: A larger ΔNLL counts as this many nats per token; None for no cap (default:
+            the return is then exactly minus the ΔNLL). Random masks reach 10 and more, where
+            the model is worse than guessing and larger values carry no information; a cap
+            keeps their spread from hiding differences between good masks. A baseline's ΔNLL
+            is capped too.
         scale: ``"nats"`` (default): the cost is the ΔNLL; ``"log"``: it is
-            ``log((delta_nll + log_offset) / log_offset)``, and ``delta_nll / log_offset`` where
-            the ΔNLL is negative. That is its tangent at 0: defined for every ΔNLL, and a mask
-            slightly better than the dense model is worth slightly more, not infinitely more.
+            ``log((delta_nll + log_offset) / log_offset)``, and ``delta_nll / log_offset``
+            where the ΔNLL is negative. That is its tangent at 0: defined for every ΔNLL, and
+            a mask slightly better than the dense model is worth slightly more, not infinitely
+            more.
         relative_to: ``"gsi"`` or ``"one_shot"``: the mask of that order, followed until the
             request fits; ``"frontier"``: the best known one; None (default): the dense model.
             It needs one more evaluation for each new request.
@@ -119,7 +123,8 @@ class PerplexityReward(RewardTerm):
 
     Raises:
         UnknownNameError: There is no such timing, scale or baseline.
-        InvalidRequestError: A value has the wrong type, or the cap or the offset is not above 0.
+        InvalidRequestError: A value has the wrong type, or the cap or the offset is not above
+            0.
     """
 
     timing: str = setting("terminal", choices=TIMINGS, kind="timing of the reward")
@@ -173,13 +178,13 @@ class PerplexityReward(RewardTerm):
 class TaskReward(RewardTerm):
     """What the final mask changes of a score on tasks, paid at the last step.
 
-    - ``accuracy``: the mean accuracy, from -1 to 1. It is what users notice, but it is coarse: on n
-      questions it moves in steps of 1 / n. It suits fine-tuning an agent, or the ``combined``
-      reward, better than training from scratch.
+    - ``accuracy``: the mean accuracy, from -1 to 1. It is what users notice, but it is
+      coarse: on n questions it moves in steps of 1 / n. It suits fine-tuning an agent, or the
+      ``combined`` reward, better than training from scratch.
     - ``recall``: minus the NLL of right choices, its smooth form: each question counts by the
-      probability that the right choice has among the choices; a guess among four choices has 1.39
-      nats. On tasks of long contexts, such as ``rap_recall_1024``, it shows what windows and caches
-      of few bits do to recall, which the perplexity hides.
+      probability that the right choice has among the choices; a guess among four choices has
+      1.39 nats. On tasks of long contexts, such as ``rap_recall_1024``, it shows what windows
+      and caches of few bits do to recall, which the perplexity hides.
 
     Attributes:
         score: The score of a mask; it is deterministic (log-likelihoods, no sampling).
@@ -266,12 +271,12 @@ def make_reward(
 
     Args:
         spec: ``"perplexity"``, ``"accuracy"``, ``"recall"`` or ``"combined"``, or a dict with
-            that ``name`` and settings: those of `PerplexityReward`, and for ``combined`` also the
-            ``weights`` by term (1 each for perplexity and accuracy by default; 0 leaves a term
-            out).
+            that ``name`` and settings: those of `PerplexityReward`, and for ``combined`` also
+            the ``weights`` by term (1 each for perplexity and accuracy by default; 0 leaves a
+            term out).
         tasks: Returns what measures tasks; called only if a term needs it.
-        ceiling: Cap of the cost of a plan in nats, so that an episode that fails can rank below
-            every plan that fits; None for no cap but that of the spec.
+        ceiling: Cap of the cost of a plan in nats, so that an episode that fails can rank
+            below every plan that fits; None for no cap but that of the spec.
 
     Raises:
         UnknownNameError: There is no such reward, setting, timing, scale, baseline or term.

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from rap_env.errors import InvalidRequestError, RapError, check_name
 
-_ACCEPTED: dict[Any, type] = {int: Integral, float: Real, Any: object}  # numbers of NumPy as well
+# Numbers of NumPy as well.
+_ACCEPTED: dict[Any, type] = {int: Integral, float: Real, Any: object}
 
 
 class Setting(NamedTuple):
@@ -33,10 +34,12 @@ class Setting(NamedTuple):
         high: The greatest number.
         above: What a number must be greater than.
         choices: The allowed names; empty allows any.
-        kind: What messages call a name, such as ``"form of info"``; empty for the setting's name.
+        kind: What messages call a name, such as ``"form of info"``; empty for the setting's
+            name.
         parse: Raises a `RapError` if a text does not have the right form.
         distinct: Whether a list needs at least one entry, and none twice.
-        group: Title of the group of settings that begins with this one, for the help of a command.
+        group: Title of the group of settings that begins with this one, for the help of a
+            command.
         types: The types that the annotation accepts.
     """
 
@@ -58,7 +61,8 @@ def setting(default: Any = MISSING, help: str = "", **allowed: Any) -> Any:
     Args:
         default: Its default; a list or dict is copied. Without one, a value must be given.
         help: What the setting is.
-        allowed: Its allowed values, as in `Setting`; None is allowed if the annotation says so.
+        allowed: Its allowed values, as in `Setting`; None is allowed if the annotation says
+            so.
     """
     metadata = {"setting": Setting(help, **allowed)}
     if isinstance(default, list | dict):

@@ -94,7 +94,8 @@ MEMORY_PARTS = {
     "embeddings": ("embeddings and head", "#B9B4A8"),
     "workspace": ("workspace (estimate)", "#DEDAD0"),
 }
-"""The parts from the bottom up, with label and colour; the KV cache is a lighter attention blue."""
+"""The parts from the bottom up, with label and colour; the KV cache is a lighter attention
+blue."""
 
 
 def memory_picture(shares: Sequence[dict[str, Any]]) -> Figure:
@@ -222,7 +223,8 @@ def _draw_curves(axis: Axes, method: str, series: Sequence[tuple[list[int], list
         return
     for steps, values in series:
         axis.plot(steps, values, color=colour, linewidth=0.7, alpha=0.45)
-    last = min(steps[-1] for steps, _ in series)  # the mean covers the steps that all seeds reached
+    # The mean covers the steps that all seeds reached.
+    last = min(steps[-1] for steps, _ in series)
     grid = np.linspace(max(steps[0] for steps, _ in series), last, 200)
     mean = np.mean([np.interp(grid, steps, values) for steps, values in series], axis=0)
     axis.plot(grid, mean, color=colour, linewidth=2.2, label=label)

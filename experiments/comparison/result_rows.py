@@ -15,8 +15,8 @@ from rap_env.policies.base import Policy
 from rap_env.request import Request
 
 PARTS = ("grid", "sparsity", "outside")
-"""Parts of an evaluation, never averaged together: the grid of requests and budgets, cells at a
-fixed sparsity, and cells outside the training range of policies."""
+"""Parts of an evaluation, never averaged together: the grid of requests and budgets, cells at
+a fixed sparsity, and cells outside the training range of policies."""
 
 QUALITY = (
     "kl_divergence_mean",
@@ -61,21 +61,23 @@ class ResultRow(CellRecord):
         sparsity: Share of the block bytes to free, for cells defined by it; None on the grid.
         outside: Whether the cell is outside the training range of policies.
         training_s: Seconds of training; None if not recorded.
-        levels: Levels of all items that are not native, by name; None in older rows, whose plans
-            remove the blocks of `mask` and lower nothing else.
+        levels: Levels of all items that are not native, by name; None in older rows, whose
+            plans remove the blocks of `mask` and lower nothing else.
         target_delta_nll: ΔNLL that the cell's budget stands for, nats per token, if for any.
         accuracies_norm: lm-eval's ``acc_norm`` of the tasks that have it, as `accuracies` is
             ``acc``; None without tasks, as `task_documents`.
         task_documents: Number of documents of each task.
-        kl_divergence_mean: Mean over the tokens of the report text of the KL divergence of the
-            next-token distribution from the native model's, nats; None if not measured, as all
-            that follow.
+        kl_divergence_mean: Mean over the tokens of the report text of the KL divergence of
+            the next-token distribution from the native model's, nats; None if not measured,
+            as all that follow.
         kl_divergence_p99: Its 99th percentile over tokens, nats.
-        same_top_token_share: Share of tokens for which the native model has the same top token.
-        flipped_answers_share: Share of the tasks' multiple-choice answers that are right where the
-            native model's are wrong, or wrong where they are right; None without such tasks.
-        accuracy_above_chance: Share of the native accuracy above chance that is kept, mean over
-            the tasks in which the native model is above chance; None without such tasks.
+        same_top_token_share: Share of tokens for which the native model has the same top
+            token.
+        flipped_answers_share: Share of the tasks' multiple-choice answers that are right
+            where the native model's are wrong, or wrong where they are right; None without
+            such tasks.
+        accuracy_above_chance: Share of the native accuracy above chance that is kept, mean
+            over the tasks in which the native model is above chance; None without such tasks.
         accuracy_above_chance_ci_low: Lower end of its 95 % interval over documents.
         accuracy_above_chance_ci_high: Upper end.
     """
@@ -150,8 +152,8 @@ def read_recorded(paths: Iterable[str], depends_on: Mapping[str, Any]) -> list[R
         depends_on: What the new rows depend on.
 
     Raises:
-        ExperimentError: There are no rows, or they are of another model or calibration text: the
-            new report text is only known to share nothing with the configured one.
+        ExperimentError: There are no rows, or they are of another model or calibration text:
+            the new report text is only known to share nothing with the configured one.
         ArtifactError: A record is damaged.
     """
     files: dict[Path, None] = {}

@@ -149,7 +149,8 @@ def delta_nll_table(comparison: Comparison, shape: tuple[int, int]) -> Table:
 def removed_table(comparison: Comparison, shape: tuple[int, int]) -> Table:
     """Return removed blocks (attn + ffn) and peak memory for one request.
 
-    Where methods choose plans, it also has the levels of most kept caches and of the embeddings.
+    Where methods choose plans, it also has the levels of most kept caches and of the
+    embeddings.
     """
 
     def entry(rows: list[ResultRow]) -> str:
@@ -198,8 +199,8 @@ def budget_words(comparison: Comparison) -> str:
 def accuracy_table(comparison: Comparison) -> Table | None:
     """Return the accuracies of each task over the grid, native first, chance last; None without.
 
-    Tasks have a column for ``acc`` and, if it was measured, one for ``acc_norm``. The mean is that
-    of ``acc``.
+    Tasks have a column for ``acc`` and, if it was measured, one for ``acc_norm``. The mean is
+    that of ``acc``.
     """
     tasks = sorted({task for row in comparison.rows for task in row.accuracies})
     if not tasks:

@@ -36,7 +36,8 @@ class Summary:
     """One method over all cells.
 
     Attributes:
-        delta_nll: Mean ΔNLL over cells, seeds and windows, nats per token, with a 95 % interval.
+        delta_nll: Mean ΔNLL over cells, seeds and windows, nats per token, with a 95 %
+            interval.
         delta_nll_calibration: Mean ΔNLL on the calibration text, nats per token.
         accuracy: Mean accuracy over tasks, cells and seeds, in [0, 1], or None.
         quality: Means over cells and seeds of what all rows have of
@@ -83,8 +84,8 @@ class Comparison:
             `other_part` returns the others.
 
     Raises:
-        ArtifactError: There are no rows, they were measured on different texts or models, or two
-            of the same method, seed and cell have different plans.
+        ArtifactError: There are no rows, they were measured on different texts or models, or
+            two of the same method, seed and cell have different plans.
     """
 
     def __init__(self, rows: Iterable[ResultRow], part: str = "grid") -> None:
@@ -219,8 +220,8 @@ class Comparison:
     def main_policy(self) -> Summary | None:
         """The trained method that the report is about; None without trained methods.
 
-        It is the one named `MAIN_POLICY`, otherwise the one with the lowest ΔNLL on the calibration
-        text: selecting it on the report text would be a search on that text.
+        It is the one named `MAIN_POLICY`, otherwise the one with the lowest ΔNLL on the
+        calibration text: selecting it on the report text would be a search on that text.
         """
         trained = [s for s in self.summaries if s.method in self.learned]
         named = [s for s in trained if s.method == MAIN_POLICY]

@@ -37,14 +37,14 @@ class Config:
     progress: bool = True
     """Whether progress bars are shown."""
     threads: int | None = setting(None, low=1)
-    """Threads of torch; null takes torch's own number, or 1 if workers measure, for all stages of a
-    comparison."""
+    """Threads of torch; null takes torch's own number, or 1 if workers measure, for all
+    stages of a comparison."""
     model: common.ModelConfig = field(default_factory=common.ModelConfig)
     scoring: common.ScoringConfig = field(default_factory=common.ScoringConfig)
     calibration: common.TextConfig = field(default_factory=common.TextConfig)
     kinds: dict[str, dict[str, Any]] = setting({})
-    """Kinds of text by name, for policies that choose by the kind of text of the prompts: what
-    differs from ``calibration``, such as ``{source: FILE, field: page, windows: 3}``."""
+    """Kinds of text by name, for policies that choose by the kind of text of the prompts:
+    what differs from ``calibration``, such as ``{source: FILE, field: page, windows: 3}``."""
     importance: common.ImportanceConfig = field(default_factory=common.ImportanceConfig)
     workload: dict[str, Any] = setting({})
     """Sampler of requests (`rap_env.workload`), and its settings."""

@@ -52,7 +52,8 @@ class Pinned:
     Attributes:
         shape: Batch size and sequence length in tokens.
         budget_bytes: The budget.
-        target_delta_nll: ΔNLL that a reference method has there, nats per token; None if unknown.
+        target_delta_nll: ΔNLL that a reference method has there, nats per token; None if
+            unknown.
     """
 
     shape: tuple[int, int]
@@ -88,11 +89,11 @@ class ModelConfig:
     device: str = "auto"
     """``auto`` (CUDA if there is a device), ``cpu``, or ``cuda``."""
     dtype: str = "auto"
-    """``auto`` (the shortest that the processor has instructions for), ``bfloat16``, ``float16`` or
-    ``float32``."""
+    """``auto`` (the shortest that the processor has instructions for), ``bfloat16``,
+    ``float16`` or ``float32``."""
     weights: str = "auto"
-    """``bf16``: unquantised, in `dtype`; ``native``: as the model's file has them; ``int8`` or
-    ``int4``; ``auto``: native if ``env.id`` is ``RAPLadder-v0``, else bf16."""
+    """``bf16``: unquantised, in `dtype`; ``native``: as the model's file has them; ``int8``
+    or ``int4``; ``auto``: native if ``env.id`` is ``RAPLadder-v0``, else bf16."""
 
 
 @dataclass
@@ -102,8 +103,8 @@ class ScoringConfig:
     workers: int = setting(0, low=0)
     """Processes that measure, each with a model of its own; 0 measures in this process."""
     address: str | None = None
-    """HOST:PORT of a Ray cluster, or auto for the one on this machine; null starts the workers on
-    this machine."""
+    """HOST:PORT of a Ray cluster, or auto for the one on this machine; null starts the
+    workers on this machine."""
 
 
 @dataclass

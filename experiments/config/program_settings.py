@@ -81,8 +81,8 @@ class AgentConfig:
     policy_settings: dict[str, Any] = setting({})
     """Settings of the block-wise network: ``hidden``, ``block_vectors``, ``without``."""
     hyperparameters: dict[str, Any] = setting({})
-    """Hyperparameters of the algorithm. Here and in `policy_settings`, null or a missing entry is
-    replaced by the value in the agent's file in ``conf/agent``."""
+    """Hyperparameters of the algorithm. Here and in `policy_settings`, null or a missing
+    entry is replaced by the value in the agent's file in ``conf/agent``."""
 
 
 @dataclass
@@ -90,8 +90,8 @@ class WarmStartConfig:
     """Imitation learning before reinforcement learning."""
 
     teacher: str = setting("none", choices=TEACHERS)
-    """``frontier``: the table of the best known plans; ``greedy``: greedy searches per byte; the
-    others: the methods of these names."""
+    """``frontier``: the table of the best known plans; ``greedy``: greedy searches per byte;
+    the others: the methods of these names."""
     requests: int = setting(512, low=1)
     """Workload requests that the teacher answers."""
     updates: int = setting(600, low=1)
@@ -108,8 +108,8 @@ class ScoreModelConfig:
     first_masks: int = setting(1000, low=1)
     """Masks measured before the first round, if no frontier table provides scores."""
     verify_requests: int = setting(128, low=1)
-    """Requests on which the policy's plans are measured after each round: for each request the
-    most probable plan, and the best of several sampled ones."""
+    """Requests on which the policy's plans are measured after each round: for each request
+    the most probable plan, and the best of several sampled ones."""
     members: int = setting(5, low=1)
     """Predictors of the ensemble."""
     pessimism: float = setting(1.0, low=0)
@@ -123,8 +123,8 @@ class FrontierConfig:
     evaluations: int = setting(0, low=0)
     """Plans to score at most; 0 builds no table."""
     deepest_loss: float = setting(3.0, above=0)
-    """Pairs of counts whose best mask is expected to have a larger ΔNLL, in nats per token, are
-    left out."""
+    """Pairs of counts whose best mask is expected to have a larger ΔNLL, in nats per token,
+    are left out."""
     requests: int = setting(512, low=1)
     """Workload requests that decide which pairs of counts, or which plans, are useful."""
     start: str | None = None
@@ -136,7 +136,8 @@ class LoggerConfig:
     """Loggers besides ``metrics.jsonl`` in the run folder, which is always written."""
 
     wandb: bool = False
-    """Whether to log to Weights & Biases: as WANDB_MODE says, else online if a login is found."""
+    """Whether to log to Weights & Biases: as WANDB_MODE says, else online if a login is
+    found."""
     tensorboard: bool = False
     """Whether to log to TensorBoard."""
     project: str = "rap"
@@ -152,10 +153,11 @@ class EvaluateConfig:
     budgets: list[float] = setting([0.9, 0.8], above=0, high=1)
     """Fractions of the dense model's peak bytes."""
     pinned: list[str] = setting([], parse=parse_pinned)
-    """Requests with budgets in bytes, such as 8x2048@101234567, beside `requests` x `budgets`;
-    8x2048@101234567~0.5 also names the ΔNLL that the budget stands for."""
+    """Requests with budgets in bytes, such as 8x2048@101234567, beside `requests` x
+    `budgets`; 8x2048@101234567~0.5 also names the ΔNLL that the budget stands for."""
     sparsities: list[float] = setting([], above=0, high=1)
-    """Fractions of all block bytes to free at least, at the request with the fewest tokens."""
+    """Fractions of all block bytes to free at least, at the request with the fewest
+    tokens."""
     outside: list[str] = setting([], parse=parse_cell)
     """Cells outside the training range of policies, such as 8x8192@0.5."""
     agents: list[str] | None = None
@@ -165,14 +167,16 @@ class EvaluateConfig:
     scores. The first entry is the agent's method; each other entry is a separate method."""
     baselines: list[str] = setting([])
     plans: list[str] = setting([])
-    """Earlier results (folders or files) whose plans are measured again, on this text and these
-    tasks; nothing chooses plans then."""
+    """Earlier results (folders or files) whose plans are measured again, on this text and
+    these tasks; nothing chooses plans then."""
     random_seeds: list[int] = setting([0, 1, 2])
     text: TextConfig = field(default_factory=lambda: TextConfig(source="self"))
     selection: TextConfig | None = field(
-        default_factory=lambda: TextConfig(source=CALIBRATION)  # Hydra merges no dict into a null
+        # Hydra merges no dict into a null.
+        default_factory=lambda: TextConfig(source=CALIBRATION)
     )
-    """Text on which a sweep's objective is measured; ``calibration`` or null for that text."""
+    """Text on which a sweep's objective is measured; ``calibration`` or null for that
+    text."""
     tasks: TasksConfig = field(default_factory=TasksConfig)
 
     def __post_init__(self) -> None:
@@ -206,11 +210,11 @@ class LevelsConfig:
     requests: list[str] = setting(["1x128"], parse=parse_shape, distinct=True)
     """Batch size x sequence length in tokens, for `joint_budgets`."""
     joint_budgets: list[float] = setting([], above=0, high=1)
-    """Fractions of the unquantised model's peak bytes at which the knapsack's plans are measured
-    on the calibration text, to correct costs."""
+    """Fractions of the unquantised model's peak bytes at which the knapsack's plans are
+    measured on the calibration text, to correct costs."""
     out: str | None = None
-    """File for the costs of levels, ending in .levels.json; the model's facts are written next to
-    it. null for none."""
+    """File for the costs of levels, ending in .levels.json; the model's facts are written
+    next to it. null for none."""
 
     def __post_init__(self) -> None:
         if self.out is not None and not self.out.endswith(LEVELS_SUFFIX):
@@ -286,7 +290,8 @@ class ExportPolicyConfig:
     """File to write; its name ends in .safetensors."""
 
     def __post_init__(self) -> None:
-        if not self.out.endswith((POLICY_SUFFIX, MISSING)):  # `load_policy` goes by the suffix
+        # `load_policy` goes by the suffix.
+        if not self.out.endswith((POLICY_SUFFIX, MISSING)):
             raise ExperimentError(
                 f"out must end in {POLICY_SUFFIX}, such as rap{POLICY_SUFFIX}, not {self.out}."
             )

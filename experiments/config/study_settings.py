@@ -42,8 +42,8 @@ class PromptsConfig:
     cells: list[str] = setting([], parse=parse_pinned)
     """Requests with budgets in bytes, as in ``evaluate.pinned``."""
     recorded: dict[str, str] = setting({})
-    """Methods of earlier evaluations, such as uniform, with the folder of each: the plans that they
-    chose for these requests and budgets."""
+    """Methods of earlier evaluations, such as uniform, with the folder of each: the plans
+    that they chose for these requests and budgets."""
 
 
 @dataclass
@@ -59,7 +59,8 @@ class LadderConfig:
     llama_cpp_caches: list[str] = setting([], choices=CACHE_TYPES)
     """Formats of llama.cpp's cache; weights are those of the file."""
     llama_cpp_files: list[str] = setting([], choices=FILE_KINDS)
-    """Kinds of files that ``experiments.studies.equal_bytes`` makes with llama.cpp's quantiser."""
+    """Kinds of files that ``experiments.studies.equal_bytes`` makes with llama.cpp's
+    quantiser."""
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -96,8 +97,8 @@ class LongContextConfig:
     )
     """Generated tasks by kind."""
     documents: list[TextConfig] = setting([])
-    """Documents for the loss, of JSONL files: `windows` of those with at least `window_tokens`
-    tokens, cut to these."""
+    """Documents for the loss, of JSONL files: `windows` of those with at least
+    `window_tokens` tokens, cut to these."""
 
     def __post_init__(self) -> None:
         for kind in self.tasks:
@@ -130,11 +131,11 @@ class ReplayConfig:
     """
 
     systems: list[str] = setting(["dense", "frontier", "rap-v0"], distinct=True)
-    """Systems to run, in this order, with the same arrivals and budget: policies by their name or
-    file, or ``uniform_native_LEVEL``, with all caches at one level."""
+    """Systems to run, in this order, with the same arrivals and budget: policies by their
+    name or file, or ``uniform_native_LEVEL``, with all caches at one level."""
     trace: str | None = None
-    """A CSV file with TIMESTAMP, ContextTokens and GeneratedTokens; null samples arrivals with the
-    lengths of Azure's conversations."""
+    """A CSV file with TIMESTAMP, ContextTokens and GeneratedTokens; null samples arrivals
+    with the lengths of Azure's conversations."""
     minutes: float = setting(10.0, above=0)
     """Minutes of the trace to replay."""
     every: int = setting(75, low=1)
@@ -148,16 +149,18 @@ class ReplayConfig:
     text: TextConfig = field(
         default_factory=lambda: TextConfig(source="self", windows=4, window_tokens=64, seed=1)
     )
-    """Text that prompts are cut from; the dense model writes this one within half a minute."""
+    """Text that prompts are cut from; the dense model writes this one within half a
+    minute."""
     reference: str = setting("8x256", parse=parse_shape)
-    """Batch x tokens: budget fractions refer to the dense model's peak bytes at this request."""
+    """Batch x tokens: budget fractions refer to the dense model's peak bytes at this
+    request."""
     max_batch_size: int = setting(8, low=1)
     queue_timeout_s: float = setting(30.0, above=0)
     """Seconds after which a waiting request times out."""
     prefill_chunk_tokens: int = setting(256, low=1)
     timing: str = setting("wall", choices=("wall", "cpu"))
-    """Clock: ``wall`` time, or ``cpu`` time of the process, which other processes on the machine
-    do not lengthen (CPU devices only)."""
+    """Clock: ``wall`` time, or ``cpu`` time of the process, which other processes on the
+    machine do not lengthen (CPU devices only)."""
     mask_loss_windows: int = setting(2, low=1)
     """Windows of `text` on which ΔNLL of the used plans is measured."""
 

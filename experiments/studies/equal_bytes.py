@@ -1,9 +1,9 @@
 """``python -m experiments.studies.equal_bytes``: levels and llama.cpp's files by bytes of weights.
 
 The levels and the knapsack of this package stand beside files of fewer bits that llama.cpp's
-quantiser makes from the model's own file, in its engine. All are compared with the unquantised
-model at each token of one held-out text, and calibrated on the text that this package's levels are
-made with. Bytes are those of the model as shipped.
+quantiser makes from the model's own file, in its engine. All are compared with the
+unquantised model at each token of one held-out text, and calibrated on the text that this
+package's levels are made with. Bytes are those of the model as shipped.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class EqualBytesRow(DeltaNLLRecord):
         method: ``"uniform"`` and ``"knapsack"``, levels of this package; ``"llama.cpp"``.
         name: The level, the knapsack's budget, or the kind of file.
         weight_bytes: Bytes of all weights, embeddings included.
-        kl_divergence_mean: As in `rap_env.scoring.interface.NativeAgreement`, from the unquantised
-            model.
+        kl_divergence_mean: As in `rap_env.scoring.interface.NativeAgreement`, from the
+            unquantised model.
         kl_divergence_p99: See there.
         same_top_token_share: See there.
         levels: Levels of all items that are not as shipped, by name.
@@ -91,8 +91,8 @@ def equal_bytes_jobs(config: Config, folder: Path) -> Iterator[Job[EqualBytesRow
     """Yield the rows of all methods for one model.
 
     Raises:
-        ExperimentError: ``ladder.llama_cpp_files`` has entries, but llama.cpp is not installed, or
-            the model comes from no GGUF file.
+        ExperimentError: ``ladder.llama_cpp_files`` has entries, but llama.cpp is not
+            installed, or the model comes from no GGUF file.
     """
     settings, model = config.ladder, config.model
     context = build_context(config)
@@ -180,8 +180,8 @@ def compared(
     """The fields of a row from a method's logits.
 
     Args:
-        llm: The unquantised model, which runs again for each row: its logits of all windows take
-            gigabytes.
+        llm: The unquantised model, which runs again for each row: its logits of all windows
+            take gigabytes.
         windows: Token ids, (windows, T).
         logits: The method's logits of a window, (T,) to (T - 1, V).
     """

@@ -54,7 +54,8 @@ class LadderRow(RequestRecord, DeltaNLLRecord):
     ΔNLL is over the unquantised model.
 
     Attributes:
-        method: ``"uniform"`` (one level for all weights and one for all caches) or ``"llama.cpp"``.
+        method: ``"uniform"`` (one level for all weights and one for all caches) or
+            ``"llama.cpp"``.
         name: The setting, such as ``"int4 / int8"`` (weights / caches) or ``"q8_0"``.
         held_bytes: Bytes of weights and KV cache, as llama.cpp allocates them or as computed.
     """
@@ -74,8 +75,8 @@ def ladder_jobs(config: Config, folder: Path) -> Iterator[Job[LadderRow]]:
 
     Raises:
         InvalidRequestError: The model cannot serve a request.
-        ExperimentError: ``ladder.llama_cpp_caches`` has entries, but llama.cpp is not installed, or
-            the model comes from no GGUF file.
+        ExperimentError: ``ladder.llama_cpp_caches`` has entries, but llama.cpp is not
+            installed, or the model comes from no GGUF file.
     """
     model, context = config.model, build_context(config)
     report = held_out_scorer(config.evaluate.text, "report", context)
@@ -110,7 +111,8 @@ def ladder_jobs(config: Config, folder: Path) -> Iterator[Job[LadderRow]]:
 def uniform_settings(facts: ModelFacts) -> dict[str, Plan]:
     """Plans with one level of weights and one of caches, by name; levels that all blocks have.
 
-    Embeddings with the head are at int8 wherever weights are lowered, if they have that level.
+    Embeddings with the head are at int8 wherever weights are lowered, if they have that
+    level.
     """
     plans = {}
     for level in WEIGHTS:

@@ -48,7 +48,8 @@ class LevelCostRow(DeltaNLLRecord):
 
     Attributes:
         model: The model's name.
-        shipped_format: Format of its weights as shipped, such as ``"Q4_1"`` or ``"bfloat16"``.
+        shipped_format: Format of its weights as shipped, such as ``"Q4_1"`` or
+            ``"bfloat16"``.
         what: What was lowered: ``"weights"`` (of all blocks), ``"FFN"``, ``"embeddings"`` or
             ``"caches"``.
         level: To which level.

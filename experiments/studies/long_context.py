@@ -72,8 +72,8 @@ class LongContextRow(Record):
         peak_bytes: Peak bytes of the plan for a batch of sequences of this length.
         native_peak_bytes: The same of the native model.
         batch_size: Sequences of that batch.
-        values: For each question 1 if the answer is right, else 0; of documents the mean NLL of
-            each, nats per token.
+        values: For each question 1 if the answer is right, else 0; of documents the mean NLL
+            of each, nats per token.
     """
 
     file = "long_context.jsonl"

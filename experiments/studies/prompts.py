@@ -1,7 +1,7 @@
 """``python -m experiments.studies.prompts``: policies that see the prompt, beside others.
 
-The first tokens of each window of held-out text are the prompt of a request. Plans are chosen for
-some requests and budgets, and measured on the whole window.
+The first tokens of each window of held-out text are the prompt of a request. Plans are chosen
+for some requests and budgets, and measured on the whole window.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """``python -m experiments.studies.texts``: how costs of levels and plans depend on the text.
 
-Each kind of text is drawn with several seeds. The knapsack chooses plans from the one-shot costs
-on each draw, and from their mean over kinds; all plans are measured on report text of each kind.
+Each kind of text is drawn with several seeds. The knapsack chooses plans from the one-shot
+costs on each draw, and from their mean over kinds; all plans are measured on report text of
+each kind.
 """
 
 from __future__ import annotations
@@ -167,8 +168,8 @@ def losses_of(rows: Sequence[Record]) -> tuple[list[str], npt.NDArray[np.float64
     """The kinds of text, K of them, and ΔNLL of each plan on each kind, nats per token.
 
     Returns:
-        The kinds; ΔNLL by what plans were chosen on (each kind, then `ALL`), kind of report text,
-        cell, seed and window, (K + 1, K, cells, seeds, windows).
+        The kinds; ΔNLL by what plans were chosen on (each kind, then `ALL`), kind of report
+        text, cell, seed and window, (K + 1, K, cells, seeds, windows).
     """
     plans = {
         (row.chosen_on, row.judged_on, row.cell, row.seed): row.window_delta_nll
@@ -183,8 +184,8 @@ def losses_of(rows: Sequence[Record]) -> tuple[list[str], npt.NDArray[np.float64
 def gap(losses: npt.NDArray[np.float64], rival: str) -> Estimate | None:
     """ΔNLL of the plans of `ALL` or `OTHERS` divided by that of the own kind's, minus 1.
 
-    The geometric mean over kinds and cells; None where `paired_ratio` has none. Kinds have equally
-    many windows, drawn independently, so that they may be resampled jointly.
+    The geometric mean over kinds and cells; None where `paired_ratio` has none. Kinds have
+    equally many windows, drawn independently, so that they may be resampled jointly.
 
     Args:
         losses: As `losses_of` returns it.

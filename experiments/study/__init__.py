@@ -1,7 +1,7 @@
 """The harness of all studies: rows, resume, provenance, tables and intervals.
 
-A study is one file with three things: a row type, a function that yields what to measure, and the
-tables made from the rows. The rest is done here::
+A study is one file with three things: a row type, a function that yields what to measure, and
+the tables made from the rows. The rest is done here::
 
     from experiments.study.harness import Job, Published, Study
     from experiments.study.json_records import DeltaNLLRecord, RequestRecord, delta_nll_fields
@@ -32,21 +32,23 @@ tables made from the rows. The rest is done here::
     if __name__ == "__main__":
         launch(STUDY.name, STUDY.run)           # python -m experiments.studies.caches
 
-`Study.run` appends each row to ``caches.jsonl`` as soon as it is measured, so that the same command
-continues after a kill; writes ``config.yaml`` and ``run.json`` (commit, versions, machine, seeds),
-``tables.md``; and prints the tables.
+`Study.run` appends each row to ``caches.jsonl`` as soon as it is measured, so that the same
+command continues after a kill; writes ``config.yaml`` and ``run.json`` (commit, versions,
+machine, seeds), ``tables.md``; and prints the tables.
 
-`Study.published` names committed records: here ``results/caches/caches.jsonl`` (or ``.jsonl.gz``).
-Their tables stand in the page of the documentation that has the markers ``<!-- caches: begin -->``
-and ``<!-- caches: end -->``. ``python docs/generate.py`` writes them there for every study of the
-package `experiments.studies`, and so does a run in that folder (``hydra.run.dir=results/caches``).
+`Study.published` names committed records: here ``results/caches/caches.jsonl`` (or
+``.jsonl.gz``). Their tables stand in the page of the documentation that has the markers
+``<!-- caches: begin -->`` and ``<!-- caches: end -->``. ``python docs/generate.py`` writes
+them there for every study of the package `experiments.studies`, and so does a run in that
+folder (``hydra.run.dir=results/caches``).
 
-Where a study has rows of several types, `jobs` yields jobs of each type. Plans that a job lists
-with its `scorer` are scored together.
+Where a study has rows of several types, `jobs` yields jobs of each type. Plans that a job
+lists with its `scorer` are scored together.
 
 - `json_records`: base classes of rows, and JSON lines
 - `run_folder`: settings and provenance of a run
-- `table_format`: a table from lines and columns, as text, Markdown or HTML; formats of numbers
+- `table_format`: a table from lines and columns, as text, Markdown or HTML; formats of
+  numbers
 - `plotting`: label and colour of each method; style, panels, series with intervals
 - `statistics`: means, differences and ratios with intervals
 """

@@ -1,7 +1,7 @@
 """The harness that runs, resumes, publishes and reads a study; see `experiments.study`.
 
-A page of the documentation has the lines ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->``; the
-tables of that name stand between them.
+A page of the documentation has the lines ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->``;
+the tables of that name stand between them.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class Published:
         name: Name of the markers in a page, and of the page with all tables
             (``docs/results/details/NAME.md``).
         records: The folder of the records, below ``results/``.
-        shown: Makes what stands between the markers from all tables, in Markdown with the study's
-            title: `untitled`, `below` or `first_section`, for example.
+        shown: Makes what stands between the markers from all tables, in Markdown with the
+            study's title: `untitled`, `below` or `first_section`, for example.
     """
 
     name: str
@@ -121,13 +121,13 @@ class Job(Generic[RowT]):
     Attributes:
         row_type: Type of the row; its `Record.file` is where it is stored.
         identity: Values of what `Record.identity` names, in that order.
-        depends_on: Hashes and settings that the row depends on. A row is measured once for each
-            identity and `depends_on`.
+        depends_on: Hashes and settings that the row depends on. A row is measured once for
+            each identity and `depends_on`.
         make: Measures the row; its provenance is added.
         facts: More entries of its provenance, on which it does not depend.
-        scorer: Scores `plans` before the row is made, together with those of the neighbouring jobs
-            with the same scorer, since steps that plans share then run once; None to score nothing
-            before.
+        scorer: Scores `plans` before the row is made, together with those of the neighbouring
+            jobs with the same scorer, since steps that plans share then run once; None to
+            score nothing before.
         plans: What the row needs scored.
         subject: What the row is about, for those who prepare jobs.
     """
@@ -164,12 +164,13 @@ class Study:
         name: Name of the program, its file in ``conf/`` and its run folder.
         title: Heading of ``tables.md``.
         row_types: Types of its rows, each with a `Record.file`.
-        jobs: Returns all rows that belong to the study; called with the settings and run folder.
+        jobs: Returns all rows that belong to the study; called with the settings and run
+            folder.
         tables: Makes the tables from the rows.
         words: What the tables say, in a sentence or two above them; empty for nothing.
         frozen: Sections of the settings that must not change when a run resumes.
-        published: Its committed records, with the markers in the documentation that its tables
-            stand between. A run in the folder of such records writes them there.
+        published: Its committed records, with the markers in the documentation that its
+            tables stand between. A run in the folder of such records writes them there.
     """
 
     name: str

@@ -1,8 +1,8 @@
 """Records: one JSON object per line, appended one at a time and readable after any kill.
 
-Each line is written with one call. A torn last line, left by a kill, is dropped; an invalid line
-elsewhere means that the file was altered, and raises an error. A file ``NAME.jsonl`` may be
-replaced by ``NAME.jsonl.gz``: every function here that reads a file reads either.
+Each line is written with one call. A torn last line, left by a kill, is dropped; an invalid
+line elsewhere means that the file was altered, and raises an error. A file ``NAME.jsonl`` may
+be replaced by ``NAME.jsonl.gz``: every function here that reads a file reads either.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Record:
     A field with a plain default may be left out; other keys must all be there.
 
     Attributes:
-        provenance: ``{"depends_on": hashes and settings, "git": commit}``, and what else describes
-            how the row was made.
+        provenance: ``{"depends_on": hashes and settings, "git": commit}``, and what else
+            describes how the row was made.
         file: Name of the file of such rows in a run folder.
         record_name: What error messages call a record, at the start of a sentence.
         identity: Fields and properties that tell the rows of a file apart.
@@ -117,8 +117,8 @@ class DeltaNLLRecord(Record):
     """A record of the ΔNLL of one plan: its NLL minus that of the native model on the same windows.
 
     Attributes:
-        delta_nll: Mean ΔNLL over the windows of the report text, on which nothing is searched,
-            nats per token.
+        delta_nll: Mean ΔNLL over the windows of the report text, on which nothing is
+            searched, nats per token.
         delta_nll_ci_low: Lower end of its 95 % interval over windows.
         delta_nll_ci_high: Upper end.
         window_delta_nll: ΔNLL of each window of the report text, (windows,).
@@ -179,8 +179,8 @@ def row_key(*identity: Any) -> str:
     """Return the key of a row before it is computed.
 
     Args:
-        *identity: What `Record.identity` names, and last the provenance of the row, of which only
-            what the result depends on counts.
+        *identity: What `Record.identity` names, and last the provenance of the row, of which
+            only what the result depends on counts.
     """
     *values, provenance = identity
     return digest([*values, provenance.get("depends_on", {})])
@@ -247,8 +247,8 @@ def append_record(path: Path, record: Mapping[str, Any], *, durable: bool = True
     Args:
         path: The file.
         record: The record.
-        durable: Whether to wait until the line is on the disk. Otherwise it survives the end of
-            the process but not of the machine.
+        durable: Whether to wait until the line is on the disk. Otherwise it survives the end
+            of the process but not of the machine.
 
     Raises:
         StorageFullError: The disk is full; earlier records are intact.

@@ -45,7 +45,8 @@ def open_loggers(config: Config, folder: Path, *, job: str, step: int = 0) -> It
         config: All settings.
         folder: The run folder; its name is the name of the run.
         job: Kind of run (``train``, ``evaluate``).
-        step: Step from which a resumed run continues; metrics of later steps are logged again.
+        step: Step from which a resumed run continues; metrics of later steps are logged
+            again.
     """
     with ExitStack() as stack:
         parts: list[TensorBoard | Wandb] = []
@@ -84,8 +85,9 @@ _INIT_TIMEOUT_S = 30
 class Wandb:
     """A wandb run: named after its folder, grouped by comparison, tagged by agent and model.
 
-    All runs of a comparison use its folder as wandb's, so that ``wandb leet`` shows them together.
-    The run is online if a login is found, otherwise offline. A resumed training keeps its id.
+    All runs of a comparison use its folder as wandb's, so that ``wandb leet`` shows them
+    together. The run is online if a login is found, otherwise offline. A resumed training
+    keeps its id.
 
     Raises:
         ExperimentError: wandb cannot be reached.

@@ -26,8 +26,8 @@ LEVEL_COLOURS = {
     "window512": "#FCE3A8", "int4-window512": "#F9BE5B", "int4-window256": "#EA8A24",
     "int4-window128": "#B25309", "removed": "#22262C",
 }  # fmt: skip
-"""Colours of levels, from the most to the least exact one: darker blues are fewer bits. Blue and
-orange are told apart with any kind of colour vision."""
+"""Colours of levels, from the most to the least exact one: darker blues are fewer bits. Blue
+and orange are told apart with any kind of colour vision."""
 
 _OTHER_LEVEL = "#8D9299"  # of a level without a colour of its own
 
@@ -304,7 +304,8 @@ def draw_series(
         x: Horizontal places.
         y: Values.
         intervals: Lower and upper end of the interval of each value.
-        **looks: As for `matplotlib.axes.Axes.errorbar`, such as ``color``, ``label``, ``marker``.
+        **looks: As for `matplotlib.axes.Axes.errorbar`, such as ``color``, ``label``,
+            ``marker``.
     """
     spread = None
     if intervals is not None:

@@ -213,17 +213,18 @@ def run_label(
     >>> run_label("train", "rap", 0, "agent.policy_settings.without=[]")
     'rap-without=none-s0'
 
-    A setting is named by as much of its key as no other one shares. Values are whole; settings for
-    which a folder's name has no room are replaced by a hash of all.
+    A setting is named by as much of its key as no other one shares. Values are whole;
+    settings for which a folder's name has no room are replaced by a hash of all.
 
     Args:
         stage: The program.
-        agent: Name or label of the agent; only used for ``train``. Characters that do not suit a
-            folder's name become ``_``.
+        agent: Name or label of the agent; only used for ``train``. Characters that do not
+            suit a folder's name become ``_``.
         seed: Seed of the run; only used for ``train``.
         overrides: Hydra's ``override_dirname``.
         sweep: Whether these are the settings that vary in a sweep, all of which are named.
-            Otherwise, settings are named of those sections in which runs of one comparison differ.
+            Otherwise, settings are named of those sections in which runs of one comparison
+            differ.
     """
     given = {}
     for item in re.split(r",(?=[\w./@+~-]+=)", overrides) if overrides else []:

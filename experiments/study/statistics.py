@@ -1,8 +1,8 @@
 """Means, differences and their bootstrap intervals; the only source of intervals in reports.
 
-Every method is measured on the same held-out windows, so windows are resampled jointly (paired):
-a window that is hard for all methods does not widen the interval of a difference. Seeds are
-resampled as well if a method has several.
+Every method is measured on the same held-out windows, so windows are resampled jointly
+(paired): a window that is hard for all methods does not widen the interval of a difference.
+Seeds are resampled as well if a method has several.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 RESAMPLES = 2000
-"""Number of bootstrap resamples; ends of a 95 % interval then vary by about 1 % of its width."""
+"""Number of bootstrap resamples; ends of a 95 % interval then vary by about 1 % of its
+width."""
 
 LEVEL = 0.95
 """Coverage probability of intervals."""
@@ -58,8 +59,8 @@ def bootstrap_mean(values: npt.ArrayLike) -> Estimate:
             replacement, each resample drawing one set of seeds and one set of windows.
 
     Returns:
-        The estimate. With one window and one seed there is nothing to resample, and the interval
-        is the mean itself.
+        The estimate. With one window and one seed there is nothing to resample, and the
+        interval is the mean itself.
 
     Raises:
         ValueError: There are no values, or some are not finite.
@@ -91,8 +92,8 @@ def relative_difference(first: npt.ArrayLike, second: npt.ArrayLike) -> Estimate
     """Return mean `first` divided by mean `second`, minus 1, resampled like `paired_difference`.
 
     Returns:
-        The estimate, such as -0.1 for 10 % less; None if `second` is not significantly above 0,
-        because the ratio is then meaningless.
+        The estimate, such as -0.1 for 10 % less; None if `second` is not significantly above
+        0, because the ratio is then meaningless.
     """
     ours, theirs = _paired(first, second)
     means, others = _resampled(ours, theirs)
@@ -110,7 +111,8 @@ def paired_ratio(
     cells, because the same text is measured at each.
 
     Args:
-        firsts: Losses of one method at each cell, each of shape (windows,) or (seeds, windows).
+        firsts: Losses of one method at each cell, each of shape (windows,) or (seeds,
+            windows).
         seconds: Losses of another one at the same cells.
 
     Returns:
@@ -148,14 +150,14 @@ def kept_above_chance(
 ) -> Estimate:
     """Return the share of the native accuracy above chance that a plan keeps, mean over tasks.
 
-    For each task (accuracy - chance) / (native accuracy - chance); documents are resampled jointly
-    for both, task by task.
+    For each task (accuracy - chance) / (native accuracy - chance); documents are resampled
+    jointly for both, task by task.
 
     Args:
-        plan: 1 for each document that is answered right under the plan, else 0, (documents,), by
-            task.
-        native: The same of the native model for the tasks to average, in which it must be above
-            chance.
+        plan: 1 for each document that is answered right under the plan, else 0, (documents,),
+            by task.
+        native: The same of the native model for the tasks to average, in which it must be
+            above chance.
         chance: Accuracy of guessing, by task.
     """
     rng, ratios, resampled = np.random.default_rng(SEED), [], []

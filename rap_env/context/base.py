@@ -35,7 +35,8 @@ if TYPE_CHECKING:  # a context without a live model loads no torch
     Scorer = PlanScorer | TableScorer
 
 IMPORTANCES = ("gsi", "one_shot", "none")
-"""Kinds of importance that agents may observe; any other value is the path of a GSI artifact."""
+"""Kinds of importance that agents may observe; any other value is the path of a GSI
+artifact."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class ContextConfig:
 
     Attributes:
         model: Alias, hub id, folder or GGUF file; or ``"score_table:PATH"``, which has scores
-            and no model (see `rap_env.context.table`); ``"score_table:smollm2-135m"`` is a table in
-            the package.
+            and no model (see `rap_env.context.table`); ``"score_table:smollm2-135m"`` is a
+            table in the package.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` ...
         dtype: ``"auto"``, ``"float32"``, ``"bfloat16"`` ...
         weights: ``"bf16"`` (unquantised, in `dtype`), or another value of `rap_env.load_llm`.
@@ -60,8 +61,8 @@ class ContextConfig:
         store: ``"default"`` (in the cache), a path, or None to keep scores in memory.
         workers: Number of workers that measure, each with a model (see
             `rap_env.scoring.workers.WorkerPool`); 0 measures in this process.
-        workers_address: ``HOST:PORT`` of a Ray cluster, or ``"auto"``; None starts workers on this
-            machine.
+        workers_address: ``HOST:PORT`` of a Ray cluster, or ``"auto"``; None starts workers on
+            this machine.
 
     Raises:
         InvalidRequestError: A value has the wrong type or is out of range.
@@ -88,10 +89,10 @@ class ContextConfig:
 class PruningContext(ABC):
     """A model with its memory arithmetic, calibration text, scorer and importance.
 
-    Environments, agents, baselines and experiments take a context, so that all of them measure
-    the same plans on the same text and share one model and one score store. `LiveContext` has a
-    live model. `TableContext` has a score table instead; there, `llm`, `corpus` and
-    `layer_influence` raise `ModelNotAvailableError`.
+    Environments, agents, baselines and experiments take a context, so that all of them
+    measure the same plans on the same text and share one model and one score store.
+    `LiveContext` has a live model. `TableContext` has a score table instead; there, `llm`,
+    `corpus` and `layer_influence` raise `ModelNotAvailableError`.
 
     Attributes:
         memory: The model's byte arithmetic.

@@ -37,7 +37,8 @@ PACKAGED_COSTS = _PACKAGED / "smollm2-135m.levels.json"
 """Costs of the levels of the default model, measured on text that it wrote."""
 
 PACKAGED_ORDERS = tuple(sorted(_PACKAGED.glob("*.gsi*.json")))
-"""GSI orders of the default model with default settings, on text that it wrote; one a dtype."""
+"""GSI orders of the default model with default settings, on text that it wrote; one a
+dtype."""
 
 
 class LiveContext(PruningContext):
@@ -128,8 +129,8 @@ class LiveContext(PruningContext):
     def level_costs(self, cache_levels: Sequence[str]) -> LevelCosts:
         """One-shot costs of the levels of all items, measured on first use and cached.
 
-        For the default model and text that it writes, the costs in the package are used if they
-        have these levels.
+        For the default model and text that it writes, the costs in the package are used if
+        they have these levels.
         """
         key = tuple(cache_levels)
         if key not in self._level_costs:
@@ -141,7 +142,8 @@ class LiveContext(PruningContext):
 
         Raises:
             UnknownNameError: There is no such method over items.
-            ArtifactError: The artifact that ``importance`` names is of another model or ladder.
+            ArtifactError: The artifact that ``importance`` names is of another model or
+                ladder.
         """
         ladder = ladder_bytes.ladder
         if self.importance not in IMPORTANCES:

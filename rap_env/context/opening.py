@@ -56,7 +56,8 @@ def _open_live(config: ContextConfig) -> LiveContext:
     from rap_env.scoring.corpus_loading import load_corpus
 
     llm = shared_llm(**_model_settings(config))
-    workers = _shared_workers(config, llm) if config.workers else None  # before a text is written
+    # Before a text is written.
+    workers = _shared_workers(config, llm) if config.workers else None
     context = LiveContext(
         llm,
         load_corpus(config.calibration, llm),

@@ -37,7 +37,8 @@ class TableContext(PruningContext):
 
     Args:
         name: What error messages call the table.
-        memory: The byte arithmetic of the model that is served; None is that of the table's model.
+        memory: The byte arithmetic of the model that is served; None is that of the table's
+            model.
 
     Raises:
         ArtifactError: ``importance="gsi"``, but the table has no GSI order.
@@ -187,8 +188,9 @@ class TableContext(PruningContext):
 def open_table(path: Path, config: ContextConfig) -> TableContext:
     """Open the context of a score table.
 
-    A table was measured with certain settings. A setting at its default takes the table's value;
-    any other value must equal the table's. `ContextConfig.store` is ignored: nothing is measured.
+    A table was measured with certain settings. A setting at its default takes the table's
+    value; any other value must equal the table's. `ContextConfig.store` is ignored: nothing
+    is measured.
 
     Raises:
         ModelNotAvailableError: There is no such file.

@@ -28,9 +28,9 @@ def reopen(kind: Callable[..., Any], context: PruningContext, arguments: Mapping
 class PruningEnv(gym.Env[Observation, np.int64]):
     """An environment in which each action gives up something of a real language model.
 
-    A copy or pickle has the state of the episode, the random generator and the workload. Copies
-    share the context. A pickle holds the scores of a table; it names a live model, which is opened
-    again.
+    A copy or pickle has the state of the episode, the random generator and the workload.
+    Copies share the context. A pickle holds the scores of a table; it names a live model,
+    which is opened again.
 
     Attributes:
         context: The model with its memory arithmetic, scorer and importance.
@@ -102,8 +102,8 @@ class PruningEnv(gym.Env[Observation, np.int64]):
 
         Raises:
             InvalidRequestError: The model cannot serve the request, or already fits it.
-            InfeasibleBudgetError: Nothing can meet the budget in `options`, or that of any of 100
-                drawn requests, and ``infeasible="error"``.
+            InfeasibleBudgetError: Nothing can meet the budget in `options`, or that of any of
+                100 drawn requests, and ``infeasible="error"``.
             UnknownNameError: There is no such option.
             NonFiniteScoreError: The model gave NaN or infinity.
         """
@@ -190,8 +190,8 @@ class PruningEnv(gym.Env[Observation, np.int64]):
     def _warn_of_limit(self) -> None:
         """Warn if two episodes in a row were left after the same number of steps.
 
-        An environment does not know the wrappers around it. It sees only that a `TimeLimit` ends
-        episodes before they are paid.
+        An environment does not know the wrappers around it. It sees only that a `TimeLimit`
+        ends episodes before they are paid.
         """
         episode = self.current
         if episode is None or episode.over or episode.steps < 2:

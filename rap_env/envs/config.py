@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from rap_env.scoring.lm_eval_tasks import TaskConfig
 
 INFEASIBLE = ("error", "clip")
-"""What to do with a budget that no plan can meet: reject the request (one that was drawn is drawn
-again), or raise the budget to the least one."""
+"""What to do with a budget that no plan can meet: reject the request (one that was drawn is
+drawn again), or raise the budget to the least one."""
 
 OVER_BUDGET = ("measured", "worst")
-"""What an episode that is truncated over its budget pays: the value of the plan that it reached, or
-less than any plan that fits."""
+"""What an episode that is truncated over its budget pays: the value of the plan that it
+reached, or less than any plan that fits."""
 
 INFO_FORMS = ("names", "arrays")
 """How `info` says what was done: lists of names, or arrays of fixed shape."""
@@ -33,7 +33,8 @@ INFO_FORMS = ("names", "arrays")
 RENDER_MODES = ("ansi", "rgb_array")
 
 TASK_DOCUMENTS = 20
-"""Documents of each task in an accuracy reward: 3 tasks of 20 take seconds per plan on a CPU."""
+"""Documents of each task in an accuracy reward: 3 tasks of 20 take seconds per plan on a
+CPU."""
 
 _OF_CONTEXT = (
     "model", "device", "dtype", "importance", "gsi_removals", "gsi_method", "frontier",
@@ -64,7 +65,8 @@ class EnvConfig:
     layout: ClassVar[str] = "blocks"
     """The layout of observations, see `rap_env.context.base.make_encoder`."""
     info_key: ClassVar[str] = "removed"
-    """The entry of infos with the plan: names of removed blocks, or of the level of each item."""
+    """The entry of infos with the plan: names of removed blocks, or of the level of each
+    item."""
     delta_key: ClassVar[str] = "loss"
     """The entry of infos with the ΔNLL."""
     unchanged: ClassVar[str] = "dense"
@@ -126,7 +128,8 @@ class EnvConfig:
         given = self.calibration
         settings = {"source": given} if isinstance(given, str) else dict(given or {})
         check_settings(settings, "the calibration", settings_of(CorpusConfig))
-        text = {} if table_path(self.model) else self.text  # a score table has a text of its own
+        # A score table has a text of its own.
+        text = {} if table_path(self.model) else self.text
         return CorpusConfig(**{**text, **settings})
 
     def context_config(self) -> ContextConfig:
@@ -146,7 +149,8 @@ class LadderEnvConfig(EnvConfig):
     The table in the section "Arguments" of `rap_env.RAPLadderEnv` describes each attribute.
 
     Raises:
-        UnknownNameError: As for `EnvConfig`, or there is no such ladder, kind of item or level.
+        UnknownNameError: As for `EnvConfig`, or there is no such ladder, kind of item or
+            level.
         InvalidRequestError: As for `EnvConfig`, or levels are not in order.
         CorpusError: As for `EnvConfig`.
     """

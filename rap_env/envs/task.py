@@ -57,7 +57,8 @@ class EpisodeStart:
 
     Attributes:
         costs: What the levels of all items need for it.
-        asked_budget_bytes: The budget before it was raised to the least possible one, or None.
+        asked_budget_bytes: The budget before it was raised to the least possible one, or
+            None.
     """
 
     request: Request
@@ -203,7 +204,8 @@ class PruningTask:
         """Whether a step truncates its episode, and whether because there were too many steps.
 
         Args:
-            over_budget: Whether the request does not fit yet; like the others, a value or an array.
+            over_budget: Whether the request does not fit yet; like the others, a value or an
+                array.
             invalid_actions: Number of invalid actions, that of the step included.
             steps: Number of steps, the step included.
         """

@@ -31,12 +31,12 @@ class PruningVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64], 
     """n environments of one kind, whose scores are measured together.
 
     The same seeds give the same episodes as n single environments under
-    `gymnasium.vector.SyncVectorEnv` with the same `autoreset_mode`, infos included. The scores
-    that a step needs are measured together, so that plans share common computation.
+    `gymnasium.vector.SyncVectorEnv` with the same `autoreset_mode`, infos included. The
+    scores that a step needs are measured together, so that plans share common computation.
 
-    `gymnasium.make_vec` makes it unless it is given a `vectorization_mode`, and takes the arguments
-    below. Its `vector_kwargs` are for gymnasium's own vector environments; `rap_env.make_vec`
-    takes them here too.
+    `gymnasium.make_vec` makes it unless it is given a `vectorization_mode`, and takes the
+    arguments below. Its `vector_kwargs` are for gymnasium's own vector environments;
+    `rap_env.make_vec` takes them here too.
 
     Args:
         model: As for the single environment.
@@ -44,10 +44,10 @@ class PruningVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64], 
         autoreset_mode: When a sub-environment whose episode is over starts the next one:
             ``"NextStep"`` (its next step, whatever the action), ``"SameStep"`` (the step that
             ends it; infos hold ``final_obs`` and ``final_info``) or ``"Disabled"`` (at
-            ``reset(options={"reset_mask": flags})``). Every observation has an action mask with a
-            valid action, the last one of an episode included.
-        max_episode_steps: The argument `max_steps` of the single environment, under the name that
-            ``gymnasium.make_vec`` passes.
+            ``reset(options={"reset_mask": flags})``). Every observation has an action mask
+            with a valid action, the last one of an episode included.
+        max_episode_steps: The argument `max_steps` of the single environment, under the name
+            that ``gymnasium.make_vec`` passes.
         render_mode: As for the single environment.
         context: As for the single environment.
         settings: The other arguments of the single environment.
@@ -59,9 +59,10 @@ class PruningVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64], 
         ladder: The items, in the order of the actions, and the levels of each.
 
     Raises:
-        InvalidRequestError: `num_envs` or `max_episode_steps` is no whole number of at least 1, or
-            a setting is out of its range.
-        UnknownNameError: There is no such argument, autoreset mode, render mode or other name.
+        InvalidRequestError: `num_envs` or `max_episode_steps` is no whole number of at least
+            1, or a setting is out of its range.
+        UnknownNameError: There is no such argument, autoreset mode, render mode or other
+            name.
     """
 
     metadata = {  # noqa: RUF012 - gymnasium declares it so
@@ -143,12 +144,13 @@ class PruningVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64], 
         Args:
             seed: Seed of the first sub-environment, the others following, or one for each.
             options: ``"request"`` sets the request of all these episodes, as for the single
-                environment; ``"reset_mask"`` says which sub-environments to reset, boolean, (n,).
+                environment; ``"reset_mask"`` says which sub-environments to reset, boolean,
+                (n,).
 
         Raises:
             ResetNeeded: Only some sub-environments are reset, but others have no episode yet.
-            InvalidRequestError: Seeds or flags are not one for each sub-environment, or as for
-                the single environment.
+            InvalidRequestError: Seeds or flags are not one for each sub-environment, or as
+                for the single environment.
             RapError: As for the single environment.
         """
         rest = reset_options(options)
@@ -291,15 +293,16 @@ def make_vec(
 ) -> gym.vector.VectorEnv[Any, Any, Any]:
     """`gymnasium.make_vec`, with `vector_kwargs` in every mode.
 
-    `gymnasium.make_vec` rejects `vector_kwargs` for environments that bring a vector environment
-    of their own, as those of this package do; there, their entries are plain arguments.
+    `gymnasium.make_vec` rejects `vector_kwargs` for environments that bring a vector
+    environment of their own, as those of this package do; there, their entries are plain
+    arguments.
 
     Args:
         id: Name of an environment, such as ``"RAPPrune-v0"``.
         num_envs: Number of environments, n.
-        vectorization_mode: None for `RAPPruneVectorEnv` and its like, ``"sync"`` or ``"async"``
-            for gymnasium's vector environments of n single ones. With ``"async"`` and a start
-            method other than fork, each of the n processes loads a model.
+        vectorization_mode: None for `RAPPruneVectorEnv` and its like, ``"sync"`` or
+            ``"async"`` for gymnasium's vector environments of n single ones. With ``"async"``
+            and a start method other than fork, each of the n processes loads a model.
         vector_kwargs: Arguments of the vector environment, such as ``autoreset_mode``.
         arguments: The other arguments of ``gymnasium.make_vec`` and of the environment.
 

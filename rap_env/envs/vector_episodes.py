@@ -1,8 +1,8 @@
 """The episodes of many environments as arrays: what `Episode` is for one, and their infos.
 
-Gymnasium's form of infos: an entry ``key`` holds a value for each sub-environment, and ``_key``
-says which sub-environments have it. Where one has none, numbers are 0 and objects None, as
-gymnasium's own vector environments fill them.
+Gymnasium's form of infos: an entry ``key`` holds a value for each sub-environment, and
+``_key`` says which sub-environments have it. Where one has none, numbers are 0 and objects
+None, as gymnasium's own vector environments fill them.
 """
 
 from __future__ import annotations
@@ -48,13 +48,14 @@ class VectorEpisodes:
     """The episodes of n sub-environments.
 
     Attributes:
-        starts: Request and bytes of each sub-environment that has started an episode, by index.
+        starts: Request and bytes of each sub-environment that has started an episode, by
+            index.
         positions: The positions of the levels of each plan, (n, items).
         peak_bytes: Peak bytes of each request now, (n,).
-        measured: What the model measured of each plan, with the fields of `Measurement` as columns;
-            NaN where there is no value, (n, 4).
-        requests: Batch sizes, lengths and budgets, and the budgets before they were clipped, 0
-            where they were not, (n,) each.
+        measured: What the model measured of each plan, with the fields of `Measurement` as
+            columns; NaN where there is no value, (n, 4).
+        requests: Batch sizes, lengths and budgets, and the budgets before they were clipped,
+            0 where they were not, (n,) each.
         invalid_actions: Number of invalid actions, (n,).
         steps: Steps of each episode, (n,).
         over: Whether the episode has terminated or was truncated, (n,).
@@ -151,7 +152,8 @@ class VectorEpisodes:
         self.measured[step.valid] = np.nan
         for row, measurement in measurements.items():
             if not step.out_of_steps[row]:
-                self.measured[row] = np.array(measurement, dtype=np.float64)  # None becomes NaN
+                # None becomes NaN.
+                self.measured[row] = np.array(measurement, dtype=np.float64)
         self.invalid_actions += step.invalid
         self.steps += step.valid | step.invalid
         rows, items = np.nonzero(step.positions != self.positions)

@@ -74,8 +74,8 @@ def export(
 ) -> None:
     """Write a model under a plan to OUT, for another engine, with a model card.
 
-    Give the plan in a file (--plan), or the blocks to remove (--remove), or a request (--batch,
-    --seq, --budget) for which a policy chooses.
+    Give the plan in a file (--plan), or the blocks to remove (--remove), or a request
+    (--batch, --seq, --budget) for which a policy chooses.
     """
     options = PlanOptions.of(remove, plan_file, (batch, seq, budget), policy)
     _unwind_when_terminated()
@@ -108,8 +108,8 @@ def export(
 def prune(context: click.Context, /, folder: Path, **options: Any) -> None:
     """Save a smaller checkpoint to FOLDER: `rap export --to hf` without its further options.
 
-    Name the blocks (--remove), or a request (--batch, --seq, --budget) for which a policy chooses
-    them. Load the checkpoint with rap_env.load_llm, or give its folder as --model.
+    Name the blocks (--remove), or a request (--batch, --seq, --budget) for which a policy
+    chooses them. Load the checkpoint with rap_env.load_llm, or give its folder as --model.
     """
     context.invoke(export, out=folder, target="hf", **options)
 

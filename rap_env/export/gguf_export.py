@@ -11,10 +11,10 @@ int3          the same, 1.6 bits more
 int2          Q4_1, rounded again because its groups of 32 are longer, 2.2 bits more
 ============  ==============================================================================
 
-A tensor that is stored in as few bits already is kept, as live levels do. The codes are those of
-the live level; its scales and minima are rounded to float16, which loses less than their bfloat16.
-llama.cpp's own types of 3 and 2 bits need rows of a multiple of 256 values. Levels that files do
-not have are made by a live model (`low_bit_tensors`).
+A tensor that is stored in as few bits already is kept, as live levels do. The codes are those
+of the live level; its scales and minima are rounded to float16, which loses less than their
+bfloat16. llama.cpp's own types of 3 and 2 bits need rows of a multiple of 256 values. Levels
+that files do not have are made by a live model (`low_bit_tensors`).
 
 The layouts of the blocks are those of llama.cpp's ``ggml-common.h``.
 """
@@ -95,10 +95,12 @@ class GgufTensor:
     def at(self, level: WeightLevel, name: str) -> GgufTensor:
         """The tensor at a level; itself where it takes no more bits, and if it is a vector.
 
-        At a level of `LOW_BIT_FORMATS` it is at int4: a matrix that has that level is `of_matrix`.
+        At a level of `LOW_BIT_FORMATS` it is at int4: a matrix that has that level is
+        `of_matrix`.
 
         Raises:
-            UnsupportedModelError: Its rows cannot be cut into groups of 32; `name` is in the text.
+            UnsupportedModelError: Its rows cannot be cut into groups of 32; `name` is in the
+                text.
         """
         kind = Kind.Q8_0 if level == "int8" else Kind.Q4_1
         if level == "native" or self.data.ndim == 1 or _bits(self.kind) <= _bits(kind):
@@ -231,7 +233,8 @@ class GgufModel:
             if name != "general.architecture" and own not in _BY_PLAN:
                 inner = stated.types[-1] if stated.types[0] == Value.ARRAY else None
                 entries[key] = (stated.contents(), stated.types[0], inner)
-        for kind in ("key", "value"):  # else llama.cpp divides by the heads of the first layer
+        # Else llama.cpp divides by the heads of the first layer.
+        for kind in ("key", "value"):
             length = (width // heads, Value.UINT32, None)
             entries.setdefault(f"{ARCHITECTURE}.attention.{kind}_length", length)
         return cls(
@@ -256,7 +259,8 @@ def low_bit_tensors(llm: ElasticLLM, plan: Plan) -> dict[str, GgufTensor]:
     """The matrices of a live model at a plan's levels that GGUF files do not have, by their names.
 
     Args:
-        llm: A model whose blocks are those of Llama; it makes these levels if they do not exist.
+        llm: A model whose blocks are those of Llama; it makes these levels if they do not
+            exist.
         plan: The plan.
     """
     low = {name: level for name, level in plan.levels.items() if level in LOW_BIT_FORMATS}
@@ -272,7 +276,8 @@ def low_bit_tensors(llm: ElasticLLM, plan: Plan) -> dict[str, GgufTensor]:
             tensor = GgufTensor.of_matrix(module.matrices["weight"])
             name = names.get_name(module_name)
             if part_heads := heads.get(name.split(".")[-1]):
-                # The two halves of a head are rotated together; in llama.cpp their rows alternate.
+                # The two halves of a head are rotated together; in llama.cpp their rows
+                # alternate.
                 rows, width = tensor.data.shape
                 halves = tensor.data.reshape(part_heads, 2, -1, width).swapaxes(1, 2)
                 tensor = GgufTensor(halves.reshape(rows, width), tensor.kind)
@@ -283,9 +288,9 @@ def low_bit_tensors(llm: ElasticLLM, plan: Plan) -> dict[str, GgufTensor]:
 def export_gguf(model: GgufModel, plan: Plan, path: Path) -> dict[WeightLevel, list[GgufTensor]]:
     """Write a GGUF file of the architecture ``deci``.
 
-    The file appears only when it is complete; an older one is replaced. Quantised tensors of a GGUF
-    source are copied unless the plan lowers them. Levels of caches are settings of the engine and
-    not in the file; see `rap_env.export.llama_cpp`.
+    The file appears only when it is complete; an older one is replaced. Quantised tensors of
+    a GGUF source are copied unless the plan lowers them. Levels of caches are settings of the
+    engine and not in the file; see `rap_env.export.llama_cpp`.
 
     Args:
         model: The model; with `low_bits` if the plan has such levels.

@@ -1,20 +1,22 @@
 """A plan in llama.cpp: its layout in a file, its settings, and static deployments. Without torch.
 
-In llama.cpp's architecture ``deci`` each layer has its own number of heads and its own FFN length,
-so that a layer may have only an attention or only an FFN block. Some layouts that its header can
-state are computed wrong or rejected by llama.cpp, and must not be written:
+In llama.cpp's architecture ``deci`` each layer has its own number of heads and its own FFN
+length, so that a layer may have only an attention or only an FFN block. Some layouts that its
+header can state are computed wrong or rejected by llama.cpp, and must not be written:
 
 - with an FFN length of 0 the whole layer is skipped, its attention block included;
 - with an FFN length of 0 in the last layer the program aborts;
 - without heads in layer 0 the file cannot be loaded, since the size of a head is read there.
 
-So kept blocks are packed into new layers. The residual stream passes through all blocks in order,
-and thus an attention block and the next FFN block may be of different layers if no other kept block
-lies between. An attention block that is followed by another one gets an FFN block of zeros. If
-the first layer has no attention block, it gets "linear attention" with a matrix of zeros.
+So kept blocks are packed into new layers. The residual stream passes through all blocks in
+order, and thus an attention block and the next FFN block may be of different layers if no
+other kept block lies between. An attention block that is followed by another one gets an FFN
+block of zeros. If the first layer has no attention block, it gets "linear attention" with a
+matrix of zeros.
 
-llama.cpp serves one file with one format of caches for all layers, and changes neither while it
-runs. A deployment is the mask and the format with the least predicted rise in NLL whose bytes fit.
+llama.cpp serves one file with one format of caches for all layers, and changes neither while
+it runs. A deployment is the mask and the format with the least predicted rise in NLL whose
+bytes fit.
 """
 
 from __future__ import annotations
@@ -118,7 +120,8 @@ def cache_type(plan: Plan, num_layers: int) -> str:
         num_layers: Layers of the model.
 
     Raises:
-        UnsupportedModelError: Its kept caches have several levels, or one without a counterpart.
+        UnsupportedModelError: Its kept caches have several levels, or one without a
+            counterpart.
     """
     kept = (n for n in range(num_layers) if 2 * n not in plan.removed)
     levels = {plan.cache_level(layer).name for layer in kept} or {"native"}
@@ -143,8 +146,8 @@ class CacheType:
     Attributes:
         name: As ``-ctk`` and ``-ctv`` take it.
         bits: Bits of a value, scales included.
-        delta_nll: Rise in NLL with it, measured with the default model in llama.cpp against the
-            unquantised model here, nats per token.
+        delta_nll: Rise in NLL with it, measured with the default model in llama.cpp against
+            the unquantised model here, nats per token.
     """
 
     name: str
@@ -203,9 +206,10 @@ class Deployment:
 def choose_deployment(memory: MemoryModel, request: Request) -> Deployment:
     """The deployment of the least predicted rise in NLL that fits a request's budget.
 
-    Of equal ones, it is the one with the fewest removed blocks and the largest batch. Masks are
-    those of the packaged frontier for the default model; for others only the dense one. Their rise
-    is that of the package's score table of the default model's file, as in `find_delta_nll`.
+    Of equal ones, it is the one with the fewest removed blocks and the largest batch. Masks
+    are those of the packaged frontier for the default model; for others only the dense one.
+    Their rise is that of the package's score table of the default model's file, as in
+    `find_delta_nll`.
 
     Raises:
         InfeasibleBudgetError: None fits.
@@ -236,8 +240,8 @@ def file_sizes(facts: ModelFacts, mask: Plan) -> tuple[int, int]:
     """The sizes of a file that depend on the mask alone.
 
     Returns:
-        Bytes of the weights in llama.cpp's file, blocks of zeros included, and the number of values
-        that one token adds to the KV cache.
+        Bytes of the weights in llama.cpp's file, blocks of zeros included, and the number of
+        values that one token adds to the KV cache.
     """
     width, layers = facts.hidden_size, deci_layers(facts.num_blocks // 2, mask)
     kept = sum(n for i, n in enumerate(facts.block_param_bytes) if i not in mask.removed)

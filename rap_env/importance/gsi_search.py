@@ -47,16 +47,18 @@ def gsi(
 
     Args:
         scorer: Measures plans on the calibration text.
-        ladder_bytes: The ladder and its bytes: items are ordered by the rise in NLL per byte that
-            is freed at the reference request (`rap_env.importance.orders`), and those that free
-            nothing there are left out. None removes blocks, ordered by the rise alone.
-        costs: One-shot costs of the ladder's levels: what is known of a step that was not measured.
-        method: ``"exact"`` gives the order of the naive loop. ``"lazy"`` measures only the items
-            with the least last known rise again, and more of them if one has risen; it is several
-            times faster, and may miss an item that the exact search finds.
+        ladder_bytes: The ladder and its bytes: items are ordered by the rise in NLL per byte
+            that is freed at the reference request (`rap_env.importance.orders`), and those
+            that free nothing there are left out. None removes blocks, ordered by the rise
+            alone.
+        costs: One-shot costs of the ladder's levels: what is known of a step that was not
+            measured.
+        method: ``"exact"`` gives the order of the naive loop. ``"lazy"`` measures only the
+            items with the least last known rise again, and more of them if one has risen; it
+            is several times faster, and may miss an item that the exact search finds.
         stop: Actions after which to stop; None continues until nothing is left.
-        path: File of the artifact. It is written after each action. A profile of the same model,
-            text and ladder that already exists there is continued.
+        path: File of the artifact. It is written after each action. A profile of the same
+            model, text and ladder that already exists there is continued.
         progress: Whether to draw a progress bar.
 
     Returns:
@@ -64,7 +66,8 @@ def gsi(
 
     Raises:
         UnknownNameError: An unknown method.
-        ArtifactError: The file at `path` is damaged, or of another model, text, method or ladder.
+        ArtifactError: The file at `path` is damaged, or of another model, text, method or
+            ladder.
     """
     check_name("GSI method", method, GSI_METHODS)
     if ladder_bytes is None or costs is None:
@@ -161,8 +164,8 @@ class _Search:
     def _measure(self, freed: Mapping[int, int]) -> tuple[int, float, dict[int, float]]:
         """The best item, the NLL after it, and the rise of all examined items.
 
-        The exact search measures all items. The lazy search measures a few items at a time, those
-        with the least last known rise first.
+        The exact search measures all items. The lazy search measures a few items at a time,
+        those with the least last known rise first.
         """
         profile, known = self.profile, self._known_rises(freed)
         before = (profile.dense_nll, *profile.nll_after)[-1]
@@ -197,8 +200,8 @@ class _Search:
         """Items, likely winners first.
 
         Of blocks, the neighbours of the block removed last come before the others: next to a
-        removed block, the rise is often smaller than last known, because the neighbour's work was
-        for the removed block. Elsewhere the rise mostly grows.
+        removed block, the rise is often smaller than last known, because the neighbour's work
+        was for the removed block. Elsewhere the rise mostly grows.
         """
         if not known:
             return list(freed)

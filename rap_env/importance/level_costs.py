@@ -1,10 +1,11 @@
 """One-shot costs of levels: the rise in NLL if a single item is lowered. Without torch.
 
-A plan's rise in NLL is predicted as the sum of the costs of its levels, which `fit_costs` fits to
-the measurements. Two things are special:
+A plan's rise in NLL is predicted as the sum of the costs of its levels, which `fit_costs`
+fits to the measurements. Two things are special:
 
-- *Shares.* Levels of caches that cost less than noise alone are measured for all caches at once,
-  and shared among the layers in proportion to the costs of a similar level (`TOGETHER`).
+- *Shares.* Levels of caches that cost less than noise alone are measured for all caches at
+  once, and shared among the layers in proportion to the costs of a similar level
+  (`TOGETHER`).
 - *Windows.* A window costs nothing at tokens that still see everything. Its measured cost is
   spread over the tokens that see less, so it grows with the length of the sequence
   (`window_share`).
@@ -41,8 +42,8 @@ TOGETHER = ("int8", "int4", "int4-window512", "int4-window128")
 """Levels of caches that are measured only for all caches at once.
 
 On two windows of 1,024 tokens the costs of int4 in one layer of the default model had no
-correlation between the windows (-0.1): they are below the noise. Those of int2 and of windows had
-0.6 to 0.76. Those of a window of 512 and of 256 tokens had 0.94 with each other.
+correlation between the windows (-0.1): they are below the noise. Those of int2 and of windows
+had 0.6 to 0.76. Those of a window of 512 and of 256 tokens had 0.94 with each other.
 """
 
 UNQUANTISED = "unquantised"
@@ -65,8 +66,8 @@ class FittedCosts(NamedTuple):
     Attributes:
         costs: Costs of each level of each item.
         factors: Joint cost over the sum of one-shot costs, by kind of item and level, such as
-            ``cache int4``, ``block int8`` and ``attn removed``. A level that was never measured
-            jointly has none.
+            ``cache int4``, ``block int8`` and ``attn removed``. A level that was never
+            measured jointly has none.
     """
 
     costs: Costs
@@ -76,16 +77,20 @@ class FittedCosts(NamedTuple):
 def fit_costs(one_shot: Costs, errors: Costs, joint: Mapping[str, float]) -> FittedCosts:
     """Fit costs to measurements, which are those of `LevelCosts`, in four steps.
 
-    1. *Shrinkage* (`without_noise`). The costs of a level differ between layers, but part of that
-       is noise of the text. They are pulled to their mean by the share of their variance that is
-       noise.
-    2. *Order* (`in_order`). A level costs at least as much as each more exact level of the same
+    1. *Shrinkage* (`without_noise`). The costs of a level differ between layers, but part of
+    that
+       is noise of the text. They are pulled to their mean by the share of their variance that
+       is noise.
+    2. *Order* (`in_order`). A level costs at least as much as each more exact level of the
+    same
        item. This also keeps noise, such as a negative rise, from making a level look free.
-    3. *Factors* (`level_factors`, `removal_factors`). Lowering all caches costs more, or less, than
+    3. *Factors* (`level_factors`, `removal_factors`). Lowering all caches costs more, or
+    less, than
        the sum of lowering each one alone: each level has the ratio that was measured for its
        uniform plan. Removal has no such plan: its factors are fitted to all plans that remove
        blocks.
-    4. *Corrected costs*. Costs are multiplied by their factors; the removal of a block costs at
+    4. *Corrected costs*. Costs are multiplied by their factors; the removal of a block costs
+    at
        least as much as any of its levels.
     """
     groups: dict[tuple[str, str], list[str]] = {}
@@ -209,12 +214,14 @@ class LevelCosts(Profile):
 
     Attributes:
         num_layers: L.
-        window_tokens: Tokens of a window of the text: the length at which caches were measured.
+        window_tokens: Tokens of a window of the text: the length at which caches were
+            measured.
         native_nll: NLL of the native model, nats per token.
-        one_shot: Rise in NLL if only this item has this level, nats per token; by names of items
-            and levels. Levels that are missing were not measured, and no policy chooses them.
-            The costs of `TOGETHER` are shares of the measured uniform plan.
-        errors: Standard error of each of them over the windows, in the same form; 0 for shares.
+        one_shot: Rise in NLL if only this item has this level, nats per token; by names of
+            items and levels. Levels that are missing were not measured, and no policy chooses
+            them. The costs of `TOGETHER` are shares of the measured uniform plan.
+        errors: Standard error of each of them over the windows, in the same form; 0 for
+            shares.
         joint: Rise in NLL of plans that lower several items, nats per token, by their JSON.
     """
 
@@ -256,7 +263,8 @@ class LevelCosts(Profile):
 
         Raises:
             FileNotFoundError: There is no such file.
-            ArtifactError: It is truncated, altered, or of another model or format of its weights.
+            ArtifactError: It is truncated, altered, or of another model or format of its
+                weights.
         """
         costs = super().load(path, model)
         costs.check_weights(path, model)
@@ -295,7 +303,8 @@ class LevelCosts(Profile):
         Args:
             item: Name of the item.
             level: Name of the level; 0 for ``native``.
-            seq_len_tokens: Length of the sequences; None is the length of the measured windows.
+            seq_len_tokens: Length of the sequences; None is the length of the measured
+                windows.
 
         Raises:
             UnknownNameError: The level was not measured for this item.

@@ -64,9 +64,9 @@ def scan_levels(
     Args:
         scorer: Measures plans on the calibration text.
         cache_levels: Names of levels of caches.
-        together: Those of them that are only measured for all caches at once. Caches have shares
-            in proportion to their costs at the first less exact level that is measured alone,
-            else at the last more exact one, else equal ones.
+        together: Those of them that are only measured for all caches at once. Caches have
+            shares in proportion to their costs at the first less exact level that is measured
+            alone, else at the last more exact one, else equal ones.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -184,9 +184,9 @@ def _measured(
 def block_influence(scorer: PlanScorer) -> npt.NDArray[np.float64]:
     """Block influence of ShortGPT (Men et al. 2024, eq. 1) of each block instead of layer, (2L,).
 
-    ``BI = 1 - E[cos(x, y)]`` with x the residual stream before and y after the block, the mean
-    taken over all tokens. In a parallel layer the attention block counts first. It costs two
-    forward passes; the head does not run.
+    ``BI = 1 - E[cos(x, y)]`` with x the residual stream before and y after the block, the
+    mean taken over all tokens. In a parallel layer the attention block counts first. It costs
+    two forward passes; the head does not run.
     """
     return _influence(scorer.llm, scorer.runner.partial, scorer.batches, by_layer=False)
 

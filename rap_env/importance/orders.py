@@ -19,7 +19,8 @@ from rap_env.ladder.state import LadderCosts, LadderState
 from rap_env.ladder.steps import LevelSteps
 
 REFERENCE_BATCH_SIZE, REFERENCE_TOKENS = 4, 1024
-"""The request at which an order weighs costs against bytes; fewer tokens for shorter models."""
+"""The request at which an order weighs costs against bytes; fewer tokens for shorter
+models."""
 
 Step = tuple[int, int]
 """The number of an item, and the position of the level that it gets."""
@@ -62,8 +63,8 @@ class PricedState(LadderState):
 
     Args:
         costs: The bytes of a request.
-        one_shot: ΔNLL if only this item has this level, nats per token, (items, W); a plan's costs
-            are their sums.
+        one_shot: ΔNLL if only this item has this level, nats per token, (items, W); a plan's
+            costs are their sums.
         positions: As for `LadderState`.
     """
 
@@ -119,15 +120,15 @@ def greedy_order(
 ) -> LadderOrder:
     """Start with native levels, and repeatedly take the step of the least cost per freed byte.
 
-    Costs are predicted (see `PricedState`), so nothing is measured on the way. A step counts as the
-    best of the levels to which it leads, so that a poor level on the way to a good one does not
-    hold an item back. Steps that free nothing come last.
+    Costs are predicted (see `PricedState`), so nothing is measured on the way. A step counts
+    as the best of the levels to which it leads, so that a poor level on the way to a good one
+    does not hold an item back. Steps that free nothing come last.
 
     Args:
         costs: One-shot costs of the levels.
         ladder_bytes: The ladder and its bytes.
-        measured: A GSI order with which the order begins. The ΔNLL of steps that are taken together
-            is divided in proportion to their predicted ones.
+        measured: A GSI order with which the order begins. The ΔNLL of steps that are taken
+            together is divided in proportion to their predicted ones.
 
     Raises:
         ArtifactError: The GSI order is of another ladder.
@@ -209,8 +210,8 @@ def check_ladder(profile: GSIProfile, ladder: Ladder) -> None:
 def one_shot_costs(costs: LevelCosts, ladder: Ladder) -> Floats:
     """ΔNLL if only this item has this level, nats per token, (items, W).
 
-    A level that was not measured, because it changes nothing on the text, costs as much as the one
-    above it.
+    A level that was not measured, because it changes nothing on the text, costs as much as
+    the one above it.
     """
     table = np.zeros((len(ladder), ladder.width))
     for number, item in enumerate(ladder.items):

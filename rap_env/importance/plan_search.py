@@ -3,13 +3,14 @@
 1. Measure the native model, every single removal, and the plans of the greedy order for some
    requests; before them, if there is a table of the same model on other text, its best plans.
 2. In rounds: fit an ensemble of predictors to all scores so far; for each of some requests,
-   improve some of the best known plans by changes at equal bytes, as the ensemble sees it; measure
-   the plans with the greatest expected gain.
+   improve some of the best known plans by changes at equal bytes, as the ensemble sees it;
+   measure the plans with the greatest expected gain.
 
-The ensemble is pessimistic, because a search finds the errors of a predictor: with the mean of five
-predictors, plans that were expected to lose 1.3 nats lost 2.5; with two standard deviations added,
-the first proposal was better than the best of 2,500 known plans. Rounds differ in their pessimism.
-The search is deterministic given the scores, so an interrupted search is repeated from the store.
+The ensemble is pessimistic, because a search finds the errors of a predictor: with the mean
+of five predictors, plans that were expected to lose 1.3 nats lost 2.5; with two standard
+deviations added, the first proposal was better than the best of 2,500 known plans. Rounds
+differ in their pessimism. The search is deterministic given the scores, so an interrupted
+search is repeated from the store.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ class PlanSearchConfig:
     """Settings of the search for the best plans.
 
     Attributes:
-        evaluations: Most plans to score, known ones included; the model's blocks need one each in
-            any case.
+        evaluations: Most plans to score, known ones included; the model's blocks need one
+            each in any case.
         deepest_loss: Plans with a greater ΔNLL are not searched for, nats per token.
         batch: Plans to measure between two fits of the predictors.
         requests: Requests for which plans are proposed in a round.
@@ -96,8 +97,8 @@ def build_plan_table(
         ladder_bytes: The ladder and its bytes.
         requests: A sample of the expected requests.
         config: Settings.
-        known: NLL of plans that were measured before on the same text, nats per token; those with
-            levels of the ladder become part of the result.
+        known: NLL of plans that were measured before on the same text, nats per token; those
+            with levels of the ladder become part of the result.
         on_score: Called after each plan that is measured.
         start: A table of the same model on other text. For each request, the
             best of its plans that fits is measured first.
@@ -211,8 +212,8 @@ def lowered_plans(costs: LadderCosts, positions: Counts) -> tuple[Counts, Counts
         positions: The positions of the plans' levels, (n, items).
 
     Returns:
-        Those of the lower plans, (m, items), and for each the number of the plan that it comes from
-        and the item that was lowered, (m,) each.
+        Those of the lower plans, (m, items), and for each the number of the plan that it
+        comes from and the item that was lowered, (m,) each.
     """
     stacked, caches = costs.stacked, list(costs.ladder.caches)
     nexts = stacked.nexts(stacked.levels(positions))
@@ -330,11 +331,12 @@ class PlanSearch:
         """Raise one item and lower others until the request fits, as long as that helps.
 
         Args:
-            positions: The plan to begin with, (items,); if it does not fit, it is lowered first.
+            positions: The plan to begin with, (items,); if it does not fit, it is lowered
+                first.
 
         Returns:
-            The positions of the best plan found, and its predicted ΔNLL, nats per token, which is
-            infinite if no plan was found that fits.
+            The positions of the best plan found, and its predicted ΔNLL, nats per token,
+            which is infinite if no plan was found that fits.
         """
         plans, values = self.refill(positions[None])
         best, value = plans[0], float(values[0])
@@ -361,8 +363,8 @@ class PlanSearch:
             positions: The plans, (n, items).
 
         Returns:
-            The lowered plans, (n, items), and their predicted ΔNLL, nats per token, (n,), which is
-            infinite where no action is left and the plan does not fit.
+            The lowered plans, (n, items), and their predicted ΔNLL, nats per token, (n,),
+            which is infinite where no action is left and the plan does not fit.
         """
         lowered = positions.copy()
         values, peaks = self._predictor.delta_nll(lowered), self._costs.peaks(lowered)

@@ -1,9 +1,9 @@
 """The best known plans: every measured plan of one model on one text, looked up by request.
 
-The ΔNLL of a plan does not depend on the request: the request only sets the bytes that each item
-costs. So a table of measured plans answers any request by a lookup. Of plans that only remove
-blocks, the best one for each pair of counts (attn blocks removed, ffn blocks removed) is enough
-where all blocks of a kind need the same bytes. Files are read without torch.
+The ΔNLL of a plan does not depend on the request: the request only sets the bytes that each
+item costs. So a table of measured plans answers any request by a lookup. Of plans that only
+remove blocks, the best one for each pair of counts (attn blocks removed, ffn blocks removed)
+is enough where all blocks of a kind need the same bytes. Files are read without torch.
 """
 
 from __future__ import annotations

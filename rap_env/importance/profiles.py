@@ -28,9 +28,10 @@ class Profile:
     """A profile of one model, saved as a checked JSON artifact.
 
     Attributes:
-        evaluations: Masks that the profile needs, including stored ones: the cost without a store.
-        evaluations_run: Masks that the model ran; fewer than `evaluations` if a store already had
-            some.
+        evaluations: Masks that the profile needs, including stored ones: the cost without a
+            store.
+        evaluations_run: Masks that the model ran; fewer than `evaluations` if a store already
+            had some.
         block_forwards: Blocks that the model ran, in passes over the whole text; parts of the
             text count by their share.
         seconds: Wall time of what the model ran, summed over all interrupted runs.
@@ -126,11 +127,11 @@ class GSIProfile(Profile):
         levels: The levels of each item, by its name.
         together: Levels that all caches take together.
         dense_nll: NLL of the dense model, nats per token.
-        order: Names of the items in the order in which they are lowered by one level; may stop
-            before all are at their lowest.
+        order: Names of the items in the order in which they are lowered by one level; may
+            stop before all are at their lowest.
         nll_after: NLL after each action, nats per token.
-        first_nll: NLL after each action alone that the first round examined, nats per token, by
-            the item's name.
+        first_nll: NLL after each action alone that the first round examined, nats per token,
+            by the item's name.
         last_rises: Last known rise in NLL of the next step of items, nats per token, by name.
         candidates: Items examined in each round.
     """
@@ -180,8 +181,8 @@ class GSIProfile(Profile):
     def marginal_delta_nll(self) -> npt.NDArray[np.float64]:
         """Rise in NLL at each block's removal, nats per token, (2L,).
 
-        For blocks that are left: the rise in the last round that examined them; after an exact
-        search, that is the last round.
+        For blocks that are left: the rise in the last round that examined them; after an
+        exact search, that is the last round.
         """
         delta_nll = self.first_pass
         for name, rise in self.last_rises.items():

@@ -2,14 +2,14 @@
 
 No model is run; needs numpy only.
 
-A kind is known by the frequencies of its tokens in a calibration text: naive Bayes over tokens
-(McCallum and Nigam 1998, A comparison of event models for naive Bayes text classification), with
-frequencies smoothed towards those of all kinds (Zhai and Lafferty 2001, A study of smoothing
-methods for language models). Tokens of a text depend on each other, so their evidence counts as
-that of the square root of their number.
+A kind is known by the frequencies of its tokens in a calibration text: naive Bayes over
+tokens (McCallum and Nigam 1998, A comparison of event models for naive Bayes text
+classification), with frequencies smoothed towards those of all kinds (Zhai and Lafferty 2001,
+A study of smoothing methods for language models). Tokens of a text depend on each other, so
+their evidence counts as that of the square root of their number.
 
-A prompt whose tokens are unlikely even in its likeliest kind is of no known kind. The bound is set
-for each kind by parts of its own text that are left out in turn.
+A prompt whose tokens are unlikely even in its likeliest kind is of no known kind. The bound
+is set for each kind by parts of its own text that are left out in turn.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from rap_env.model_facts import HasFacts
 Floats = npt.NDArray[np.float64]
 
 Shares = tuple[float, ...]
-"""Shares of the known kinds in a prompt, in their order, with the sum 1; empty if it is of none."""
+"""Shares of the known kinds in a prompt, in their order, with the sum 1; empty if it is of
+none."""
 
 _PART_TOKENS = 64  # of a text that is left out in turn
 
@@ -52,8 +53,8 @@ class TextKinds:
         vocab_size: Number of tokens of the vocabulary, V.
         token_ids: The tokens that occur in each kind's text, ascending, by its name.
         counts: How often each of them occurs.
-        typical: Mean and standard deviation of the log-probability of a token in left-out parts of
-            each kind's text, in nats per token.
+        typical: Mean and standard deviation of the log-probability of a token in left-out
+            parts of each kind's text, in nats per token.
     """
 
     vocab_size: int
@@ -228,7 +229,8 @@ class KindCosts:
 
         Raises:
             FileNotFoundError: There is no such file.
-            ArtifactError: It is truncated, altered, or of another model or format of its weights.
+            ArtifactError: It is truncated, altered, or of another model or format of its
+                weights.
         """
         body = load_artifact(path, cls.KIND, cls.FORMAT)
         costs = {fields.pop("kind"): LevelCosts(**fields) for fields in body["costs"]}

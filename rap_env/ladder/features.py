@@ -39,7 +39,8 @@ COST_FLOOR, COST_CEILING = 1e-4, 10.0
 
 Floats = npt.NDArray[np.float32]
 Columns = Mapping[str, npt.ArrayLike]
-"""The columns of each item at each level by name, (items, W), or (items, 1) for all levels."""
+"""The columns of each item at each level by name, (items, W), or (items, 1) for all
+levels."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +103,8 @@ class ItemImportance:
     Attributes:
         one_shot: ΔNLL if only this item has this level, nats per token.
         place: Place of the step to this level in an order of all steps, 0 = first, 1 = last.
-        reached: ΔNLL that the order adds for this item until it has this level, nats per token.
+        reached: ΔNLL that the order adds for this item until it has this level, nats per
+            token.
     """
 
     key: ClassVar[str] = "ladder"

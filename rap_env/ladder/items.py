@@ -76,18 +76,19 @@ class Item:
 class Ladder:
     """The items of one model that have more than one level, in a fixed order.
 
-    The order is that of `rap_env.plan.item_names`: blocks, caches, embeddings. An item's place in
-    it is the number of the item, and of the action that lowers it. Lowering moves an item to its
-    next level. A removed attention block takes its cache with it, which then has no level.
+    The order is that of `rap_env.plan.item_names`: blocks, caches, embeddings. An item's
+    place in it is the number of the item, and of the action that lowers it. Lowering moves an
+    item to its next level. A removed attention block takes its cache with it, which then has
+    no level.
 
-    Some levels are taken together: lowering a cache to one of them lowers every cache whose next
-    level it is. Prefer `of` to the constructor.
+    Some levels are taken together: lowering a cache to one of them lowers every cache whose
+    next level it is. Prefer `of` to the constructor.
 
     Attributes:
         items: The items.
         together: Names of the levels that all caches take together.
-        levels: The levels below the native one that were asked for, by group of items; the model
-            need not have all of them.
+        levels: The levels below the native one that were asked for, by group of items; the
+            model need not have all of them.
 
     Raises:
         InvalidRequestError: No item has more than one level.
@@ -111,13 +112,14 @@ class Ladder:
         """The ladder of a model.
 
         Args:
-            facts: The model's facts. Weights have those of the levels that exist for their block.
+            facts: The model's facts. Weights have those of the levels that exist for their
+                block.
             levels: A name of `LADDERS`; or a dict of levels for ``weights``, ``caches`` and
-                ``embeddings``, each from the most to the least exact, ``native`` left out. What
-                it does not name has its native level only. An item without int4-compact has int4
-                in its place.
-            together: Names of levels that all caches take together; those that caches do not have
-                are ignored.
+                ``embeddings``, each from the most to the least exact, ``native`` left out.
+                What it does not name has its native level only. An item without int4-compact
+                has int4 in its place.
+            together: Names of levels that all caches take together; those that caches do not
+                have are ignored.
 
         Raises:
             UnknownNameError: There is no such ladder, kind of item or level.
@@ -270,7 +272,8 @@ class Ladder:
     def reaches(self, positions: Counts) -> npt.NDArray[np.bool_]:
         """Whether plans can be reached although caches take some levels together, (n,).
 
-        They can if all kept caches have the same level, or have passed all levels taken together.
+        They can if all kept caches have the same level, or have passed all levels taken
+        together.
 
         Args:
             positions: The position of each item's level, (n, items).

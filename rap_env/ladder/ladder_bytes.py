@@ -35,7 +35,8 @@ class LadderBytes:
         shape = len(ladder), ladder.width
         self._weights, self._keeps_cache = np.zeros((2, *shape), dtype=np.int64)
         self._layers = np.array([item.layer or 0 for item in ladder.items])
-        self._caches: dict[tuple[int | None, ...], list[int]] = {}  # items that need equal bytes
+        # Items that need equal bytes.
+        self._caches: dict[tuple[int | None, ...], list[int]] = {}
         for number, item in enumerate(ladder.items):
             sizes = _weight_bytes(memory, item)
             fixed_cache = item.kind == "attn" and ladder.counterparts[number] == number
@@ -62,7 +63,8 @@ class LadderBytes:
 
         Raises:
             InvalidRequestError: The model cannot serve the batch or the length.
-            InfeasibleBudgetError: With every item at its lowest level, the request needs more.
+            InfeasibleBudgetError: With every item at its lowest level, the request needs
+                more.
         """
         least = self.costs(request.batch_size, request.seq_len_tokens).least_peak_bytes
         if request.budget_bytes >= least:

@@ -1,8 +1,9 @@
 """Observations of a request and of a plan on a ladder. No model is run.
 
-An observation is a dict of arrays: ``request``, a row for each item under `ObservationEncoder.key`,
-and ``action_mask``. Both tasks and the runtime's policies use the same encoder; `RAPPrune` and
-`RAPLadder` differ in the columns of a row, see `rap_env.ladder.features`. Without torch.
+An observation is a dict of arrays: ``request``, a row for each item under
+`ObservationEncoder.key`, and ``action_mask``. Both tasks and the runtime's policies use the
+same encoder; `RAPPrune` and `RAPLadder` differ in the columns of a row, see
+`rap_env.ladder.features`. Without torch.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class ObservationEncoder:
     """Encodes requests and plans on a ladder as observations.
 
     Args:
-        ladder_bytes: The model's byte arithmetic over the ladder; that of `mask_bytes` for the
-            importance of blocks.
+        ladder_bytes: The model's byte arithmetic over the ladder; that of `mask_bytes` for
+            the importance of blocks.
         importance: What is observed of the importance of blocks or of levels.
 
     Attributes:
@@ -77,8 +78,8 @@ class ObservationEncoder:
     def space(self) -> spaces.Space[Observation]:
         """The space of observations; it imports gymnasium.
 
-        ``Dict`` of ``request`` (5,) and the rows of all items (items, F), float32 in [0, 1], and
-        ``action_mask`` (items,), int8, 1 where an item has a lower level.
+        ``Dict`` of ``request`` (5,) and the rows of all items (items, F), float32 in [0, 1],
+        and ``action_mask`` (items,), int8, 1 where an item has a lower level.
         """
         from gymnasium import spaces
 

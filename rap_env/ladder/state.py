@@ -1,12 +1,13 @@
 """Levels of a ladder's items while they are lowered, and the exact peak bytes. Without torch.
 
 A plan's peak bytes are a constant, plus the bytes of each item at its level, plus what items
-share. Three parts are shared: the workspace is smaller once no FFN block is left, larger while a
-lowered cache is left, and, unless the model's own weights are packed, larger while lowered weights
-are left. `rap_env.memory` defines the arithmetic. None of it depends on the budget.
+share. Three parts are shared: the workspace is smaller once no FFN block is left, larger
+while a lowered cache is left, and, unless the model's own weights are packed, larger while
+lowered weights are left. `rap_env.memory` defines the arithmetic. None of it depends on the
+budget.
 
-`StackedCosts` answers for many plans at once; `LadderState` follows one plan step by step, with
-the same tables as Python lists, which are faster one at a time.
+`StackedCosts` answers for many plans at once; `LadderState` follows one plan step by step,
+with the same tables as Python lists, which are faster one at a time.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class SharedBytes(NamedTuple):
 class LadderCosts:
     """Bytes of the items' levels for one batch size and sequence length on one model.
 
-    Arrays have a row for each item and a column for each level, as many as the longest row needs
-    (W); read-only.
+    Arrays have a row for each item and a column for each level, as many as the longest row
+    needs (W); read-only.
 
     Attributes:
         ladder: The items.
@@ -104,10 +105,11 @@ class LadderCosts:
     def least_peak_bytes(self) -> int:
         """Peak bytes once no action is valid.
 
-        Every sequence of valid actions ends there. Some plan on the way may need slightly less,
-        because of what items share.
+        Every sequence of valid actions ends there. Some plan on the way may need slightly
+        less, because of what items share.
         """
-        steps = self.steps  # the sum of `StackedCosts.peaks`, without its tables: a reset needs it
+        # The sum of `StackedCosts.peaks`, without its tables: a reset needs it.
+        steps = self.steps
         own_bytes = int(self.item_bytes.take(steps.lowest_levels).sum())
         return own_bytes + self.constant_bytes + int(self.shared.of(steps.lowest_sharers))
 
@@ -128,9 +130,9 @@ class LadderCosts:
     def lower_until_fits(self, steps: Sequence[tuple[int, int]], budget_bytes: int) -> Plan:
         """Follow an order of steps until the request fits.
 
-        A step is an item and the position of the level that it shall have; steps to levels that
-        the request skips, or that are not below the item's level, are left out. Where the steps
-        end, the plan has the levels that they reached.
+        A step is an item and the position of the level that it shall have; steps to levels
+        that the request skips, or that are not below the item's level, are left out. Where
+        the steps end, the plan has the levels that they reached.
         """
         state, nexts = self.state(), self.steps.nexts
         for item, position in steps:
@@ -161,8 +163,8 @@ class LadderState:
     """A plan under one request: levels that are lowered one by one, and the exact peak bytes.
 
     ``state = ladder_bytes.costs(batch_size, seq_len_tokens).state()`` is the native model;
-    ``state.lower(item)`` lowers an item with its companions. `preview` tells the effect without
-    lowering anything.
+    ``state.lower(item)`` lowers an item with its companions. `preview` tells the effect
+    without lowering anything.
 
     Attributes:
         costs: The bytes of the request.
@@ -263,9 +265,9 @@ class LadderState:
 class StackedCosts:
     """Bytes and next levels of many plans at once, each under one of s shapes of requests.
 
-    The methods take the positions of the levels of n plans, (n, items), and the number of each
-    plan's shape, (n,), or one number for all; for one plan also (items,). Two of them take what
-    `levels` returns of both.
+    The methods take the positions of the levels of n plans, (n, items), and the number of
+    each plan's shape, (n,), or one number for all; for one plan also (items,). Two of them
+    take what `levels` returns of both.
 
     Args:
         ladder: The items.
@@ -327,7 +329,8 @@ class StackedCosts:
     def lowered(self, positions: Counts, items: Counts, shape: Counts | int = 0) -> Counts:
         """The positions after an item of each plan, (n,), with its companions, was lowered.
 
-        An item without a lower level changes nothing. `LevelSteps.moves` is the same for one plan.
+        An item without a lower level changes nothing. `LevelSteps.moves` is the same for one
+        plan.
         """
         plans, ladder = np.arange(len(items)), self.ladder
         all_levels, after = self.levels(positions, shape), positions.copy()

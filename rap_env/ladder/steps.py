@@ -20,9 +20,9 @@ class LevelSteps:
 
     Attributes:
         ladder: The items.
-        next_level: Position of the next level, -1 if there is none, (items, W), read-only. Levels
-            of a cache that need no fewer bytes than the level above them are skipped, such as a
-            window that is longer than the sequence.
+        next_level: Position of the next level, -1 if there is none, (items, W), read-only.
+            Levels of a cache that need no fewer bytes than the level above them are skipped,
+            such as a window that is longer than the sequence.
     """
 
     ladder: Ladder
@@ -114,7 +114,8 @@ class LevelSteps:
     def moves(self, positions: Sequence[int], item: int) -> Moves:
         """What lowering an item that has a lower level changes, that item and its companions.
 
-        Caches take some levels together, and a removed attention block takes its cache with it.
+        Caches take some levels together, and a removed attention block takes its cache with
+        it.
 
         Args:
             positions: The position of each item's level, (items,).
@@ -154,12 +155,12 @@ class LevelSteps:
         Args:
             positions: The position of each item's level, (items,).
             item: Number of the item.
-            cache_position: Position of the level at which the cache of a removed attention block
-                returns; None is the highest level of the kept caches.
+            cache_position: Position of the level at which the cache of a removed attention
+                block returns; None is the highest level of the kept caches.
 
         Returns:
-            The positions, (items,); None if the item is native, a cache whose block is removed, or
-            at a level that it cannot leave alone or that the request skips.
+            The positions, (items,); None if the item is native, a cache whose block is
+            removed, or at a level that it cannot leave alone or that the request skips.
         """
         ladder, position = self.ladder, positions[item]
         above = self.levels_above[item][position] if position else -1

@@ -1,7 +1,7 @@
 """Entries of the leaderboard: the plans of a method at the requests of a pinned comparison.
 
-An entry is one file. It holds plans rather than numbers alone, so that anyone can replay them on
-the model (`experiments.leaderboard`).
+An entry is one file. It holds plans rather than numbers alone, so that anyone can replay them
+on the model (`experiments.leaderboard`).
 """
 
 from __future__ import annotations
@@ -123,7 +123,8 @@ class Entry:
 
 
 UNCHOSEN = ("dense", "lowest")
-"""Published plans that no method chose, by the names of records: native, and all levels lowest."""
+"""Published plans that no method chose, by the names of records: native, and all levels
+lowest."""
 
 
 def published_entries(comparison: str) -> Sequence[Entry]:
@@ -143,7 +144,8 @@ def predicted_test_delta_nll(comparison: str) -> dict[str, float]:
         Mean predicted ΔNLL by the name of the method, nats per token.
 
     Raises:
-        ArtifactError: Too few plans were measured on held-out text without one of the methods.
+        ArtifactError: Too few plans were measured on held-out text without one of the
+            methods.
     """
     task = next(task for task in tasks_of(comparison) if not task.live)
     env: Any = task.make()

@@ -127,8 +127,8 @@ class Evaluation:
     def against(self, entry: Entry) -> tuple[float, float, float]:
         """Mean ΔNLL minus that of an entry, with a paired 95 % interval over the requests.
 
-        Negative values: this policy loses less. The interval is a bootstrap over requests, which
-        are the same for both.
+        Negative values: this policy loses less. The interval is a bootstrap over requests,
+        which are the same for both.
         """
         difference = self.scores - entry.scores(self.split)
         rng = np.random.default_rng(0)
@@ -267,8 +267,8 @@ def evaluate(
             stable-baselines3 model (``predict``; it gets the action mask if it takes one, and
             acts deterministically); or a function from an observation to an action.
         task: Name of a pinned task, such as ``"RAPLadder/SmolLM2-Table-v1"``.
-        split: ``"calibration"``, the text that the rewards of the task come from, or ``"test"``,
-            text that no published method has used.
+        split: ``"calibration"``, the text that the rewards of the task come from, or
+            ``"test"``, text that no published method has used.
         name: The name of the policy in the result.
         seed: Seed of the episodes, for policies that draw.
         text: The text of ``split="test"`` for a task with a live model; the published methods
@@ -279,8 +279,8 @@ def evaluate(
 
     Raises:
         UnknownNameError: There is no such task or split.
-        InvalidRequestError: The policy has none of the three forms, what it chooses is no plan,
-            or the live task needs a text.
+        InvalidRequestError: The policy has none of the three forms, what it chooses is no
+            plan, or the live task needs a text.
         ArtifactError: The task's table has no losses on held-out text.
         RapError: As the environment does.
     """
@@ -372,8 +372,8 @@ def _decider(policy: Any) -> Callable[[Any, Request, int], Decision]:
 
 
 Judge = Callable[[Plan, float], tuple[float, bool]]
-"""Takes a plan and its ΔNLL on the calibration text; returns that on the split's text, and whether
-it is predicted."""
+"""Takes a plan and its ΔNLL on the calibration text; returns that on the split's text, and
+whether it is predicted."""
 
 
 def _judge(

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float64]
 
 SPLITS = ("calibration", "test")
-"""The text that rewards come from and that methods search on, and text that no method has seen."""
+"""The text that rewards come from and that methods search on, and text that no method has
+seen."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,12 @@ class PinnedTask:
         environment: ``"RAPPrune-v0"`` or ``"RAPLadder-v0"``.
         arguments: The arguments of the environment.
         requests: The requests, each with its budget in bytes.
-        comparison: Tasks with the same comparison have the same model and requests; one has the
-            live model, the other a score table.
+        comparison: Tasks with the same comparison have the same model and requests; one has
+            the live model, the other a score table.
         calibration_sha256: Hash of the tokens of the calibration text.
         test_text: Provenance of the text of the split ``"test"``, with its hash.
-        vocab_size: Entries of the model's vocabulary, from which the ceiling of a score follows.
+        vocab_size: Entries of the model's vocabulary, from which the ceiling of a score
+            follows.
         reward_threshold: Mean return of the best measured plans on requests of the workload.
     """
 
@@ -64,8 +66,8 @@ class PinnedTask:
     def scores(self, delta_nll: Sequence[float], fits: Sequence[bool]) -> Floats:
         """What plans count as, nats per token, so that each that fits ranks above all that do not.
 
-        A plan that fits counts as its ΔNLL, at most `ceiling_nll`. One over its budget counts as
-        twice the ceiling, whatever its ΔNLL.
+        A plan that fits counts as its ΔNLL, at most `ceiling_nll`. One over its budget counts
+        as twice the ceiling, whatever its ΔNLL.
 
         Args:
             delta_nll: The ΔNLL of each plan, nats per token.

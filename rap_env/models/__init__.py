@@ -8,7 +8,8 @@ Each room uses those above it:
 - `live`: the model in use: plans, batches, generation;
 - `files`: from a model's name to a live model: sources, downloads, GGUF, loading, saving.
 
-Import what you need from its modules; each loads torch, and most load transformers on first use.
+Import what you need from its modules; each loads torch, and most load transformers on first
+use.
 """
 
 from rap_env.extras import require_extra

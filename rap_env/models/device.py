@@ -1,9 +1,10 @@
 """Device, dtype and threads of a model, freed memory, and products of emulated bfloat16.
 
-A CPU without instructions for products of bfloat16 matrices emulates them at a fifth to a quarter
-of its speed in float32. Widening both factors, multiplying in float32 and rounding the product
-gives the same sums up to their order, and takes a quarter of the time for the hundreds of rows that
-scores, fits and prefills multiply (`in_float32`). For single rows, as in decoding, it is slower.
+A CPU without instructions for products of bfloat16 matrices emulates them at a fifth to a
+quarter of its speed in float32. Widening both factors, multiplying in float32 and rounding
+the product gives the same sums up to their order, and takes a quarter of the time for the
+hundreds of rows that scores, fits and prefills multiply (`in_float32`). For single rows, as
+in decoding, it is slower.
 """
 
 from __future__ import annotations
@@ -66,9 +67,10 @@ def choose_device(name: str = "auto") -> torch.device:
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype for a name; ``"auto"`` is the shortest one that the processor has instructions for.
 
-    That is bfloat16 on CPUs with AMX or AVX512-BF16 and on CUDA devices from Ampere on; float16 on
-    older CUDA devices with matrix units (V100, T4): it has less range, and a model that leaves it
-    raises a `NonFiniteScoreError`; and float32 elsewhere, where the others are emulated.
+    That is bfloat16 on CPUs with AMX or AVX512-BF16 and on CUDA devices from Ampere on;
+    float16 on older CUDA devices with matrix units (V100, T4): it has less range, and a model
+    that leaves it raises a `NonFiniteScoreError`; and float32 elsewhere, where the others are
+    emulated.
     """
     if name in DTYPES:
         return DTYPES[name]
@@ -133,9 +135,10 @@ def free_bytes(device: torch.device) -> int:
 def use_threads(number: int) -> int:
     """Set the number of torch threads of this process, log and return it.
 
-    The library itself never calls it: torch's default (one thread per core) is used until you do.
-    Threads that spin while they wait for each other can make a busy machine slower. Rounding
-    depends on the number, so compare only scores that were computed with the same one.
+    The library itself never calls it: torch's default (one thread per core) is used until you
+    do. Threads that spin while they wait for each other can make a busy machine slower.
+    Rounding depends on the number, so compare only scores that were computed with the same
+    one.
 
     Raises:
         InvalidRequestError: The number is below 1.
@@ -150,9 +153,9 @@ def use_threads(number: int) -> int:
 def keep_freed_memory() -> None:
     """Let the C library keep freed memory for later tensors instead of returning it to the system.
 
-    For scoring: every pass frees and allocates the same hundred megabytes. Getting them from the
-    system again took an eighth of the time of a pass, and two thirds of that of a loss over 200 MB
-    of logits. At most 1 GiB is kept. Has an effect only on Linux with glibc.
+    For scoring: every pass frees and allocates the same hundred megabytes. Getting them from
+    the system again took an eighth of the time of a pass, and two thirds of that of a loss
+    over 200 MB of logits. At most 1 GiB is kept. Has an effect only on Linux with glibc.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -164,8 +167,8 @@ def keep_freed_memory() -> None:
 def own_pages(nbytes: int, *, huge: bool = False) -> torch.Tensor:
     """Memory in pages of its own, (nbytes,) uint8, which return to the system once it is freed.
 
-    In the heap of the C library it would leave a hole between smaller, younger tensors. `huge`
-    asks for huge pages, where the system has them.
+    In the heap of the C library it would leave a hole between smaller, younger tensors.
+    `huge` asks for huge pages, where the system has them.
     """
     if nbytes < mmap.PAGESIZE or not hasattr(mmap, "MAP_PRIVATE"):
         return torch.empty(nbytes, dtype=torch.uint8)
@@ -179,10 +182,10 @@ def own_pages(nbytes: int, *, huge: bool = False) -> torch.Tensor:
 def free_memory_early() -> None:
     """Let the C library give large tensors pages of their own, which return to the system at once.
 
-    For serving, where resident memory counts, and for loading. In the heap, a freed tensor leaves
-    a hole that the next one may not use: a prefill of 450 tokens of the default model took 17 MiB
-    more than its tensors, and takes 8 MiB this way. The opposite of `keep_freed_memory`; the last
-    call holds. Has an effect only on Linux with glibc.
+    For serving, where resident memory counts, and for loading. In the heap, a freed tensor
+    leaves a hole that the next one may not use: a prefill of 450 tokens of the default model
+    took 17 MiB more than its tensors, and takes 8 MiB this way. The opposite of
+    `keep_freed_memory`; the last call holds. Has an effect only on Linux with glibc.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -194,9 +197,10 @@ def free_memory_early() -> None:
 def bound_kernel_caches() -> None:
     """Limit the number of compiled kernels that oneDNN caches, one for each shape.
 
-    A server sees thousands of sequence lengths, and half a megabyte for each looks like a memory
-    leak. Compiling a kernel again takes no measurable time. Call this before the first product,
-    which creates the caches. Environment variables that are already set keep their values.
+    A server sees thousands of sequence lengths, and half a megabyte for each looks like a
+    memory leak. Compiling a kernel again takes no measurable time. Call this before the first
+    product, which creates the caches. Environment variables that are already set keep their
+    values.
     """
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(name, "16")
@@ -205,9 +209,9 @@ def bound_kernel_caches() -> None:
 def drop_unused_pages() -> None:
     """Take the pages of mapped files out of resident memory; those in use are mapped again.
 
-    Importing and loading touch a hundred megabytes of libraries that serving never needs again.
-    They stay in the system's page cache, so a later use costs no reading. Only for mappings that
-    are read and hold no page of their own; has an effect only on Linux.
+    Importing and loading touch a hundred megabytes of libraries that serving never needs
+    again. They stay in the system's page cache, so a later use costs no reading. Only for
+    mappings that are read and hold no page of their own; has an effect only on Linux.
     """
     with contextlib.suppress(OSError, AttributeError, ValueError):
         madvise = ctypes.CDLL("libc.so.6").madvise
@@ -226,9 +230,9 @@ def drop_unused_pages() -> None:
 def return_freed_memory(device: torch.device | None = None) -> None:
     """Return freed memory to the system, so that resident memory falls, and to other processes.
 
-    For use after much memory was freed; it takes milliseconds. On a CPU it is what the C library
-    keeps, which has an effect only on Linux with glibc; on a CUDA device, which is named, also
-    what torch's allocator keeps.
+    For use after much memory was freed; it takes milliseconds. On a CPU it is what the C
+    library keeps, which has an effect only on Linux with glibc; on a CUDA device, which is
+    named, also what torch's allocator keeps.
     """
     if device is not None and device.type == "cuda":
         torch.cuda.empty_cache()  # of all devices
@@ -236,7 +240,8 @@ def return_freed_memory(device: torch.device | None = None) -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-# How many are in float32 at a time: it bounds the memory, and a product of such pieces is as fast.
+# How many are in float32 at a time: it bounds the memory, and a product of such pieces is as
+# fast.
 _WEIGHTS = 2**20
 TOKENS_AT_ONCE = 256
 """Tokens that are multiplied in float32 at a time."""

@@ -31,28 +31,28 @@ class PolicyLike(Protocol):
 class Policy(ABC):
     """Chooses the plan for a request.
 
-    Only `name` and `choose` are needed. Every other member has a default, which means that the
-    policy does not have this ability, or needs nothing.
+    Only `name` and `choose` are needed. Every other member has a default, which means that
+    the policy does not have this ability, or needs nothing.
 
     Attributes:
         name: Its name in records and tables.
-        weight_levels: The packed levels of weights and embeddings that its plans may have; they are
-            made at the start of a service.
-        order: Blocks in the order in which they may be removed beyond its plans, by index; None if
-            it has no such order.
+        weight_levels: The packed levels of weights and embeddings that its plans may have;
+            they are made at the start of a service.
+        order: Blocks in the order in which they may be removed beyond its plans, by index;
+            None if it has no such order.
         level_costs: The costs of levels from which it predicts; None without any.
         table: The measured plans that it looks up; None without any.
         text_kinds: Tells the kinds of text of prompts; None if it does not choose by them.
         kv_aware: Whether it counts the KV cache.
         seeded: Whether its choices depend on a seed.
-        evaluations: Passes over the calibration text that all choices so far needed, rounded up
-            for each request. A stored score counts too: the number is what a server with an
-            empty score store would have to run.
+        evaluations: Passes over the calibration text that all choices so far needed, rounded
+            up for each request. A stored score counts too: the number is what a server with
+            an empty score store would have to run.
         setup_evaluations: Plans scored once, before the first request.
-        table_sha256: Hash of the table of measured plans that it follows; None without one. Rows of
-            an older table are not used again.
-        source_sha256: Hash of the file that defines a policy of another package; None for ours.
-            Rows of an older file are not used again.
+        table_sha256: Hash of the table of measured plans that it follows; None without one.
+            Rows of an older table are not used again.
+        source_sha256: Hash of the file that defines a policy of another package; None for
+            ours. Rows of an older file are not used again.
     """
 
     name: str

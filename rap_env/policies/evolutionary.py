@@ -35,14 +35,15 @@ Positions = tuple[int, ...]
 class Evolutionary(Method):
     """(1 + lambda) evolution of a plan at equal bytes (EvoPress, Sieberling et al. 2024).
 
-    arXiv 2410.14649, Algorithm 1: offspring are the parent after a few level switches, here items
-    that are raised and others that are lowered until the request fits again; no item stays lower
-    than it must. Selection has stages: all offspring are scored on a small part of the text, the
-    best of them on a larger part, the last two on all of it, where the better one becomes the
-    parent if it beats the parent. Deviations: the parts of the text rotate instead of being drawn,
-    the first parent is the best of cheap plans instead of a random one, a plan scored on the whole
-    text is never tried again, and the search stops early once the neighbourhood of the parent is
-    exhausted. Caches are lowered one by one, whatever the ladder takes together.
+    arXiv 2410.14649, Algorithm 1: offspring are the parent after a few level switches, here
+    items that are raised and others that are lowered until the request fits again; no item
+    stays lower than it must. Selection has stages: all offspring are scored on a small part
+    of the text, the best of them on a larger part, the last two on all of it, where the
+    better one becomes the parent if it beats the parent. Deviations: the parts of the text
+    rotate instead of being drawn, the first parent is the best of cheap plans instead of a
+    random one, a plan scored on the whole text is never tried again, and the search stops
+    early once the neighbourhood of the parent is exhausted. Caches are lowered one by one,
+    whatever the ladder takes together.
 
     Attributes:
         max_evaluations: Upper limit of passes over the whole text per request, at least 1; a
@@ -58,10 +59,12 @@ class Evolutionary(Method):
         additive = knapsack(self.memory, basis)
         self._starts: list[Policy] = [additive, OneShot(basis), GSI(basis)]
         self._raised_first: list[int] = []
-        if self.ladder.removes_only:  # also without the removals that are not needed, dearest first
+        # Also without the removals that are not needed, dearest first.
+        if self.ladder.removes_only:
             self._starts = [GSI(basis), additive, OneShotPerByte(basis)]
             self._raised_first = ascending(-self.context.one_shot.delta_nll)
-        # Of the orders that the first parents follow; GSI's first round measures one-shot too.
+        # Of the orders that the first parents follow; GSI's first round measures one-shot
+        # too.
         self.setup_evaluations = max(start.setup_evaluations for start in self._starts)
 
     def _choose(self, request: Request, scores: CountingScorer) -> Plan:
@@ -142,7 +145,8 @@ class Evolution:
         for nll, plan in zip(self._scores.nll_many(plans), plans, strict=True):
             if nll < self.nll:
                 self.parent, self.nll = plan, nll
-                self._tried.clear()  # near a new parent, on other windows, a plan may do better
+                # Near a new parent, on other windows, a plan may do better.
+                self._tried.clear()
 
     def _stages(self) -> list[_Stage]:
         """Return the stages on parts of the text; the parts rotate with the generation."""

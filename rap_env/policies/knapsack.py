@@ -29,7 +29,8 @@ from rap_env.request import Request
 _CACHED_CHOICES = 1024
 _CACHED_SHAPES = 16  # of 85 kB each; a new one takes 5 ms
 _STEP_COST = 1e-7
-"""Nats per token that each lowered level costs at least, so that ties prefer less lowering."""
+"""Nats per token that each lowered level costs at least, so that ties prefer less
+lowering."""
 
 
 BY_TEXT = "-by-text"
@@ -77,10 +78,10 @@ class _Problem:
 class KnapsackPolicy(Policy):
     """Chooses the plan of the least predicted rise in NLL whose exact bytes fit the request.
 
-    Costs are one-shot costs with measured corrections (`LevelCosts`). An attention block and its
-    cache are one choice, since the removal of the block removes both. The optimum is exact; only
-    the sum of costs is an approximation. If nothing fits, the smallest plan is chosen. Threads may
-    share a policy.
+    Costs are one-shot costs with measured corrections (`LevelCosts`). An attention block and
+    its cache are one choice, since the removal of the block removes both. The optimum is
+    exact; only the sum of costs is an approximation. If nothing fits, the smallest plan is
+    chosen. Threads may share a policy.
 
     Args:
         memory: The model's byte arithmetic.
@@ -159,7 +160,8 @@ class KnapsackPolicy(Policy):
         """
         costs = self._bytes.costs(batch_size, seq_len_tokens)
         options = self._options(costs, seq_len_tokens)
-        cheapest = [min(option.cost for option in row) for row in options]  # below 0 by a removal
+        # Below 0 by a removal.
+        cheapest = [min(option.cost for option in row) for row in options]
         subsets = _subsets(_union(*(option.sharers for row in options for option in row)))
         problems = []
         for allowed in subsets:
@@ -203,8 +205,8 @@ class KnapsackPolicy(Policy):
     def _cache_positions(self, costs: LadderCosts, cache: int) -> list[int]:
         """Positions of the levels of a cache that may be chosen.
 
-        A level is left out if it needs no fewer bytes than a more exact one, such as a window that
-        is longer than the sequence.
+        A level is left out if it needs no fewer bytes than a more exact one, such as a window
+        that is longer than the sequence.
         """
         item, sizes = costs.ladder.items[cache], costs.sizes[cache]
         positions = [p for p, n in enumerate(item.levels) if p == 0 or self._offered(item.name, n)]
@@ -288,7 +290,8 @@ def _read_knapsack(path: Path, memory: MemoryModel) -> Policy:
 class TextPolicy(Policy):
     """A policy for each mixture of kinds of text, made from the costs on that mixture.
 
-    Without the text of a prompt it chooses for equal shares of all kinds. Threads may share it.
+    Without the text of a prompt it chooses for equal shares of all kinds. Threads may share
+    it.
 
     Args:
         costs: Costs of levels by kind of text.

@@ -60,8 +60,8 @@ class OrderPolicy(Policy):
         name: The policy's name.
 
     Raises:
-        UnknownNameError: The model does not have an item or a level of a plan, or a block of the
-            order.
+        UnknownNameError: The model does not have an item or a level of a plan, or a block of
+            the order.
     """
 
     order: tuple[int, ...]
@@ -93,20 +93,21 @@ def load_policy(
     """Load a policy for a model.
 
     Args:
-        source: The name of a policy, or the path of a file: an exported policy (``.safetensors``),
-            level costs, such costs by kind of text, or a table of measured plans (``.json``). With
-            native weights of the default model: ``"rap"`` (the policy trained over the levels of
-            all items, down to four bits), ``"rap-low-bits"`` (down to two), ``"rap-recall"`` (one
-            for answers that need facts from far back in the prompt), ``"knapsack"`` (the packaged
-            level costs) and ``"knapsack-by-text"``, which chooses by the kinds of text of the
-            prompts. With ``weights="bf16"``: ``"rap-v0"`` (the trained policy that removes blocks)
-            and ``"frontier"`` (the packaged table of removals).
-            Any other method of `rap_env.policies.registry.methods`, on the packaged scores of the
-            default model. For any model: ``"dense"``. Other packages may offer further names (entry
-            points ``rap_env.policies``); ``"package.module:name"`` names any `Method`, or any
+        source: The name of a policy, or the path of a file: an exported policy
+            (``.safetensors``), level costs, such costs by kind of text, or a table of
+            measured plans (``.json``). With native weights of the default model: ``"rap"``
+            (the policy trained over the levels of all items, down to four bits),
+            ``"rap-low-bits"`` (down to two), ``"rap-recall"`` (one for answers that need
+            facts from far back in the prompt), ``"knapsack"`` (the packaged level costs) and
+            ``"knapsack-by-text"``, which chooses by the kinds of text of the prompts. With
+            ``weights="bf16"``: ``"rap-v0"`` (the trained policy that removes blocks) and
+            ``"frontier"`` (the packaged table of removals). Any other method of
+            `rap_env.policies.registry.methods`, on the packaged scores of the default model.
+            For any model: ``"dense"``. Other packages may offer further names (entry points
+            ``rap_env.policies``); ``"package.module:name"`` names any `Method`, or any
             callable that makes a policy from the model's byte arithmetic.
-        model: The model that is served, or its byte arithmetic. None is the default model with
-            native weights; it is not loaded, as its facts are in the package.
+        model: The model that is served, or its byte arithmetic. None is the default model
+            with native weights; it is not loaded, as its facts are in the package.
 
     Raises:
         UnknownNameError: There is no policy of this name, and no such file.
@@ -131,8 +132,8 @@ def make_method(
 
     Raises:
         UnknownNameError: There is no such policy.
-        ArtifactError: The context lacks an importance order or table that the method needs, or the
-            policy is of another model.
+        ArtifactError: The context lacks an importance order or table that the method needs,
+            or the policy is of another model.
         PluginError: The policy of another package cannot be loaded or made.
     """
     ladder_bytes = mask_bytes(context.memory) if ladder_bytes is None else ladder_bytes

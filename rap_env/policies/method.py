@@ -1,7 +1,8 @@
 """The base of methods: policies that are made from a context, and that may score plans to choose.
 
-A method is one class: it derives from `Method`, has a `name` and a `_choose`, and registers itself.
-It is then compared (``evaluate.baselines``), served, exported and listed by that name.
+A method is one class: it derives from `Method`, has a `name` and a `_choose`, and registers
+itself. It is then compared (``evaluate.baselines``), served, exported and listed by that
+name.
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ class Basis(NamedTuple):
 class Method(Policy):
     """Chooses plans over a ladder, without learning.
 
-    It lowers items until the request's peak bytes, KV cache included, are within the budget, and
-    nothing where the native model fits. Only methods that remove blocks of one kind may fail to
-    reach the budget. On the ladder whose levels are native and removed
+    It lowers items until the request's peak bytes, KV cache included, are within the budget,
+    and nothing where the native model fits. Only methods that remove blocks of one kind may
+    fail to reach the budget. On the ladder whose levels are native and removed
     (``Ladder.of(facts, "masks")``), its plans are masks.
 
     Args:
-        basis: The model with its scores, and the ladder. A method that needs something of it for
-            all requests takes it in its own constructor.
+        basis: The model with its scores, and the ladder. A method that needs something of it
+            for all requests takes it in its own constructor.
     """
 
     def __init__(self, basis: Basis) -> None:

@@ -1,8 +1,9 @@
 """The multiple-choice knapsack problem, solved exactly: one option of each set, least total cost.
 
-The linear relaxation gives a price per byte. Under that price nearly every option is so much worse
-than the best one of its set that no optimal solution has it; a dynamic programme over whole bytes
-decides between the few that are left (Pisinger 1995 expands such a core in a similar way).
+The linear relaxation gives a price per byte. Under that price nearly every option is so much
+worse than the best one of its set that no optimal solution has it; a dynamic programme over
+whole bytes decides between the few that are left (Pisinger 1995 expands such a core in a
+similar way).
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """The policy network for serving, in NumPy and float32, and the policy that follows it.
 
-It chooses the same plans as the trained network of `agents.networks`, one action per pass, without
-torch or stable-baselines3. The inputs of the first layer stay in one array, in which a lowered item
-changes few entries; terms that all rows share are computed once per pass.
+It chooses the same plans as the trained network of `agents.networks`, one action per pass,
+without torch or stable-baselines3. The inputs of the first layer stay in one array, in which
+a lowered item changes few entries; terms that all rows share are computed once per pass.
 
-Shapes: N rows, of blocks or of items; F observed features of each, V entries of a row's vector, W
-columns of a row (`rap_env.policies.network_rows`), H hidden units. Layers have H + 1 columns here:
-the last one carries the linear path of the network past its activations.
+Shapes: N rows, of blocks or of items; F observed features of each, V entries of a row's
+vector, W columns of a row (`rap_env.policies.network_rows`), H hidden units. Layers have H +
+1 columns here: the last one carries the linear path of the network past its activations.
 """
 
 from __future__ import annotations
@@ -122,13 +122,14 @@ class _UpperLayers:
 class PolicyNetwork:
     """Chooses what to lower on one model until a request fits.
 
-    It does not change after construction, so threads may share it. The inputs of a pass have a
-    column for each block or item. Their rows are features, prices, both of them standardised, the
-    useful share, whether there is a lower level, and the levels of the neighbours. Prices have no
-    weight of their own; they are standardised together with the features.
+    It does not change after construction, so threads may share it. The inputs of a pass have
+    a column for each block or item. Their rows are features, prices, both of them
+    standardised, the useful share, whether there is a lower level, and the levels of the
+    neighbours. Prices have no weight of their own; they are standardised together with the
+    features.
 
-    The first layer is a sum over the parts of a row (`RowSpec.columns`); each part is computed
-    where it changes:
+    The first layer is a sum over the parts of a row (`RowSpec.columns`); each part is
+    computed where it changes:
 
     | part of a row | here | changes |
     |---|---|---|
@@ -216,7 +217,8 @@ def _level_sums(spec: RowSpec, native: Floats, lowest: Floats, vectors: Floats) 
         vectors: The learned vectors, (N, V).
 
     Returns:
-        N rows for the levels, then N for whether they are the lowest, with the columns of a row.
+        N rows for the levels, then N for whether they are the lowest, with the columns of a
+        row.
     """
     kinds = np.stack(spec.kinds(native), axis=1)
     kinds /= np.maximum(kinds.sum(axis=0), 1)
@@ -298,7 +300,8 @@ class _Pass:
         network, inputs = self._network, self._inputs
         self.num_valid = np.count_nonzero(inputs[network.valid])
         self._level[:] = network.spec.level(inputs[network.features].T)
-        self._levels.take(network.near_numbers, out=inputs[network.near :], mode="wrap")  # -1: none
+        # -1: none.
+        self._levels.take(network.near_numbers, out=inputs[network.near :], mode="wrap")
         np.greater_equal(self._level, 1, out=self._lowest)
         if network.spec.means:
             self._lowest /= max(1.0, float(self._lowest.sum()))

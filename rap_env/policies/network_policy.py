@@ -1,7 +1,7 @@
 """A trained policy: its file, and its choices for live requests.
 
-The file is a safetensors file with all that is needed to choose plans for a live model, so reading
-it executes no code.
+The file is a safetensors file with all that is needed to choose plans for a live model, so
+reading it executes no code.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ class PolicyFile:
         """What encodes the policy's observations of a model.
 
         Args:
-            memory: The model to serve. A warning is logged if its weights are not those that the
-                policy was exported for.
+            memory: The model to serve. A warning is logged if its weights are not those that
+                the policy was exported for.
             base: Levels of caches that the policy does not choose, see `LadderBytes`.
 
         Raises:
@@ -223,15 +223,16 @@ class NetworkPolicy(Policy):
         memory: The model's byte arithmetic.
         file: The exported policy.
         name: The policy's name.
-        caches: Levels for all caches, from the most to the least exact one, if the network chooses
-            none. It sees the bytes of the first one at which it can make the request fit.
+        caches: Levels for all caches, from the most to the least exact one, if the network
+            chooses none. It sees the bytes of the first one at which it can make the request
+            fit.
 
     Attributes:
         file: The exported policy.
         encoder: Encodes the network's observations.
         ladder: The items of the model.
-        order: Blocks in the order of their removal, (2L,); None if the ladder does not remove all
-            of them, or the policy was trained without an order.
+        order: Blocks in the order of their removal, (2L,); None if the ladder does not remove
+            all of them, or the policy was trained without an order.
 
     Raises:
         ArtifactError: The policy cannot serve this model.
@@ -273,8 +274,8 @@ class NetworkPolicy(Policy):
         """Rise in NLL that the order over items predicts for a plan, nats per token.
 
         It is the sum of what the order's steps added when it was made, whatever the length of
-        sequences; None if the policy has no such order, or its ladder does not have the plan's
-        levels.
+        sequences; None if the policy has no such order, or its ladder does not have the
+        plan's levels.
         """
         if not self.ladder.has(plan):
             return None

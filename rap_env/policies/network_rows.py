@@ -1,8 +1,8 @@
 """The input row of a policy network for each action: its columns and constants.
 
-Training (`agents.networks`, in torch) and the runtime (`rap_env.policies.network`, in NumPy) build
-the same rows from these definitions. A row is made from an observation: of blocks (`RAPPrune-v0`)
-or of the items of a ladder (`RAPLadder-v0`).
+Training (`agents.networks`, in torch) and the runtime (`rap_env.policies.network`, in NumPy)
+build the same rows from these definitions. A row is made from an observation: of blocks
+(`RAPPrune-v0`) or of the items of a ladder (`RAPLadder-v0`).
 
 Shapes: N blocks or items, F observed features of each, V entries of a learned vector.
 """
@@ -38,11 +38,12 @@ _HIDES = {
 }
 
 ABLATIONS = tuple(_HIDES)
-"""Names of the ablations: parts of the input that can be hidden from a network; ``request`` hides
-the request too."""
+"""Names of the ablations: parts of the input that can be hidden from a network; ``request``
+hides the request too."""
 
 OVER_FLOOR = 1e-6
-"""Added to the bytes over budget (a share of the peak) before a freed share is divided by it."""
+"""Added to the bytes over budget (a share of the peak) before a freed share is divided by
+it."""
 
 SPREAD_FLOOR = 1e-4
 """Added to the spread over rows before a deviation is divided by it."""
@@ -54,7 +55,8 @@ _COST_SCALE = float(np.log1p(COST_CEILING / COST_FLOOR))
 """Logs of costs are observed divided by this, see `rap_env.ladder.observation.log_cost`."""
 
 _NEAR_BLOCKS = (-2, -1, 1, 2)
-"""Offsets of a block's neighbours: the other block of its layer and those of adjacent layers."""
+"""Offsets of a block's neighbours: the other block of its layer and those of adjacent
+layers."""
 
 _NEAR_ITEMS = tuple((step, kind) for step in (-1, 0, 1) for kind in ("attn", "ffn", "cache"))
 """The neighbours of an item: offsets of layers, and kinds of items in them."""
@@ -97,16 +99,19 @@ class RowSpec:
     Attributes:
         key: Entry of the observation with the features of each block or item.
         features: Names of these features, F.
-        priced: Features for which a row also has the price: the log of the cost per useful byte.
-        cost_floor: Added to a cost before its log is taken; None if costs are observed as logs.
+        priced: Features for which a row also has the price: the log of the cost per useful
+            byte.
+        cost_floor: Added to a cost before its log is taken; None if costs are observed as
+            logs.
         useful_floor: Added to a useful share before a price is computed.
         level_flag: The feature that is a row's level: 0 is native, 1 the lowest level.
         kind_flags: The features that say whether a row is of each kind.
-        neighbours: Gives the number of each neighbour of each row (N, F), -1 without it, (N, M).
+        neighbours: Gives the number of each neighbour of each row (N, F), -1 without it, (N,
+            M).
         num_neighbours: Number of neighbours of each row, M.
         near_kept: Whether neighbours are observed as 1 minus their level.
-        means: Whether rows have the mean features of the rows with and without a lower level; the
-            mean of the vectors is then that of the latter, otherwise of all.
+        means: Whether rows have the mean features of the rows with and without a lower level;
+            the mean of the vectors is then that of the latter, otherwise of all.
         lowest_kinds: Number of kinds for which rows have the share at the lowest level.
     """
 
@@ -136,14 +141,15 @@ class RowSpec:
     def columns(self, vectors: int = 0) -> dict[str, slice]:
         """The parts of a row by name, with the columns of each part.
 
-        Of the block or item: ``features``, ``compared`` (the same and the prices, standardised over
-        the rows with a valid action), ``useful`` (the share of the bytes over budget that its next
-        level frees, at most 1), ``valid`` (whether it has a lower level), ``neighbours`` (their
-        levels as observed, 0 where there is none; or 1 minus that, see `near_kept`), ``vectors``
-        (its learned vector). Of the whole model: ``request``, ``mean_valid`` and ``mean_lowest``
-        (mean features of the rows with and without a lower level), ``mean_level`` (of each kind),
-        ``lowest`` (shares of the items of the first kinds at their lowest level),
-        ``lowered_vectors`` (mean of the vectors times the levels, see `means`).
+        Of the block or item: ``features``, ``compared`` (the same and the prices,
+        standardised over the rows with a valid action), ``useful`` (the share of the bytes
+        over budget that its next level frees, at most 1), ``valid`` (whether it has a lower
+        level), ``neighbours`` (their levels as observed, 0 where there is none; or 1 minus
+        that, see `near_kept`), ``vectors`` (its learned vector). Of the whole model:
+        ``request``, ``mean_valid`` and ``mean_lowest`` (mean features of the rows with and
+        without a lower level), ``mean_level`` (of each kind), ``lowest`` (shares of the items
+        of the first kinds at their lowest level), ``lowered_vectors`` (mean of the vectors
+        times the levels, see `means`).
 
         Args:
             vectors: Width of each learned vector, V; 0 for none.
@@ -230,7 +236,8 @@ ITEM_ROWS = RowSpec(
     means=False,
     lowest_kinds=2,
 )
-"""Rows of the items of `RAPLadder-v0`; those of attn and of ffn items come first of the kinds."""
+"""Rows of the items of `RAPLadder-v0`; those of attn and of ffn items come first of the
+kinds."""
 
 ROWS: dict[str, RowSpec] = {spec.key: spec for spec in (BLOCK_ROWS, ITEM_ROWS)}
 """The kinds of rows, by their entry of an observation."""

@@ -60,8 +60,8 @@ class OneShot(_OrderOfSteps):
 class GSI(_OrderOfSteps):
     """Follows the order of greedy sequential importance, measured again after each step.
 
-    Blocks that GSI did not remove follow in the order of their losses in its last round. Where
-    items have further levels, the order is that of the cost per byte.
+    Blocks that GSI did not remove follow in the order of their losses in its last round.
+    Where items have further levels, the order is that of the cost per byte.
     """
 
     name = "gsi"
@@ -119,7 +119,8 @@ class FFNOnly(_OneShotRemoval):
 class BlockInfluence(Method):
     """Removes the blocks that change the hidden state least (ShortGPT, arXiv 2403.03853).
 
-    Deviates from the paper: attention and FFN blocks are ranked separately and not as one layer.
+    Deviates from the paper: attention and FFN blocks are ranked separately and not as one
+    layer.
     """
 
     name = "block_influence"
@@ -133,9 +134,9 @@ class BlockInfluence(Method):
 class ShortGPT(Method):
     """Removes the layers that change the hidden state least (Men et al. 2024).
 
-    arXiv 2403.03853: block influence (eq. 1) of each whole layer of the native model, measured
-    once. Deviates from the paper: layers are removed until the request fits and not until a
-    given number is removed.
+    arXiv 2403.03853: block influence (eq. 1) of each whole layer of the native model,
+    measured once. Deviates from the paper: layers are removed until the request fits and not
+    until a given number is removed.
     """
 
     name = "shortgpt"

@@ -30,7 +30,8 @@ DEFAULT_MODEL = "smollm2-135m"
 """The model of the packaged policies, tables and level costs."""
 
 KNAPSACKS = ("knapsack", "knapsack-by-text")
-"""Policies from the level costs in the package; the server has a fallback for other models."""
+"""Policies from the level costs in the package; the server has a fallback for other
+models."""
 
 FACTS_VERSION = 3
 """Format of the facts of the default model in the package."""
@@ -45,7 +46,8 @@ def default_facts(weights: str = "native") -> ModelFacts:
     """Facts of the default model in bfloat16, as shipped with the package; needs no torch.
 
     Args:
-        weights: The format of its weights, ``"native"`` or ``"bf16"``; see `rap_env.load_llm`.
+        weights: The format of its weights, ``"native"`` or ``"bf16"``; see
+            `rap_env.load_llm`.
 
     Raises:
         ArtifactError: The file is damaged.
@@ -118,11 +120,11 @@ def find_delta_nll(
 ) -> tuple[float | None, str]:
     """Rise in NLL of a plan in nats per token, None if unknown, and where it is from.
 
-    A plan is looked up in the policy's own table; one that only removes blocks else in the score
-    table of the package, which predicts what was not measured. All else is predicted from level
-    costs, the policy's own or those of the package, for sequences of `seq_len_tokens` tokens (None
-    is the length at which they were measured), or else by the policy itself. Costs by kind of text
-    are taken for equal shares of all kinds.
+    A plan is looked up in the policy's own table; one that only removes blocks else in the
+    score table of the package, which predicts what was not measured. All else is predicted
+    from level costs, the policy's own or those of the package, for sequences of
+    `seq_len_tokens` tokens (None is the length at which they were measured), or else by the
+    policy itself. Costs by kind of text are taken for equal shares of all kinds.
     """
     policy = policy.for_text(())
     if not plan:

@@ -35,7 +35,8 @@ def register(method: MethodT) -> MethodT:
 def makes(name: str) -> Callable[[MakerT], MakerT]:
     """Register what makes a policy of this name from the byte arithmetic of a model and a basis.
 
-    In a comparison the policy may be made from the basis; without one, from files in the package.
+    In a comparison the policy may be made from the basis; without one, from files in the
+    package.
     """
     return partial(_register, _METHODS, name)
 

@@ -71,8 +71,8 @@ class _Search(Method):
     """Extends plans until they fit, and returns the best of all that do.
 
     Attributes:
-        width: Plans that are extended in each round: the best by the rise in NLL per useful byte
-            that they free.
+        width: Plans that are extended in each round: the best by the rise in NLL per useful
+            byte that they free.
     """
 
     width = 1
@@ -106,9 +106,9 @@ class _Search(Method):
 class _StepSearch(_Search):
     """A search that takes measured steps of a ladder.
 
-    Over a ladder with several levels, only the most promising steps are measured; a step that was
-    not measured yet is expected to cost its one-shot cost. If blocks are only removed, all steps
-    are measured.
+    Over a ladder with several levels, only the most promising steps are measured; a step that
+    was not measured yet is expected to cost its one-shot cost. If blocks are only removed,
+    all steps are measured.
     """
 
     exact = False
@@ -156,11 +156,12 @@ class _StepSearch(_Search):
 class GreedyPerByte(_StepSearch):
     """Repeatedly takes the step with the lowest measured rise in NLL per useful byte.
 
-    Bytes are those of the request's own shape, and bytes beyond what it still needs do not count:
-    if several blocks each suffice alone, the one with the lowest rise is removed last, whatever its
-    size. Over a ladder with several levels, the most promising steps are measured in each round, a
-    few at a time, until the best of them is no worse than the last known price of the next one
-    (Minoux 1978); where blocks are only removed, all are measured.
+    Bytes are those of the request's own shape, and bytes beyond what it still needs do not
+    count: if several blocks each suffice alone, the one with the lowest rise is removed last,
+    whatever its size. Over a ladder with several levels, the most promising steps are
+    measured in each round, a few at a time, until the best of them is no worse than the last
+    known price of the next one (Minoux 1978); where blocks are only removed, all are
+    measured.
     """
 
     name = "greedy_per_byte"
@@ -193,10 +194,10 @@ class GreedySwaps(GreedyPerByte):
     """Improves the plan of `GreedyPerByte` by swaps at equal bytes.
 
     Every removed block is restored in turn, starting with the one whose return lowers the NLL
-    most. The plan without it, and with any other block removed instead, is scored where it fits.
-    The best of these is taken if it is better than the current plan, and the search starts
-    again. It ends when no swap helps, or when `extra_evaluations` are used up, beyond those of the
-    greedy search, for each request.
+    most. The plan without it, and with any other block removed instead, is scored where it
+    fits. The best of these is taken if it is better than the current plan, and the search
+    starts again. It ends when no swap helps, or when `extra_evaluations` are used up, beyond
+    those of the greedy search, for each request.
     """
 
     name = "greedy_swaps"
@@ -247,11 +248,12 @@ def _affordable(scores: CountingScorer, plans: Sequence[Plan], limit: int) -> li
 class Beam(_StepSearch):
     """Beam search over plans by the rise in NLL per useful byte that they free.
 
-    In each round every plan of the beam that does not fit yet is extended by steps, and the best
-    plans form the next beam; plans that fit stay as they are. Bytes beyond what the request needs
-    do not count, so among plans that fit the NLL decides. The search ends when the whole beam fits,
-    and returns the lowest NLL of all measured plans that fit. Over a ladder with several levels,
-    only the most promising steps of each plan are measured, three times the width of the beam.
+    In each round every plan of the beam that does not fit yet is extended by steps, and the
+    best plans form the next beam; plans that fit stay as they are. Bytes beyond what the
+    request needs do not count, so among plans that fit the NLL decides. The search ends when
+    the whole beam fits, and returns the lowest NLL of all measured plans that fit. Over a
+    ladder with several levels, only the most promising steps of each plan are measured, three
+    times the width of the beam.
     """
 
     name = "beam"
@@ -270,8 +272,9 @@ class Beam(_StepSearch):
 class SLEB(_Search):
     """Repeatedly removes the layer whose removal gives the lowest NLL (Song et al. 2024).
 
-    arXiv 2402.09025, Algorithm 1: after each removal all remaining layers are measured again. The
-    order is the same for every request, and each request is charged with the part that it uses.
+    arXiv 2402.09025, Algorithm 1: after each removal all remaining layers are measured again.
+    The order is the same for every request, and each request is charged with the part that it
+    uses.
     """
 
     name = "sleb"

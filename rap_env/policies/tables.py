@@ -36,8 +36,8 @@ class TablePolicy(Policy):
         memory: The model's byte arithmetic.
         table: The measured plans.
         ladder: The levels that its plans may have; None allows all.
-        make_fallback: Makes the policy that chooses where no measured plan fits; None chooses the
-            smallest one.
+        make_fallback: Makes the policy that chooses where no measured plan fits; None chooses
+            the smallest one.
 
     Raises:
         ArtifactError: The table is of a model with another number of layers.
@@ -110,12 +110,13 @@ def _read_table(path: Path, memory: MemoryModel) -> Policy:
 class ScoreModelSearch(Method):
     """Improves the best measured plan and the greedy order's by changes that a predictor rates.
 
-    The predictor is fitted to all plans of the table of measured plans, and runs no model for a
-    request. It is the teacher that a policy imitates: all its plans can be reached by the ladder's
-    actions.
+    The predictor is fitted to all plans of the table of measured plans, and runs no model for
+    a request. It is the teacher that a policy imitates: all its plans can be reached by the
+    ladder's actions.
 
     Raises:
-        ArtifactError: There is no table of measured plans, or it is damaged or of another model.
+        ArtifactError: There is no table of measured plans, or it is damaged or of another
+            model.
     """
 
     name = "score_model"

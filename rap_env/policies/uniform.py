@@ -41,8 +41,8 @@ def uniform_plans(facts: ModelFacts) -> list[Plan]:
 def middle_first(num_layers: int) -> list[int]:
     """An order of removal without measurements: from the layer before the last one to the first.
 
-    The last layer and the first two matter most in most models (Men et al. 2024, ShortGPT), so
-    they come last.
+    The last layer and the first two matter most in most models (Men et al. 2024, ShortGPT),
+    so they come last.
     """
     ends = [layer for layer in (num_layers - 1, 1, 0) if 0 <= layer < num_layers]
     middle = [layer for layer in reversed(range(num_layers)) if layer not in ends]
@@ -55,10 +55,10 @@ class UniformSetting:
     """A uniform plan, with whole blocks removed.
 
     Attributes:
-        places: Places of its levels of weights, caches and embeddings among those of the ladder
-            (0 is native), and the number of removed blocks.
-        rises: What its level of weights, that of caches, that of embeddings and its removed blocks
-            lose alone: ΔNLL, nats per token.
+        places: Places of its levels of weights, caches and embeddings among those of the
+            ladder (0 is native), and the number of removed blocks.
+        rises: What its level of weights, that of caches, that of embeddings and its removed
+            blocks lose alone: ΔNLL, nats per token.
     """
 
     plan: Plan
@@ -75,11 +75,12 @@ class UniformSetting:
 class Uniform(Method):
     """Chooses one level each for all weights, all caches and embeddings, then removes blocks.
 
-    Blocks are removed in the GSI order over blocks. Of all settings that fit, it chooses the one
-    with the least NLL on the calibration text. Each combination of levels is tried with the fewest
-    removed blocks that fit. Settings that are hardly the best are not measured: those that are
-    nowhere above another one that fits, and those of which one part (removed blocks, the level of
-    one kind of items) alone, or two thirds of the sum of all, lose more than the best measured one.
+    Blocks are removed in the GSI order over blocks. Of all settings that fit, it chooses the
+    one with the least NLL on the calibration text. Each combination of levels is tried with
+    the fewest removed blocks that fit. Settings that are hardly the best are not measured:
+    those that are nowhere above another one that fits, and those of which one part (removed
+    blocks, the level of one kind of items) alone, or two thirds of the sum of all, lose more
+    than the best measured one.
     """
 
     name = "uniform"

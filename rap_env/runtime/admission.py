@@ -31,10 +31,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _STALLED_S = 0.25
-"""Seconds without a pass, while requests wait, after which any of them that fits alone is tried."""
+"""Seconds without a pass, while requests wait, after which any of them that fits alone is
+tried."""
 _LONG_STALL_S = 1.0
-"""As `_STALLED_S`: then margin and caches kept in memory are given up, and the log says why."""
-_CHUNK_PARTS = (1, 2, 4, 8)  # of a chunk, tried one after another: smaller passes take less memory
+"""As `_STALLED_S`: then margin and caches kept in memory are given up, and the log says
+why."""
+# Of a chunk, tried one after another: smaller passes take less memory.
+_CHUNK_PARTS = (1, 2, 4, 8)
 _ONE_TOKEN = BatchShape(1, 1)
 _MORE = "raise model_memory (or memory), or max_delta_nll"
 
@@ -158,8 +161,8 @@ class Admission:
     def admit_next(self, interrupt: Callable[[], bool]) -> bool:
         """Reject what has waited too long, and admit the next request if it fits.
 
-        That is the first of the queue that does not wait for its own floor. Where nothing has run
-        for `_STALLED_S`, all are tried, the shortest first.
+        That is the first of the queue that does not wait for its own floor. Where nothing has
+        run for `_STALLED_S`, all are tried, the shortest first.
 
         Args:
             interrupt: As for `LiveBatch`.
@@ -260,7 +263,8 @@ class Admission:
     def misfit(self, shape: BatchShape, *, expected: bool) -> InfeasibleBudgetError:
         """The error that says why a batch does not fit with nothing else running.
 
-        It is a `QualityFloorError` if plans fit, but none that is allowed. Any thread may call it.
+        It is a `QualityFloorError` if plans fit, but none that is allowed. Any thread may
+        call it.
 
         Args:
             shape: A batch that does not fit.

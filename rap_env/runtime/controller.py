@@ -34,40 +34,43 @@ class RuntimeController:
     """Holds measured bytes within a budget that moves, by changing a live model's plan.
 
     The policy is asked when a request arrives, when the budget falls below the need, and when
-    there is headroom again. Its plan is applied if its predicted bytes fit the budget together with
-    a learned safety margin (`rap_env.runtime.memory_monitor`). Otherwise the policy is asked for a
-    smaller one, and then the guard removes more blocks in its own order until they do.
+    there is headroom again. Its plan is applied if its predicted bytes fit the budget
+    together with a learned safety margin (`rap_env.runtime.memory_monitor`). Otherwise the
+    policy is asked for a smaller one, and then the guard removes more blocks in its own order
+    until they do.
 
-    **Shrinking** is immediate: `check` before each step. **Growing** is debounced while anything
-    runs: a plan that needs more is applied once it would have fitted for `hold_s`, with
-    `hysteresis_share` of the budget to spare, so that a budget that jitters causes one switch. A
-    request that arrives while nothing runs gets its plan at once (`admit`). Once nothing has run
-    for a minute, everything that fits is restored. What running requests have in their caches is
-    not changed by that; the engine brings it up to the plan.
+    **Shrinking** is immediate: `check` before each step. **Growing** is debounced while
+    anything runs: a plan that needs more is applied once it would have fitted for `hold_s`,
+    with `hysteresis_share` of the budget to spare, so that a budget that jitters causes one
+    switch. A request that arrives while nothing runs gets its plan at once (`admit`). Once
+    nothing has run for a minute, everything that fits is restored. What running requests have
+    in their caches is not changed by that; the engine brings it up to the plan.
 
-    **Progress**: a request that waits while nothing runs gets a part of the source's reserve, once
-    it is `stalled`, and so does the last one that runs before it would be preempted. The part is as
-    small as its least plan allows, and is given back as soon as the batch fits without it.
+    **Progress**: a request that waits while nothing runs gets a part of the source's reserve,
+    once it is `stalled`, and so does the last one that runs before it would be preempted. The
+    part is as small as its least plan allows, and is given back as soon as the batch fits
+    without it.
 
     Only the thread that runs the model may call it; any thread may read the counters.
 
     Args:
-        llm: The live model. Set its residency first: with ``"resident"``, removing an FFN block
-            frees nothing, and the guard takes that into account.
+        llm: The live model. Set its residency first: with ``"resident"``, removing an FFN
+            block frees nothing, and the guard takes that into account.
         policy: Chooses plans: a `Policy`, or any object with a name and ``choose(request)``.
         memory: Gives the budget: a source, or what `open_memory` accepts.
         meter: Measures what is used; by default the process or the device.
         guard_order: Indices of blocks in the order in which the guard removes them. By
             default the policy's `order` if it has one, else those that free most bytes first.
             An empty order disables the guard: only the policy's own plan is tried.
-        max_delta_nll: Quality floor: largest rise in NLL, in nats per token, that the policy may
-            predict for a plan with which a batch runs. Other plans, and those without a prediction,
-            count as plans that do not fit. None for no floor.
-        most_delta_nll: What the floor rises to with waiting requests (`PlanChooser.follow_queue`);
-            None for a floor that stays.
+        max_delta_nll: Quality floor: largest rise in NLL, in nats per token, that the policy
+            may predict for a plan with which a batch runs. Other plans, and those without a
+            prediction, count as plans that do not fit. None for no floor.
+        most_delta_nll: What the floor rises to with waiting requests
+            (`PlanChooser.follow_queue`); None for a floor that stays.
         hysteresis_share: Share of the budget to leave free when items are raised.
         hold_s: Seconds for which headroom must last before items are raised.
-        chunk_tokens: Most tokens that one pass through the model runs; fewer need less workspace.
+        chunk_tokens: Most tokens that one pass through the model runs; fewer need less
+            workspace.
         log: Where to log decisions.
         clock: Gives the time in seconds, for `hold_s`, the safety margin and the log.
 
@@ -79,9 +82,10 @@ class RuntimeController:
         overhead_s: Seconds spent in the controller, switching and measuring included.
 
     Raises:
-        InvalidRequestError: A share, a time or a rise is out of its range, or the policy predicts
-            nothing for `max_delta_nll`.
-        UnknownNameError: There is no such memory source, or no such block in the guard's order.
+        InvalidRequestError: A share, a time or a rise is out of its range, or the policy
+            predicts nothing for `max_delta_nll`.
+        UnknownNameError: There is no such memory source, or no such block in the guard's
+            order.
         MemorySourceError: The system does not report free memory.
     """
 
@@ -150,9 +154,10 @@ class RuntimeController:
     ) -> bool:
         """Choose and apply a plan for a request that has arrived; return whether one fits.
 
-        While others run, a plan that already fits stays. With nothing else running, a switch costs
-        no refill: then the policy is asked for a plan that suits the request, and one that needs
-        more than the present plan is applied immediately if it fits with `hysteresis_share` spare.
+        While others run, a plan that already fits stays. With nothing else running, a switch
+        costs no refill: then the policy is asked for a plan that suits the request, and one
+        that needs more than the present plan is applied immediately if it fits with
+        `hysteresis_share` spare.
 
         Args:
             shape: The batch with the request.

@@ -39,17 +39,17 @@ _IDLE_POLL_S = 0.1  # between reads of the budget while nothing is to be done
 class Engine:
     """Continuous batching over a live model whose plan follows the budget.
 
-    Each turn (`step`) admits at most one request from the queue, prefills at most one chunk of its
-    prompt, and decodes a token for every row of the running batch; so a long prompt delays others
-    by no more than a chunk at a time. Before each pass through the model the controller reads the
-    budget; if it falls below what is used during a chunk, the chunk ends before its next layer, and
-    is repeated later. A request waits while no plan makes it fit with the running batch; others
-    overtake it only if it waits for a floor of its own, which no plan reaches even for it alone, or
-    if nothing has run for a moment: then the shortest one that fits runs, and soon whatever margin
-    was learned. If no plan fits the running batch, the newest request is preempted: it returns to
-    the front of the queue with its tokens and what it has cached (`KeptCaches`), and later goes on
-    from there. Once memory is back, lowered caches are read back from files, or refilled one at a
-    time.
+    Each turn (`step`) admits at most one request from the queue, prefills at most one chunk
+    of its prompt, and decodes a token for every row of the running batch; so a long prompt
+    delays others by no more than a chunk at a time. Before each pass through the model the
+    controller reads the budget; if it falls below what is used during a chunk, the chunk ends
+    before its next layer, and is repeated later. A request waits while no plan makes it fit
+    with the running batch; others overtake it only if it waits for a floor of its own, which
+    no plan reaches even for it alone, or if nothing has run for a moment: then the shortest
+    one that fits runs, and soon whatever margin was learned. If no plan fits the running
+    batch, the newest request is preempted: it returns to the front of the queue with its
+    tokens and what it has cached (`KeptCaches`), and later goes on from there. Once memory is
+    back, lowered caches are read back from files, or refilled one at a time.
 
     As long as the plan is the same, a row's tokens depend on other rows only by rounding.
 
@@ -58,16 +58,17 @@ class Engine:
         controller: Keeps it within its budget.
         max_batch_size: Most rows of the running batch.
         max_queue: Most requests that wait.
-        max_seq_len_tokens: Longest prompt and answer together; by default the model's positions.
+        max_seq_len_tokens: Longest prompt and answer together; by default the model's
+            positions.
         prefill_chunk_tokens: Most tokens of a prefill chunk.
         restore: What happens to the earlier tokens of restored attention blocks and of caches
-            whose level rises: ``"refill"`` computes them again where it pays, unless there are
-            copies; with ``"next_request"`` a request goes on with what its cache has.
+            whose level rises: ``"refill"`` computes them again where it pays, unless there
+            are copies; with ``"next_request"`` a request goes on with what its cache has.
         queue_timeout_s: Longest that a request may wait; None for no limit.
-        target_itl_s: Mean seconds between the tokens of an answer while prompts of others are read:
-            as many decode steps follow each chunk as that takes; None for one.
-        clock: Gives the time in seconds, for events and records. `step` never sleeps, so the clock
-            may be virtual.
+        target_itl_s: Mean seconds between the tokens of an answer while prompts of others are
+            read: as many decode steps follow each chunk as that takes; None for one.
+        clock: Gives the time in seconds, for events and records. `step` never sleeps, so the
+            clock may be virtual.
 
     Attributes:
         vocab_size: Entries of the model's vocabulary.
@@ -122,7 +123,8 @@ class Engine:
         )
         self.observers = self._scheduler.observers
         self._longest_lock = threading.Lock()
-        self._longest_prompt: tuple[int, int] | None = None  # a budget, and the tokens that fit
+        # A budget, and the tokens that fit.
+        self._longest_prompt: tuple[int, int] | None = None
         self._turn_lock = threading.Lock()
         self._wake = threading.Event()
         self._closing = False
@@ -155,15 +157,16 @@ class Engine:
     def longest_prompt_tokens(self) -> int:
         """Most tokens of a prompt that fits the largest expected budget alone; 0 if none fits.
 
-        Within the quality floor, it is the longest for which a plan above the floor is found. The
-        safety margin is left out, since it changes: the engine may still reject a shorter prompt.
-        Any thread may call it; a new budget takes a search, up to a second.
+        Within the quality floor, it is the longest for which a plan above the floor is found.
+        The safety margin is left out, since it changes: the engine may still reject a shorter
+        prompt. Any thread may call it; a new budget takes a search, up to a second.
         """
         budget = self.controller.monitor.budget_limit_bytes()
         could_fit = self.controller.chooser.could_fit
         with self._longest_lock:
             if self._longest_prompt is None or self._longest_prompt[0] != budget:
-                # The last generated token is not fed back, so the cache holds the prompt alone.
+                # The last generated token is not fed back, so the cache holds the prompt
+                # alone.
                 tokens = bisect_left(
                     range(1, self.max_seq_len_tokens),
                     True,
@@ -187,18 +190,18 @@ class Engine:
             prompt_ids: Tokens of the prompt, at least one.
             params: How much to generate, and how to sample.
             listener: Called with each event, see `RequestHandle.add_listener`.
-            max_delta_nll: Floor of quality of this request, nats per token: no pass for it runs
-                with a plan whose predicted rise in NLL is above it. The controller's own floor
-                holds in any case.
-            text_shares: Kinds of text in the prompt, for a policy that chooses by them; None tells
-                them from all of its tokens.
+            max_delta_nll: Floor of quality of this request, nats per token: no pass for it
+                runs with a plan whose predicted rise in NLL is above it. The controller's own
+                floor holds in any case.
+            text_shares: Kinds of text in the prompt, for a policy that chooses by them; None
+                tells them from all of its tokens.
 
         Raises:
             InvalidRequestError: The prompt is empty or too long together with the answer; the
-                prompt or the bias has an id that is not in the model's vocabulary; or the policy
-                predicts nothing for `max_delta_nll`.
-            InfeasibleBudgetError: No plan could ever make it fit; a `QualityFloorError` if none
-                above the floor could.
+                prompt or the bias has an id that is not in the model's vocabulary; or the
+                policy predicts nothing for `max_delta_nll`.
+            InfeasibleBudgetError: No plan could ever make it fit; a `QualityFloorError` if
+                none above the floor could.
             QueueFullError: Too many requests wait.
             EngineClosedError: The engine was closed.
         """
@@ -264,8 +267,8 @@ class Engine:
         """Cancel all requests and end the thread. Do not call it from a listener or an observer.
 
         Args:
-            timeout_s: Longest wait for the pass that is running; None for no limit. Requests are
-                cancelled in any case.
+            timeout_s: Longest wait for the pass that is running; None for no limit. Requests
+                are cancelled in any case.
         """
         self._closing = True
         self._wake.set()
@@ -286,8 +289,8 @@ class Engine:
     def retry_after_s(self) -> int:
         """Seconds after which to ask again: until the first running request will have ended.
 
-        That is by the steps so far; it may end sooner. Where requests wait and nothing runs, it is
-        as long as they have waited, up to a minute. At least 1; any thread may call it.
+        That is by the steps so far; it may end sooner. Where requests wait and nothing runs,
+        it is as long as they have waited, up to a minute. At least 1; any thread may call it.
         """
         stalled_s = min(_MOST_RETRY_S, self._scheduler.admission.stalled_s)
         return max(1, math.ceil(max(stalled_s, self._scheduler.shortest_wait_s())))

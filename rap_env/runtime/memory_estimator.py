@@ -2,10 +2,10 @@
 
 Beyond the peak bytes of `rap_env.memory`, a live model takes:
 
-- with residency ``"resident"``, the native weights of removed and lowered blocks, and all levels
-  that were used so far;
-- one layer's keys and values a second time: where rows join or leave and where quantised caches
-  grow, caches are copied, one layer at a time;
+- with residency ``"resident"``, the native weights of removed and lowered blocks, and all
+  levels that were used so far;
+- one layer's keys and values a second time: where rows join or leave and where quantised
+  caches grow, caches are copied, one layer at a time;
 - 2 bytes a token and sequence for each removed attention block (see
   `rap_env.models.caches.placeholders`);
 - the tail of a grouped cache for each row that the batch has while its rows are still short.
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 _PLACEHOLDER_BYTES = 2  # a token and sequence, for each removed attention block
 _LOGIT_BYTES = 4  # logits are float32
 _CACHED = 1024  # results for pairs of a plan and a shape
-_PASS_FACTOR = 2.5  # passes took up to 2.3 times the estimated workspace, in bfloat16 on a CPU
+# Passes took up to 2.3 times the estimated workspace, in bfloat16 on a CPU.
+_PASS_FACTOR = 2.5
 
 
 @dataclass(frozen=True, order=True)
@@ -78,12 +79,13 @@ class BatchShape:
     Attributes:
         batch_size: Sequences in the batch.
         seq_len_tokens: Tokens of each of them, padding included.
-        rows: Most sequences at any time, at least `batch_size`: the batch may have more of them
-            while they are shorter, and a cache in groups takes some bytes for each.
-        longest_tokens: Tokens of the longest sequence at its end, without padding; it may be longer
-            than those of the largest batch. By default `seq_len_tokens`.
+        rows: Most sequences at any time, at least `batch_size`: the batch may have more of
+            them while they are shorter, and a cache in groups takes some bytes for each.
+        longest_tokens: Tokens of the longest sequence at its end, without padding; it may be
+            longer than those of the largest batch. By default `seq_len_tokens`.
         bounds: What its requests demand of the plan besides the server's own floor.
-        text_shares: Kinds of text in its prompts, as the policy tells them; see `TextKinds.shares`.
+        text_shares: Kinds of text in its prompts, as the policy tells them; see
+            `TextKinds.shares`.
         kept_bytes: Bytes of caches in memory beside those of the batch.
 
     Raises:
@@ -131,14 +133,15 @@ class BatchShape:
     def of(cls, rows: Iterable[tuple[int, int]], *, uniform: bool = False) -> BatchShape:
         """The largest shape that a left-padded batch will reach.
 
-        All rows grow by a token a step. A row leaves when it has no tokens to come, and padding
-        that all other rows share is removed then. So the batch is largest just before some row
-        leaves: the rows still present x tokens of the longest of them.
+        All rows grow by a token a step. A row leaves when it has no tokens to come, and
+        padding that all other rows share is removed then. So the batch is largest just before
+        some row leaves: the rows still present x tokens of the longest of them.
 
         Args:
             rows: Cached tokens and tokens to come, for each row.
-            uniform: Count all rows at the greatest final length instead. The result is larger, and
-                also holds where the bytes of a row do not grow with its tokens (sliding windows).
+            uniform: Count all rows at the greatest final length instead. The result is
+                larger, and also holds where the bytes of a row do not grow with its tokens
+                (sliding windows).
 
         Example:
             Seven rows of 100 tokens with 10 to come, and one with 900 to come:
@@ -220,8 +223,8 @@ class MemoryEstimator:
     def surcharge_bytes(self, shape: BatchShape, plan: Plan | None = None) -> int:
         """Bytes that a plan takes beyond those with which policies reckon; negative if fewer.
 
-        Policies reckon with the memory model's longest passes and with what a request needs alone.
-        Without a plan, what every plan takes beyond that.
+        Policies reckon with the memory model's longest passes and with what a request needs
+        alone. Without a plan, what every plan takes beyond that.
         """
         request = shape.request(1)
         if plan is not None:

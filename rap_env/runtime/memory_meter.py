@@ -1,8 +1,8 @@
 """Measured bytes of the runtime: of the process, of a CUDA device, or of its tensors alone.
 
-Memory that a process holds besides the model (the interpreter, libraries, the server, freed memory
-that the C library keeps) is the baseline and does not count. It is measured when the meter is made
-and again by `measure_others`; growth in between counts.
+Memory that a process holds besides the model (the interpreter, libraries, the server, freed
+memory that the C library keeps) is the baseline and does not count. It is measured when the
+meter is made and again by `measure_others`; growth in between counts.
 """
 
 from __future__ import annotations
@@ -109,9 +109,9 @@ class ResidentMeter(Meter):
     own from now on. The baseline may shrink after the meter was made (kernels reclaim unused
     pages).
 
-    The peak is the kernel's high-water mark if that has risen since the last call, else the largest
-    sample: a thread reads the resident memory every 5 ms, from `used_bytes` until `rest`. The mark
-    belongs to all readers of the process, so it is not reset.
+    The peak is the kernel's high-water mark if that has risen since the last call, else the
+    largest sample: a thread reads the resident memory every 5 ms, from `used_bytes` until
+    `rest`. The mark belongs to all readers of the process, so it is not reset.
 
     Args:
         llm: The live model, with the residency and the mask that the service starts with.
@@ -128,8 +128,10 @@ class ResidentMeter(Meter):
             raise MemorySourceError(
                 f"The memory of this process cannot be read: {error}; use TensorMeter."
             ) from error
-        weakref.finalize(self, os.close, self._status).atexit = False  # the sampler may still run
-        self._lock = threading.Lock()  # between the sampler and the thread that runs the model
+        # The sampler may still run.
+        weakref.finalize(self, os.close, self._status).atexit = False
+        # Between the sampler and the thread that runs the model.
+        self._lock = threading.Lock()
         self._mark = 0
         self._peak = 0
         free_memory_early()
@@ -238,9 +240,9 @@ def process_meter(llm: ElasticLLM) -> Meter:
 def make_levels(llm: ElasticLLM, policy: Policy) -> None:
     """Make all levels of weights once, if a policy chooses among them; the plan is native then.
 
-    Levels are made at their first use, which takes more memory than any plan: half as much again as
-    the native weights for the default model. A service should have that behind it when its budget
-    begins to count.
+    Levels are made at their first use, which takes more memory than any plan: half as much
+    again as the native weights for the default model. A service should have that behind it
+    when its budget begins to count.
     """
     if not policy.weight_levels:
         return
@@ -258,9 +260,10 @@ def make_levels(llm: ElasticLLM, policy: Policy) -> None:
 def warm_up(llm: ElasticLLM, tokens: int = 256) -> None:
     """Load the kept weights, and the libraries that a step needs, into memory.
 
-    Files are mapped and code is loaded at first use: measured before that, the baseline would be
-    too small, and the model would seem larger later. Products of a few rows and of many run in
-    different code, so the prompt has more tokens than packed kernels multiply themselves.
+    Files are mapped and code is loaded at first use: measured before that, the baseline would
+    be too small, and the model would seem larger later. Products of a few rows and of many
+    run in different code, so the prompt has more tokens than packed kernels multiply
+    themselves.
     """
     import rap_env.runtime.sampling  # noqa: F401  takes tens of megabytes
     from rap_env.models.live.live_batch import LiveBatch

@@ -27,7 +27,8 @@ HEADROOM_BYTES = 8 * 2**20
 """Bytes below a process's limit that stay free: for request bodies, texts and responses."""
 
 _MOST_FREED_BYTES = 4 * 2**20
-"""Freed bytes that a step may leave with the process before they are returned to the system."""
+"""Freed bytes that a step may leave with the process before they are returned to the
+system."""
 _LEAST_CHANGE_BYTES = 2**20
 """Change of what the process holds besides the model that is measured while nothing runs."""
 
@@ -76,13 +77,13 @@ class GivenMemory(MemorySource):
     """A budget set from outside: of the model, or of the whole process.
 
     Of a process, the model may use what is left beside everything else that is resident
-    (interpreter, libraries, tokenizer, server, freed memory that the C library keeps), which is the
-    meter's baseline (`Meter.measure_others`).
+    (interpreter, libraries, tokenizer, server, freed memory that the C library keeps), which
+    is the meter's baseline (`Meter.measure_others`).
 
     Args:
         budget: The budget in bytes, or a function that returns it whenever it is called.
-        limit_bytes: The largest budget that the function will ever return, if known. A request
-            that does not fit it is rejected on arrival; one that does waits.
+        limit_bytes: The largest budget that the function will ever return, if known. A
+            request that does not fit it is rejected on arrival; one that does waits.
         meter: Measures the process, if the budget is that of the process.
     """
 
@@ -156,11 +157,11 @@ class SafetyMargin:
     """Bytes reserved on top of a prediction: the largest recent excess of a step.
 
     Weights and KV cache are predicted exactly, the workspace is estimated. Allocations inside
-    libraries and heap fragmentation are unknown. They persist, so a measured excess is expected
-    again. It expires after one to two windows that did not reach it: otherwise one burst of
-    unrelated allocations in the process would cost blocks forever. Each kind of step has its own
-    windows, since a thousand decode steps tell nothing about the next prefill; a window ends after
-    `window` steps of its kind, or after `window_s` seconds.
+    libraries and heap fragmentation are unknown. They persist, so a measured excess is
+    expected again. It expires after one to two windows that did not reach it: otherwise one
+    burst of unrelated allocations in the process would cost blocks forever. Each kind of step
+    has its own windows, since a thousand decode steps tell nothing about the next prefill; a
+    window ends after `window` steps of its kind, or after `window_s` seconds.
 
     Args:
         window: Steps of a kind after which a new maximum is started.
@@ -227,11 +228,11 @@ class SafetyMargin:
 class MemoryMonitor:
     """Reads the meter and the memory source, and learns the safety margin from them.
 
-    On a CPU, freed memory stays with the process until it is returned to the system (`trim`), and
-    later allocations reuse it. So measured bytes are compared with the most that tensors and
-    workspace took since the last trim; only the excess over that goes into the margin. What the
-    process holds besides the model is measured again at each trim, whatever is limited, so that
-    none of it is charged to the model for long.
+    On a CPU, freed memory stays with the process until it is returned to the system (`trim`),
+    and later allocations reuse it. So measured bytes are compared with the most that tensors
+    and workspace took since the last trim; only the excess over that goes into the margin.
+    What the process holds besides the model is measured again at each trim, whatever is
+    limited, so that none of it is charged to the model for long.
 
     Attributes:
         used_bytes: Bytes as last measured.
@@ -337,9 +338,9 @@ class MemoryMonitor:
     def trim(self) -> None:
         """Return freed memory to the system, and measure again, what is not the model's included.
 
-        The meter's peak restarts: memory held before belongs to earlier steps. Pages of caches that
-        were not written yet are not resident, so the rest of the process may seem to have shrunk
-        while there are any.
+        The meter's peak restarts: memory held before belongs to earlier steps. Pages of
+        caches that were not written yet are not resident, so the rest of the process may seem
+        to have shrunk while there are any.
         """
         return_freed_memory(self._llm.device)
         self.held = self._llm.held_bytes
@@ -354,9 +355,10 @@ class MemoryMonitor:
     def available_bytes(self, shape: BatchShape, next_pass: PassSize) -> int:
         """Bytes that a plan may need for a batch, so that the next pass stays within the budget.
 
-        That is the budget less the margin, as long as what is used now fits with all that the pass
-        may allocate on top. If not, freed memory is returned first; if that is not enough, the
-        process holds more besides its tensors than the margin covers, and that is counted instead.
+        That is the budget less the margin, as long as what is used now fits with all that the
+        pass may allocate on top. If not, freed memory is returned first; if that is not
+        enough, the process holds more besides its tensors than the margin covers, and that is
+        counted instead.
         """
         most = self._estimator.pass_estimate(self._llm.plan, shape, next_pass).total
         if self.used_bytes + most > self.budget_bytes:

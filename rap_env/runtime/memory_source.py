@@ -47,8 +47,8 @@ class CudaMemory(SystemMemory):
     """All free memory of a CUDA device, shared with other processes.
 
     Memory that PyTorch's allocator holds in reserve counts as free: the allocator reuses it.
-    The reserve is for the workspaces of libraries, kernels that are loaded at their first use, and
-    gaps between the allocator's pieces.
+    The reserve is for the workspaces of libraries, kernels that are loaded at their first
+    use, and gaps between the allocator's pieces.
     """
 
     def __init__(
@@ -103,9 +103,9 @@ _V2 = _CgroupVersion(
 class CgroupMemory(SystemMemory):
     """Free memory of this process's control groups (Linux, version 1 and 2) and of the machine.
 
-    A group's limit counts every page that its processes use, file cache included. The kernel drops
-    clean, unmapped file cache as soon as memory is needed, so that counts as free here. Any group
-    above this process's own may have a limit too; the tightest one holds.
+    A group's limit counts every page that its processes use, file cache included. The kernel
+    drops clean, unmapped file cache as soon as memory is needed, so that counts as free here.
+    Any group above this process's own may have a limit too; the tightest one holds.
 
     Raises:
         MemorySourceError: This system reports neither.
@@ -185,10 +185,11 @@ def open_memory(
     """Make the memory source for a setting.
 
     Args:
-        source: ``"cgroup"``, ``"cuda"``, ``"auto"`` (by the device), a number of bytes, a function
-            that returns one, or a source.
+        source: ``"cgroup"``, ``"cuda"``, ``"auto"`` (by the device), a number of bytes, a
+            function that returns one, or a source.
         device: Where the model is.
-        reserve_bytes: Bytes that a source which asks the system leaves free; None for its default.
+        reserve_bytes: Bytes that a source which asks the system leaves free; None for its
+            default.
 
     Raises:
         UnknownNameError: There is no source of that name.

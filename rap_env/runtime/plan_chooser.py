@@ -55,11 +55,12 @@ class PlanChoice:
 class PlanChooser:
     """Asks a policy for plans and makes them fit; it changes no model.
 
-    A policy is asked again with a lower limit where its plan does not fit. Where the plan does not
-    fit then, the guard removes more blocks in its own order. With a quality floor, no plan is
-    chosen for a batch if the predicted rise in NLL of the one that fits is above `max_delta_nll` or
-    unknown. The bounds of a batch's own requests count likewise. The settings are those of
-    `RuntimeController`; whether a batch could fit is asked at the floor's highest value.
+    A policy is asked again with a lower limit where its plan does not fit. Where the plan
+    does not fit then, the guard removes more blocks in its own order. With a quality floor,
+    no plan is chosen for a batch if the predicted rise in NLL of the one that fits is above
+    `max_delta_nll` or unknown. The bounds of a batch's own requests count likewise. The
+    settings are those of `RuntimeController`; whether a batch could fit is asked at the
+    floor's highest value.
 
     Attributes:
         llm: The live model.
@@ -72,8 +73,8 @@ class PlanChooser:
         decision_s: Seconds spent choosing plans.
 
     Raises:
-        InvalidRequestError: The floor is no finite number of at least 0, or the policy predicts no
-            rise in NLL.
+        InvalidRequestError: The floor is no finite number of at least 0, or the policy
+            predicts no rise in NLL.
         UnknownNameError: There is no such block in the guard's order.
     """
 
@@ -250,7 +251,8 @@ class PlanChooser:
     def smallest(self, shape: BatchShape, limit_bytes: int) -> Plan:
         """A small plan: all that the guard may remove, else the policy's plan.
 
-        Where the former does not fit, the guard's blocks are removed from the policy's least plan.
+        Where the former does not fit, the guard's blocks are removed from the policy's least
+        plan.
         """
         mask = self._all_removable
         if not mask:

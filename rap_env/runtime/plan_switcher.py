@@ -55,8 +55,8 @@ class PlanSwitcher:
     """Applies plans until the measured bytes fit; only the thread that runs the model may call it.
 
     Attributes:
-        rows_plan: Gives the plan with the lowest levels that rows have of caches, which may be
-            lower than the plan's.
+        rows_plan: Gives the plan with the lowest levels that rows have of caches, which may
+            be lower than the plan's.
         unreadable: Why the weights of a chosen plan cannot be read; empty if they can. Until
             `retry` finds that they can again, the plan is not to be raised.
         switches: How often the plan changed.
@@ -111,7 +111,8 @@ class PlanSwitcher:
     def choose(self, shape: BatchShape, limit_bytes: int, *, running: bool) -> PlanChoice | None:
         """The chooser's plan for a limit; None if running requests may not go on with it.
 
-        Their caches may have lower levels than the plan, with which the quality floor holds too.
+        Their caches may have lower levels than the plan, with which the quality floor holds
+        too.
         """
         choice = self._chooser.choose(shape, limit_bytes)
         if choice is not None and running:
@@ -122,8 +123,8 @@ class PlanSwitcher:
     def improves(self, plan: Plan, shape: BatchShape) -> bool:
         """Whether a plan is better than the present one.
 
-        It is if it lowers nothing, else if the policy predicts a smaller rise in NLL. Without a
-        prediction, more bytes count as better.
+        It is if it lowers nothing, else if the policy predicts a smaller rise in NLL. Without
+        a prediction, more bytes count as better.
         """
         before, tokens = self._llm.plan, shape.at_least_one[1]
         if plan == before or lowers_nothing(plan, before):
@@ -147,8 +148,8 @@ class PlanSwitcher:
     ) -> bool:
         """Apply a plan; if it does not fit by measured bytes, apply smaller ones.
 
-        If its weights cannot be read, the present plan stays, without more blocks if it does not
-        fit.
+        If its weights cannot be read, the present plan stays, without more blocks if it does
+        not fit.
 
         Args:
             choice: The plan to begin with; None if there is none.
@@ -236,14 +237,15 @@ class PlanSwitcher:
 
 
 IDLE_RESTORE_S = 60.0
-"""Seconds without a request after which everything that fits is restored, without a reserve."""
+"""Seconds without a request after which everything that fits is restored, without a
+reserve."""
 
 
 class Growth:
     """Raises items of the plan; arguments are those and the parts of `RuntimeController`.
 
-    While requests run, headroom has to last for `hold_s`, so that the plan does not flap. Headroom
-    in which nothing could be raised for a batch is not tried again for that batch.
+    While requests run, headroom has to last for `hold_s`, so that the plan does not flap.
+    Headroom in which nothing could be raised for a batch is not tried again for that batch.
     """
 
     def __init__(
@@ -264,8 +266,10 @@ class Growth:
         self._hold_s = hold_s
         self._since_s: float | None = None  # there has been headroom
         self._least_bytes = 0  # of headroom since then
-        self._failure: tuple[BatchShape, int] | None = None  # a batch, and enough bytes for it
-        self._idle_since_s: float | None = None  # or of the last attempt to restore everything
+        # A batch, and enough bytes for it.
+        self._failure: tuple[BatchShape, int] | None = None
+        # Or of the last attempt to restore everything.
+        self._idle_since_s: float | None = None
 
     def reset(self) -> None:
         """Wait for headroom from now on."""

@@ -52,8 +52,8 @@ class Counters:
 
     Attributes:
         served: Requests that ended by a stop token or their token limit.
-        refused: Requests that were rejected: the queue was full, no plan could ever fit, or they
-            had waited too long.
+        refused: Requests that were rejected: the queue was full, no plan could ever fit, or
+            they had waited too long.
         cancelled: Requests cancelled by the caller, or because the engine was closed.
         failed: Requests ended by an error.
         tokens: Tokens generated.
@@ -61,7 +61,8 @@ class Counters:
         repeated_tokens: Those of them that had been in a cache before the preemption.
         refilled_tokens: Tokens computed again at better levels of caches.
         preemptions: How often a request was preempted and restarted.
-        interruptions: Prefill chunks that ended between two layers because the budget had fallen.
+        interruptions: Prefill chunks that ended between two layers because the budget had
+            fallen.
         overhead_s: Seconds that the controller took in turns that ran the model.
         busy_s: Seconds of those turns.
     """
@@ -117,12 +118,13 @@ class Decision:
         wall_time: ISO 8601, UTC.
         trigger: What caused it; ``why`` in the log.
         before: The plan before the switch; its digest is ``from`` in the log.
-        after: That after it; its digest is ``to`` in the log, and ``changed`` there is what changed
-            in words, as far as the line has room for them.
+        after: That after it; its digest is ``to`` in the log, and ``changed`` there is what
+            changed in words, as far as the line has room for them.
         bytes_before: Measured before the switch.
         bytes_after: Measured after it.
         budget_bytes: The budget.
-        shape: The batch that the plan had to fit; ``demand`` in the log, as sequences x tokens.
+        shape: The batch that the plan had to fit; ``demand`` in the log, as sequences x
+            tokens.
         decision_s: Seconds spent choosing the plan.
         switch_s: Seconds spent applying it.
         guarded: Whether the guard changed the policy's plan.
@@ -166,9 +168,9 @@ class Decision:
 class DecisionLog:
     """A file of decisions, one JSON object a line; it and its folder are created if missing.
 
-    Each line is written by one call. An incomplete last line, left by a killed process, is removed
-    when the file is opened again. If the disk fails later, lines are lost and counted in `lost`,
-    and the service continues.
+    Each line is written by one call. An incomplete last line, left by a killed process, is
+    removed when the file is opened again. If the disk fails later, lines are lost and counted
+    in `lost`, and the service continues.
 
     Attributes:
         lost: Number of lines that could not be written.

@@ -23,8 +23,8 @@ Reason = Literal["stop", "length", "cancelled", "error"]
 """Why a request ended: a stop token, its token limit, a cancellation, or a failure."""
 
 Rejection = Literal["queue_timeout", "infeasible", "below_floor", "constraint"]
-"""Why the engine gave a request up: it waited too long for others, no plan fits the budget, only
-plans below its floor of quality do, or what its answer has to follow is too complex."""
+"""Why the engine gave a request up: it waited too long for others, no plan fits the budget,
+only plans below its floor of quality do, or what its answer has to follow is too complex."""
 
 
 def rejection_of(error: InfeasibleBudgetError) -> Rejection:
@@ -88,8 +88,8 @@ class EndEvent:
 
     Attributes:
         error: An error message for the user; None if nothing failed.
-        rejection: Set if the engine gave the request up. If it did while the request waited, a
-            later attempt may succeed.
+        rejection: Set if the engine gave the request up. If it did while the request waited,
+            a later attempt may succeed.
         stop_token: The token that ended the answer, if one did.
     """
 
@@ -109,8 +109,8 @@ class RequestHandle:
 
     Attributes:
         id: A number that is unique in this process.
-        max_delta_nll: Its own floor of quality: largest rise in NLL, in nats per token, that may be
-            predicted for a plan that serves it; None for the engine's floor alone.
+        max_delta_nll: Its own floor of quality: largest rise in NLL, in nats per token, that
+            may be predicted for a plan that serves it; None for the engine's floor alone.
         text_shares: Kinds of text in its prompt; see `TextKinds.shares`.
         arrived_s: Time of arrival.
         admitted_s: Time at which it left the queue for the first time; None before.
@@ -118,10 +118,11 @@ class RequestHandle:
         ended_s: Time of the end; None before it.
         token_ids: The tokens generated so far.
         logprobs: Their log-probabilities in nats.
-        prompt_samples: Log-probabilities of the prompt's tokens from the second one on; None before
-            they are known, and if they were not asked for.
+        prompt_samples: Log-probabilities of the prompt's tokens from the second one on; None
+            before they are known, and if they were not asked for.
         plans: The plan that each of them was computed with.
-        plan: The plan of the last pass for the request, over its prompt or a token; None before.
+        plan: The plan of the last pass for the request, over its prompt or a token; None
+            before.
         reason: Why the request ended; None before its end.
         error: The error message, if the request failed.
         rejection: Why the engine rejected the request after it had waited, if it did.
@@ -207,8 +208,8 @@ class RequestHandle:
     def add_listener(self, callback: Listener) -> None:
         """Pass every event to a callback: past events immediately, later ones as they happen.
 
-        The engine's thread makes the calls and waits for them, so a callback should hand the event
-        over and return. A callback that raises is logged and not called again.
+        The engine's thread makes the calls and waits for them, so a callback should hand the
+        event over and return. A callback that raises is logged and not called again.
         """
         with self._lock:
             self._listeners.append(callback)

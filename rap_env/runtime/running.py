@@ -21,20 +21,22 @@ if TYPE_CHECKING:
 
 _NEW_SHARE = 0.1  # of the last step in the average time of a step
 _LEAST_SHARE = 1.0
-"""Time that a decode step gives to prompts, as a share of its own, if the target leaves less: half
-of all time. Otherwise requests would wait without end on a machine that misses the target."""
+"""Time that a decode step gives to prompts, as a share of its own, if the target leaves less:
+half of all time. Otherwise requests would wait without end on a machine that misses the
+target."""
 
 
 class Pace:
     """Decode steps between two prompt chunks, so that tokens keep coming at a target rate.
 
-    A chunk takes as long as many decode steps. With a target of t seconds between tokens, steps of
-    d and a chunk of c, ``c / (t - d)`` steps follow the chunk before the next one. The longest time
-    between two tokens is that of a chunk in any case; smaller chunks shorten it.
+    A chunk takes as long as many decode steps. With a target of t seconds between tokens,
+    steps of d and a chunk of c, ``c / (t - d)`` steps follow the chunk before the next one.
+    The longest time between two tokens is that of a chunk in any case; smaller chunks shorten
+    it.
 
     Args:
-        target_itl_s: Mean seconds between the tokens of an answer while prompts are read; None for
-            one step between two chunks.
+        target_itl_s: Mean seconds between the tokens of an answer while prompts are read;
+            None for one step between two chunks.
 
     Attributes:
         decode_s: Seconds of a decode step, as a moving average; 0 before the first one.
@@ -79,8 +81,8 @@ class KeptCaches:
     """Keeps what preempted sequences have cached, so that they need not be computed again.
 
     Args:
-        folder: Where to write files; None if no disk may be used. Files have no name, so that they
-            go with the process.
+        folder: Where to write files; None if no disk may be used. Files have no name, so that
+            they go with the process.
 
     Attributes:
         folder: The folder; None if no disk may be used, or none any more.
@@ -158,16 +160,18 @@ class KeptCaches:
 
 
 TOKEN_NATS = 0.001
-"""Rise in NLL, in nats, that the tokens to come must be spared for each token computed again."""
-_UNKNOWN_RISE = 0.016  # nats per token, where the policy predicts none: about that of int4 caches
+"""Rise in NLL, in nats, that the tokens to come must be spared for each token computed
+again."""
+# Nats per token, where the policy predicts none: about that of int4 caches.
+_UNKNOWN_RISE = 0.016
 
 
 class RunningBatch:
     """The decoding sequences, row by row of a batch, and the sequence in prefill, if any.
 
-    A prefill may also be a *refill*: the cache of a decoding sequence is computed again at the
-    levels of the plan, while the sequence decodes with the old one. That is for caches of which
-    there are no copies: without a disk, and with sliding windows.
+    A prefill may also be a *refill*: the cache of a decoding sequence is computed again at
+    the levels of the plan, while the sequence decodes with the old one. That is for caches of
+    which there are no copies: without a disk, and with sliding windows.
 
     Args:
         llm: The live model.
@@ -370,8 +374,8 @@ class RunningBatch:
 def refill_gain(sequence: TokenSequence, own: Plan, plan: Plan, chooser: PlanChooser) -> float:
     """Nats that a decoding sequence gains if its cache is computed again for a plan.
 
-    That is the rise in NLL that its tokens to come are spared, less `TOKEN_NATS` for each token
-    that has to be computed.
+    That is the rise in NLL that its tokens to come are spared, less `TOKEN_NATS` for each
+    token that has to be computed.
 
     Args:
         sequence: The sequence.

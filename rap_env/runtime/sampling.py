@@ -40,8 +40,8 @@ class SamplingParams:
         frequency_penalty: Subtracted for each time that the answer has the token, in nats.
         logit_bias: Token ids, and what is added to their logits, in nats.
         top_logprobs: Number of most likely tokens to report with each token of the answer.
-        prompt_logprobs: The same for each token of the prompt, whose own log-probabilities are
-            reported too; None to report nothing about the prompt.
+        prompt_logprobs: The same for each token of the prompt, whose own log-probabilities
+            are reported too; None to report nothing about the prompt.
         constraint: Makes a matcher of what the answer has to follow; None for nothing.
 
     Raises:
@@ -78,8 +78,8 @@ class SamplingParams:
 class Sample(NamedTuple):
     """A token and its log-probability in nats under the model, before any warping.
 
-    `top` has the most likely tokens with their log-probabilities, most likely first, as many as
-    were asked for.
+    `top` has the most likely tokens with their log-probabilities, most likely first, as many
+    as were asked for.
     """
 
     token_id: int
@@ -90,8 +90,8 @@ class Sample(NamedTuple):
 class RowSampler:
     """Draws the tokens of one row.
 
-    Each row has its own random stream, so its tokens do not depend on other rows or on the time.
-    Its numbers come from the CPU, so that a seed gives the same ones on any device.
+    Each row has its own random stream, so its tokens do not depend on other rows or on the
+    time. Its numbers come from the CPU, so that a seed gives the same ones on any device.
 
     Attributes:
         error: Why no more tokens can be drawn, if the constraint failed.
@@ -169,7 +169,8 @@ def sample_rows(samplers: Sequence[RowSampler], logits: torch.Tensor) -> list[Sa
         logits: (B, V), float32.
 
     Returns:
-        A sample for each row; None where the logits are not finite or the sampler has an error.
+        A sample for each row; None where the logits are not finite or the sampler has an
+        error.
     """
     adjusting = [row for row, sampler in enumerate(samplers) if sampler.adjusts]
     scores = logits.clone() if adjusting else logits

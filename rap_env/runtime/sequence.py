@@ -41,7 +41,8 @@ class TokenSequence:
 
     Attributes:
         queued_since_s: When it last entered the queue, on the engine's clock.
-        unfit_bytes: Bytes in which no plan above its own floor fitted it alone; 0 if not known.
+        unfit_bytes: Bytes in which no plan above its own floor fitted it alone; 0 if not
+            known.
         computed_tokens: Most of its tokens that were in a cache so far.
         refills: Whether its cache may be computed again at better levels.
     """
@@ -68,8 +69,8 @@ class TokenSequence:
         """Cached tokens and tokens to come.
 
         Args:
-            in_batch: Whether the sequence is decoding, so that its last token is not cached yet;
-                else the numbers hold for the end of its prefill.
+            in_batch: Whether the sequence is decoding, so that its last token is not cached
+                yet; else the numbers hold for the end of its prefill.
         """
         cached = self.known_tokens - in_batch
         return cached, self.handle.final_tokens - cached
@@ -94,13 +95,13 @@ class PrefillingSequence:
         batch: An empty batch for it.
         llm: The live model.
         chunk_tokens: Most tokens of a chunk.
-        refills: Whether it decodes meanwhile, with another cache that this one will replace. Then
-            its last token is left out, as decoding does.
+        refills: Whether it decodes meanwhile, with another cache that this one will replace.
+            Then its last token is left out, as decoding does.
         kept: What was cached of the sequence before it was preempted.
 
     Attributes:
-        prompt_samples: Log-probabilities of the prompt's tokens so far, from the second one on, if
-            the request asked for them and has not got them; else None.
+        prompt_samples: Log-probabilities of the prompt's tokens so far, from the second one
+            on, if the request asked for them and has not got them; else None.
     """
 
     def __init__(
@@ -144,8 +145,8 @@ class PrefillingSequence:
         """Prefill the next chunk.
 
         Returns:
-            Logits after the last token, (1, V), or None if more chunks are left; and the number of
-            tokens in the chunk.
+            Logits after the last token, (1, V), or None if more chunks are left; and the
+            number of tokens in the chunk.
 
         Raises:
             RapError: The prompt's log-probabilities are wanted, and logits are not finite.
@@ -279,7 +280,8 @@ def shape_of(
 
     Args:
         running: Sequences that decode.
-        joining: A sequence that will join them; all of its known tokens are counted from now on.
+        joining: A sequence that will join them; all of its known tokens are counted from now
+            on.
         steps: Tokens that the running ones generate before it joins.
         uniform: As for `BatchShape.of`.
     """

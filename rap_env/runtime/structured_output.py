@@ -56,8 +56,9 @@ class GrammarMatcher:
 class GrammarCompiler:
     """Compiles grammars for one tokenizer; from any thread.
 
-    The first grammar takes longer, a fifth of a second for a vocabulary of 49,152 tokens, unless
-    the vocabulary is loaded before: some 5 MiB of a byte-level tokenizer, 30 MiB of another one.
+    The first grammar takes longer, a fifth of a second for a vocabulary of 49,152 tokens,
+    unless the vocabulary is loaded before: some 5 MiB of a byte-level tokenizer, 30 MiB of
+    another one.
 
     Args:
         tokenizer: A tokenizer of the library `tokenizers`, as most in transformers are.
@@ -89,13 +90,15 @@ class GrammarCompiler:
         """Compile a grammar, and compute what may come first.
 
         Returns:
-            A function that makes a matcher at the start of an answer; any number may follow it.
+            A function that makes a matcher at the start of an answer; any number may follow
+            it.
 
         Raises:
-            InvalidGrammarError: It is too long or too complex, or the library does not take it.
+            InvalidGrammarError: It is too long or too complex, or the library does not take
+                it.
             MissingDependencyError: The extra ``structured`` is not installed.
-            UnsupportedModelError: The library does not take the tokenizer, or no token ends an
-                answer.
+            UnsupportedModelError: The library does not take the tokenizer, or no token ends
+                an answer.
         """
         if len(text) > MAX_GRAMMAR_CHARS:
             raise InvalidGrammarError(

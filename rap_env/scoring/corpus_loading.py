@@ -1,7 +1,8 @@
 """Loads a text: written by the dense model, made of facts, read from a file or a hub data set.
 
-By default the dense model generates the text, so no data set is needed and no benchmark can leak
-into the search. For the default model, the generated texts of published results are in the package.
+By default the dense model generates the text, so no data set is needed and no benchmark can
+leak into the search. For the default model, the generated texts of published results are in
+the package.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ def load_corpus(config: CorpusConfig, llm: ElasticLLM, *, progress: bool = True)
     Generated text is cached, so that every later run measures on the same tokens.
 
     Raises:
-        CorpusError: The text is missing, malformed or too short, its tokens have another hash than
-            ``config.sha256``, or the model has no start token to generate from.
+        CorpusError: The text is missing, malformed or too short, its tokens have another hash
+            than ``config.sha256``, or the model has no start token to generate from.
         MissingDependencyError: A hub data set without the `datasets` package.
     """
     corpus = _corpus(config, llm, progress)
@@ -77,9 +78,9 @@ def _corpus(config: CorpusConfig, llm: ElasticLLM, progress: bool) -> Corpus:
 def _generated_text(config: CorpusConfig, llm: ElasticLLM, progress: bool) -> Corpus:
     """Text by the dense model, from the package or the cache if it is there.
 
-    The tokens are sampled, so that rounding decides some of them: the same settings give other
-    text with another instruction set, number of threads or version of torch. The texts that
-    published scores of the default model were measured on are therefore in the package.
+    The tokens are sampled, so that rounding decides some of them: the same settings give
+    other text with another instruction set, number of threads or version of torch. The texts
+    that published scores of the default model were measured on are therefore in the package.
     """
     described = {"model": llm.facts.fingerprint, "format": _FORMAT, **_generation_settings(config)}
     name = f"{digest(described)[:24]}.json"
@@ -141,8 +142,8 @@ def _tokenizer_of(llm: ElasticLLM, config: CorpusConfig) -> Any:
 def _cut_text(config: CorpusConfig, llm: ElasticLLM) -> Corpus:
     """Windows from the part of a file or data set that belongs to the role.
 
-    If the tokenizer starts each text with special tokens, each window starts with them: Gemma's
-    predictions without its start token, for example, are useless.
+    If the tokenizer starts each text with special tokens, each window starts with them:
+    Gemma's predictions without its start token, for example, are useless.
     """
     hub = config.source.startswith("hub:")
     text = _hub_text(config) if hub else _file_text(config)

@@ -25,17 +25,18 @@ RECALL_LENGTHS = (4, 8, 16, 32)
 
 _PAIR_WORDS: dict[str, Any] = package_json("rap_env.scoring", "minimal_pairs.json")
 PARADIGMS: dict[str, dict[str, Any]] = _PAIR_WORDS["paradigms"]
-"""Paradigms of minimal pairs, by name: words to ``draw``, and one or two ``cases`` of a ``text`` in
-which ``_`` is the right word or the wrong one. Each is as often right as wrong (except in
-``polarity``), so that a model that only knows word frequencies scores near one half. A template
-reads the forms of a word by index, or by the drawn number: ``{verb[n]}``, and the other,
-``{verb[o]}``."""
+"""Paradigms of minimal pairs, by name: words to ``draw``, and one or two ``cases`` of a
+``text`` in which ``_`` is the right word or the wrong one. Each is as often right as wrong
+(except in ``polarity``), so that a model that only knows word frequencies scores near one
+half. A template reads the forms of a word by index, or by the drawn number: ``{verb[n]}``,
+and the other, ``{verb[o]}``."""
 
 _WORDS: dict[str, Any] = package_json("rap_env.scoring", "task_words.json")
 NAMES, OBJECTS = _WORDS["names"], _WORDS["objects"]  # keys and values of the recall task
 RELATIONS: list[dict[str, Any]] = _WORDS["relations"]
-"""Relations between everyday words: ``name``, ``question`` with one ``{}`` for the known word, and
-``pairs`` of known words and answers. The wrong choices are answers of other pairs."""
+"""Relations between everyday words: ``name``, ``question`` with one ``{}`` for the known
+word, and ``pairs`` of known words and answers. The wrong choices are answers of other
+pairs."""
 
 
 class Document(TypedDict):

@@ -1,11 +1,11 @@
 """Losses on held-out text beside a score table: what a plan loses on text that no method searched.
 
-A table has the scores of thousands of plans on the calibration text, and far fewer were measured
-on held-out text as well. For the others the held-out ΔNLL is predicted from the ΔNLL on the
-calibration text, which it follows closely: a ridge regression predicts the log of the ratio of
-both, also from what the plan leaves out. It stays within the range of the measured ratios, so that
-a plan unlike all measured ones is not taken for a good one. `Fidelity` says how well predictions
-agree with measurements that they were not fitted to. Needs numpy only.
+A table has the scores of thousands of plans on the calibration text, and far fewer were
+measured on held-out text as well. For the others the held-out ΔNLL is predicted from the ΔNLL
+on the calibration text, which it follows closely: a ridge regression predicts the log of the
+ratio of both, also from what the plan leaves out. It stays within the range of the measured
+ratios, so that a plan unlike all measured ones is not taken for a good one. `Fidelity` says
+how well predictions agree with measurements that they were not fitted to. Needs numpy only.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class FidelityRow:
 class Fidelity:
     """Agreement on plans that a predictor was not fitted to.
 
-    The held-out plans come from the same distribution as the fitted ones, so the predictor has
-    seen neighbours of them. Agreement on plans from another distribution is worse.
+    The held-out plans come from the same distribution as the fitted ones, so the predictor
+    has seen neighbours of them. Agreement on plans from another distribution is worse.
 
     Attributes:
         fitted: Number of plans that the evaluated predictor was fitted to.

@@ -3,10 +3,11 @@
 `TaskManager` reads all of lm-eval's 14,000 configs by default, which takes seconds. For tasks
 whose folder is known, only that folder is read.
 
-Tasks run on the hub's data or on local files, where only the data set is replaced. A data root is a
-folder with one subfolder per task. A subfolder holds one JSON-lines file per split, named after the
-split (``piqa/validation.jsonl``), with the fields that the task's config reads. Splits without a
-file are set to null, so lm-eval scores a task without a test split on its validation split.
+Tasks run on the hub's data or on local files, where only the data set is replaced. A data
+root is a folder with one subfolder per task. A subfolder holds one JSON-lines file per split,
+named after the split (``piqa/validation.jsonl``), with the fields that the task's config
+reads. Splits without a file are set to null, so lm-eval scores a task without a test split on
+its validation split.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ TASK_FOLDERS: dict[str, str] = {name: task["folder"] for name, task in _TASKS.it
 """Folders of well-known tasks inside lm-eval's folder of tasks."""
 
 TASK_FIELDS = {name: tuple(task["fields"]) for name, task in _TASKS.items()}
-"""Fields that a task's prompts read. A missing field does not always fail in lm-eval, because its
-templates use the name of an unknown field as literal text."""
+"""Fields that a task's prompts read. A missing field does not always fail in lm-eval, because
+its templates use the name of an unknown field as literal text."""
 
 Rows = list[dict[str, Any]]
 
@@ -57,15 +58,15 @@ class TaskConfig:
     """The tasks to score, and on how many documents.
 
     Attributes:
-        names: Generated tasks (``rap_minimal_pairs``, ``rap_recall``, ``rap_choice``, and those of
-            `rap_env.scoring.long_context_tasks`, such as ``rap_recall_1024``) or any task of
-            lm-eval whose answers are scored by likelihoods. A group or tag of lm-eval stands for
-            its tasks.
+        names: Generated tasks (``rap_minimal_pairs``, ``rap_recall``, ``rap_choice``, and
+            those of `rap_env.scoring.long_context_tasks`, such as ``rap_recall_1024``) or any
+            task of lm-eval whose answers are scored by likelihoods. A group or tag of lm-eval
+            stands for its tasks.
         limit: Number of documents of each task; None for all.
         documents: Which ones, if there is a `limit`: ``"sample"``, drawn with `seed`, or
-            ``"first"``, as with lm-eval's own limit. The first documents of a data set may all be
-            of one kind: those of hellaswag have one source. Generated tasks always have the first
-            ones, since `seed` decides their content and kinds take turns.
+            ``"first"``, as with lm-eval's own limit. The first documents of a data set may
+            all be of one kind: those of hellaswag have one source. Generated tasks always
+            have the first ones, since `seed` decides their content and kinds take turns.
         data_root: Folder of local data for lm-eval's own tasks, see
             `rap_env.scoring.lm_eval_tasks`; None uses the hub's data.
         num_fewshot: Solved examples before each question.
@@ -109,8 +110,8 @@ _quiet_lock = threading.RLock()
 def quiet() -> Iterator[None]:
     """Suppress lm-eval's log lines below errors, its progress bars and those of `datasets`.
 
-    Templates are compiled once. Standard error is not touched. Threads take turns, so that the last
-    one restores the settings.
+    Templates are compiled once. Standard error is not touched. Threads take turns, so that
+    the last one restores the settings.
     """
     import datasets
     import lm_eval.api.task as lm_eval_task
@@ -242,8 +243,8 @@ def _check_output(name: str, output_type: str | None) -> None:
 def _load_named(name: str, data_root: str | None) -> Any:
     """A task of lm-eval, on the hub's data or on local files.
 
-    A member of an inline group may override settings of the task that it names; this is lm-eval's
-    way to change the data of a task.
+    A member of an inline group may override settings of the task that it names; this is
+    lm-eval's way to change the data of a task.
     """
     manager = _manager_for(name)
     config: dict[str, Any] = {"task": name}
@@ -301,7 +302,8 @@ def read_rows(path: Path, fields: tuple[str, ...] = ()) -> Rows:
     """The rows of a UTF-8 JSON-lines file, all of which must have the `fields`.
 
     Raises:
-        CorpusError: It cannot be read, is empty, or a line is not an object with these fields.
+        CorpusError: It cannot be read, is empty, or a line is not an object with these
+            fields.
     """
     try:
         text = path.read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
 """Generated tasks of a given length in tokens, in which the answer has to be read from the context.
 
-The kinds follow RULER (Hsieh et al. 2024), made easy enough for a model of 135M parameters, and
-are scored by likelihoods instead of generation. N is the length in tokens, as in
+The kinds follow RULER (Hsieh et al. 2024), made easy enough for a model of 135M parameters,
+and are scored by likelihoods instead of generation. N is the length in tokens, as in
 ``rap_recall_1024``:
 
 ====================  ==========================================================================
@@ -17,10 +17,10 @@ Task                  Facts in filler text, and what is asked
 ``rap_counting_N``    a list of words, three of which make up 3/4 of it; these three
 ====================  ==========================================================================
 
-Facts are spread over the whole text: each is at a uniformly random place in a section of its own.
-The questions of a text follow it, each after the right answers to the earlier ones. So all of them
-are answered by one pass of the model, if the choices are single tokens. No choice occurs in an
-earlier answer; a model that has not seen the fact can only guess.
+Facts are spread over the whole text: each is at a uniformly random place in a section of its
+own. The questions of a text follow it, each after the right answers to the earlier ones. So
+all of them are answered by one pass of the model, if the choices are single tokens. No choice
+occurs in an earlier answer; a model that has not seen the fact can only guess.
 """
 
 from __future__ import annotations
@@ -197,8 +197,8 @@ class LongContextTask:
 
     Attributes:
         kind: One of `LONG_CONTEXT_KINDS`.
-        tokens: Most tokens of a text with its questions and answers; texts are at most a piece of
-            filler shorter.
+        tokens: Most tokens of a text with its questions and answers; texts are at most a
+            piece of filler shorter.
 
     Raises:
         InvalidRequestError: There are fewer than `LEAST_TOKENS` tokens.
@@ -261,13 +261,15 @@ class LongContextTask:
         config = multiple_choice_config(
             self.name, _VERSION, lambda: {"test": self.documents(tokenizer, seed, count)}
         )
-        return {**config, "num_fewshot": 0}  # an example would be as long as the document itself
+        # An example would be as long as the document itself.
+        return {**config, "num_fewshot": 0}
 
 
 def recall_text(tokenizer: Any, tokens: int, rng: random.Random) -> str | None:
     """Facts in filler, then the question after each of them with its answer: text to measure on.
 
-    The answers, some 3 % of the tokens, can only be predicted by a model that recalls the facts.
+    The answers, some 3 % of the tokens, can only be predicted by a model that recalls the
+    facts.
 
     Args:
         tokenizer: A tokenizer.

@@ -75,9 +75,9 @@ def agreement_of(tokens: npt.NDArray[np.float64]) -> NativeAgreement:
 class AgreementScorer(PlanScorer):
     """Measures NLL and, from the same logits, how far plans are from the native model.
 
-    For arguments and attributes see `PlanScorer`; NLL is the same, bit for bit. A plan costs one
-    more pass through the head, for the native logits, and a softmax of both. The native logits of
-    one batch of windows are in memory meanwhile, which a memory cap does not count.
+    For arguments and attributes see `PlanScorer`; NLL is the same, bit for bit. A plan costs
+    one more pass through the head, for the native logits, and a softmax of both. The native
+    logits of one batch of windows are in memory meanwhile, which a memory cap does not count.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:

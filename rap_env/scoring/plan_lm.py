@@ -31,16 +31,17 @@ HEAD_TOKENS = 256  # positions whose logits are in memory at a time
 class PlanLM(HFLM):  # type: ignore[misc]
     """A live model under a plan, for ``lm_eval.simple_evaluate(model=PlanLM(llm, plan), ...)``.
 
-    It is an `lm_eval.api.model.LM` that computes likelihoods, those of whole texts included, and
-    generates no text. Token ids are those of lm-eval's `HFLM`, so the rules for empty contexts,
-    trailing spaces and start tokens are lm-eval's. Results are those of `HFLM` too: sums of
-    log-probabilities in float32, and whether every token was the most likely one. Contexts that
-    are too long are truncated on the left, and equal inputs run once. Unlike in `HFLM`, the head
-    runs on the positions of continuations only, and lowered caches are those of
-    `rap_env.levels`: a likelihood is what decoding token by token would give.
+    It is an `lm_eval.api.model.LM` that computes likelihoods, those of whole texts included,
+    and generates no text. Token ids are those of lm-eval's `HFLM`, so the rules for empty
+    contexts, trailing spaces and start tokens are lm-eval's. Results are those of `HFLM` too:
+    sums of log-probabilities in float32, and whether every token was the most likely one.
+    Contexts that are too long are truncated on the left, and equal inputs run once. Unlike in
+    `HFLM`, the head runs on the positions of continuations only, and lowered caches are those
+    of `rap_env.levels`: a likelihood is what decoding token by token would give.
 
     Args:
-        llm: The live model; its plan is restored after each call, its tokenizer is not changed.
+        llm: The live model; its plan is restored after each call, its tokenizer is not
+            changed.
         plan: The plan.
 
     Raises:
@@ -110,11 +111,11 @@ class Batch(NamedTuple):
     Shapes: B rows, T tokens, P positions whose logits are needed, M tokens to look up.
 
     Attributes:
-        tokens: Right-padded token ids, (B, T). No attention mask is needed, because the padding
-            follows all positions that are read.
+        tokens: Right-padded token ids, (B, T). No attention mask is needed, because the
+            padding follows all positions that are read.
         positions: Row and token index of each position, (2, P).
-        lookups: For each token to look up, its position's number, ascending, the token's id, and
-            the request that it belongs to, (3, M).
+        lookups: For each token to look up, its position's number, ascending, the token's id,
+            and the request that it belongs to, (3, M).
     """
 
     tokens: torch.Tensor
@@ -130,8 +131,8 @@ def make_batches(
     Args:
         requests: Token ids of contexts and continuations.
         max_length: Most tokens of one input.
-        share_prefixes: Whether an input that is the beginning of another one does not run: the
-            model is causal, so its outputs are those of the other one up to rounding.
+        share_prefixes: Whether an input that is the beginning of another one does not run:
+            the model is causal, so its outputs are those of the other one up to rounding.
 
     Raises:
         CorpusError: A context or a continuation is empty, or a continuation is too long.
@@ -168,7 +169,8 @@ def likelihoods(partial: PartialForward, batches: Sequence[Batch]) -> npt.NDArra
         continuation.
     """
     requests = 1 + max(int(batch.lookups[2].max()) for batch in batches)
-    totals = torch.zeros(requests, 2, dtype=torch.float64)  # log-likelihood, tokens not greedy
+    # Log-likelihood, tokens not greedy.
+    totals = torch.zeros(requests, 2, dtype=torch.float64)
     for batch in batches:
         hidden = partial.hidden(batch.tokens)
         rows, columns = batch.positions.to(hidden.device)

@@ -1,7 +1,8 @@
 """Runs plans over a text and computes each block that several share only once.
 
-They form a prefix tree over the steps of the model: two plans share all steps up to the first block
-whose weights or cache differ in level. Plans that differ in the embeddings share nothing.
+They form a prefix tree over the steps of the model: two plans share all steps up to the first
+block whose weights or cache differ in level. Plans that differ in the embeddings share
+nothing.
 
 `window_nll` computes the NLL from the last hidden states, a few rows of logits at a time.
 """
@@ -27,13 +28,16 @@ Steps = tuple[tuple[int, ...], ...]
 """Blocks that run together, in order (`PartialForward.steps`)."""
 
 Node = tuple[int, Plan]
-"""A node of the prefix tree: the number of a step, and the plan of what runs before that step."""
+"""A node of the prefix tree: the number of a step, and the plan of what runs before that
+step."""
 
 Visit = Callable[[Node, torch.Tensor], None]
-"""Receives a node and the hidden state that enters it; must keep the state to use it later."""
+"""Receives a node and the hidden state that enters it; must keep the state to use it
+later."""
 
 OnLogits = Callable[[torch.Tensor], object]
-"""Called with the logits of some tokens, (rows, V), piece by piece in the order of the text."""
+"""Called with the logits of some tokens, (rows, V), piece by piece in the order of the
+text."""
 
 HEAD_TOKENS = 256
 """Tokens whose logits are in memory at a time on a CPU, in the model's dtype."""
@@ -91,8 +95,8 @@ class StateCache:
     def put(self, batch: int, node: Node, state: torch.Tensor) -> None:
         """Keep a state; without effect if it alone is larger than the cap.
 
-        A state that is a part of a larger tensor, such as one of several that ran in one batch, is
-        copied: as a view, it would keep all of that tensor in memory.
+        A state that is a part of a larger tensor, such as one of several that ran in one
+        batch, is copied: as a view, it would keep all of that tensor in memory.
         """
         key = (batch, node)
         self._drop(key)
@@ -161,9 +165,9 @@ class PlanRunner:
 
     The plans of one call advance together, one step at a time. A step runs once for all plans
     that agree on everything before it; plans that differ there but run this step at the same
-    levels may share a batch. `batches` are the token ids of the text, each of shape (windows, T).
-    At most `width` states share a batch; above 1, results may differ by the dtype's rounding.
-    `block_runs` counts a block once for each batch of the text and state.
+    levels may share a batch. `batches` are the token ids of the text, each of shape (windows,
+    T). At most `width` states share a batch; above 1, results may differ by the dtype's
+    rounding. `block_runs` counts a block once for each batch of the text and state.
     """
 
     def __init__(

@@ -1,19 +1,19 @@
 """Predicts delta_nll of plans from measured ones. Needs numpy only, no model.
 
-The logarithm of delta_nll is fitted by ridge regression. The sum of the blocks' single delta_nll
-sets its level: the values roughly add up, and saturate where the model only guesses. One weight
-per block and one per pair of blocks model how blocks affect each other. A plan also lowers items
-that it keeps. What their levels cost alone is added to that sum: they cost little and interact
-little, so that no weights of their own are needed. On 377 plans of the default model, the median
-relative error on held-out plans was 3 % with that, 3 to 4 % with a weight for each level, and 12 %
-for the sum alone.
+The logarithm of delta_nll is fitted by ridge regression. The sum of the blocks' single
+delta_nll sets its level: the values roughly add up, and saturate where the model only
+guesses. One weight per block and one per pair of blocks model how blocks affect each other. A
+plan also lowers items that it keeps. What their levels cost alone is added to that sum: they
+cost little and interact little, so that no weights of their own are needed. On 377 plans of
+the default model, the median relative error on held-out plans was 3 % with that, 3 to 4 %
+with a weight for each level, and 12 % for the sum alone.
 
-An ensemble of predictors is pessimistic where there is little evidence. A policy that is trained
-on a single predictor finds the plans that the predictor has hardly seen and wrongly rates as
-harmless. Members that were fitted to different samples of the measured plans agree where there is
-evidence and disagree elsewhere, so a multiple of their standard deviation is added to their mean
-(bootstraps as in Chua et al. 2018, arXiv 1805.12114; pessimism as in Yu et al. 2020, MOPO, arXiv
-2005.13239).
+An ensemble of predictors is pessimistic where there is little evidence. A policy that is
+trained on a single predictor finds the plans that the predictor has hardly seen and wrongly
+rates as harmless. Members that were fitted to different samples of the measured plans agree
+where there is evidence and disagree elsewhere, so a multiple of their standard deviation is
+added to their mean (bootstraps as in Chua et al. 2018, arXiv 1805.12114; pessimism as in Yu
+et al. 2020, MOPO, arXiv 2005.13239).
 """
 
 from __future__ import annotations
@@ -55,20 +55,20 @@ _MOST_LOG = 50.0
 class CorrectionNetwork:
     """Corrects the predicted log(delta_nll + offset) of a plan, from its removed blocks.
 
-    Where tens of thousands of plans were measured, it learns what pairs of blocks do not explain.
-    On 2,000 held-out plans of the default model, of 20,000 that random, searching and learning
-    agents reach, the median relative error of the predictor alone was 6.3 %, 5.7 % with weights for
-    numbers and runs of blocks, and 3.9 % with this network. With a few thousand plans, the
-    predictor alone is as good.
+    Where tens of thousands of plans were measured, it learns what pairs of blocks do not
+    explain. On 2,000 held-out plans of the default model, of 20,000 that random, searching
+    and learning agents reach, the median relative error of the predictor alone was 6.3 %, 5.7
+    % with weights for numbers and runs of blocks, and 3.9 % with this network. With a few
+    thousand plans, the predictor alone is as good.
 
     It is a multilayer perceptron with rectified linear units, and without one at its output.
-    Weights and activations are whole multiples of 1/256: sums are then exact in float64, so that
-    predictions do not depend on the order of additions, thus neither on the machine nor on how
-    many plans are predicted together.
+    Weights and activations are whole multiples of 1/256: sums are then exact in float64, so
+    that predictions do not depend on the order of additions, thus neither on the machine nor
+    on how many plans are predicted together.
 
     Attributes:
-        weights: Weights of each layer times `SCALE`, (inputs, outputs); the first layer has 2L
-            inputs, the last one has one output.
+        weights: Weights of each layer times `SCALE`, (inputs, outputs); the first layer has
+            2L inputs, the last one has one output.
         biases: Biases of each layer times `SCALE`, (outputs,).
     """
 
@@ -104,27 +104,30 @@ class DeltaNLLPredictor:
 
     With r the removed blocks, a and f the numbers of attention and feed-forward blocks among
     them, and s the sum of their single delta_nll and of what other lowered items cost alone:
-    ``log(delta_nll + offset) = intercept + linear[r] + pairs[r, r] + shape . (log(s + offset), its
-    square, a², f², a f) + correction(r)``.
+    ``log(delta_nll + offset) = intercept + linear[r] + pairs[r, r] + shape . (log(s +
+    offset), its square, a², f², a f) + correction(r)``.
 
-    Predictions are clamped. A plan is never predicted to be better than the best measured plan
-    with at least as many removals, nor better than `LEAST_SHARE` of the delta_nll of its worst
-    block alone, so that an agent gains nothing by finding errors of the predictor. It is never
-    predicted to be worse than the worst measured plan. Where few plans were measured (many
-    removals), predictions are hardly more precise than these bounds.
+    Predictions are clamped. A plan is never predicted to be better than the best measured
+    plan with at least as many removals, nor better than `LEAST_SHARE` of the delta_nll of its
+    worst block alone, so that an agent gains nothing by finding errors of the predictor. It
+    is never predicted to be worse than the worst measured plan. Where few plans were measured
+    (many removals), predictions are hardly more precise than these bounds.
 
     Attributes:
         alone: delta_nll without each block alone, nats per token, (2L,).
-        offset: Resolution of the fit: values far below it are not distinguished, nats per token.
+        offset: Resolution of the fit: values far below it are not distinguished, nats per
+            token.
         reach: Greatest distance of a pair that has a weight, in blocks.
         ridge: The penalty it was fitted with.
         intercept: As above.
         linear: Weight of each block, (2L,).
         pairs: Weight of each pair within reach, in the order of `pair_indices`.
         shape: Weights of the five terms above.
-        least: Least delta_nll measured with at least 0 ... 2L removals, nats per token, (2L + 1,).
+        least: Least delta_nll measured with at least 0 ... 2L removals, nats per token, (2L +
+            1,).
         most: Greatest delta_nll measured, nats per token.
-        correction: Corrects the sum of the other terms; None if there were too few plans to fit it.
+        correction: Corrects the sum of the other terms; None if there were too few plans to
+            fit it.
     """
 
     alone: tuple[float, ...]
@@ -183,8 +186,8 @@ class ScoreModel:
     """Predicts delta_nll of plans in nats per token, pessimistically.
 
     Attributes:
-        members: E predictors, each fitted to another sample of the measured plans; `alone` and
-            `offset` are the same in all.
+        members: E predictors, each fitted to another sample of the measured plans; `alone`
+            and `offset` are the same in all.
         pessimism: Standard deviations between members that are added to their mean.
     """
 
@@ -203,9 +206,9 @@ class ScoreModel:
     ) -> Floats:
         """As `delta_nll`, for the rows of a feature matrix (N, 2L); nats per token, (N,).
 
-        They equal those of `delta_nll` up to rounding. `lowered` is as there, for all or for each,
-        (N,). Without `clamped`, the bounds of `DeltaNLLPredictor` are left out: a search that
-        measures what it proposes needs to tell plans apart beyond the bounds too.
+        They equal those of `delta_nll` up to rounding. `lowered` is as there, for all or for
+        each, (N,). Without `clamped`, the bounds of `DeltaNLLPredictor` are left out: a
+        search that measures what it proposes needs to tell plans apart beyond the bounds too.
         """
         mean, spread = self.mean_and_spread(features, lowered, clamped=clamped)
         return mean + self.pessimism * spread

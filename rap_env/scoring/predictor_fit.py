@@ -62,20 +62,21 @@ def fit_score_model(
 ) -> tuple[ScoreModel, Fidelity]:
     """Fit predictors to measured plans and evaluate one on held-out plans.
 
-    A tenth of the plans is held out for the evaluation; another tenth selects reach and ridge. A
-    single member is then fitted to all plans, so it is no worse than the evaluated one; several are
-    fitted to bootstrap samples, with the same settings.
+    A tenth of the plans is held out for the evaluation; another tenth selects reach and
+    ridge. A single member is then fitted to all plans, so it is no worse than the evaluated
+    one; several are fitted to bootstrap samples, with the same settings.
 
     Args:
         features: The measured plans, from `feature_matrix`, (N, 2L).
         delta_nll: Their measured values, nats per token, (N,).
         alone: delta_nll without each block alone, nats per token, (2L,).
-        lowered: What the other lowered items of each plan cost alone, nats per token, (N,); None
-            if there are none.
+        lowered: What the other lowered items of each plan cost alone, nats per token, (N,);
+            None if there are none.
         members: Predictors of the ensemble.
         pessimism: As in `ScoreModel`.
         seed: Decides which plans are held out, and the samples.
-        network: Whether a single member has a `CorrectionNetwork`, which is fitted with torch.
+        network: Whether a single member has a `CorrectionNetwork`, which is fitted with
+            torch.
 
     Returns:
         The ensemble, and the fidelity of a predictor that never saw the held-out plans.
@@ -110,8 +111,8 @@ def fit_score_model(
 class PredictorFit:
     """Normal equations of parts of the data, from which predictors of any settings are solved.
 
-    The data are as in `fit_score_model`; each part has the indices of its plans. Of the candidates
-    for the reach, those with too many pairs are left out.
+    The data are as in `fit_score_model`; each part has the indices of its plans. Of the
+    candidates for the reach, those with too many pairs are left out.
     """
 
     def __init__(

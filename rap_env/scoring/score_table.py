@@ -1,8 +1,8 @@
 """Scores of one model in a file, to run the environment without the model.
 
 A table holds plans with their measured NLL, a predictor for all other ones, costs of
-levels, which plans are predicted from, and the facts of the model that an environment needs. It
-needs numpy only, neither torch nor transformers; only fitting a table of more than
+levels, which plans are predicted from, and the facts of the model that an environment needs.
+It needs numpy only, neither torch nor transformers; only fitting a table of more than
 `NETWORK_SCORES` scores needs torch.
 """
 
@@ -56,8 +56,8 @@ def table_path(model: str, weights: str = "bf16") -> Path | None:
 
     Args:
         model: NAME is a packaged model, such as ``smollm2-135m``.
-        weights: How a model of that name is loaded: ``"bf16"`` for `RAPPrune-v0`, ``"native"``
-            for `RAPLadder-v0`.
+        weights: How a model of that name is loaded: ``"bf16"`` for `RAPPrune-v0`,
+            ``"native"`` for `RAPLadder-v0`.
     """
     if not model.startswith(PREFIX):
         return None
@@ -84,7 +84,8 @@ class ScoreTable:
         evaluation_s: Seconds that scoring one plan took on the machine that measured it.
         predictor: Predicts delta_nll of other plans.
         fidelity: Agreement of the predictor on those that it was not fitted to.
-        levels: The fields of the `LevelCosts`, or None: it then has and predicts removals only.
+        levels: The fields of the `LevelCosts`, or None: it then has and predicts removals
+            only.
         held_out: Losses on text that no plan was searched on, or None.
     """
 
@@ -118,8 +119,8 @@ class ScoreTable:
         Args:
             facts: As the attribute.
             scores: Those of plans, nats per token.
-            lowered: Gives the sum of what the levels of a plan cost alone, nats per token, such as
-                `LevelCosts.delta_nll`; None if the plans only remove blocks.
+            lowered: Gives the sum of what the levels of a plan cost alone, nats per token,
+                such as `LevelCosts.delta_nll`; None if the plans only remove blocks.
             seed: Decides which plans are held out to evaluate the predictor.
             members: Predictors of the ensemble.
             pessimism: As in `ScoreModel`.
@@ -180,13 +181,15 @@ class ScoreTable:
 
         Raises:
             ModelNotAvailableError: There is no such file.
-            ArtifactError: It is truncated, altered, not a score table, or of an unknown format.
+            ArtifactError: It is truncated, altered, not a score table, or of an unknown
+                format.
         """
         try:
             body = load_artifact(path, _KIND, _FORMAT)
         except OSError as error:
             name, _, weights = Path(path).stem.partition(".")
-            if Path(path).parent == TABLES:  # a packaged model, with the weights of the other task
+            # A packaged model, with the weights of the other task.
+            if Path(path).parent == TABLES:
                 environments = {"bf16": "RAPPrune-v0", "native": "RAPLadder-v0"}
                 names = [p.stem.split(".")[0] for p in packaged_tables() if weights in p.stem]
                 raise ModelNotAvailableError(
@@ -199,7 +202,8 @@ class ScoreTable:
                 "with ScoreTable.fitted(...).save(path), which `python -m "
                 "experiments.export_scores` does in a checkout of the project."
             ) from None
-        body.pop("features", None)  # of older tables; what an agent observes follows from the rest
+        # Of older tables; what an agent observes follows from the rest.
+        body.pop("features", None)
         facts = ModelFacts.from_json(body.pop("facts"))
         index = {block_name(number): number for number in range(facts.num_blocks)}
         plans = [
@@ -230,8 +234,8 @@ class TableScorer:
 
     A measured plan has exactly the score that the model gave. Any other one has a
     predicted score; `is_predicted` tells which is which. No block is run, so counts are 0.
-    A table does not divide the text, so `num_windows` is 1. `evaluation_s` are the seconds of one
-    evaluation on the machine that measured the scores.
+    A table does not divide the text, so `num_windows` is 1. `evaluation_s` are the seconds of
+    one evaluation on the machine that measured the scores.
 
     Args:
         table: The table.
@@ -277,8 +281,8 @@ class TableScorer:
         """Mean NLL of the text under a plan, nats per token; measured or predicted.
 
         Raises:
-            UnknownNameError: The plan names blocks that the model does not have, or lowers an item
-                and was not measured, and its levels are not predicted.
+            UnknownNameError: The plan names blocks that the model does not have, or lowers an
+                item and was not measured, and its levels are not predicted.
         """
         nll = self._measured.get(plan)
         if nll is None:

@@ -50,21 +50,23 @@ class PlanScorer:
     """Measures the model's NLL under plans, on a text cut into windows.
 
     Each window of T tokens is scored on its own (stride T, no context before it) and gives
-    T - 1 predictions. Plans run in the order of a prefix tree over blocks: each plan starts at
-    the last state that it shares with a plan that ran before. The result equals that of a whole
-    pass bit for bit, because the same operations run on the same tensors. On an accelerator,
-    where several plans may share a batch, it is equal up to the dtype's rounding.
+    T - 1 predictions. Plans run in the order of a prefix tree over blocks: each plan starts
+    at the last state that it shares with a plan that ran before. The result equals that of a
+    whole pass bit for bit, because the same operations run on the same tensors. On an
+    accelerator, where several plans may share a batch, it is equal up to the dtype's
+    rounding.
 
-    Lowered caches are those of `rap_env.levels`: a score is what decoding token by token would
-    give.
+    Lowered caches are those of `rap_env.levels`: a score is what decoding token by token
+    would give.
 
     Args:
         llm: The live model; its plan is restored after each call.
         text: A corpus, or token ids of shape (windows, T).
         store: Keeps scores between runs; None keeps them in this object only.
         batch_tokens: Tokens of one forward pass; windows are batched up to this number.
-        prefix_cache_bytes: Most bytes of hidden states kept for sharing. If they do not suffice
-            for every step of a plan, the states of every second (third, ...) step are kept.
+        prefix_cache_bytes: Most bytes of hidden states kept for sharing. If they do not
+            suffice for every step of a plan, the states of every second (third, ...) step are
+            kept.
         masks_together: Most plans that share a batch; None is 1 on a CPU, and
             as many as fill an accelerator.
         workers: Workers that hold the same model (`rap_env.scoring.workers.WorkerPool`); what
@@ -73,12 +75,15 @@ class PlanScorer:
     Attributes:
         runner: Runs plans on the text and counts blocks.
         evaluations: Plans that the model ran; those found in the store do not count.
-        options: The arguments of a scorer that gives the same scores, other than model and text.
+        options: The arguments of a scorer that gives the same scores, other than model and
+            text.
         stride: The states of every `stride`-th step of a plan are kept.
-        context: What determines the scores, besides the plan; part of their keys in the store.
+        context: What determines the scores, besides the plan; part of their keys in the
+            store.
 
     Raises:
-        CorpusError: The windows are shorter than two tokens, or longer than the model's positions.
+        CorpusError: The windows are shorter than two tokens, or longer than the model's
+            positions.
     """
 
     def __init__(
@@ -223,7 +228,8 @@ class PlanScorer:
             on_score: Called after each finished one, for progress bars.
         """
         known = [values for plan in plans if (values := self.look_up(plan)) is not None]
-        if on_score is None and len(known) == len(plans):  # the common case in a vector environment
+        # The common case in a vector environment.
+        if on_score is None and len(known) == len(plans):
             return [float(values.mean()) for values in known]
         order = partial(sharing_order, num_blocks=self.llm.facts.num_blocks)
         distinct = sorted(set(plans), key=order)
@@ -245,8 +251,8 @@ class PlanScorer:
     def nll_on(self, plans: Sequence[Plan], windows: Sequence[int]) -> list[float]:
         """NLL of several plans on some windows of the text only, nats per token.
 
-        A plan that is known on the whole text is not run again. Nothing is stored for the others,
-        because the NLL of a part is not a score of the text.
+        A plan that is known on the whole text is not run again. Nothing is stored for the
+        others, because the NLL of a part is not a score of the text.
 
         Args:
             plans: Plans to score; repeated ones are measured once.
@@ -366,10 +372,10 @@ def model_context(llm: ElasticLLM) -> dict[str, Any]:
 def _batch_width(llm: ElasticLLM, ids: torch.Tensor) -> int:
     """Number of plans whose states share a batch; `ids` is the first batch of the text.
 
-    One plan's batch saturates a CPU (two plans in one batch were no faster), so on a CPU each plan
-    has its own batch, which keeps scores bit for bit those of single passes. On an accelerator it
-    is the power of two that fills it and its memory. By sizes alone: a width that is timed varies
-    between runs, and with it the rounding of scores.
+    One plan's batch saturates a CPU (two plans in one batch were no faster), so on a CPU each
+    plan has its own batch, which keeps scores bit for bit those of single passes. On an
+    accelerator it is the power of two that fills it and its memory. By sizes alone: a width
+    that is timed varies between runs, and with it the rounding of scores.
     """
     if llm.device.type == "cpu":
         return 1

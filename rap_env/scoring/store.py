@@ -1,8 +1,8 @@
 """Keeps scores in an SQLite file, which makes writes atomic and lets processes share it.
 
-A row's key is the digest of everything that determines the score (`PlanScorer.context`) and the
-plan as a JSON object of items and levels. Its checksum covers key and values, so that an edited or
-damaged row raises an error instead of giving a wrong score.
+A row's key is the digest of everything that determines the score (`PlanScorer.context`) and
+the plan as a JSON object of items and levels. Its checksum covers key and values, so that an
+edited or damaged row raises an error instead of giving a wrong score.
 """
 
 from __future__ import annotations

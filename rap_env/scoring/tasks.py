@@ -44,12 +44,13 @@ class TaskResult(NamedTuple):
     Attributes:
         metrics: lm-eval's metrics by name, such as ``acc`` and ``acc_norm``.
         documents: Number of documents.
-        per_document: ``acc`` and ``acc_norm`` of each document, where the task has them, shape
-            (documents,), in the same order for every plan, so that two plans can be compared in
-            pairs.
-        choice_nll: For tasks with choices: minus the log of the probability that the right choice
-            has among the choices of each document, nats, (documents,), else empty. It is
-            log(choices) for a guess, and tells apart what the accuracy of few documents does not.
+        per_document: ``acc`` and ``acc_norm`` of each document, where the task has them,
+            shape (documents,), in the same order for every plan, so that two plans can be
+            compared in pairs.
+        choice_nll: For tasks with choices: minus the log of the probability that the right
+            choice has among the choices of each document, nats, (documents,), else empty. It
+            is log(choices) for a guess, and tells apart what the accuracy of few documents
+            does not.
     """
 
     metrics: dict[str, float]
@@ -77,7 +78,8 @@ class TaskScorer:
     Raises:
         MissingDependencyError: lm-eval is not installed.
         UnknownNameError: There is no such task.
-        CorpusError: A task's data is missing or does not match, or the model has no tokenizer.
+        CorpusError: A task's data is missing or does not match, or the model has no
+            tokenizer.
     """
 
     def __init__(
@@ -115,8 +117,8 @@ class TaskScorer:
 
         Args:
             plan: The plan.
-            metric: ``acc``, or ``acc_norm``: with the likelihood of each choice divided by its
-                length in bytes, for tasks whose choices are whole answers.
+            metric: ``acc``, or ``acc_norm``: with the likelihood of each choice divided by
+                its length in bytes, for tasks whose choices are whole answers.
 
         Raises:
             UnknownNameError: The plan names items or levels that the model does not have.
@@ -128,8 +130,8 @@ class TaskScorer:
     def right_answers(self, plan: Plan) -> dict[str, npt.NDArray[np.float64]]:
         """Which documents are answered right under a plan: 1 or 0 for each, (documents,), by task.
 
-        By ``acc_norm`` where lm-eval has it for the task, else by ``acc``; tasks with neither are
-        left out. The errors are those of `accuracies`.
+        By ``acc_norm`` where lm-eval has it for the task, else by ``acc``; tasks with neither
+        are left out. The errors are those of `accuracies`.
         """
         answers = {name: result.per_document for name, result in self.results(plan).items()}
         return {
@@ -141,8 +143,9 @@ class TaskScorer:
     def flipped_answers_share(self, plan: Plan) -> float | None:
         """Share of multiple-choice answers that are right under a plan and wrong natively, or back.
 
-        Over the documents of all tasks; None without multiple-choice tasks. Source: the flips of
-        Dutta et al. (2024), Accuracy is Not All You Need. The errors are those of `accuracies`.
+        Over the documents of all tasks; None without multiple-choice tasks. Source: the flips
+        of Dutta et al. (2024), Accuracy is Not All You Need. The errors are those of
+        `accuracies`.
         """
         native = self.right_answers(Plan())
         flipped = [

@@ -77,19 +77,20 @@ def _check_context(scorer: PlanScorer, job: ScoringJob) -> None:
 class WorkerPool:
     """Ray actors that score plans for the scorers of one model.
 
-    Each loads the model when the first batch is handed out, and ends with this process. Scores
-    equal those of this process bit for bit on a CPU: each plan has its own batch, and a worker has
-    as many threads of torch as this process had when the pool was made; let workers times threads
-    be at most the number of cores. The batch of a worker that dies is handed out again; a new
-    worker starts where the cluster has room.
+    Each loads the model when the first batch is handed out, and ends with this process.
+    Scores equal those of this process bit for bit on a CPU: each plan has its own batch, and
+    a worker has as many threads of torch as this process had when the pool was made; let
+    workers times threads be at most the number of cores. The batch of a worker that dies is
+    handed out again; a new worker starts where the cluster has room.
 
     Args:
-        open_model: Loads the model, such as ``functools.partial(load_llm, ...)``; name the device
-            and the dtype, because ``"auto"`` may be another one on another machine. A path must
-            hold on every machine.
+        open_model: Loads the model, such as ``functools.partial(load_llm, ...)``; name the
+            device and the dtype, because ``"auto"`` may be another one on another machine. A
+            path must hold on every machine.
         count: Number of workers.
-        address: ``HOST:PORT`` of a running cluster, or ``"auto"`` for the one that this machine
-            belongs to; None starts Ray on this machine, unless this process uses it already.
+        address: ``HOST:PORT`` of a running cluster, or ``"auto"`` for the one that this
+            machine belongs to; None starts Ray on this machine, unless this process uses it
+            already.
         gpu: Whether each worker needs a GPU; workers share GPUs where there are fewer.
 
     Raises:
@@ -114,7 +115,8 @@ class WorkerPool:
         if address not in (None, "auto"):
             _check_address(str(address))
         self._idle: list[Any] = []
-        self._running: dict[Any, tuple[Any, Any]] = {}  # by result: worker, batch or None (loads)
+        # By result: worker, batch or None (loads)
+        self._running: dict[Any, tuple[Any, Any]] = {}
 
     def measure(self, job: ScoringJob, plans: Sequence[Plan], least: int = 1) -> Iterator[Measured]:
         """Score plans on the whole text.
@@ -122,13 +124,15 @@ class WorkerPool:
         Args:
             job: The text and what to do (`PlanScorer.job`).
             plans: In the order in which they share most of their first steps.
-            least: Plans that run through the model together, so that no batch shall be smaller.
+            least: Plans that run through the model together, so that no batch shall be
+                smaller.
 
         Yields:
             What was measured, batch by batch, in the order in which batches finish.
 
         Raises:
-            WorkerError: Workers cannot start, die again and again, or would give other scores.
+            WorkerError: Workers cannot start, die again and again, or would give other
+                scores.
             NonFiniteScoreError: The model gave NaN or infinity.
         """
         batches = batches_of(plans, self.count, least)

@@ -23,10 +23,10 @@ _MAX_TOKENS = 64
 class Detokenizer:
     """Decodes a growing sequence of tokens; text that it has returned never changes.
 
-    The text of a token depends on the tokens before it (a leading space is dropped at the start
-    of a text) and, if a character has several bytes, on the tokens after it. So each step decodes
-    a short window that begins with tokens whose text was already returned, and holds back text
-    that may still change. The work per step does not grow with the sequence.
+    The text of a token depends on the tokens before it (a leading space is dropped at the
+    start of a text) and, if a character has several bytes, on the tokens after it. So each
+    step decodes a short window that begins with tokens whose text was already returned, and
+    holds back text that may still change. The work per step does not grow with the sequence.
 
     Args:
         tokenizer: The model's tokenizer.
@@ -61,7 +61,8 @@ class Detokenizer:
 
     def _move_on(self) -> None:
         recent = self._window[self._context :]
-        if text := plain_text(self._tokenizer, recent):  # a window without text would be no context
+        # A window without text would be no context.
+        if text := plain_text(self._tokenizer, recent):
             self._window, self._given = recent, len(text)
         self._context = len(self._window)
 
@@ -161,15 +162,17 @@ class AnswerTimer:
 class AnswerPlans:
     """The plans that computed the answers to one request, in the order of their passes.
 
-    What is reported describes one of them: the plan with the largest predicted rise in NLL. A plan
-    without a prediction counts as larger than any other, and of equal ones the last is reported.
+    What is reported describes one of them: the plan with the largest predicted rise in NLL. A
+    plan without a prediction counts as larger than any other, and of equal ones the last is
+    reported.
 
     Args:
         predict: Gives the rise in NLL of a plan in nats per token, None without a prediction.
         server: Names what else determines the answers, such as the model's weights.
 
     Attributes:
-        fingerprint: The API's ``system_fingerprint``: equal for equal `server` and equal plans.
+        fingerprint: The API's ``system_fingerprint``: equal for equal `server` and equal
+            plans.
         changed: Whether the plan changed from one pass to the next.
     """
 

@@ -67,8 +67,8 @@ ENDPOINTS = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
 class Service:
     """State that the routes share: the engine, the metrics and the running generations.
 
-    While `closing`, the server shuts down and accepts no more requests. The arguments are those of
-    `create_app`.
+    While `closing`, the server shuts down and accepts no more requests. The arguments are
+    those of `create_app`.
     """
 
     def __init__(
@@ -193,9 +193,10 @@ def create_app(
         engine: The engine.
         tokenizer: The tokenizer of its model.
         settings: Settings of the server.
-        limit: The memory limit, which administrators may change; None if the budget is another.
-        grammars: Compiles what answers have to follow, for the engine's model; by default one that
-            loads its vocabulary for the first grammar.
+        limit: The memory limit, which administrators may change; None if the budget is
+            another.
+        grammars: Compiles what answers have to follow, for the engine's model; by default one
+            that loads its vocabulary for the first grammar.
 
     Raises:
         ServingSettingsError: A file of keys cannot be read.
@@ -351,5 +352,6 @@ def _add_error_handlers(app: FastAPI, service: Service) -> None:
     async def broken(request: Request, _error: Exception) -> Response:
         service.count(request, "error")
         error = failed("The server had an error while it processed your request.")
-        error.headers[REQUEST_ID_HEADER] = request.state.request_id  # outside of the middleware
+        # Outside of the middleware.
+        error.headers[REQUEST_ID_HEADER] = request.state.request_id
         return error.response(request.scope)

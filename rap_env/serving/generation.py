@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from rap_env.runtime.engine import Engine
 
 _MOST_UNREAD = 64
-"""Events of an answer that wait for its client; with more, nothing is generated until it reads."""
+"""Events of an answer that wait for its client; with more, nothing is generated until it
+reads."""
 MIN_LOGPROB = -9999.0  # what the API writes for a probability of zero
 # The API's error code for each reason of the engine to reject a request.
 _REJECTED: dict[Rejection, str] = {
@@ -48,8 +49,9 @@ _REJECTED: dict[Rejection, str] = {
 class TokenLogprob(NamedTuple):
     """A token's text, maybe part of a character, and the natural log of its probability.
 
-    The first token of a prompt has none. `top` has texts and log probabilities of the most likely
-    tokens, most likely first. Special tokens are not `in_text`: the answer's text leaves them out.
+    The first token of a prompt has none. `top` has texts and log probabilities of the most
+    likely tokens, most likely first. Special tokens are not `in_text`: the answer's text
+    leaves them out.
     """
 
     token: str
@@ -89,8 +91,9 @@ class _Choice:
 class Generation:
     """Generates the answers to one request. All methods run in one event loop.
 
-    Answers whose output is not read are paused, and continue once most of it is read. `metrics`
-    counts times; `plans` gets the plan of each pass before the output that it computed.
+    Answers whose output is not read are paused, and continue once most of it is read.
+    `metrics` counts times; `plans` gets the plan of each pass before the output that it
+    computed.
     """
 
     def __init__(

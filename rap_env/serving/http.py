@@ -101,7 +101,8 @@ def unavailable(
 ) -> ApiError:
     """503: the server cannot answer this request now, but may after some seconds.
 
-    Without these, it cannot as long as its limits stay, and OpenAI's clients do not ask again.
+    Without these, it cannot as long as its limits stay, and OpenAI's clients do not ask
+    again.
     """
     if retry_after_s is None:
         headers = {"x-should-retry": "false"}
@@ -209,15 +210,16 @@ def open_keys(settings: ServerSettings) -> tuple[ApiKeys | None, ApiKeys | None]
 class RequestGate:
     """ASGI middleware that gives each request an id, checks its key, and logs a line at its end.
 
-    A client's own id is kept if it has 1 to 128 letters, digits or characters of ``._:/+=@-``.
-    Requests without a valid key get status 401, except probes. Applications find the id as
-    ``request.state.request_id``, and may add to the line: ``request.state.outcome``,
-    ``request.state.reason`` (why it was not answered), and what the function
-    ``request.state.log_fields`` returns.
+    A client's own id is kept if it has 1 to 128 letters, digits or characters of
+    ``._:/+=@-``. Requests without a valid key get status 401, except probes. Applications
+    find the id as ``request.state.request_id``, and may add to the line:
+    ``request.state.outcome``, ``request.state.reason`` (why it was not answered), and what
+    the function ``request.state.log_fields`` returns.
 
     Args:
         app: The application.
-        keys: The keys of clients, who send ``Authorization: Bearer KEY``; None if none is needed.
+        keys: The keys of clients, who send ``Authorization: Bearer KEY``; None if none is
+            needed.
         admin_keys: The keys of administrators, which the paths below ``/admin`` need instead.
     """
 
@@ -311,8 +313,8 @@ async def read_json(request: Request, settings: ServerSettings) -> dict[str, Any
     """Read the body of an HTTP request, a JSON object.
 
     Raises:
-        ApiError: 400 if the body is invalid, 413 if it is too long, whether or not it declares its
-            length, 408 if it is too slow.
+        ApiError: 400 if the body is invalid, 413 if it is too long, whether or not it
+            declares its length, 408 if it is too slow.
         ClientDisconnect: The client disconnected.
     """
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip()

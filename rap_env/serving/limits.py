@@ -40,8 +40,8 @@ class LiveLimit:
     """A limit that operators change while the server runs; call it to get the present bytes.
 
     The last change holds, whether the file or an administrator made it. As long as the
-    file does not exist the limit stays as it is. A file that is incomplete, wrong or too small
-    changes nothing, and one warning is logged.
+    file does not exist the limit stays as it is. A file that is incomplete, wrong or too
+    small changes nothing, and one warning is logged.
 
     Args:
         name: The setting that it is: ``memory``, of the whole process, or ``model_memory``.

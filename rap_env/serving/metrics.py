@@ -37,8 +37,9 @@ _OUTCOMES = ("served", "refused", "cancelled", "failed")
 class ServingMetrics:
     """Counters and histograms of the server; each scrape also reads the engine's state.
 
-    Histograms count each answer that the engine accepted into its queue, however it ended. Requests
-    are counted by endpoint and outcome: ``ok``, ``disconnected``, or the code of the error.
+    Histograms count each answer that the engine accepted into its queue, however it ended.
+    Requests are counted by endpoint and outcome: ``ok``, ``disconnected``, or the code of the
+    error.
     """
 
     def __init__(self, engine: Engine, settings: ServerSettings) -> None:

@@ -41,8 +41,10 @@ class GenerationRequest:
         echo: Text of each prompt, which the answers begin with; empty for no such texts.
         prompt_only: Whether the answers are prompts alone.
         include_usage: Whether a stream ends with the numbers of tokens.
-        max_delta_nll: Floor of quality of its answers, nats per token; None for the server's alone.
-        text_shares: Kinds of text in each prompt; empty if the policy does not choose by them.
+        max_delta_nll: Floor of quality of its answers, nats per token; None for the server's
+            alone.
+        text_shares: Kinds of text in each prompt; empty if the policy does not choose by
+            them.
     """
 
     prompts: Sequence[Sequence[int]]

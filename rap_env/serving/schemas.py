@@ -112,10 +112,10 @@ Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=_MAX_MESS
 class BaseCompletionRequest(BaseModel):
     """Fields that both kinds of completion share.
 
-    Not part of the OpenAI API are `top_k`, which 0 or -1 disables, `ignore_eos`, with which an end
-    token does not end the answer, and `structured_outputs`, all of which vLLM's server has too, as
-    it has a `response_format` in plain completions; and `max_delta_nll`, the request's floor of
-    quality in nats per token.
+    Not part of the OpenAI API are `top_k`, which 0 or -1 disables, `ignore_eos`, with which
+    an end token does not end the answer, and `structured_outputs`, all of which vLLM's server
+    has too, as it has a `response_format` in plain completions; and `max_delta_nll`, the
+    request's floor of quality in nats per token.
     """
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -241,8 +241,9 @@ def _unknown_parameter(name: str) -> ApiError:
 
 
 _OTHER_FIELDS: dict[str, Any] = package_json("rap_env.serving", "other_fields.json")
-"""Undeclared fields of the API. Ignored ones are about billing, storage or speed and cannot change
-the answer. For each other one: the values that have no effect, and a hint for the error message."""
+"""Undeclared fields of the API. Ignored ones are about billing, storage or speed and cannot
+change the answer. For each other one: the values that have no effect, and a hint for the
+error message."""
 
 
 def _check_other_fields(fields: Mapping[str, Any], *, chat: bool) -> None:

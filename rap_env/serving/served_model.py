@@ -40,8 +40,8 @@ vocabulary of grammars: 10 MiB for the default model's 49,152 tokens."""
 def load_served_model(settings: ServerSettings, limit: LiveLimit | None = None) -> ElasticLLM:
     """Load the model and set its residency.
 
-    With a limit of the process, the start is checked before the weights are read, and a model that
-    has to be converted first is converted in another process.
+    With a limit of the process, the start is checked before the weights are read, and a model
+    that has to be converted first is converted in another process.
     """
     limits_process = limit is not None and limit.of_process
     with made_apart() if limits_process else nullcontext():

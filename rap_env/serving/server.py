@@ -35,8 +35,8 @@ def guarded_protocol(
 
     It closes connections that do not send a header in time or do not read their answer.
     Connections above the limit get one response: probes and metrics are answered, all else is
-    rejected with status 503. A few of them are open at a time; a further one closes the oldest.
-    `on_refusal` is called for each that gets an error or is closed.
+    rejected with status 503. A few of them are open at a time; a further one closes the
+    oldest. `on_refusal` is called for each that gets an error or is closed.
     """
     above_limit: dict[GuardedProtocol, None] = {}  # the oldest first
 
@@ -123,9 +123,9 @@ def _answer_above_limit(app: ASGIApp, on_refusal: Callable[[], None]) -> ASGIApp
 class Server(uvicorn.Server):
     """A uvicorn server with a graceful shutdown.
 
-    At SIGTERM or SIGINT it accepts no more requests. Running requests get `shutdown_grace_s` to
-    finish; then they are cancelled with an error response. `on_ready` is called when the server
-    accepts requests, and `on_hangup` at SIGHUP, which ends the process if it is None.
+    At SIGTERM or SIGINT it accepts no more requests. Running requests get `shutdown_grace_s`
+    to finish; then they are cancelled with an error response. `on_ready` is called when the
+    server accepts requests, and `on_hangup` at SIGHUP, which ends the process if it is None.
     """
 
     def __init__(
@@ -180,7 +180,8 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Shut down gracefully; at a second SIGINT, immediately.
 
-        uvicorn itself would raise the signal again afterwards, and the program could not clean up.
+        uvicorn itself would raise the signal again afterwards, and the program could not
+        clean up.
         """
         self.force_exit = self.should_exit and sig == signal.SIGINT
         self.should_exit = True

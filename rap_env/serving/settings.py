@@ -18,8 +18,8 @@ MEMORY_SOURCES = ("auto", "cgroup", "cuda")
 DEFAULT_MAX_DELTA_NLL = 0.1
 """Default floor of quality, nats per token.
 
-At it, plans of the default model lose at most five points of accuracy on each of arc_easy, piqa and
-hellaswag; one with 0.15 loses five on piqa (`docs/results/plan_tasks.md`).
+At it, plans of the default model lose at most five points of accuracy on each of arc_easy,
+piqa and hellaswag; one with 0.15 loses five on piqa (`docs/results/plan_tasks.md`).
 """
 DEFAULT_MOST_DELTA_NLL = 0.3
 """What the default floor rises to while requests wait; see `PlanChooser.follow_queue`."""
@@ -183,7 +183,8 @@ class ServerSettings:
                 f"min_quality_per_request must be at most max_delta_nll ({floor}), so that a "
                 f"request can ask for a stricter floor, not {strictest}."
             )
-        _ = self.process_bytes, self.model_bytes, self.reserve_bytes  # raise if they are no bytes
+        # Raise if they are no bytes.
+        _ = self.process_bytes, self.model_bytes, self.reserve_bytes
         if self.model_memory is not None and self.memory != ServerSettings.memory:
             raise ServingSettingsError(
                 f"Set either memory, for the whole process (now {self.memory}), or model_memory, "

@@ -54,11 +54,12 @@ def build_stack(
 ) -> ServerStack:
     """Build all parts of a server; parts that are not given are those of the settings.
 
-    The residency of `llm` must be set. `controls` are further arguments of `RuntimeController`.
+    The residency of `llm` must be set. `controls` are further arguments of
+    `RuntimeController`.
 
     Raises:
-        RapError: The model, the policy or the memory source is not available, or a limit does not
-            suit the model.
+        RapError: The model, the policy or the memory source is not available, or a limit does
+            not suit the model.
     """
     decisions = DecisionLog(settings.decisions) if settings.decisions else None
     try:
@@ -80,8 +81,8 @@ def open_limit(settings: ServerSettings) -> LiveLimit | None:
     """The limit of the settings; None if the budget is the system's free memory.
 
     Raises:
-        ServingSettingsError: `memory_file` exists and does not hold a size, or the memory of the
-            process is limited and the model is not on a CPU under Linux.
+        ServingSettingsError: `memory_file` exists and does not hold a size, or the memory of
+            the process is limited and the model is not on a CPU under Linux.
     """
     if settings.model_bytes is not None:
         return LiveLimit("model_memory", settings.model_bytes, settings.memory_file)

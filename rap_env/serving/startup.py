@@ -115,8 +115,8 @@ def check_access(settings: ServerSettings) -> None:
     """Check the files of keys and certificates.
 
     Raises:
-        ServingSettingsError: As for `rap_env.serving.http.open_keys`, or the certificate and its
-            key are not usable.
+        ServingSettingsError: As for `rap_env.serving.http.open_keys`, or the certificate and
+            its key are not usable.
     """
     from rap_env.serving.http import open_keys
 
@@ -170,8 +170,8 @@ def check_before_loading(settings: ServerSettings) -> None:
         UnknownNameError: There is no such dtype, or no policy of this name and no such file.
         ArtifactError: The policy file is damaged, or of another model.
         PluginError: Several packages offer the policy.
-        ServingSettingsError: `model_memory` is less than the smallest plan needs, or the policy
-            predicts nothing for a floor of quality.
+        ServingSettingsError: `model_memory` is less than the smallest plan needs, or the
+            policy predicts nothing for a floor of quality.
     """
     check_name("dtype", settings.dtype, _DTYPES)
     known = {*policy_names()}
@@ -215,8 +215,8 @@ class TextFormatter(logging.Formatter):
 class JsonFormatter(TextFormatter):
     """A JSON object per line: ``time``, ``level``, ``logger`` and ``message``.
 
-    A record's ``fields``, given as ``extra={"fields": {...}, "event": "..."}``, are further keys,
-    and its ``event`` is the message then, which repeats none of them. A traceback is in
+    A record's ``fields``, given as ``extra={"fields": {...}, "event": "..."}``, are further
+    keys, and its ``event`` is the message then, which repeats none of them. A traceback is in
     ``exception``.
     """
 

@@ -44,8 +44,10 @@ class FixedSampler(RequestSampler):
 
     Attributes:
         batch_size: Number of sequences served together.
-        seq_len_tokens: Tokens of each one; by default 1,024, or the model's positions if fewer.
-        budget_fraction: Budget as a share of the dense peak, in (0, 1); 0.8 if neither is given.
+        seq_len_tokens: Tokens of each one; by default 1,024, or the model's positions if
+            fewer.
+        budget_fraction: Budget as a share of the dense peak, in (0, 1); 0.8 if neither is
+            given.
         budget_bytes: Budget in bytes, instead of the share.
 
     Raises:
@@ -125,17 +127,17 @@ class GridSampler(RequestSampler):
 class TightSampler(RequestSampler):
     """Draws budgets near what a model needs at its lowest levels, where no choice is free.
 
-    Over levels, equal shares of the native peak are not equally difficult: for long requests half
-    of it costs nothing, for short ones blocks must be removed. Here the budget is a share of the
-    *lowered peak*: what the request needs with every item at its lowest level and no block
-    removed. Below 1, blocks must be removed; above, what to lower is a choice.
+    Over levels, equal shares of the native peak are not equally difficult: for long requests
+    half of it costs nothing, for short ones blocks must be removed. Here the budget is a
+    share of the *lowered peak*: what the request needs with every item at its lowest level
+    and no block removed. Below 1, blocks must be removed; above, what to lower is a choice.
 
     Attributes:
         max_batch_size: The batch size is a power of two up to this one, all equally likely.
-        seq_len_range: Fewest and most tokens of a sequence, cut to the model's positions; the draw
-            is uniform in the logarithm.
-        lowered_share_range: Lowest and highest budget as shares of the lowered peak; the draw is
-            uniform between them, and below the native peak.
+        seq_len_range: Fewest and most tokens of a sequence, cut to the model's positions; the
+            draw is uniform in the logarithm.
+        lowered_share_range: Lowest and highest budget as shares of the lowered peak; the draw
+            is uniform between them, and below the native peak.
         levels: The levels of the lowered peak, as `Ladder.of` takes them.
 
     Raises:

@@ -1,9 +1,9 @@
 """Samplers that follow the request lengths of a service; all request samplers by name.
 
 The length distribution of a service has several modes (a chat service answers short questions
-and long pasted texts), which no simple formula fits; a table of 44 quantiles does. The two tables
-in ``azure_2023.json`` are the quantiles at `LEVELS` (NumPy's method ``nearest``) of the Azure LLM
-inference trace 2023 (Patel et al., "Splitwise", ISCA 2024; CC BY 4.0).
+and long pasted texts), which no simple formula fits; a table of 44 quantiles does. The two
+tables in ``azure_2023.json`` are the quantiles at `LEVELS` (NumPy's method ``nearest``) of
+the Azure LLM inference trace 2023 (Patel et al., "Splitwise", ISCA 2024; CC BY 4.0).
 
 A spec names a sampler: its name alone (``"azure-conv"``), or a dict with its settings
 (``{"name": "fixed", "batch_size": 8, "budget_fraction": 0.7}``).
@@ -99,7 +99,8 @@ def trace_requests(
 
     Raises:
         TraceError: There is no path, the file is missing, is no CSV file or lacks a `needed`
-            column, or token counts are no whole numbers of at least 0 (with at least 1 in all).
+            column, or token counts are no whole numbers of at least 0 (with at least 1 in
+            all).
     """
     if not str(path):
         raise TraceError(
@@ -163,14 +164,14 @@ AZURE_CODE = LengthTable(tuple(_FITTED["azure-code"]))
 class TrafficSampler(RequestSampler):
     """Takes lengths from a service's traffic; draws batch sizes and budgets from ranges.
 
-    A trace states how long requests are, but not how many of them a small server would batch or
-    how much memory it has left.
+    A trace states how long requests are, but not how many of them a small server would batch
+    or how much memory it has left.
 
     Attributes:
         memory: The model's byte arithmetic; lengths are cut to its positions.
         max_batch_size: The batch size is a power of two up to this one, all equally likely.
-        budget_fraction_range: Lowest and highest budget as shares of the dense peak; the draw is
-            uniform.
+        budget_fraction_range: Lowest and highest budget as shares of the dense peak; the draw
+            is uniform.
 
     Raises:
         InvalidRequestError: A value is out of its range.

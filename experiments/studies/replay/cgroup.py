@@ -2,8 +2,8 @@
 
 A group has a memory limit. In it, a tenant's memory walks at random, a step each second, and
 clients ask the server for one streamed answer after another. The kernel kills where the group
-exceeds its limit; a server that has ended starts again. The servers are `rap serve`, and that of
-llama.cpp with an f16 cache for as many answers as there are clients.
+exceeds its limit; a server that has ended starts again. The servers are `rap serve`, and that
+of llama.cpp with an f16 cache for as many answers as there are clients.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ class TrialRow(Record):
         system: The server, as in `SYSTEMS`.
         kills: Processes that the kernel killed.
         answers: For each answer when it was asked for (``asked_s``), when its pieces came
-            (``times_s``), its ``tokens`` as the server counts them, why it failed (``error``, None
-            if it is complete), and the predicted rise in NLL of its plan (``delta_nll``, nats per
-            token).
+            (``times_s``), its ``tokens`` as the server counts them, why it failed (``error``,
+            None if it is complete), and the predicted rise in NLL of its plan (``delta_nll``,
+            nats per token).
         minutes: How long the trial lasted.
     """
 

@@ -77,8 +77,8 @@ class SystemRun:
     """One system that serves all requests of a replay.
 
     Attributes:
-        handles: The handle in the engine of each request that has arrived, in order; None if it
-            was rejected on arrival.
+        handles: The handle in the engine of each request that has arrived, in order; None if
+            it was rejected on arrival.
         intervals: Steps and idle times in order.
         controller: Keeps the system within the budget.
         horizon_s: Until when all systems are monitored.

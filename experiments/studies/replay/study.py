@@ -61,8 +61,9 @@ class ReplayRow(Record):
 
     Attributes:
         system: Its name, as in ``replay.systems``.
-        outcomes: Number of requests that were ``served`` to their last token; ``refused``, because
-            no plan can ever fit them or the queue was full; or failed for another reason.
+        outcomes: Number of requests that were ``served`` to their last token; ``refused``,
+            because no plan can ever fit them or the queue was full; or failed for another
+            reason.
         preemptions: How often a running request was returned to the queue.
         violation_byte_s: Integral of the measured bytes above the budget at the start of each
             step, in byte-seconds, idle time included.
@@ -78,10 +79,11 @@ class ReplayRow(Record):
         plans: Different plans under which tokens were generated.
         removed_mean: Removed blocks, mean over generated tokens.
         lowered_mean: Kept items below their native level, mean over generated tokens.
-        losses: NLL of each served request's tokens under the dense model minus that of the dense
-            model's own greedy continuation of the same prompt and length, nats per token.
-        mask_loss_mean: ΔNLL of the plans on held-out text, mean over generated tokens, nats per
+        losses: NLL of each served request's tokens under the dense model minus that of the
+            dense model's own greedy continuation of the same prompt and length, nats per
             token.
+        mask_loss_mean: ΔNLL of the plans on held-out text, mean over generated tokens, nats
+            per token.
         same_fraction: Share of generated tokens equal to the dense model's own continuation.
     """
 

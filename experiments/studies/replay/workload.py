@@ -1,9 +1,9 @@
 """The workload of a replay: the moving budget, when requests arrive, and their prompts.
 
-Arrivals come from a trace file, or are sampled with the lengths of fitted traffic. The trace of a
-data center is more than a small machine can serve, so it is thinned (every k-th request is kept),
-replayed faster, and its lengths are scaled and capped; bursts and the mix of short and long
-requests remain. Prompts are cut from real text.
+Arrivals come from a trace file, or are sampled with the lengths of fitted traffic. The trace
+of a data center is more than a small machine can serve, so it is thinned (every k-th request
+is kept), replayed faster, and its lengths are scaled and capped; bursts and the mix of short
+and long requests remain. Prompts are cut from real text.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from rap_env.models.live.elastic import ElasticLLM
 from rap_env.workload.traffic import AZURE_CONV, COLUMNS, TraceError, trace_requests
 
 GENERATED_SHARE = 0.149
-"""Mean generated share of a sequence in the requests before 18:55 of the conversations of the Azure
-LLM inference trace 2023, whose lengths `AZURE_CONV` has."""
+"""Mean generated share of a sequence in the requests before 18:55 of the conversations of the
+Azure LLM inference trace 2023, whose lengths `AZURE_CONV` has."""
 
 _DRAWN_S = 24 * 3600.0  # seconds for which tenants are drawn; then the last level stays
 _TENANTS_PER_DRAW = 256
@@ -43,7 +43,8 @@ class Budget:
     """Bytes that a system may use at each time, constant between changes; the last level stays.
 
     Attributes:
-        times_s: Times of the changes in seconds from the start, ascending, the first of them 0.
+        times_s: Times of the changes in seconds from the start, ascending, the first of them
+            0.
         levels_bytes: Bytes from each time on.
     """
 
@@ -68,9 +69,9 @@ class Budget:
 def cotenant_budget(settings: BudgetConfig, reference_bytes: int) -> Budget:
     """Memory that other tenants of a machine leave free.
 
-    Tenants arrive as a Poisson process, each with one of the sizes and an exponentially distributed
-    stay. Without tenants the capacity is free; a tenant that would leave less than the floor is
-    rejected.
+    Tenants arrive as a Poisson process, each with one of the sizes and an exponentially
+    distributed stay. Without tenants the capacity is free; a tenant that would leave less
+    than the floor is rejected.
 
     Args:
         settings: How tenants come and go.

@@ -1,9 +1,9 @@
 """Attention of a live model whose caches have levels.
 
-The level of a layer's cache stands on its attention module, as ``cache_level``; without one, and
-with a native one, the model's attention runs as transformers has it, or faster for single tokens on
-a CPU (`speed_up_decoding`). Else it runs over a cache that is stored in groups, in pieces of a
-bounded workspace.
+The level of a layer's cache stands on its attention module, as ``cache_level``; without one,
+and with a native one, the model's attention runs as transformers has it, or faster for single
+tokens on a CPU (`speed_up_decoding`). Else it runs over a cache that is stored in groups, in
+pieces of a bounded workspace.
 
 Shapes: B sequences (rows), K key and value heads, R query heads for each of them (N = K R), D
 channels of a head, Q queries of a row, P groups of a piece.
@@ -12,12 +12,12 @@ The token at position t sees the groups before its own as they are stored, and i
 unquantised, up to itself. A window of the level hides whole groups, except the first one; the
 model's own sliding window hides single tokens. Positions decide that; no mask is read.
 
-- **One new token of each row** (`TokenAttention`). Scales are folded into the queries and zeros
-  added to the scores, so that only codes have to be unpacked. Computed in float32; a running
-  maximum and sum merge the pieces (Milakov and Gimelshein 2018).
-- **Several new tokens** (`BlockAttention`). Stored groups are widened piece by piece. Blocks of
-  queries run against the keys that all of them see without a mask, and against the groups at the
-  diagonal with one; parts are merged by their log-sum-exp.
+- **One new token of each row** (`TokenAttention`). Scales are folded into the queries and
+  zeros added to the scores, so that only codes have to be unpacked. Computed in float32; a
+  running maximum and sum merge the pieces (Milakov and Gimelshein 2018).
+- **Several new tokens** (`BlockAttention`). Stored groups are widened piece by piece. Blocks
+  of queries run against the keys that all of them see without a mask, and against the groups
+  at the diagonal with one; parts are merged by their log-sum-exp.
 """
 
 from __future__ import annotations
@@ -120,7 +120,8 @@ def with_levels(base: Attention) -> Attention:
 def install_levels(model: Any, adapter: FamilyAdapter) -> None:
     """Let the attention of a model follow the levels of its caches; nothing changes without any.
 
-    Models whose attention is neither ``sdpa`` nor ``eager`` do not change; see `check_attention`.
+    Models whose attention is neither ``sdpa`` nor ``eager`` do not change; see
+    `check_attention`.
     """
     name = getattr(model.config, "_attn_implementation", None)
     if name in LEVEL_ATTENTIONS and not getattr(model.config, "output_attentions", False):
@@ -168,8 +169,9 @@ def attention_name(model: Any) -> str:
 def _unread_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     """Transformers' `sdpa_mask`, which does not read a GPU's padding mask in a decoding step.
 
-    It reads the mask to leave it out if nothing is padded. For a single token of each row that
-    saves little, and reading waits for the device; prefills are still without one where they can.
+    It reads the mask to leave it out if nothing is padded. For a single token of each row
+    that saves little, and reading waits for the device; prefills are still without one where
+    they can.
     """
     from transformers.masking_utils import sdpa_mask
 
@@ -250,11 +252,13 @@ PACKED_ATTENTION = "sdpa_packed"
 def speed_up_decoding(model: Any) -> None:
     """Decode single tokens faster on a CPU, with the same results; other devices do not change.
 
-    - **Attention.** Where heads share keys and values (grouped-query attention), torch's kernel for
-      a single query reads them once for each head. With the heads of a group as the rows of one
-      query matrix it reads them once. Transformers does so only where there is an attention mask.
-    - **Head.** Logits are computed for the last token of each sequence, a slice of a batch. For
-      such a slice torch copies the weights of the head once for each sequence before it multiplies.
+    - **Attention.** Where heads share keys and values (grouped-query attention), torch's
+      kernel for a single query reads them once for each head. With the heads of a group as
+      the rows of one query matrix it reads them once. Transformers does so only where there
+      is an attention mask.
+    - **Head.** Logits are computed for the last token of each sequence, a slice of a batch.
+      For such a slice torch copies the weights of the head once for each sequence before it
+      multiplies.
     """
     if model.device.type == "cpu":
         model.get_output_embeddings().register_forward_pre_hook(_contiguous_rows)
@@ -284,8 +288,8 @@ def _pack_single_queries(model: Any) -> None:
     model.set_attn_implementation(PACKED_ATTENTION)
 
 
-# Arguments of model families that have no effect on one query that sees all keys. With any other
-# argument the model uses transformers' own attention.
+# Arguments of model families that have no effect on one query that sees all keys. With any
+# other argument the model uses transformers' own attention.
 _IGNORED = frozenset(
     {"dropout", "output_router_logits", "position_ids", "sliding_window", "use_cache"}
 )
@@ -306,8 +310,8 @@ def grouped_query_attention(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
         return whole
-    # Queries (B, N, 1, D), keys and values (B, K, T, D), to (B, 1, N, D). The heads of a group are
-    # adjacent, so that regrouping them is a view.
+    # Queries (B, N, 1, D), keys and values (B, K, T, D), to (B, 1, N, D). The heads of a
+    # group are adjacent, so that regrouping them is a view.
     batch, heads, _, width = query.shape
     shared = key.shape[1]
     rows = query.reshape(batch, shared, heads // shared, width)

@@ -18,7 +18,8 @@ _BLOCK_GROUPS = 8
 class BlockAttention:
     """Attention of several new tokens of rows with equal positions.
 
-    Queries are padded to whole groups, from the start of the bundle's keys on: (b, K, R, S, D).
+    Queries are padded to whole groups, from the start of the bundle's keys on: (b, K, R, S,
+    D).
     """
 
     def __init__(
@@ -167,8 +168,8 @@ class BlockAttention:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention of (b, K, R, S, D) to keys (b, K, t, D), with log-sum-exp (b, K, R, S).
 
-        Hidden scores are the lowest finite number: a query that sees none of these keys gets a
-        log-sum-exp of about that, and so no weight.
+        Hidden scores are the lowest finite number: a query that sees none of these keys gets
+        a log-sum-exp of about that, and so no weight.
         """
         each, tokens = query.shape[2:4]
         if query.device.type != "cpu" or self.softcap is not None:

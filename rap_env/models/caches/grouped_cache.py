@@ -1,12 +1,13 @@
 """A layer of a KV cache that stores groups of tokens at a level below native.
 
-Shapes: B sequences (rows), K key and value heads, D channels of a head, Q columns of a step, T
-columns so far, G stored groups.
+Shapes: B sequences (rows), K key and value heads, D channels of a head, Q columns of a step,
+T columns so far, G stored groups.
 
-Rows are left-aligned: token n of a row is in its group ``n // 32``, whatever padding the batch has.
-Finished groups are stored packed (`models.caches.groups`) in *slots*; the group that a row's next
-token continues is the *tail*, unquantised. A group leaves the tail when the first token of the next
-group arrives. For transformers the layer has columns as its own layers do, padding included.
+Rows are left-aligned: token n of a row is in its group ``n // 32``, whatever padding the
+batch has. Finished groups are stored packed (`models.caches.groups`) in *slots*; the group
+that a row's next token continues is the *tail*, unquantised. A group leaves the tail when the
+first token of the next group arrives. For transformers the layer has columns as its own
+layers do, padding included.
 
 ::
 
@@ -16,16 +17,17 @@ group arrives. For transformers the layer has columns as its own layers do, padd
     window of 1 group  slot 0      slot 1       slot 1       the same
                        (a sink)    (overwritten by group 2)
 
-Under a window the first slots keep the sinks (`SINK_GROUPS`), and later groups take the others in
-turn, as a ring. The model's own sliding window has no sinks.
+Under a window the first slots keep the sinks (`SINK_GROUPS`), and later groups take the
+others in turn, as a ring. The model's own sliding window has no sinks.
 
 `GroupedLayer.update` returns a `Chunk` in place of keys and values; only the attention of
-`rap_env.models.caches.attention` understands it. For one new token of each row the chunk is the
-layer itself. Else it has a *bundle* for rows with equal numbers of tokens before and after: their
-tail and new tokens, the slots as they were before, and the groups that the new tokens completed.
+`rap_env.models.caches.attention` understands it. For one new token of each row the chunk is
+the layer itself. Else it has a *bundle* for rows with equal numbers of tokens before and
+after: their tail and new tokens, the slots as they were before, and the groups that the new
+tokens completed.
 
-Before a group is packed, its native keys and values may be copied to a file (`copies`), from which
-`caches.kv_cache.read_back` restores them.
+Before a group is packed, its native keys and values may be copied to a file (`copies`), from
+which `caches.kv_cache.read_back` restores them.
 """
 
 from __future__ import annotations
@@ -153,7 +155,8 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return places
 
     def _extend(self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step) -> Chunk:
-        before = self.groups  # the chunk's first tokens see the groups that its last ones replace
+        # The chunk's first tokens see the groups that its last ones replace.
+        before = self.groups
         self._make_room(step.after)
         bundles = []
         for (cached, after), rows in equal_rows(self.lengths, step.after).items():
@@ -214,8 +217,8 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         cached = layer.keys.shape[2]
         for (_, length), rows in equal_rows([0] * len(lengths), lengths).items():
             kept = min(cached, length)
-            # A sliding window may have lost the start of a group; copies of the first token left
-            # take its place. No later token sees them.
+            # A sliding window may have lost the start of a group; copies of the first token
+            # left take its place. No later token sees them.
             first, lost = divmod(length - kept, GROUP_TOKENS)
             parts = (
                 t[made._index(rows)][:, :, cached - kept :] for t in (layer.keys, layer.values)
@@ -259,7 +262,8 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """What takes tokens that are appended from now on off the layer again."""
         tails = self.keys.clone(), self.values.clone()
         lengths, columns = list(self.lengths), self.cumulative_length
-        ring = None if self._ring() is None else self.groups  # later groups are put into a copy
+        # Later groups are put into a copy.
+        ring = None if self._ring() is None else self.groups
 
         def undo() -> None:
             self.keys, self.values = tails

@@ -1,7 +1,7 @@
 """Stored groups of a KV cache, and what the new tokens of a pass see of them.
 
-Shapes: ``...`` stands for sequences, key and value heads and groups; B sequences (rows), b of them
-with equal positions, K key and value heads, D channels of a head, C groups of channels
+Shapes: ``...`` stands for sequences, key and value heads and groups; B sequences (rows), b of
+them with equal positions, K key and value heads, D channels of a head, C groups of channels
 (`channel_groups`), Q columns of a pass, T columns so far, G stored groups. A group has
 `GROUP_TOKENS` tokens.
 
@@ -15,9 +15,9 @@ value scale none                       (..., C, 32)                (..., C, 32)
 value zero  none                       none                        (..., C, 32)
 ==========  =========================  ==========================  ============================
 
-A byte holds n = 2 or 4 codes: those of tokens that are 32 / n apart, the first in the lowest bits.
-So unpacking is a few operations on whole tensors. Scales and zeros are bfloat16, and codes are
-rounded against the scales and zeros as stored. A value is ``code * scale + zero``.
+A byte holds n = 2 or 4 codes: those of tokens that are 32 / n apart, the first in the lowest
+bits. So unpacking is a few operations on whole tensors. Scales and zeros are bfloat16, and
+codes are rounded against the scales and zeros as stored. A value is ``code * scale + zero``.
 """
 
 from __future__ import annotations
@@ -242,13 +242,14 @@ class Bundle:
         rows: Their indices, or None for all rows.
         before: Tokens before the chunk.
         new: New tokens: the last ones of the chunk's columns.
-        keys: Unquantised keys from the start of the group that token `before` - 1 is in, or of
-            token 0: (b, K, tail + new, D).
+        keys: Unquantised keys from the start of the group that token `before` - 1 is in, or
+            of token 0: (b, K, tail + new, D).
         values: The same of values.
-        groups: Stored groups of the tokens before, of all rows of the layer; None without any.
+        groups: Stored groups of the tokens before, of all rows of the layer; None without
+            any.
         slots: The group in each slot of `groups`, -1 for none, in order of slots.
-        later: The keys and values of complete groups of `keys` and `values` as they are stored,
-            (b, K, F, 32, D) each.
+        later: The keys and values of complete groups of `keys` and `values` as they are
+            stored, (b, K, F, 32, D) each.
     """
 
     rows: list[int] | None

@@ -3,19 +3,19 @@
 Shapes: B sequences, T tokens cached, K key and value heads, D values in a head.
 
 A plan changes between two steps (`ElasticLLM.apply`), and each cache in use follows: `apply`
-immediately evicts the keys and values of a removed attention block, and quantises what is above its
-level in place of the old (`lower`). A layer whose cache is below native is a `GroupedLayer`;
-it is brought up to a higher level where what was lowered was copied to a file
+immediately evicts the keys and values of a removed attention block, and quantises what is
+above its level in place of the old (`lower`). A layer whose cache is below native is a
+`GroupedLayer`; it is brought up to a higher level where what was lowered was copied to a file
 (`BatchCache.copies`), else it stays as it is.
 
-A restored block lacks the keys and values of the tokens so far, and a cache stays without that
-layer. Keys and values that other layers computed under an older plan stay as they are. A new cache,
-which `refill` computes from the same tokens, equals that of a model that ran with the plan from the
-start, in every layer.
+A restored block lacks the keys and values of the tokens so far, and a cache stays without
+that layer. Keys and values that other layers computed under an older plan stay as they are. A
+new cache, which `refill` computes from the same tokens, equals that of a model that ran with
+the plan from the start, in every layer.
 
-A removed attention block has a uint8 placeholder for each token in the cache, (B, 1, T, 1) (see
-`RemovedAttention`), so that lengths and positions stay right for all other layers. The cache itself
-therefore shows which layers are missing; no other record of it exists.
+A removed attention block has a uint8 placeholder for each token in the cache, (B, 1, T, 1)
+(see `RemovedAttention`), so that lengths and positions stay right for all other layers. The
+cache itself therefore shows which layers are missing; no other record of it exists.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ def _undo(layer: Any) -> Callable[[], None]:
     if isinstance(layer, GroupedLayer):
         return layer.undo()
     cached = layer.get_seq_length()
-    window = (layer.keys, layer.values) if layer.is_sliding else None  # it loses its first tokens
+    # It loses its first tokens.
+    window = (layer.keys, layer.values) if layer.is_sliding else None
 
     def undo() -> None:
         if window is None:
@@ -222,7 +223,8 @@ def _new_copies(cache: Any) -> NewCopies | None:
     if folder is None:
         return None
     files = functools.cache(lambda rows: [TensorFile(folder) for _ in range(rows)])
-    return lambda rows: [NativeCopy(file) for file in files(rows)]  # layers of a row share a file
+    # Layers of a row share a file.
+    return lambda rows: [NativeCopy(file) for file in files(rows)]
 
 
 def note_rows(cache: Any, rows: torch.Tensor | Sequence[int] | None) -> None:
@@ -230,7 +232,8 @@ def note_rows(cache: Any, rows: torch.Tensor | Sequence[int] | None) -> None:
 
     Args:
         cache: The cache.
-        rows: The padding mask of all its columns, the length of each row, or None for no padding.
+        rows: The padding mask of all its columns, the length of each row, or None for no
+            padding.
     """
     _ROWS[cache] = rows
 
@@ -260,8 +263,9 @@ def lower(
 ) -> None:
     """Bring layers of a cache that are above their level down to it, one at a time.
 
-    A layer that would be higher at its level in one respect (width or window) and lower in the
-    other gets the lower of both. An empty layer gets its level. A removed block's stays as it is.
+    A layer that would be higher at its level in one respect (width or window) and lower in
+    the other gets the lower of both. An empty layer gets its level. A removed block's stays
+    as it is.
 
     Args:
         cache: The cache.

@@ -1,9 +1,9 @@
 """Native layers of a KV cache with room for later tokens.
 
-transformers' own layer copies all keys and values to new memory for each new token. The copies take
-time, and the freed ones leave holes in the heap that no later, longer copy fits: with 450 tokens of
-the default model they took as much memory as the cache again. A `ReservedLayer` of a service, which
-knows how long its rows can get, is allocated once.
+transformers' own layer copies all keys and values to new memory for each new token. The
+copies take time, and the freed ones leave holes in the heap that no later, longer copy fits:
+with 450 tokens of the default model they took as much memory as the cache again. A
+`ReservedLayer` of a service, which knows how long its rows can get, is allocated once.
 
 Shapes: B sequences (rows), K key and value heads, T tokens cached, D channels of a head.
 """
@@ -28,8 +28,9 @@ class ReservedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     update.
 
     Args:
-        reserve_tokens: Tokens of a row to have room for when memory is allocated. With fewer than
-            there are, memory is allocated at every update, as transformers' own layer does.
+        reserve_tokens: Tokens of a row to have room for when memory is allocated. With fewer
+            than there are, memory is allocated at every update, as transformers' own layer
+            does.
     """
 
     keys: Any  # a tensor, or None without rows

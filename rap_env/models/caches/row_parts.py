@@ -1,10 +1,10 @@
 """One pass for rows whose caches have different levels: each part of the rows has its own cache.
 
-Weights are read once for all rows; attention runs once for each part. Rows of a part have the same
-levels, and are padded to the longest of the part alone.
+Weights are read once for all rows; attention runs once for each part. Rows of a part have the
+same levels, and are padded to the longest of the part alone.
 
-Shapes: B sequences (rows) of all parts, b of one, K key and value heads, N heads, Q queries of a
-row, T columns so far, D channels of a head.
+Shapes: B sequences (rows) of all parts, b of one, K key and value heads, N heads, Q queries
+of a row, T columns so far, D channels of a head.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Tensors in files without names, whose bytes do not count as used memory.
 
-Shapes: B sequences (rows), K key and value heads, T columns, G groups of 32 tokens, D channels.
+Shapes: B sequences (rows), K key and value heads, T columns, G groups of 32 tokens, D
+channels.
 """
 
 from __future__ import annotations

@@ -27,10 +27,11 @@ from rap_env.models.caches.groups import (
 from rap_env.models.device import send
 
 _UNPACKED_BYTES = ATTENTION_WORKSPACE_BYTES * 3 // 4
-"""Bytes of a piece's unpacked codes, in uint8 and in the dtype of products. Scores have the rest.
+"""Bytes of a piece's unpacked codes, in uint8 and in the dtype of products. Scores have the
+rest.
 
-Large pieces are fast: of 8 x 2048 tokens in int4, a step takes 1.5 times that of a native cache
-with pieces of a quarter, and 1.1 times with these.
+Large pieces are fast: of 8 x 2048 tokens in int4, a step takes 1.5 times that of a native
+cache with pieces of a quarter, and 1.1 times with these.
 """
 
 _BUFFERS = threading.local()
@@ -63,8 +64,8 @@ class TokenAttention:
         self.layer, self.step, self.softcap, self.window = layer, step, softcap, window
         self.query = query.view(batch, self.heads, -1, size).float() * scale  # (B, K, R, D)
         self.dtype, self.batch, self.size = query.dtype, batch, size
-        # Codes are exact in bfloat16, and its products are twice as fast. Around zero: their sums
-        # are rounded to 8 bits.
+        # Codes are exact in bfloat16, and its products are twice as fast. Around zero: their
+        # sums are rounded to 8 bits.
         fast = query.dtype == torch.bfloat16 and layer.level.bits < 16
         self.product = torch.bfloat16 if fast else torch.float32
         self.middle = 0 if layer.level.bits >= 8 else 1 << (layer.level.bits - 1)
@@ -92,8 +93,8 @@ class TokenAttention:
     def _masks(self) -> tuple[torch.Tensor, list[tuple[tuple[int, int], torch.Tensor | None]]]:
         """What to add to scores of the tail (B, 1, 1, 32), and of stretches of groups.
 
-        A stretch that all rows see as a whole needs no mask; one that no row sees is left out. They
-        are made on the CPU, so that nothing waits for a GPU to tell which is which.
+        A stretch that all rows see as a whole needs no mask; one that no row sees is left
+        out. They are made on the CPU, so that nothing waits for a GPU to tell which is which.
         """
         layer, level = self.layer, self.layer.level
         device = layer.keys.device

@@ -26,8 +26,8 @@ class Slot:
 
     Modules are replaced in the parent's own table of modules. ``setattr`` does the same after
     looking for a parameter, a buffer or a plain attribute of that name; there is none, since
-    `original` was found in the table. The direct way is faster, and a mask may change between any
-    two tokens.
+    `original` was found in the table. The direct way is faster, and a mask may change between
+    any two tokens.
     """
 
     parent: nn.Module
@@ -87,7 +87,8 @@ class BlockSite:
     def set_cache_level(self, level: CacheLevel) -> None:
         """Let an attention block store its KV cache at a level, from its next call on.
 
-        The level is the attribute ``cache_level`` of the attention module; native ones have none.
+        The level is the attribute ``cache_level`` of the attention module; native ones have
+        none.
         """
         attention = self.slots[0].original
         if not level.native:
@@ -105,7 +106,8 @@ class FamilyAdapter:
         num_layers: L, the number of decoder layers.
         parallel: Whether both blocks of a layer read the same state (parallel residual).
         hidden_size: Width of the residual stream.
-        ffn_width: Widest hidden activation of a feed-forward block for one token, experts included.
+        ffn_width: Widest hidden activation of a feed-forward block for one token, experts
+            included.
         vocab_size: Entries of the head.
         max_positions: Longest sequence that the model supports, in tokens.
         kv_heads: Key and value heads of a layer.
@@ -141,7 +143,8 @@ class FamilyAdapter:
         """
         from transformers import DynamicCache
 
-        # The cache knows which layers have a sliding window: families encode it in different ways.
+        # The cache knows which layers have a sliding window: families encode it in different
+        # ways.
         layers: list[Any] = DynamicCache(config=self.config).layers
         return tuple(
             layer.sliding_window - 1 if getattr(layer, "is_sliding", False) else None
@@ -180,7 +183,8 @@ class FamilyAdapter:
             parent, _, attribute = path.rpartition(".")
             module = model.get_submodule(path)
             slots.append(Slot(model.get_submodule(parent), attribute, module, placeholder))
-            placeholder = nn.Identity()  # of the modules beside the one that returns the output
+            # Of the modules beside the one that returns the output.
+            placeholder = nn.Identity()
         return BlockSite(index, tuple(slots))
 
     def module_paths(self, index: int) -> tuple[str, ...]:

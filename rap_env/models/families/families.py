@@ -1,11 +1,12 @@
 """The supported decoder families: the names of their modules.
 
-To add a family, add a `Family` to `FAMILIES` under its ``config.model_type``. Two conditions must
-hold: each decoder layer adds its attention and feed-forward outputs to the residual stream
-*outside* these modules, so that an output of zeros has no effect; and there is no biased norm
-between a block's output and that sum. A norm that both blocks use (one norm in front of a parallel
-layer) belongs to neither: list only norms that a single block uses. Then add a two-layer model to
-``tests/tiny.py``: the tests of this package run on every entry there.
+To add a family, add a `Family` to `FAMILIES` under its ``config.model_type``. Two conditions
+must hold: each decoder layer adds its attention and feed-forward outputs to the residual
+stream *outside* these modules, so that an output of zeros has no effect; and there is no
+biased norm between a block's output and that sum. A norm that both blocks use (one norm in
+front of a parallel layer) belongs to neither: list only norms that a single block uses. Then
+add a two-layer model to ``tests/tiny.py``: the tests of this package run on every entry
+there.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Family:
             one returns the block's output.
         layers: Path from the decoder to the list of layers.
         ffn_width: Widest hidden activation for one token, from the config.
-        check: Raises `UnsupportedModelError` for a config of the family that cannot be masked.
+        check: Raises `UnsupportedModelError` for a config of the family that cannot be
+            masked.
         parallel: Whether both blocks of a layer read the same state, from the config.
     """
 

@@ -1,8 +1,8 @@
 """Modules in the place of removed blocks, which add nothing.
 
-The layer's `forward` stays transformers' own: it calls these modules and adds their output to the
-residual stream. A copy of this file lies in every pruned checkpoint, where transformers runs it
-without this package: it imports torch alone.
+The layer's `forward` stays transformers' own: it calls these modules and adds their output to
+the residual stream. A copy of this file lies in every pruned checkpoint, where transformers
+runs it without this package: it imports torch alone.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ class RemovedAttention(RemovedBlock):
     """Placeholder for a removed attention block; writes placeholder entries to the KV cache.
 
     Transformers reads the length of the past, and the sizes of its attention masks, from the
-    cache of one particular layer. If that layer wrote nothing, positions and masks of all other
-    layers would be wrong without an error. So the removed block still writes one uint8 value for
-    each token and sequence as key and another as value (2 bytes; the memory arithmetic counts 0).
+    cache of one particular layer. If that layer wrote nothing, positions and masks of all
+    other layers would be wrong without an error. So the removed block still writes one uint8
+    value for each token and sequence as key and another as value (2 bytes; the memory
+    arithmetic counts 0).
     """
 
     def __init__(self, layer_idx: int) -> None:
@@ -81,7 +82,8 @@ def remove_blocks(model: Any, removed: Mapping[str, Sequence[str]]) -> None:
 
     Args:
         model: A causal language model of transformers.
-        removed: By a block's name, the paths of its modules, the one that returns its output first.
+        removed: By a block's name, the paths of its modules, the one that returns its output
+            first.
     """
     for name, (first, *others) in removed.items():
         layer, _, kind = name.removeprefix("layer").partition(".")

@@ -202,7 +202,8 @@ def _row_order(
 ) -> npt.NDArray[np.int64] | None:
     """The row of a tensor that becomes each row of the packed matrix; None if more changes.
 
-    Transformers' treatment is applied to the numbers of the rows, and to those of the columns.
+    Transformers' treatment is applied to the numbers of the rows, and to those of the
+    columns.
     """
     inputs, rows = (int(size) for size in tensor.shape)
     row_numbers = np.arange(rows, dtype=np.int32)[:, None]

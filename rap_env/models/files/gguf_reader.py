@@ -43,8 +43,8 @@ class GgufFile(GGUFReader):  # type: ignore[misc]  # gguf has no types
 
     Attributes:
         fields: Entries of the header by name.
-        tensors: The tensors, in the order of the file; `data` has the shape that is stored, with
-            rows of bytes for quantised types.
+        tensors: The tensors, in the order of the file; `data` has the shape that is stored,
+            with rows of bytes for quantised types.
     """
 
     def __init__(self, path: Path) -> None:
@@ -93,9 +93,9 @@ class GgufFile(GGUFReader):  # type: ignore[misc]  # gguf has no types
 def transformers_reads(file: GgufFile) -> Iterator[None]:
     """Let transformers use `file` where it would read the same GGUF file again.
 
-    It also keeps gguf's table of tensor names, which transformers builds anew for each submodule.
-    Both are looked up in the package at each call, and put back afterwards; other files are read
-    as before.
+    It also keeps gguf's table of tensor names, which transformers builds anew for each
+    submodule. Both are looked up in the package at each call, and put back afterwards; other
+    files are read as before.
     """
     reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
 
@@ -132,7 +132,8 @@ def packed_blocks(
     Args:
         blocks: (out, bytes of a row), as the file stores them.
         kind: Their type.
-        order: The row of the file that becomes each row of the matrix, (out,); None keeps them.
+        order: The row of the file that becomes each row of the matrix, (out,); None keeps
+            them.
     """
     if order is None:
         order = np.arange(len(blocks))
@@ -192,7 +193,8 @@ def _q4_k(blocks: torch.Tensor) -> _Parts:
     """
     factor, low_factor = torch.chunk(_halves(blocks), 2, dim=-1)
     first, second, high = torch.chunk(blocks[..., 4:16], 3, dim=-1)
-    # the last four scales and minima: low bits in `high`, high bits above those of the first four
+    # the last four scales and minima: low bits in `high`, high bits above those of the first
+    # four
     scale = torch.cat((first & 63, (high & 15) | ((first >> 6) << 4)), dim=-1)
     minimum = torch.cat((second & 63, (high >> 4) | ((second >> 6) << 4)), dim=-1)
     codes = blocks[..., 16:].reshape(len(blocks), -1, _GROUP)

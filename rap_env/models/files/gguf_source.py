@@ -48,9 +48,10 @@ def converted_gguf(path: Path, sha256: str | None = None, *, packed: bool = Fals
     Args:
         path: The file.
         sha256: Its SHA-256, in hex, if it was already computed.
-        packed: Keep the file's own bits, for `rap_env.models.files.packed_folder.load_native`; else
-            quantised tensors become the float32 values that they represent, so that the folder
-            takes 4 bytes per parameter and transformers can load it.
+        packed: Keep the file's own bits, for
+            `rap_env.models.files.packed_folder.load_native`; else quantised tensors become
+            the float32 values that they represent, so that the folder takes 4 bytes per
+            parameter and transformers can load it.
     """
     if not path.is_file():
         raise ModelNotAvailableError(f"There is no GGUF file {path}; check the path.")
@@ -90,7 +91,8 @@ class PackagedGguf:
         sha256: The GGUF file's, in hex.
         download_bytes: Bytes of all packages.
         parts: The packages, in order.
-        terms: Address of terms that a user must accept; empty if its licence asks for nothing.
+        terms: Address of terms that a user must accept; empty if its licence asks for
+            nothing.
     """
 
     alias: str

@@ -21,7 +21,8 @@ PROBE_S = 5.0
 """Seconds without an answer after which the hub counts as unreachable."""
 
 OFFLINE_VARIABLE = "RAP_OFFLINE"
-"""Environment variable that forbids every download; ``HF_HUB_OFFLINE`` forbids the hub alone."""
+"""Environment variable that forbids every download; ``HF_HUB_OFFLINE`` forbids the hub
+alone."""
 _TRUE = {"1", "ON", "YES", "TRUE"}
 
 _SAFETENSORS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
@@ -36,7 +37,8 @@ def cached_hub_folder(repo_id: str, revision: str | None = None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    # Not snapshot_download: it would miss files that are not needed (pictures, other formats).
+    # Not snapshot_download: it would miss files that are not needed (pictures, other
+    # formats).
     try:
         config = try_to_load_from_cache(repo_id, "config.json", revision=revision)
     except HFValidationError:
@@ -50,8 +52,8 @@ def cached_hub_folder(repo_id: str, revision: str | None = None) -> Path | None:
 def hub_folder(repo_id: str, revision: str | None, check: Callable[[Path], object]) -> Path:
     """The folder of a hub model, downloaded if it is not in the hub's cache yet.
 
-    A model that is in the cache is used as it is, without a look at the network, so that a run
-    gives the same with and without one; name a revision to get another.
+    A model that is in the cache is used as it is, without a look at the network, so that a
+    run gives the same with and without one; name a revision to get another.
 
     Args:
         repo_id: ``organisation/name``.

@@ -68,23 +68,24 @@ def load_llm(
     """Load a causal language model, ready for masks: in evaluation mode, without gradients.
 
     Args:
-        model: The alias ``"smollm2-135m"`` (or ``"smollm2-135m@hub"``, ``"smollm2-135m@pypi"``,
-            see `models.files.sources`), a hub id (``"org/name"`` or ``"org/name@revision"``),
-            a folder that transformers or `save_pruned` wrote, or a ``.gguf`` file.
+        model: The alias ``"smollm2-135m"`` (or ``"smollm2-135m@hub"``,
+            ``"smollm2-135m@pypi"``, see `models.files.sources`), a hub id (``"org/name"`` or
+            ``"org/name@revision"``), a folder that transformers or `save_pruned` wrote, or a
+            ``.gguf`` file.
         device: ``"auto"`` (CUDA if there is any), ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
-        dtype: ``"auto"`` (bfloat16, or float16 on older GPUs, where the processor has instructions
-            for it, else float32; see `rap_env.models.device.choose_dtype`, and for packed weights
-            `rap_env.models.weights.packing.choose_packed_dtype`), ``"float32"``, ``"bfloat16"`` or
-            ``"float16"``. A pruned checkpoint has its own.
+        dtype: ``"auto"`` (bfloat16, or float16 on older GPUs, where the processor has
+            instructions for it, else float32; see `rap_env.models.device.choose_dtype`, and
+            for packed weights `rap_env.models.weights.packing.choose_packed_dtype`),
+            ``"float32"``, ``"bfloat16"`` or ``"float16"``. A pruned checkpoint has its own.
         weights: ``"native"`` keeps a GGUF file's own bits, and is ``"bf16"`` for all other
             sources; ``"bf16"`` unquantises to `dtype`; ``"int8"`` and ``"int4"`` quantise the
             unquantised blocks, and embeddings with head to int8 (once; the result is cached).
-        lean: Use `models.live.lean_llama` where it can stand in for transformers' model (packed
-            Llama models on a CPU). The process takes about 130 MiB less and the model serves in
-            the same way, bit for bit, but cannot be scored and has no ``generate``.
-        before_weights: Called with an estimate of the bytes that loading (and `set_residency`)
-            still takes at its peak, before the tokenizer is read and again, closer, before the
-            weights are; an error that it raises ends the loading.
+        lean: Use `models.live.lean_llama` where it can stand in for transformers' model
+            (packed Llama models on a CPU). The process takes about 130 MiB less and the model
+            serves in the same way, bit for bit, but cannot be scored and has no ``generate``.
+        before_weights: Called with an estimate of the bytes that loading (and
+            `set_residency`) still takes at its peak, before the tokenizer is read and again,
+            closer, before the weights are; an error that it raises ends the loading.
 
     Returns:
         A new model; see `shared_llm` for one that the process shares.
@@ -92,8 +93,8 @@ def load_llm(
     Raises:
         UnknownNameError: The alias, device, dtype or format of weights does not exist.
         ModelNotAvailableError: The model is not on this machine and cannot be downloaded.
-        UnsupportedModelError: The family is not known (nothing was loaded), the weights do not
-            fit the config, or the folder does not have them in that format.
+        UnsupportedModelError: The family is not known (nothing was loaded), the weights do
+            not fit the config, or the folder does not have them in that format.
         ChecksumError: A file is damaged.
         StorageFullError: The disk is full.
     """
@@ -220,9 +221,9 @@ def shared_llm(
 ) -> ElasticLLM:
     """The model that this process shares among all callers with the same arguments.
 
-    It is loaded at the first call. A forked process continues to use the model that its parent
-    loaded (on the CPU without a copy in memory); a spawned one loads its own. Apply masks with
-    ``with llm.applied(mask):``, so that other users find the model unchanged.
+    It is loaded at the first call. A forked process continues to use the model that its
+    parent loaded (on the CPU without a copy in memory); a spawned one loads its own. Apply
+    masks with ``with llm.applied(mask):``, so that other users find the model unchanged.
 
     Args and errors are those of `load_llm`.
     """

@@ -38,7 +38,8 @@ def made_apart() -> Iterator[None]:
     """Let `made_once` fill folders in a process of its own in a ``with`` block.
 
     A conversion imports libraries and takes memory that its process keeps. The program's main
-    module must be importable without effect, as for any process that `multiprocessing` spawns.
+    module must be importable without effect, as for any process that `multiprocessing`
+    spawns.
     """
     before = _apart.set(True)
     try:
@@ -61,8 +62,8 @@ def file_sha256(path: Path) -> str:
 def is_intact(folder: Path) -> bool:
     """Whether a folder exists and its files are those of its manifest.
 
-    A file with the size and time of the manifest is accepted; one with another time (the cache was
-    copied) is hashed. Silent corruption of a file changes the model's fingerprint.
+    A file with the size and time of the manifest is accepted; one with another time (the
+    cache was copied) is hashed. Silent corruption of a file changes the model's fingerprint.
     """
     try:
         manifest = load_artifact(folder / MANIFEST, _KIND, _VERSION)
@@ -85,13 +86,14 @@ def made_once(
 ) -> Path:
     """The folder, created now if it is missing or damaged.
 
-    An incomplete folder is never visible: it is filled under another name and moved at the end.
-    If several processes call this concurrently, one creates the folder and the others wait.
-    Leftovers of killed processes are removed.
+    An incomplete folder is never visible: it is filled under another name and moved at the
+    end. If several processes call this concurrently, one creates the folder and the others
+    wait. Leftovers of killed processes are removed.
 
     Args:
         folder: Path of the folder.
-        make: Fills an empty folder and returns its source for the manifest. It can be pickled.
+        make: Fills an empty folder and returns its source for the manifest. It can be
+            pickled.
         announcement: What is logged before.
         level: Level of that line.
     """
@@ -138,8 +140,8 @@ def locked(target: Path) -> Iterator[None]:
 def scratch(target: Path) -> Iterator[Path]:
     """An empty folder in the parent of `target`, removed afterwards unless it was moved.
 
-    Leftovers of earlier, killed attempts are removed first. Call it under `locked(target)` where
-    several processes may fill the same folder.
+    Leftovers of earlier, killed attempts are removed first. Call it under `locked(target)`
+    where several processes may fill the same folder.
     """
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,10 @@
 """Folders with packed weights: loaded without widening, and made once from unquantised models.
 
-Beside config and tokenizer such a folder has one safetensors file. A packed matrix has codes and
-scales there (``model.layers.0.mlp.up_proj.weight_codes`` and ``..._scales``, see
-`models.weights.packing`); the type of the codes tells its level. Norms, biases and what cannot be
-packed have their usual names and are stored as the source has them. A tied head is not stored.
+Beside config and tokenizer such a folder has one safetensors file. A packed matrix has codes
+and scales there (``model.layers.0.mlp.up_proj.weight_codes`` and ``..._scales``, see
+`models.weights.packing`); the type of the codes tells its level. Norms, biases and what
+cannot be packed have their usual names and are stored as the source has them. A tied head is
+not stored.
 """
 
 from __future__ import annotations
@@ -127,8 +128,8 @@ _OTHER_FILES = (".json", ".txt", ".model", ".jinja")
 def quantised_folder(source: Path, level: PackedLevel) -> Path:
     """The packed folder of a model, for `load_native`; made at the first call.
 
-    All blocks are at `level`, and embeddings with head at int8. Int4 weights are calibrated on text
-    that the model writes itself.
+    All blocks are at `level`, and embeddings with head at int8. Int4 weights are calibrated
+    on text that the model writes itself.
 
     Args:
         source: The folder of the unquantised model.

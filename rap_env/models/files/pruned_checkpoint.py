@@ -1,11 +1,11 @@
 """Save a pruned model as a smaller checkpoint without the removed tensors, and load it.
 
-The folder holds safetensors, config, generation config and tokenizer as transformers writes them,
-and ``rap_pruned.json`` with the names of the removed blocks and checksums. The family's own class
-would fill the removed blocks with random weights and only warn. So ``config.json`` states the model
-type ``rap_pruned``, and the folder has the code that transformers opens it with
-(`rap_env.models.files.pruned_code`): without ``trust_remote_code=True`` its Auto classes reject the
-folder. `load_pruned` runs no such code.
+The folder holds safetensors, config, generation config and tokenizer as transformers writes
+them, and ``rap_pruned.json`` with the names of the removed blocks and checksums. The family's
+own class would fill the removed blocks with random weights and only warn. So ``config.json``
+states the model type ``rap_pruned``, and the folder has the code that transformers opens it
+with (`rap_env.models.files.pruned_code`): without ``trust_remote_code=True`` its Auto classes
+reject the folder. `load_pruned` runs no such code.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def save_pruned(
     """Save a model without the tensors of the blocks of `mask`.
 
     The folder appears only when it is complete. An older pruned checkpoint there is replaced.
-    Besides `load_pruned`, ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``
-    opens the folder.
+    Besides `load_pruned`, ``AutoModelForCausalLM.from_pretrained(folder,
+    trust_remote_code=True)`` opens the folder.
 
     Args:
         llm: The model; its current mask has no effect and is applied again afterwards.
@@ -85,7 +85,8 @@ def save_pruned(
         _write(llm, mask, work)
         if readme:
             (work / "README.md").write_text(readme, encoding="utf-8")
-        mode = (work / PRUNED_FILE).stat().st_mode  # only their owner can read safetensors' files
+        # Only their owner can read safetensors' files.
+        mode = (work / PRUNED_FILE).stat().st_mode
         for path in work.iterdir():
             path.chmod(mode)
         _replace(folder, work)
@@ -98,7 +99,8 @@ def load_pruned(
     """Load a pruned checkpoint; the removed blocks take no memory, not even while loading.
 
     Its logits equal those of the masked model bit for bit. Its blocks keep their names and
-    indices; the removed ones are in `ElasticLLM.pruned`, have 0 bytes, and no mask restores them.
+    indices; the removed ones are in `ElasticLLM.pruned`, have 0 bytes, and no mask restores
+    them.
 
     Args:
         folder: A folder that `save_pruned` wrote.
@@ -143,7 +145,8 @@ def load_pruned(
 
 def _write(llm: ElasticLLM, mask: Plan, folder: Path) -> None:
     with llm.applied(mask), transformers_bars(shown=False):
-        # With the names that the model has, so that transformers need not know its model type.
+        # With the names that the model has, so that transformers need not know its model
+        # type.
         llm.model.save_pretrained(folder, save_original_format=False)
     if llm.tokenizer is not None:
         llm.tokenizer.save_pretrained(folder)

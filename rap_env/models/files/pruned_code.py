@@ -1,8 +1,9 @@
 """The code and config of a pruned checkpoint, with which transformers and vLLM open it.
 
 `code_files` derives a model class from that of the family; its constructor leaves the removed
-blocks out. Their placeholders are a copy of `families.placeholders`. vLLM's ``DeciLMForCausalLM``
-reads from the config's ``block_configs`` which blocks of each layer are left out.
+blocks out. Their placeholders are a copy of `families.placeholders`. vLLM's
+``DeciLMForCausalLM`` reads from the config's ``block_configs`` which blocks of each layer are
+left out.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from rap_env.plan import Plan, block_index
 from rap_env.version import __version__
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2")
-"""Model types whose blocks are those of Llama, some with biases: what other engines can prune."""
+"""Model types whose blocks are those of Llama, some with biases: what other engines can
+prune."""
 
 VLLM_ENTRIES = ("block_configs", "qkv_bias")
 """Entries that `vllm_entries` adds to those of the family, beside ``architectures``."""
@@ -60,7 +62,8 @@ def vllm_entries(adapter: FamilyAdapter, removed: Plan) -> dict[str, Any]:
         for attn, ffn in zip(is_removed[::2], is_removed[1::2], strict=True)
     ]
     entries: dict[str, Any] = {"architectures": [_ARCHITECTURE], "block_configs": blocks}
-    if adapter.model_type == "qwen2":  # biases of queries, keys and values, but not of the output
+    # Biases of queries, keys and values, but not of the output.
+    if adapter.model_type == "qwen2":
         entries["qkv_bias"] = True
     return entries
 
@@ -69,7 +72,8 @@ MODEL_TYPE = "rap_pruned"
 """Model type in the config of pruned checkpoints, which transformers alone does not know."""
 
 REMOVED_ENTRY = "removed_blocks"
-"""Entry of the config with the removed blocks; see `models.families.placeholders.remove_blocks`."""
+"""Entry of the config with the removed blocks; see
+`models.families.placeholders.remove_blocks`."""
 
 _CODE, _PLACEHOLDERS = "modeling_rap_pruned", "rap_placeholders"
 _CONFIG_CLASS, _MODEL_CLASS = "RapPrunedConfig", "RapPrunedForCausalLM"

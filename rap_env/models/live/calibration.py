@@ -1,9 +1,9 @@
 """Calibration of a live model: text that it writes itself, and levels that a text makes.
 
 Levels of four bits and less are made by GPTQ (`models.weights.gptq`) with a text, which loses
-far less than rounding the weights alone. In a plan each block has a level of its own, so the inputs
-of a block are those of the native model. The matrices of a block have the same level, so its last
-one makes up for the errors of the others.
+far less than rounding the weights alone. In a plan each block has a level of its own, so the
+inputs of a block are those of the native model. The matrices of a block have the same level,
+so its last one makes up for the errors of the others.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def generate_windows(
         window_tokens: Tokens of each.
         seed: Seed of the sampling; the process's own random numbers are not touched.
         note: Called with the number of new tokens, from time to time.
-        first_tokens: The first token of each window, (windows,); by default windows follow the
-            start token, which is not part of them.
+        first_tokens: The first token of each window, (windows,); by default windows follow
+            the start token, which is not part of them.
     """
     start = start_token(llm)
     if start is None:
@@ -114,13 +114,13 @@ _VERSION = 4
 """Part of the names of files: increase it when the weights come out differently."""
 
 _OWN_TEXT_DAMPING = 0.1
-"""Ten times the usual: with 0.01, FFN blocks at int3 made with text of the default model's own lost
-0.38 nats per token on WikiText, with 0.1 and 0.3 they lost 0.25."""
+"""Ten times the usual: with 0.01, FFN blocks at int3 made with text of the default model's
+own lost 0.38 nats per token on WikiText, with 0.1 and 0.3 they lost 0.25."""
 
 _CORRECTED: tuple[PackedLevel, ...] = ("int3", "int2")
-"""Levels at which the last matrix of a block makes up for the others; at four bits they lose hardly
-anything. At int3 all blocks of the default model lost 0.44 nats per token without it on six windows
-of WikiText that no result is measured on, and 0.29 with it."""
+"""Levels at which the last matrix of a block makes up for the others; at four bits they lose
+hardly anything. At int3 all blocks of the default model lost 0.44 nats per token without it
+on six windows of WikiText that no result is measured on, and 0.29 with it."""
 _CORRECTION_DAMPING = 0.3
 _EVERY = 2  # of the windows that it is fitted on
 _WINDOWS = 8  # that a block runs at a time; a multiple of `_EVERY`
@@ -132,8 +132,8 @@ def calibration_windows(llm: ElasticLLM) -> torch.Tensor:
     """The text that a model's levels are made with by default, (windows, tokens): its own.
 
     Half of the windows begin with random tokens (as in Liu et al. 2023, LLM-QAT), because 40
-    windows of the default model began with 15 different ones; this lowered the loss of FFN blocks
-    at int3 from 0.25 to 0.23 nats per token.
+    windows of the default model began with 15 different ones; this lowered the loss of FFN
+    blocks at int3 from 0.25 to 0.23 nats per token.
     """
     if (packaged := _packaged_text(llm)) is not None:
         return packaged
@@ -192,7 +192,8 @@ def use_text(
 
     Args:
         llm: The model.
-        windows: Token ids, (windows, tokens); ten thousand tokens are enough for good weights.
+        windows: Token ids, (windows, tokens); ten thousand tokens are enough for good
+            weights.
         levels: Packed levels below int8.
         uniform: As for `calibrate`.
     """
@@ -225,16 +226,16 @@ def calibrate(
 ) -> None:
     """Make levels of all blocks and of the head with a text, as far as they have these levels.
 
-    Each level of each block is a file in the cache folder, which later processes read; a process
-    that was killed goes on where it was. For a model of 100 million parameters in its blocks it
-    takes about a minute for the text and a minute for each level.
+    Each level of each block is a file in the cache folder, which later processes read; a
+    process that was killed goes on where it was. For a model of 100 million parameters in its
+    blocks it takes about a minute for the text and a minute for each level.
 
     Args:
         llm: As for `use_text`.
         windows: See there.
         levels: See there.
-        uniform: All blocks will have the only level of `levels`: each is made for the inputs that
-            the lowered blocks before it give, so that it makes up for their errors.
+        uniform: All blocks will have the only level of `levels`: each is made for the inputs
+            that the lowered blocks before it give, so that it makes up for their errors.
 
     Raises:
         StorageFullError: No space for the files.
@@ -332,7 +333,8 @@ def _quantise(
     """
     last = item.places[-1]
     if level not in _CORRECTED or last not in quantisers or len(inputs) < sum(map(len, states)):
-        item.quantise(level, quantisers)  # a last matrix of an expert does not see all windows
+        # A last matrix of an expert does not see all windows.
+        item.quantise(level, quantisers)
         return
     quantiser = quantisers[last]
     item.quantise(level, {place: own for place, own in quantisers.items() if place is not last})

@@ -33,16 +33,16 @@ from rap_env.plan import Plan, check_levels
 class ElasticLLM:
     """A causal language model whose blocks and caches follow a plan.
 
-    A removed block's modules are replaced by placeholders without weights or computation, and those
-    of a block with other weights by packed ones. This object keeps the originals, so that any plan
-    can be undone exactly. While a plan is applied, `model` is what it leaves: its `state_dict()`
-    and `parameters()` contain only the kept blocks, at their levels, so apply the empty plan before
-    you move, convert or save `model` as a whole.
+    A removed block's modules are replaced by placeholders without weights or computation, and
+    those of a block with other weights by packed ones. This object keeps the originals, so
+    that any plan can be undone exactly. While a plan is applied, `model` is what it leaves:
+    its `state_dict()` and `parameters()` contain only the kept blocks, at their levels, so
+    apply the empty plan before you move, convert or save `model` as a whole.
 
     Generation with a KV cache is exact under any plan (`generate`), and `apply` may change it
-    between any two steps of a `LiveBatch`, from any thread; see also `set_residency`. Outputs such
-    as ``output_attentions`` list only the kept blocks. If you call `model` directly while another
-    thread changes plans, hold `exclusive`.
+    between any two steps of a `LiveBatch`, from any thread; see also `set_residency`. Outputs
+    such as ``output_attentions`` list only the kept blocks. If you call `model` directly
+    while another thread changes plans, hold `exclusive`.
 
     Args:
         model: A causal language model of a known family. It is put into evaluation mode.
@@ -53,12 +53,13 @@ class ElasticLLM:
     Attributes:
         model: The live model, as the current plan leaves it.
         adapter: Describes the blocks, from the config.
-        calibration: Hash of the text with which levels of few bits are made; empty without one.
+        calibration: Hash of the text with which levels of few bits are made; empty without
+            one.
         calibrator: Makes them once they are needed and do not exist; None: `calibrate` first.
 
     Raises:
-        UnsupportedModelError: The family is unknown or its layout cannot be masked, or its weights
-            are on several devices.
+        UnsupportedModelError: The family is unknown or its layout cannot be masked, or its
+            weights are on several devices.
     """
 
     def __init__(
@@ -106,17 +107,19 @@ class ElasticLLM:
         """Give every item its level in a plan; a mask's kept blocks are native.
 
         Waits for a step of another thread to end. Then caches are evicted or requantised, and
-        weights that the plan does not use are freed as `set_residency` selects, before others are
-        loaded.
+        weights that the plan does not use are freed as `set_residency` selects, before others
+        are loaded.
 
         Raises:
             UnknownNameError: The model does not have an item or a level; nothing changes.
-            UnsupportedCacheError: The model's attention knows no levels of caches; nothing changes.
-            UnsupportedModelError: With residency ``"drop"``, the model's files lack the weights of
-                the embeddings; nothing changes.
+            UnsupportedCacheError: The model's attention knows no levels of caches; nothing
+                changes.
+            UnsupportedModelError: With residency ``"drop"``, the model's files lack the
+                weights of the embeddings; nothing changes.
             StorageFullError: No space for the file of a level; nothing changes.
             ChecksumError: A file of weights is damaged or was changed; nothing changes.
-            ModelNotAvailableError: A file of weights is missing or cannot be read; nothing changes.
+            ModelNotAvailableError: A file of weights is missing or cannot be read; nothing
+                changes.
         """
         with self.exclusive():
             self.prepare(plan)
@@ -136,8 +139,8 @@ class ElasticLLM:
     def applied(self, plan: Plan) -> Iterator[ElasticLLM]:
         """Apply a plan for the duration of a ``with`` block, in which other threads wait.
 
-        The earlier plan is restored afterwards, also after an error. Weights that are unused only
-        inside the ``with`` block stay in memory.
+        The earlier plan is restored afterwards, also after an error. Weights that are unused
+        only inside the ``with`` block stay in memory.
         """
         with self.exclusive():
             before = self.plan
@@ -174,8 +177,8 @@ class ElasticLLM:
     def set_residency(self, residency: Residency) -> None:
         """Select where weights are kept that the plan does not use, including those unused now.
 
-        The first call with ``"offload"`` or ``"drop"`` copies every block's weights to a buffer and
-        checks that they can be read again; this takes seconds per GB.
+        The first call with ``"offload"`` or ``"drop"`` copies every block's weights to a
+        buffer and checks that they can be read again; this takes seconds per GB.
 
         Raises:
             UnknownNameError: There is no such residency.
@@ -262,16 +265,16 @@ class ElasticLLM:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`model.generate` without gradients, under the present plan until it ends.
 
-        Other threads that apply a plan or generate wait until then; use `rap_env.Engine` where
-        plans should change while requests run.
+        Other threads that apply a plan or generate wait until then; use `rap_env.Engine`
+        where plans should change while requests run.
 
         Args:
             *args: As for transformers' ``generate``.
             **kwargs: As for transformers' ``generate``.
 
         Raises:
-            UnsupportedCacheError: A cache was given that other attention blocks filled, or one
-                that cannot have the plan's levels.
+            UnsupportedCacheError: A cache was given that other attention blocks filled, or
+                one that cannot have the plan's levels.
             UnsupportedModelError: The model's modules were replaced (`LiveBatch` runs them).
         """
         reject_lean(self.model, "generate (use LiveBatch)")
@@ -328,8 +331,8 @@ def _keep_in_place(model: nn.Module) -> None:
 class _InPlace:
     """Stands in for `nn.Module._apply` of a model that must not be moved or converted any more.
 
-    Other tensors (buffers of weights, copies on the host) would stay where they were, and a later
-    pass would fail in the middle. What changes neither device nor dtype is allowed.
+    Other tensors (buffers of weights, copies on the host) would stay where they were, and a
+    later pass would fail in the middle. What changes neither device nor dtype is allowed.
     """
 
     def __init__(self, model: nn.Module) -> None:

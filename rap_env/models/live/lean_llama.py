@@ -1,15 +1,15 @@
 """A Llama decoder in plain torch, for serving in little memory.
 
-Transformers' Llama imports what inference does not use: the compiler, distributed tensors, computer
-algebra and training losses, about 130 MiB of resident memory, which no subclass of it could save.
-This one has the same modules under the same names and computes the same numbers, bit for bit (but
-for the order in which the norms of a decode step in bfloat16 add), so masks, levels and caches work
-on it as on transformers' own. It has only what `models.live.live_batch.LiveBatch` needs: it cannot
-be scored and has no ``generate``.
+Transformers' Llama imports what inference does not use: the compiler, distributed tensors,
+computer algebra and training losses, about 130 MiB of resident memory, which no subclass of
+it could save. This one has the same modules under the same names and computes the same
+numbers, bit for bit (but for the order in which the norms of a decode step in bfloat16 add),
+so masks, levels and caches work on it as on transformers' own. It has only what
+`models.live.live_batch.LiveBatch` needs: it cannot be scored and has no ``generate``.
 
-A decode step spends a third less time than transformers', which for one token is spent on calling
-operations rather than in them: so queries and keys are rotated in one tensor, sums and products are
-written in place, and a norm is a single operation.
+A decode step spends a third less time than transformers', which for one token is spent on
+calling operations rather than in them: so queries and keys are rotated in one tensor, sums
+and products are written in place, and a norm is a single operation.
 """
 
 from __future__ import annotations
@@ -216,7 +216,8 @@ class _Attention(nn.Module):
         self, states: torch.Tensor, *, mask: torch.Tensor | None, rotary: _Rotation, cache: Any
     ) -> tuple[torch.Tensor, None]:
         batch, tokens, _ = states.shape
-        # A view where a row has one token; the heads of both in one operation take half of the time
+        # A view where a row has one token; the heads of both in one operation take half of
+        # the time
         both = torch.cat((self.q_proj(states), self.k_proj(states)), dim=-1)
         heads = (batch, tokens, -1, self.head_dim)
         both, value = (x.view(heads).transpose(1, 2) for x in (both, self.v_proj(states)))
@@ -245,8 +246,8 @@ class _MLP(nn.Module):
 
 
 _NORM_VALUES = 28 * 1024
-"""Values that are normalised at a time. More take over 128 KiB in float32, which the C library gets
-from the system anew for each operation: a twentieth of a prefill."""
+"""Values that are normalised at a time. More take over 128 KiB in float32, which the C
+library gets from the system anew for each operation: a twentieth of a prefill."""
 
 
 class _RMSNorm(nn.Module):
@@ -266,8 +267,9 @@ class _RMSNorm(nn.Module):
         return normed
 
     def _normed(self, states: torch.Tensor) -> torch.Tensor:
-        # Without the weight, because transformers rounds to the dtype before it multiplies. Values
-        # beside their opposites have a mean of 0: for few, one operation in place of eight.
+        # Without the weight, because transformers rounds to the dtype before it multiplies.
+        # Values beside their opposites have a mean of 0: for few, one operation in place of
+        # eight.
         if states.shape[-2] == 1 and states.dtype == torch.bfloat16:
             both = torch.cat((states, -states), dim=-1)
             normed = torch.layer_norm(both, both.shape[-1:], None, None, self._epsilon)
@@ -306,8 +308,8 @@ def causal_mask(
 ) -> torch.Tensor | None:
     """The mask of scaled dot product attention, (B, 1, new, cached + new), True for what is seen.
 
-    None if attention needs none: no token is padding, and either one query sees everything, or
-    nothing is cached, which the kernel's own causal attention handles.
+    None if attention needs none: no token is padding, and either one query sees everything,
+    or nothing is cached, which the kernel's own causal attention handles.
     """
     padded = attention_mask is not None and not bool(attention_mask.all())
     if not padded and (new == 1 or not cached):

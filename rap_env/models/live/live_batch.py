@@ -1,7 +1,7 @@
 """A batch of sequences with their KV caches; sequences join and leave, and the plan may change.
 
-Shapes: B sequences (rows), T tokens cached for each, V entries of the head. Shorter rows are padded
-on the left; attention masks hide the padding.
+Shapes: B sequences (rows), T tokens cached for each, V entries of the head. Shorter rows are
+padded on the left; attention masks hide the padding.
 """
 
 from __future__ import annotations
@@ -35,27 +35,29 @@ from rap_env.plan import Plan
 class LiveBatch:
     """A batch of sequences with their KV caches on a live model.
 
-    It runs under the model's plan: `ElasticLLM.apply` may change the plan between any two calls,
-    from any thread. The keys and values of a removed attention block are evicted immediately; rows
-    go on without a block that is restored, and with caches below the plan's levels unless there are
-    copies (see `models.caches.kv_cache`). Rows whose caches have different levels are in parts,
-    each with a cache of its own; one pass runs them all (see `models.caches.row_parts`), and
-    another one those that lack other attention blocks. Each call holds the model exclusively; all
-    calls of one batch must come from one thread. After a call that failed the rows are unchanged,
-    and the next call computes their cache again.
+    It runs under the model's plan: `ElasticLLM.apply` may change the plan between any two
+    calls, from any thread. The keys and values of a removed attention block are evicted
+    immediately; rows go on without a block that is restored, and with caches below the plan's
+    levels unless there are copies (see `models.caches.kv_cache`). Rows whose caches have
+    different levels are in parts, each with a cache of its own; one pass runs them all (see
+    `models.caches.row_parts`), and another one those that lack other attention blocks. Each
+    call holds the model exclusively; all calls of one batch must come from one thread. After
+    a call that failed the rows are unchanged, and the next call computes their cache again.
 
     Args:
         llm: The live model.
-        most_tokens: Most tokens, of all rows together, to run at once in a prefill; fewer need less
-            workspace.
-        interrupt: Called before each layer of a pass, but not of a refill. If it returns True, the
-            pass ends there with a `PassInterruptedError`, and rows and caches are unchanged.
-        copies: A folder for files with copies of what is lowered, from which caches get better
-            levels at once when the plan has them; None for no copies.
+        most_tokens: Most tokens, of all rows together, to run at once in a prefill; fewer
+            need less workspace.
+        interrupt: Called before each layer of a pass, but not of a refill. If it returns
+            True, the pass ends there with a `PassInterruptedError`, and rows and caches are
+            unchanged.
+        copies: A folder for files with copies of what is lowered, from which caches get
+            better levels at once when the plan has them; None for no copies.
 
     Attributes:
-        reserve_tokens: Tokens of a row for which native caches get room when they are allocated,
-            so that they need not be copied until then. What is reserved counts in `kv_bytes`.
+        reserve_tokens: Tokens of a row for which native caches get room when they are
+            allocated, so that they need not be copied until then. What is reserved counts in
+            `kv_bytes`.
     """
 
     def __init__(
@@ -266,8 +268,9 @@ class LiveBatch:
     def join(self, other: LiveBatch) -> None:
         """Append the rows of another batch, which is empty afterwards.
 
-        All caches are updated to the model's plan first. Rows whose caches have the same levels and
-        lack the same layers as those of the last ones here share a cache with them.
+        All caches are updated to the model's plan first. Rows whose caches have the same
+        levels and lack the same layers as those of the last ones here share a cache with
+        them.
 
         Raises:
             InvalidRequestError: The other batch uses another model.

@@ -65,12 +65,14 @@ class LiveBlocks:
         """The weights of all blocks, and of embeddings with head."""
         return (*self.items, self.embeddings)
 
-    @torch.inference_mode(False)  # weights that are loaded or made now are used outside of it too
+    # Weights that are loaded or made now are used outside of it too.
+    @torch.inference_mode(False)
     def prepare(self, target: Plan) -> None:
         """Make levels that did not exist so far, as far as they can be kept out of memory.
 
         Raises:
-            ChecksumError: A file that `set` will read is damaged or was changed; nothing changes.
+            ChecksumError: A file that `set` will read is damaged or was changed; nothing
+                changes.
             ModelNotAvailableError: It is missing or cannot be read; nothing changes.
         """
         if self.store is not None:
@@ -96,9 +98,9 @@ class LiveBlocks:
 
         Args:
             target: The new plan; it is prepared first.
-            evict: Free the weights that it does not use, unless the residency keeps them. This
-                happens before others are loaded, so that memory never holds more than either plan
-                needs.
+            evict: Free the weights that it does not use, unless the residency keeps them.
+                This happens before others are loaded, so that memory never holds more than
+                either plan needs.
         """
         self.prepare(target)
         before = self.plan

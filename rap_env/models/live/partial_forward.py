@@ -1,9 +1,10 @@
 """Forward passes in parts, without a copy of any `forward`: one block at a time, or some positions.
 
-The model's own code runs unchanged. Its decoder is called once with layers that only record their
-arguments (positions, rotary tables, attention masks). After that any layer can be called with the
-same arguments on any hidden state. A single block runs as its layer with the other block removed.
-Packed weights are widened once and kept while many rows run through them, as in scoring.
+The model's own code runs unchanged. Its decoder is called once with layers that only record
+their arguments (positions, rotary tables, attention masks). After that any layer can be
+called with the same arguments on any hidden state. A single block runs as its layer with the
+other block removed. Packed weights are widened once and kept while many rows run through
+them, as in scoring.
 """
 
 from __future__ import annotations
@@ -26,18 +27,20 @@ from rap_env.models.weights.packed_modules import PackedEmbedding, PackedModule
 from rap_env.plan import Plan
 
 WIDENED_BYTES = 2**30
-"""Most bytes of widened weights that the scorers of one model keep; the head's may exceed them."""
+"""Most bytes of widened weights that the scorers of one model keep; the head's may exceed
+them."""
 
 
 class WidenedWeights:
     """Widens the weights of packed modules once, and computes with them in a ``with`` block.
 
-    Scores must not depend on how much memory there is. So a module whose widened weights are not
-    kept is widened for each call, and its own kernels are not used in the ``with`` block.
+    Scores must not depend on how much memory there is. So a module whose widened weights are
+    not kept is widened for each call, and its own kernels are not used in the ``with`` block.
 
     Attributes:
-        max_bytes: Most bytes of widened weights that are kept, besides heads. The first ones are
-            kept: modules run in turn, so replacing the oldest would free each before its next use.
+        max_bytes: Most bytes of widened weights that are kept, besides heads. The first ones
+            are kept: modules run in turn, so replacing the oldest would free each before its
+            next use.
     """
 
     def __init__(self) -> None:
@@ -106,19 +109,19 @@ _Call = tuple[tuple[Any, ...], dict[str, Any]]
 class PartialForward:
     """Runs a live model in steps: the embedding, each block, the last norm, the head.
 
-    Shapes: B sequences, T tokens, H hidden width, V vocabulary. Sequences have no padding. The
-    plan that is applied to the model has no effect: each step names the blocks that it runs
-    and their levels.
+    Shapes: B sequences, T tokens, H hidden width, V vocabulary. Sequences have no padding.
+    The plan that is applied to the model has no effect: each step names the blocks that it
+    runs and their levels.
 
     Args:
         llm: The live model.
-        widen: Whether packed weights are widened once and kept, which is faster for many rows (see
-            `rap_env.models.live.partial_forward`).
+        widen: Whether packed weights are widened once and kept, which is faster for many rows
+            (see `rap_env.models.live.partial_forward`).
 
     Attributes:
         adapter: The family adapter of the model.
-        steps: Blocks that run together, in order: each block alone, except that both blocks of a
-            layer run together if they read the same state (parallel residual).
+        steps: Blocks that run together, in order: each block alone, except that both blocks
+            of a layer run together if they read the same state (parallel residual).
     """
 
     def __init__(self, llm: ElasticLLM, *, widen: bool = False) -> None:
@@ -221,8 +224,8 @@ class PartialForward:
     def _calls_for(self, state: torch.Tensor) -> list[_Call]:
         """The arguments with which the decoder calls each layer for sequences of this length.
 
-        Recorded for one sequence, they hold for any number: no sequence has padding, so positions
-        and attention masks are the same for all, and broadcast.
+        Recorded for one sequence, they hold for any number: no sequence has padding, so
+        positions and attention masks are the same for all, and broadcast.
         """
         length = state.shape[1]
         if length not in self._calls:

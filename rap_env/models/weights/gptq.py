@@ -1,12 +1,12 @@
 """GPTQ: a quantiser that keeps the outputs of a layer.
 
-For inputs x of a linear layer, the squared error of its outputs under a change D of its weights is
-``trace(D H D.T)`` with the Hessian ``H = x.T x``. GPTQ (Frantar et al. 2023) rounds one input after
-the other and lets the weights of later inputs compensate for each error. Here each group of inputs
-gets its scale and zero when its turn comes, from the compensated weights. Then codes and scales are
-improved in turn: each scale and zero by least squares under H, and each code by coordinate descent
-(as in QuantEase, Behdin et al. 2023). A layer behind quantised ones can make up for their errors
-(`correction`).
+For inputs x of a linear layer, the squared error of its outputs under a change D of its
+weights is ``trace(D H D.T)`` with the Hessian ``H = x.T x``. GPTQ (Frantar et al. 2023)
+rounds one input after the other and lets the weights of later inputs compensate for each
+error. Here each group of inputs gets its scale and zero when its turn comes, from the
+compensated weights. Then codes and scales are improved in turn: each scale and zero by least
+squares under H, and each code by coordinate descent (as in QuantEase, Behdin et al. 2023). A
+layer behind quantised ones can make up for their errors (`correction`).
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ DAMPING = 0.01
 def hessians(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tensor]]:
     """Sum ``x.T x`` of the inputs of linear layers, (in, in), float32, while a model runs.
 
-    Layers that are called with the same tensor one after the other, as the projections of queries,
-    keys and values are, share one sum. Run the calibration text in the ``with`` block.
+    Layers that are called with the same tensor one after the other, as the projections of
+    queries, keys and values are, share one sum. Run the calibration text in the ``with``
+    block.
 
     Args:
         layers: The layers by any names.
@@ -103,9 +104,9 @@ def correction(
 ) -> torch.Tensor:
     """What to multiply a layer's weights by where the layers before it are quantised, (in, in).
 
-    For the changed inputs y of the same tokens, ``W C`` has outputs that are nearest to those of W
-    for the native inputs x: by least squares, with ``H = y.T y``, ``C = I + (x - y).T y / H``
-    (as in GPTAQ, Li et al. 2025, arXiv 2504.02692).
+    For the changed inputs y of the same tokens, ``W C`` has outputs that are nearest to those
+    of W for the native inputs x: by least squares, with ``H = y.T y``, ``C = I + (x - y).T y
+    / H`` (as in GPTAQ, Li et al. 2025, arXiv 2504.02692).
 
     Args:
         native: Parts of the native inputs, (tokens, in) each.
@@ -142,8 +143,8 @@ class DampedHessian:
 
         Args:
             hessian: The sum.
-            damping: Part of its mean diagonal that is added to its diagonal. More of it trusts the
-                text less: it is better where text of another kind is served.
+            damping: Part of its mean diagonal that is added to its diagonal. More of it
+                trusts the text less: it is better where text of another kind is served.
         """
         matrix = hessian.float().clone()
         diagonal = matrix.diagonal()
@@ -176,7 +177,8 @@ def quantise_gptq(
         # Once: small layers gain from it; more often did not lower the loss of Gemma 3 270M.
         coded = _with_better_scales(coded, rows, hessian.matrix)
         coded = _with_better_codes(coded, rows, hessian.matrix)
-        parts.append(replace(coded, codes=coded.codes.to(torch.int8)))  # a quarter of the bytes
+        # A quarter of the bytes.
+        parts.append(replace(coded, codes=coded.codes.to(torch.int8)))
     return concatenated(parts)
 
 

@@ -1,8 +1,8 @@
 """Matrices of 4, 3 or 2 bits a weight whose scales take a byte or less.
 
 A weight is ``factor * (scale * (lift * code - 8) + zero)``: its code has `bits` bits and is
-multiplied by ``2**(4 - bits)``, the lift; a scale is a whole number to 255 and a zero a multiple of
-the scale, both for a group of inputs; each row has a factor.
+multiplied by ``2**(4 - bits)``, the lift; a scale is a whole number to 255 and a zero a
+multiple of the scale, both for a group of inputs; each row has a factor.
 
 =============  ====  ======  =========  ===================================
 Level          Bits  Group   Zero bits  Bits of a weight, with scales
@@ -12,11 +12,11 @@ int3           3     32      4          3.375 and 16 bits a row
 int2           2     16      4          2.75 and 16 bits a row
 =============  ====  ======  =========  ===================================
 
-These weights have no kernels of their own. For each product the codes of a piece of the matrix are
-unpacked to the layout of int4 codes (`models.weights.packing`) in a buffer that all matrices use in
-turn, at the top of each half byte, and torch's int4 kernel or the widening of int4 codes goes on
-from there. Unpacking is a few operations on whole bytes: bits are laid out so that one ``and``
-gives codes at the right place.
+These weights have no kernels of their own. For each product the codes of a piece of the
+matrix are unpacked to the layout of int4 codes (`models.weights.packing`) in a buffer that
+all matrices use in turn, at the top of each half byte, and torch's int4 kernel or the
+widening of int4 codes goes on from there. Unpacking is a few operations on whole bytes: bits
+are laid out so that one ``and`` gives codes at the right place.
 
 =====  ===========================================================================================
 Bits   Bytes of 64 rows, (bytes, 32); half bytes are of rows r and 32 + r

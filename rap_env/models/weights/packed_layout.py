@@ -120,9 +120,9 @@ class LowBitFormat:
             torch.bitwise_right_shift(zeros, _FOUR, out=second)
             zeros = memory.unpacked
         self._zero_values(steps, memory.zeros.copy_(zeros), memory.values)
-        # Both numbers of a pair are written at once, as one of 32 bits: torch computes one value
-        # at a time where it would have to write every second one.
-        # Scales are whole numbers to 255, and so exact.
+        # Both numbers of a pair are written at once, as one of 32 bits: torch computes one
+        # value at a time where it would have to write every second one. Scales are whole
+        # numbers to 255, and so exact.
         memory.pairs.bitwise_or_(memory.bits.bitwise_right_shift_(_SIXTEEN))
         return memory.result
 

@@ -9,8 +9,8 @@ token embeddings                      `PackedEmbedding`      the looked-up rows
 head, tied to the embeddings or not   `PackedLinear`         packed kernel, or widened
 ====================================  =====================  ===================================
 
-Biases, norms, routers and learned positions are not packed: a packed module uses the bias of the
-module it replaces, which stays in memory. Only inference is supported.
+Biases, norms, routers and learned positions are not packed: a packed module uses the bias of
+the module it replaces, which stays in memory. Only inference is supported.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class PackedModule(nn.Module):
         raise NotImplementedError
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        # torch calls this to move a module; scales keep their dtype when the model changes its own
+        # torch calls this to move a module; scales keep their dtype when the model changes
+        # its own
         def kept(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
@@ -184,7 +185,8 @@ def packable(
 
     Args:
         module: A module of a block.
-        parent: The module that holds it; needed where `module` itself can be packed, as in OPT.
+        parent: The module that holds it; needed where `module` itself can be packed, as in
+            OPT.
         attribute: Its name there.
     """
     if isinstance(module, PackedModule) or is_packable(module):
@@ -235,7 +237,8 @@ def packed(child: nn.Module, level: PackedLevel, quantise: Quantiser = quantise)
 def from_matrices(child: nn.Module, matrices: Mapping[str, PackedMatrix]) -> PackedModule:
     """The packed module for a child of `packable` with given weights, such as those of a file.
 
-    Of the child only the bias and the sizes are used, so its weights may be on the meta device.
+    Of the child only the bias and the sizes are used, so its weights may be on the meta
+    device.
     """
     if isinstance(child, nn.Linear) or _is_conv1d(child):
         dtype = cast("torch.Tensor", child.weight).dtype
@@ -267,7 +270,8 @@ def skeleton(module: nn.Module) -> nn.Module:
     """A child for `from_tensors` without weights of its own: they are on the meta device.
 
     Args:
-        module: A child of `packable`, or a packed module, whose unquantised shape is then meant.
+        module: A child of `packable`, or a packed module, whose unquantised shape is then
+            meant.
     """
     if isinstance(module, PackedLinear):
         size = (module.in_features, module.out_features)
@@ -294,8 +298,8 @@ def skeleton(module: nn.Module) -> nn.Module:
 def meta_embedding(rows: int, width: int, dtype: torch.dtype) -> nn.Embedding:
     """Embeddings on the meta device, (rows, width).
 
-    The constructor would fill them with random numbers, for which torch imports its compiler (70
-    MiB of memory) on that device.
+    The constructor would fill them with random numbers, for which torch imports its compiler
+    (70 MiB of memory) on that device.
     """
     weight = torch.empty((rows, width), dtype=dtype, device="meta")
     return nn.Embedding(rows, width, _weight=weight, _freeze=True)

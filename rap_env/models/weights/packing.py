@@ -9,15 +9,15 @@ int4     uint8, two codes of 0 to 15 a byte:         (in / 32, out, 2): scale an
          or (out, in / 2) in pairs of inputs         weight = (code - 8) * scale + zero
 =======  ==========================================  =============================================
 
-In a block, byte (n, i, r) has the code of row ``64 n + r`` and input i in its low bits, and that of
-row ``64 n + 32 + r`` in its high bits. Torch's product on CPUs with AVX512 reads that layout, that
-with AVX2 alone in two passes, and widening it needs no transposition within bytes. Matrices whose
-sizes do not fill blocks are stored in pairs: the even input in the low bits. The layout does not
-depend on the machine, so files can be moved between machines.
+In a block, byte (n, i, r) has the code of row ``64 n + r`` and input i in its low bits, and
+that of row ``64 n + 32 + r`` in its high bits. Torch's product on CPUs with AVX512 reads that
+layout, that with AVX2 alone in two passes, and widening it needs no transposition within
+bytes. Matrices whose sizes do not fill blocks are stored in pairs: the even input in the low
+bits. The layout does not depend on the machine, so files can be moved between machines.
 
-Products with few rows use torch's packed kernels where these apply. Those with many rows widen the
-weights into one buffer that all matrices of the process use in turn, a piece at a time, because
-unquantised products are faster per row.
+Products with few rows use torch's packed kernels where these apply. Those with many rows
+widen the weights into one buffer that all matrices of the process use in turn, a piece at a
+time, because unquantised products are faster per row.
 """
 
 from __future__ import annotations
@@ -48,11 +48,12 @@ from rap_env.models.weights.packed_layout import (
     widening_buffer,
 )
 
-# Most rows of a product for which a packed kernel with bfloat16 states is faster than widening,
-# measured with 1,536 x 576 weights and one thread of an AMD EPYC. Widening takes a constant time
-# and little for each row, a kernel more for each row.
+# Most rows of a product for which a packed kernel with bfloat16 states is faster than
+# widening, measured with 1,536 x 576 weights and one thread of an AMD EPYC. Widening takes a
+# constant time and little for each row, a kernel more for each row.
 _KERNEL_ROWS = {"int4": 48, "int8": 8}
-_KERNEL_ROWS_EMULATED = {"int4": 128, "int8": 24}  # AVX512: products of widened weights take longer
+# AVX512: products of widened weights take longer.
+_KERNEL_ROWS_EMULATED = {"int4": 128, "int8": 24}
 _KERNEL_ROWS_AVX2 = {"int4": 8, "int8": 12}
 
 
@@ -78,13 +79,13 @@ class PackedMatrix:
     ) -> PackedMatrix:
         """Pack given codes: int4 with a zero, else int8.
 
-        An int4 weight is ``(code - 8) * scale + zero``. Only the scale and the zero are rounded (to
-        bfloat16).
+        An int4 weight is ``(code - 8) * scale + zero``. Only the scale and the zero are
+        rounded (to bfloat16).
 
         Args:
             codes: (out, in), integers; 0 to 15 at int4, -127 to 127 at int8.
-            scale: At int4 (out, groups) with groups of 32 inputs, the last one possibly shorter; at
-                int8 (out,).
+            scale: At int4 (out, groups) with groups of 32 inputs, the last one possibly
+                shorter; at int8 (out,).
             zero: At int4 (out, groups).
         """
         shape = (codes.shape[0], codes.shape[1])
@@ -113,8 +114,9 @@ class PackedMatrix:
         """Write the weights of some rows, rounded once to the dtype of `out`.
 
         Args:
-            out: (rows, in): float32, bfloat16 or float16, on the matrix's device. Int4 blocks are
-                widened fastest if its transpose is contiguous, all others if it is itself.
+            out: (rows, in): float32, bfloat16 or float16, on the matrix's device. Int4 blocks
+                are widened fastest if its transpose is contiguous, all others if it is
+                itself.
             first: First row, a multiple of 64.
         """
         rows = slice(first, first + len(out))
@@ -198,7 +200,8 @@ class PackedMatrix:
     def _float32_product(self, flat: torch.Tensor, first: int, last: int) -> torch.Tensor:
         """As `_piece_product`, computed in float32 and rounded, where bfloat16 is emulated.
 
-        States and products are in the buffer too: taking new memory each time costs a fifth more.
+        States and products are in the buffer too: taking new memory each time costs a fifth
+        more.
         """
         inputs, rows, count = self.shape[1], last - first, min(len(flat), TOKENS_AT_ONCE)
         sizes = [rows * inputs, count * inputs, count * rows]
@@ -251,10 +254,10 @@ def kernel_rows(level: PackedLevel, dtype: torch.dtype) -> int:
 def choose_packed_dtype(name: str, device: torch.device) -> torch.dtype:
     """As `choose_dtype`, for a model with packed weights.
 
-    Torch's packed kernels of CPUs are fast with bfloat16 states, so ``"auto"`` is bfloat16 where
-    the int4 kernel reads our layout, even if the CPU emulates unquantised products in bfloat16: a
-    decode step of the default model took a fifth of its time with float32 states. Without that
-    kernel emulation would double the time of a step.
+    Torch's packed kernels of CPUs are fast with bfloat16 states, so ``"auto"`` is bfloat16
+    where the int4 kernel reads our layout, even if the CPU emulates unquantised products in
+    bfloat16: a decode step of the default model took a fifth of its time with float32 states.
+    Without that kernel emulation would double the time of a step.
     """
     if name == "auto" and device.type == "cpu" and kernel_block_rows():
         return torch.bfloat16
@@ -287,9 +290,9 @@ def blocks_product(flat: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor
     if kernel_block_rows() == BLOCK:
         return torch._weight_int4pack_mm_for_cpu(flat, codes.view(out, -1), GROUP_INPUTS, scales)
     # A kernel that reads blocks of 32 rows takes one of our blocks as 32 rows with twice the
-    # inputs: what it reads as inputs ``2 i`` and ``2 i + 1`` are the codes that rows ``r`` and
-    # ``16 + r`` of either half have for input i. So it computes either set of rows if the states
-    # fill one of the two places, and zeros the other one.
+    # inputs: what it reads as inputs ``2 i`` and ``2 i + 1`` are the codes that rows ``r``
+    # and ``16 + r`` of either half have for input i. So it computes either set of rows if the
+    # states fill one of the two places, and zeros the other one.
     rows, inputs = flat.shape
     sets = (out // BLOCK, 2, 2, HALF // 2)  # blocks, halves, sets of rows, rows
     codes, by_set = codes.view(out // 2, -1), scales.view(-1, *sets, 2)

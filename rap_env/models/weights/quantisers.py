@@ -1,10 +1,10 @@
 """Quantisers by the weights alone: they choose the codes and scales of packed matrices.
 
-At int4 the weights of a group of 32 inputs are ``(code - 8) * scale + zero`` with codes 0 to 15.
-`Grid` has what other levels differ in. Ranges of several widths around the weights are tried. From
-each one codes and, by least squares, scale and zero are fitted in turn, and the best pair is kept,
-as in llama.cpp's 4-bit types. The range from the least to the greatest weight is among them, so
-weights on a grid of 16 steps keep their values.
+At int4 the weights of a group of 32 inputs are ``(code - 8) * scale + zero`` with codes 0 to
+15. `Grid` has what other levels differ in. Ranges of several widths around the weights are
+tried. From each one codes and, by least squares, scale and zero are fitted in turn, and the
+best pair is kept, as in llama.cpp's 4-bit types. The range from the least to the greatest
+weight is among them, so weights on a grid of 16 steps keep their values.
 """
 
 from __future__ import annotations
@@ -205,7 +205,8 @@ def searched(
     Args:
         grid: The weights that codes can stand for.
         groups: (rows, ..., n) weights.
-        importance: Factors of the squared errors, of a shape that broadcasts to that of `groups`.
+        importance: Factors of the squared errors, of a shape that broadcasts to that of
+            `groups`.
 
     Returns:
         Scale and zero, (rows, ...), as a packed matrix stores them; zero is the weight of the

@@ -12,15 +12,15 @@ Residency      Weights that are not used           Loading them
                                                    levels are made from them again
 =============  ==================================  ======================================
 
-On a CPU the file is the model's own if it holds exactly these bytes, else one that is written once
-to the cache folder. It is read into a buffer, not mapped: mapped pages would count as memory of the
-process. Weights that are freed together are in a buffer of their own, whose memory returns to the
-system as soon as it is freed; the C library's heap would keep it. All other weights are copied to
-memory too: transformers may have left them mapped, and a mapping keeps every page of the file that
-was read.
+On a CPU the file is the model's own if it holds exactly these bytes, else one that is written
+once to the cache folder. It is read into a buffer, not mapped: mapped pages would count as
+memory of the process. Weights that are freed together are in a buffer of their own, whose
+memory returns to the system as soon as it is freed; the C library's heap would keep it. All
+other weights are copied to memory too: transformers may have left them mapped, and a mapping
+keeps every page of the file that was read.
 
-A level of a block's weights is made at its first use, and under ``offload`` written to a file of
-its own with a checksum, which later processes verify before they use it.
+A level of a block's weights is made at its first use, and under ``offload`` written to a file
+of its own with a checksum, which later processes verify before they use it.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class WeightStore:
 
     Args:
         model: The model, without a removed block.
-        items: The items: the blocks, and embeddings with head. Weights that are also used elsewhere
-            (tied) always stay in memory.
+        items: The items: the blocks, and embeddings with head. Weights that are also used
+            elsewhere (tied) always stay in memory.
         blocks: The modules of each block.
         folder: Folder of the model's own files, if it has any.
         residency: ``"offload"`` or ``"drop"``.
@@ -106,7 +106,8 @@ class WeightStore:
             for item, weights in zip(items, own, strict=True)
         }
         self._made: dict[WeightItem, dict[PackedLevel, list[WeightGroup]]] = {i: {} for i in items}
-        for item in items[:-1]:  # embeddings are rarely evicted: their files are found on demand
+        # Embeddings are rarely evicted: their files are found on demand.
+        for item in items[:-1]:
             self._find_files(item)
         for groups in self._native.values():
             for group in groups:
@@ -131,8 +132,8 @@ class WeightStore:
     def prepare(self, item: WeightItem, level: WeightLevel) -> None:
         """Make sure that an item can leave its level for another, and that this one exists.
 
-        The first use of a level makes it; its weights are then in a file, and not in memory. Under
-        ``drop`` there is no such file, and `load` makes them.
+        The first use of a level makes it; its weights are then in a file, and not in memory.
+        Under ``drop`` there is no such file, and `load` makes them.
         """
         if level != "native":
             self._find_files(item)

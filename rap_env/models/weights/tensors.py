@@ -49,8 +49,8 @@ def tensor_key(tensor: torch.Tensor) -> tuple[int, torch.dtype, int]:
 def copy_to_memory(model: nn.Module) -> None:
     """Copy weights on the CPU, whose memory may be a mapping of a file, to memory of their own.
 
-    A process that reads a mapping is killed if another one truncates the file. Names of one tensor
-    still share its memory.
+    A process that reads a mapping is killed if another one truncates the file. Names of one
+    tensor still share its memory.
     """
     copies: dict[tuple[int, torch.dtype, int], torch.Tensor] = {}
     done = set()
@@ -86,9 +86,10 @@ def untied_weights(
 ) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
     """Weights that only one block uses, (2L,), and all others, by their names in the model.
 
-    Weights are parameters, and the tensors of packed modules. One with several names is among the
-    others. Different ones that share memory are in neither: moving one would separate them. No
-    block may be removed from the model; `blocks` has the modules of each, in order of index.
+    Weights are parameters, and the tensors of packed modules. One with several names is among
+    the others. Different ones that share memory are in neither: moving one would separate
+    them. No block may be removed from the model; `blocks` has the modules of each, in order
+    of index.
     """
     named = dict(weights_of(model))  # one name for each object
     users = Counter(tensor_key(parameter) for parameter in named.values())
@@ -139,8 +140,8 @@ class StoredTensor:
     def read(self, device: torch.device) -> torch.Tensor:
         """A copy in memory.
 
-        The file is read, not mapped. Safetensors' own reader maps the whole file, and every page
-        that was read would count as memory of the process.
+        The file is read, not mapped. Safetensors' own reader maps the whole file, and every
+        page that was read would count as memory of the process.
         """
         tensor = torch.empty(self.shape, dtype=self.dtype, device=device)
         self.read_into(tensor)

@@ -62,7 +62,8 @@ class WeightGroup:
         self.host: torch.Tensor | None = None  # CUDA: the copy in pinned memory
         self.files: Sequence[StoredTensor] | None = None  # None: not looked for so far
         self._digest = b""  # of the weights, which never change; empty: not computed so far
-        self._states: Sequence[tuple[int, ...]] = ()  # of the files when they held these weights
+        # Of the files when they held these weights.
+        self._states: Sequence[tuple[int, ...]] = ()
 
     def pack(self) -> None:
         """Move the weights into a buffer of their own."""
@@ -77,7 +78,8 @@ class WeightGroup:
             return
         if pinned and self.host is None:  # the copy is kept: weights never change
             self.host = torch.empty(self.buffer_bytes, dtype=torch.uint8, pin_memory=True)
-            # Nothing waits for it: the memory is reused, and the copy read, in the same stream.
+            # Nothing waits for it: the memory is reused, and the copy read, in the same
+            # stream.
             self.host.copy_(self._packed(), non_blocking=True)
         for part in self.parts:
             part.tensor.data = part.tensor.data.new_empty(0)

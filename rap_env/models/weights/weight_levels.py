@@ -1,9 +1,9 @@
 """The levels of a live model's weights: a module for each level in each place.
 
-The weights of an item (a block, or embeddings with head) are in a few modules that can be packed
-and in parts that cannot: norms, biases, routers. At another level other modules stand in the places
-of the former, as placeholders do in those of a removed block. The originals are kept, so raising a
-level is exact.
+The weights of an item (a block, or embeddings with head) are in a few modules that can be
+packed and in parts that cannot: norms, biases, routers. At another level other modules stand
+in the places of the former, as placeholders do in those of a removed block. The originals are
+kept, so raising a level is exact.
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ class WeightItem:
         name: Name of its files: the block's index, or ``embeddings``.
         places: Where its packable modules are.
         native_bytes: Bytes of the native weights that other levels replace.
-        levels: Bytes of the packed weights that replace them, by level. A level exists only if it
-            takes fewer bytes than the one above it.
+        levels: Bytes of the packed weights that replace them, by level. A level exists only
+            if it takes fewer bytes than the one above it.
         bytes_to_make: Bytes of the packed weights that a level has beside the native ones.
         level: The level of the modules in the places.
         files: Files with weights that a text made, by level; there may be none so far.
