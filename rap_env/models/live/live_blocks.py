@@ -59,6 +59,7 @@ class LiveBlocks:
     store: WeightStore | None = None
     _removed: set[int] = field(default_factory=set)
     _cache_levels: dict[int, CacheLevel] = field(default_factory=dict)
+    _added_bytes: int | None = None  # None: to be counted
 
     @property
     def all_items(self) -> tuple[WeightItem, ...]:
@@ -75,6 +76,7 @@ class LiveBlocks:
                 changes.
             ModelNotAvailableError: It is missing or cannot be read; nothing changes.
         """
+        self._added_bytes = None
         if self.store is not None:
             for key, level in self._changes(target).items():
                 self.store.prepare(self._item(key), level)
@@ -109,6 +111,8 @@ class LiveBlocks:
         except BaseException:
             self._set_back(before)
             raise
+        finally:
+            self._added_bytes = None
         self.plan = target
 
     def _set(self, target: Plan, changes: Mapping[int, WeightLevel], evict: bool) -> None:
@@ -204,8 +208,10 @@ class LiveBlocks:
     @property
     def added_bytes(self) -> int:
         """Bytes in memory of packed weights beside native ones, less those that are evicted."""
-        evicted = 0 if self.store is None else self.store.evicted_bytes
-        return sum(item.made_bytes for item in self.all_items) - evicted
+        if self._added_bytes is None:  # counted once for each plan: engines ask before each pass
+            evicted = 0 if self.store is None else self.store.evicted_bytes
+            self._added_bytes = sum(item.made_bytes for item in self.all_items) - evicted
+        return self._added_bytes
 
     def packed_bytes(self, plan: Plan) -> int:
         """Bytes of the packed weights that were made, and of those that a plan needs."""
