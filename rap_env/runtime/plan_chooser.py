@@ -178,7 +178,8 @@ class PlanChooser:
         if not plan:
             return 0.0
         try:
-            return self.policy.for_text(text_shares).delta_nll(plan, seq_len_tokens)
+            policy = self.policy.for_text(text_shares) if text_shares else self.policy
+            return policy.delta_nll(plan, seq_len_tokens)
         except (UnknownNameError, ArtifactError):  # a level that was not measured
             return None
 
@@ -305,7 +306,8 @@ class PlanChooser:
     def _ask_policy(self, shape: BatchShape, budget_bytes: int) -> Plan:
         """The policy's plan; nothing is lowered if the policy fails."""
         try:
-            policy = self.policy.for_text(shape.text_shares)
+            shares = shape.text_shares
+            policy = self.policy.for_text(shares) if shares else self.policy
             return self.estimator.memory.check_plan(policy.choose(shape.request(budget_bytes)))
         except Exception:
             log.exception("Policy %r failed; the guard chooses the plan.", self.policy.name)

@@ -209,8 +209,8 @@ class LiveBlocks:
     def added_bytes(self) -> int:
         """Bytes in memory of packed weights beside native ones, less those that are evicted."""
         if self._added_bytes is None:  # counted once for each plan: engines ask before each pass
-            evicted = 0 if self.store is None else self.store.evicted_bytes
-            self._added_bytes = sum(item.made_bytes for item in self.all_items) - evicted
+            made_bytes = (item.made_bytes for item in self.all_items)
+            self._added_bytes = sum(made_bytes) if self.store is None else self.store.added_bytes
         return self._added_bytes
 
     def packed_bytes(self, plan: Plan) -> int:

@@ -119,10 +119,14 @@ class WeightStore:
                 self._add(item, level)
 
     @property
-    def evicted_bytes(self) -> int:
-        """Bytes of native weights that are not in memory."""
-        groups = (group for native in self._native.values() for group in native)
-        return sum(group.nbytes for group in groups if group.evicted)
+    def added_bytes(self) -> int:
+        """Bytes in memory of packed weights, less those of native weights that are evicted."""
+        native = itertools.chain.from_iterable(self._native.values())
+        made = itertools.chain.from_iterable(
+            groups for levels in self._made.values() for groups in levels.values()
+        )
+        evicted_bytes = sum(group.nbytes for group in native if group.evicted)
+        return sum(group.nbytes for group in made if not group.evicted) - evicted_bytes
 
     def holds(self, item: WeightItem, level: WeightLevel) -> bool:
         """Whether all weights that an item uses at a level are in memory."""
