@@ -14,7 +14,7 @@ from rap_env.models.device import synchronise
 from rap_env.paths import cache_dir
 from rap_env.plan import Plan
 from rap_env.runtime.admission import Admission, RequestQueue
-from rap_env.runtime.memory_estimator import BatchShape, PassSize
+from rap_env.runtime.memory_estimator import EMPTY_BATCH, BatchShape, PassSize
 from rap_env.runtime.records import Counters, StepKind, StepRecord
 from rap_env.runtime.running import KeptCaches, Pace, Restore, RunningBatch
 from rap_env.runtime.sequence import OutputProcessor, PrefillingSequence, TokenSequence
@@ -93,6 +93,9 @@ class Scheduler:
 
     def turn(self) -> bool:
         """Run one turn; return whether the model was run."""
+        if not (self.batch.decoding or self.batch.prefilling or self.paused or len(self._queue)):
+            self._follow_budget()
+            return False
         self._put_aside()
         self._remove_cancelled()
         if self.admission.admit_next(self._must_interrupt):
@@ -112,6 +115,13 @@ class Scheduler:
         self.plan = self._llm.plan
         self.admission.note_turn(ran=prefilled or decoded)
         return prefilled or decoded
+
+    def _follow_budget(self) -> None:
+        """Run an idle turn: only the plan may change."""
+        self._controller.note_waiting(0)
+        self._controller.check(EMPTY_BATCH, PassSize(prefills=False))
+        self.plan = self._llm.plan
+        self.admission.note_turn(ran=False)
 
     def shortest_wait_s(self) -> float:
         """Seconds of decoding until a running request has all of its tokens; 0 if nothing runs."""

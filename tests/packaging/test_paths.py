@@ -18,7 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
+MOST_LOWERED, MOST_ASKED, MOST_TRAINED = 33, 38, 66
+"""Most files on each of the ways."""
 OURS = tuple(f"{ROOT / package}/" for package in ("rap_env", "agents", "experiments"))
 
 _entered: set[str] | None = None
@@ -47,7 +51,7 @@ def entered_files() -> Iterator[set[str]]:
         files.update(str(Path(n).relative_to(ROOT)) for n in entered if n.startswith(OURS))
 
 
-def serving_paths() -> dict[str, set[str]]:
+def serving_paths() -> tuple[set[str], set[str]]:
     """The files of a lower limit and of a chat request, on a server of a tiny model."""
     import httpx
 
@@ -80,6 +84,7 @@ def serving_paths() -> dict[str, set[str]]:
             httpx.get(f"{server.url}/livez")  # imports the rest of the client
             with entered_files() as asked:
                 chat(client_of(server))
+            time.sleep(0.5)  # the last turn of the answer ends
             with entered_files() as lowered:
                 httpx.put(
                     f"{server.url}/admin/budget",
@@ -91,7 +96,7 @@ def serving_paths() -> dict[str, set[str]]:
                     time.sleep(0.001)
             assert llm.plan, "the plan has not changed"
     threading.setprofile(None)  # type: ignore[arg-type]
-    return {"PUT /admin/budget to a changed plan": lowered, "a chat request to its tokens": asked}
+    return lowered, asked
 
 
 def training_path() -> set[str]:
@@ -100,10 +105,8 @@ def training_path() -> set[str]:
 
     arguments = sys.argv
     with tempfile.TemporaryDirectory() as folder, entered_files() as files:
-        sys.argv = [
-            "train", "experiment=table", f"runs_dir={folder}", "name=path", "store=null",
-            "agent.total_timesteps=600", "progress=false", "threads=1",
-        ]  # fmt: skip
+        settings = f"experiment=table runs_dir={folder} name=path store=null progress=false"
+        sys.argv = ["train", *settings.split(), "threads=1", "agent.total_timesteps=600"]
         try:
             runpy.run_module("experiments.train", run_name="__main__", alter_sys=True)
         finally:
@@ -111,8 +114,23 @@ def training_path() -> set[str]:
     return files
 
 
+def check(files: set[str], most: int) -> None:
+    """The number of files stays low; an import or a call less is worth a lower limit."""
+    assert len(files) <= most, f"{len(files)} files, at most {most}:\n" + "\n".join(sorted(files))
+
+
+def test_a_lower_limit_and_a_chat_request_enter_few_files():
+    pytest.importorskip("fastapi", reason="the extra serve is not installed")
+    lowered, asked = serving_paths()
+    check(lowered, MOST_LOWERED)
+    check(asked, MOST_ASKED)
+
+
+@pytest.mark.slow
+def test_a_training_on_a_table_enters_few_files():
+    check(training_path(), MOST_TRAINED)
+
+
 if __name__ == "__main__":
-    for name, files in {**serving_paths(), "experiments.train on a table": training_path()}.items():
-        print(f"{len(files):3d} files: {name}")
-        if "-v" in sys.argv:
-            print("\n".join(f"      {file}" for file in sorted(files)))
+    for files in (*serving_paths(), training_path()):
+        print(f"{len(files)} files", *sorted(files) * ("-v" in sys.argv), sep="\n  ")
