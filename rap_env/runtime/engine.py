@@ -189,7 +189,8 @@ class Engine:
         Args:
             prompt_ids: Tokens of the prompt, at least one.
             params: How much to generate, and how to sample.
-            listener: Called with each event, see `RequestHandle.add_listener`.
+            listener: Called with each event, in the engine's thread, which waits: it should hand
+                the event over and return. One that raises is not called again.
             max_delta_nll: Floor of quality of this request, nats per token: no pass for it
                 runs with a plan whose predicted rise in NLL is above it. The controller's own
                 floor holds in any case.
@@ -217,11 +218,10 @@ class Engine:
             self.clock(),
             max_delta_nll=max_delta_nll,
             text_shares=text_shares,
+            listener=listener,
             on_cancel=self._wake.set,
         )
         sequence = TokenSequence(handle)
-        if listener is not None:
-            handle.add_listener(listener)
         try:
             self._scheduler.check_feasible(sequence)
             self._queue.append(sequence)
@@ -276,10 +276,11 @@ class Engine:
         stopped = self._turn_lock.acquire(timeout=-1 if timeout_s is None else timeout_s)
         try:
             scheduler = self._scheduler
-            for sequence in (*scheduler.running, *scheduler.paused, *waiting, *self._queue.close()):
-                self._scheduler.output.end(sequence, "cancelled", "The engine was closed.")
+            running = (*scheduler.batch.sequences, *scheduler.paused)
+            for sequence in (*running, *waiting, *self._queue.close()):
+                scheduler.output.end(sequence, "cancelled", "The engine was closed.")
             if stopped:
-                self._scheduler.drop_all()
+                scheduler.drop_all()
         finally:
             if stopped:
                 self._turn_lock.release()
@@ -300,7 +301,7 @@ class Engine:
         return EngineStats(
             **vars(self._scheduler.counters),
             queued=len(self._queue),
-            running=len(self._scheduler.running),
+            running=len(self._scheduler.batch.sequences),
             plan=self._scheduler.plan,
             stalled_s=self._scheduler.admission.stalled_s,
             lowered_rows=self._scheduler.batch.lowered_rows,

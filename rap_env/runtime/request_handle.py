@@ -139,6 +139,7 @@ class RequestHandle:
         *,
         max_delta_nll: float | None = None,
         text_shares: Shares = (),
+        listener: Listener | None = None,
         on_cancel: Callable[[], None] | None = None,
     ) -> None:
         self.id = next(_ids)
@@ -161,8 +162,7 @@ class RequestHandle:
         self.preemptions = 0
         self.cancelled = False
         self.paused = False
-        self._events: list[Event] = []
-        self._listeners: list[Listener] = []
+        self._listener = listener
         self._lock = threading.RLock()
         self._ended = threading.Event()
         self._on_cancel = on_cancel
@@ -180,9 +180,7 @@ class RequestHandle:
     def cancel(self) -> None:
         """Request cancellation, from any thread. The engine acts on it between two steps."""
         self.cancelled = True
-        on_cancel = self._on_cancel
-        if on_cancel is not None:
-            on_cancel()
+        self._wake()
 
     def pause(self, paused: bool = True) -> None:
         """Generate nothing, and hold no memory, until ``pause(False)``; from any thread.
@@ -191,6 +189,9 @@ class RequestHandle:
         preempted one does, before those that wait.
         """
         self.paused = paused
+        self._wake()
+
+    def _wake(self) -> None:
         on_cancel = self._on_cancel
         if on_cancel is not None:
             on_cancel()
@@ -205,31 +206,19 @@ class RequestHandle:
             raise TimeoutError(f"Request {self.id} has not ended within {timeout_s} s.")
         return self
 
-    def add_listener(self, callback: Listener) -> None:
-        """Pass every event to a callback: past events immediately, later ones as they happen.
-
-        The engine's thread makes the calls and waits for them, so a callback should hand the
-        event over and return. A callback that raises is logged and not called again.
-        """
-        with self._lock:
-            self._listeners.append(callback)
-            for event in self._events:
-                self._notify(callback, event)
-
     def note_plan(self, plan: Plan, time_s: float) -> None:
         """Note the plan of a pass for the request that has ended; only the engine calls this."""
         if plan is not self.plan and plan != self.plan:
             self.emit(PlanEvent(plan, time_s))
 
     def emit(self, event: Event) -> None:
-        """Record an event and pass it to the listeners. Only the engine calls this.
+        """Record an event and pass it to the listener. Only the engine calls this.
 
         Events after the end are ignored.
         """
         with self._lock:
             if self.done:
                 return
-            self._events.append(event)
             if isinstance(event, TokenEvent):
                 self.token_ids.append(event.token_id)
                 self.logprobs.append(event.logprob)
@@ -245,18 +234,14 @@ class RequestHandle:
             else:
                 self.ended_s, self.reason, self.error = event.time_s, event.reason, event.error
                 self.rejection = event.rejection
-            for callback in tuple(self._listeners):
-                self._notify(callback, event)
+            if self._listener is not None:
+                try:
+                    self._listener(event)
+                except Exception:
+                    log.exception(
+                        "The listener of request %d failed; it is not called again.", self.id
+                    )
+                    self._listener = None
             if isinstance(event, EndEvent):
                 self._ended.set()
-                self._listeners.clear()
-                self._on_cancel = None
-
-    def _notify(self, callback: Listener, event: Event) -> None:
-        if callback not in self._listeners:
-            return
-        try:
-            callback(event)
-        except Exception:
-            log.exception("A listener of request %d failed and is not called again.", self.id)
-            self._listeners.remove(callback)
+                self._listener = self._on_cancel = None

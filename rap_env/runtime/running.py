@@ -299,7 +299,7 @@ class RunningBatch:
         gains = {
             sequence: refill_gain(sequence, own, plan, chooser)
             for sequence, own in zip(self.decoding, self.rows.plans, strict=True)
-            if own != plan and sequence.refills
+            if own != plan and sequence.refills and self._restore == "refill"
         }
         best = max(gains, key=gains.__getitem__, default=None)
         return best if best is not None and gains[best] > 0 else None

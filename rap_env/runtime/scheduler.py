@@ -61,7 +61,6 @@ class Scheduler:
         self._queue = queue
         self._clock = clock
         self._max_batch_size = max_batch_size
-        self._restore: Restore = restore
         windows = controller.estimator.memory.facts.kv_window_tokens
         uniform = any(window is not None for window in windows)
         self._pace = Pace(target_itl_s)
@@ -85,11 +84,6 @@ class Scheduler:
         )
         self.plan = llm.plan
         self.observers: list[Callable[[StepRecord], None]] = []
-
-    @property
-    def running(self) -> list[TokenSequence]:
-        """The sequences that decode, and the one in prefill, if any."""
-        return self.batch.sequences
 
     def turn(self) -> bool:
         """Run one turn; return whether the model was run."""
@@ -125,7 +119,7 @@ class Scheduler:
 
     def shortest_wait_s(self) -> float:
         """Seconds of decoding until a running request has all of its tokens; 0 if nothing runs."""
-        handles = (sequence.handle for sequence in self.running)
+        handles = (sequence.handle for sequence in self.batch.sequences)
         to_come = (handle.params.max_new_tokens - len(handle.token_ids) for handle in handles)
         return min(to_come, default=0) * self._pace.decode_s
 
@@ -139,7 +133,7 @@ class Scheduler:
         """Run a prompt of `tokens` dummies, so that the controller learns what steps take."""
         shape = BatchShape(1, tokens + 1)
         first = PassSize(tokens, tokens)
-        if self.running or not self._controller.admit(shape, next_pass=first):
+        if self.batch.sequences or not self._controller.admit(shape, next_pass=first):
             return
         batch = self.batch.new_rows()
         batch.prefill([[0] * tokens])
@@ -293,7 +287,7 @@ class Scheduler:
 
     def _preempt(self) -> bool:
         """Move the newest request to the front of the queue; False if nothing runs."""
-        if not self.running:
+        if not self.batch.sequences:
             return False
         if not self._kept.drop_newest():  # it has not helped enough
             newest = self.batch.newest
@@ -312,7 +306,7 @@ class Scheduler:
             self._give_up_refill(error)
             self._controller.note_out_of_memory(kind)
             return
-        running = [sequence for sequence in self.running if sequence.handle.reason is None]
+        running = [sequence for sequence in self.batch.sequences if sequence.handle.reason is None]
         if len(running) == 1:
             self.output.fail(running, error)
         if kind == "prefill" and self.batch.intact and self.batch.decoding:
@@ -339,7 +333,7 @@ class Scheduler:
         It decodes with its old cache until the new one is there.
         """
         now, batch = self._clock(), self.batch
-        if self._restore != "refill" or now < self._next_refill_s or batch.prefilling is not None:
+        if now < self._next_refill_s or batch.prefilling is not None:
             return
         self._next_refill_s = now + _REFILL_S
         sequence = batch.best_refill(self._controller.chooser)
@@ -352,7 +346,7 @@ class Scheduler:
             self.paused.remove(sequence)
             sequence.queued_since_s = self._clock()
             self._queue.put_first(sequence)
-        paused = [sequence for sequence in self.running if _is_paused(sequence)]
+        paused = [sequence for sequence in self.batch.sequences if _is_paused(sequence)]
         if paused:
             for sequence in paused:
                 self.batch.preempt(sequence)
@@ -363,7 +357,7 @@ class Scheduler:
         """Remove cancelled requests."""
         for sequence in self._queue.remove_if(lambda waiting: waiting.handle.cancelled):
             self.output.end(sequence, "cancelled")
-        cancelled = [sequence for sequence in self.running if sequence.handle.cancelled]
+        cancelled = [sequence for sequence in self.batch.sequences if sequence.handle.cancelled]
         if cancelled:
             self.batch.remove(cancelled)
             for sequence in cancelled:

@@ -152,7 +152,7 @@ def test_preemptions_and_changes_of_the_plan_keep_the_place_in_the_grammar(llm, 
         engine.llm.apply(policy.mask)
         engine.step()
         if number in (4, 8):
-            while engine._scheduler.running:
+            while engine._scheduler.batch.sequences:
                 engine._scheduler._preempt()
     finish(engine)
     assert handle.preemptions == other.preemptions == 2

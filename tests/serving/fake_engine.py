@@ -95,8 +95,7 @@ class FakeEngine:
     def submit(self, prompt_ids, params, listener=None, *, max_delta_nll=None, text_shares=None):
         if isinstance(self.end, Exception):
             raise self.end
-        handle = RequestHandle(tuple(prompt_ids), params, self.clock())
-        handle.add_listener(listener)
+        handle = RequestHandle(tuple(prompt_ids), params, self.clock(), listener=listener)
         self.handles.append(handle)
         threading.Thread(target=self._play, args=[handle], daemon=True).start()
         return handle
