@@ -178,8 +178,7 @@ class PlanChooser:
         if not plan:
             return 0.0
         try:
-            policy = self.policy.for_text(text_shares) if text_shares else self.policy
-            return policy.delta_nll(plan, seq_len_tokens)
+            return self.policy.for_text(text_shares).delta_nll(plan, seq_len_tokens)
         except (UnknownNameError, ArtifactError):  # a level that was not measured
             return None
 
@@ -306,8 +305,7 @@ class PlanChooser:
     def _ask_policy(self, shape: BatchShape, budget_bytes: int) -> Plan:
         """The policy's plan; nothing is lowered if the policy fails."""
         try:
-            shares = shape.text_shares
-            policy = self.policy.for_text(shares) if shares else self.policy
+            policy = self.policy.for_text(shape.text_shares)
             return self.estimator.memory.check_plan(policy.choose(shape.request(budget_bytes)))
         except Exception:
             log.exception("Policy %r failed; the guard chooses the plan.", self.policy.name)

@@ -111,7 +111,8 @@ class Scheduler:
         return prefilled or decoded
 
     def _follow_budget(self) -> None:
-        """Run an idle turn: only the plan may change."""
+        """Run an idle turn: only the plan may change, and caches of ended requests go."""
+        self._kept.drop_ended()
         self._controller.note_waiting(0)
         self._controller.check(EMPTY_BATCH, PassSize(prefills=False))
         self.plan = self._llm.plan
