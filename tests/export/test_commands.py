@@ -10,14 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rap_env.errors import ArtifactError, UnknownNameError
-from rap_env.export.llama_cpp import choose_deployment
 from rap_env.export.plan_options import read_plan
-from rap_env.memory import MemoryModel
 from rap_env.models.files.gguf_reader import GgufFile
 from rap_env.models.files.loading import load_llm
 from rap_env.models.live import calibration
 from rap_env.plan import Plan
-from rap_env.request import Request
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import PlanScorer
@@ -87,16 +84,6 @@ def test_the_card_states_source_plan_bytes_rise_licence_command_and_versions(
     }
     plan = Plan.from_json(card.partition("```json\n")[2].partition("\n```")[0])
     assert plan == llm.pruned == MASK
-
-
-def test_a_policy_chooses_for_a_request(exported, model_folder):
-    memory = MemoryModel(load_llm(model_folder, dtype="float32", device="cpu"))
-    budget = memory.dense_peak_bytes(1, 32)
-    shape = ("--batch", 1, "--seq", 32, "--budget", budget, "--policy", "dense")
-    answer, _ = exported(*shape)
-    assert answer["removed"] == []
-    assert answer["delta_nll"] == 0
-    assert memory.peak_bytes(Plan(), Request(1, 32, budget)) == budget
 
 
 @pytest.mark.parametrize(
@@ -224,20 +211,6 @@ def test_a_model_folder_has_to_be_converted_first(rap, model_folder, tmp_path, m
     assert code == 2
     assert "is no model from one: convert it with llama.cpp's convert_hf_to_gguf.py" in err
     assert not (tmp_path / "out.gguf").exists()
-
-
-def test_a_request_for_llama_cpp_gets_its_static_deployment(rap, gguf_file, tmp_path):
-    memory = MemoryModel(load_llm(gguf_file, device="cpu", dtype="bfloat16"))
-    roomy = choose_deployment(memory, Request(2, 32, 2**30))
-    request = Request(2, 32, roomy.peak_bytes - 1)
-    target = tmp_path / "out.gguf"
-    code, out, err = rap("export", target, "--to", "gguf", "--model", gguf_file, "--json",
-                         "--batch", 2, "--seq", 32, "--budget", request.budget_bytes)  # fmt: skip
-    assert code == 0, err
-    actual = choose_deployment(memory, request)
-    assert json.loads(out)["cache_type"] == actual.cache.name
-    assert json.loads(out)["delta_nll"] == actual.delta_nll
-    assert f"`llama-server -m out.gguf {actual.flags}`" in target.with_suffix(".md").read_text()
 
 
 def test_the_printed_command_writes_the_same_deployment(rap, gguf_file, tmp_path, monkeypatch):

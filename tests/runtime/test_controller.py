@@ -7,7 +7,6 @@ import pytest
 
 from rap_env.errors import (
     MemorySourceError,
-    UnknownNameError,
 )
 from rap_env.plan import Plan
 from rap_env.policies.loading import StaticPolicy
@@ -63,19 +62,6 @@ def test_a_policy_that_fails_is_replaced_by_the_guard(said, caplog):
     assert harness.controller.admit(SHAPE)
     assert harness.mask == Plan.removing(*ORDER[:3])
     assert "'fake' failed" in caplog.text
-
-
-def test_the_guard_uses_the_order_of_the_policy_or_the_freed_bytes():
-    policy = FakePolicy(Plan())
-    policy.order = ORDER
-    harness = Harness(policy=policy)
-    assert harness.controller.chooser.guard_order(SHAPE) == ORDER
-    freed = harness.estimator.freed_bytes(SHAPE)
-    by_bytes = Harness(policy=FakePolicy(Plan())).controller.chooser.guard_order(SHAPE)
-    assert sorted(by_bytes) == list(range(6))
-    assert [freed[index] for index in by_bytes] == sorted(freed, reverse=True)
-    with pytest.raises(UnknownNameError, match=r"layer03\.attn"):
-        Harness(guard_order=(6,))
 
 
 def test_an_empty_order_disables_the_guard():

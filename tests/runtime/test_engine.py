@@ -189,22 +189,6 @@ def test_logits_that_are_not_finite_end_the_request(harness, engine):
     assert "logits that are not finite" in handle.error
 
 
-def test_stats_and_records_describe_the_steps(harness, engine):
-    for n in range(3):
-        engine.submit(prompt(4, n), greedy(5))
-    engine.step()
-    stats = engine.stats()
-    assert (stats.queued, stats.running, stats.tokens) == (2, 1, 2)
-    harness.run(engine)
-    stats = engine.stats()
-    assert (stats.running, stats.served, stats.tokens, stats.prompt_tokens) == (0, 3, 15, 12)
-    assert 0 < stats.overhead_s < stats.busy_s
-    for record in harness.records:
-        assert record.budget_bytes == harness.budget_bytes
-        assert record.duration_s > 0
-        assert record.peak_bytes >= record.held.weights
-
-
 def test_closing_ends_all_requests(harness):
     engine = harness.engine(max_batch_size=1)
     handles = [engine.submit(prompt(3, n), greedy(20)) for n in range(3)]
@@ -282,19 +266,3 @@ def test_a_paused_request_holds_no_memory_lets_others_run_and_continues(harness,
     first.pause(False)
     harness.run(engine)
     assert first.token_ids == alone(harness.llm, prompt(5, 0), 20)
-
-
-@pytest.mark.parametrize("turns", [0, 1, 4])
-def test_a_paused_request_can_be_cancelled_and_ends_with_its_engine(harness, turns):
-    engine = harness.engine(prefill_chunk_tokens=4)
-    handles = [engine.submit(prompt(10, n), greedy(20)) for n in range(2)]
-    steps(engine, turns)
-    for handle in handles:
-        handle.pause()
-    steps(engine, 2)
-    assert harness.llm.held_bytes.kv_cache == 0
-    handles[0].cancel()
-    engine.step()
-    assert [handle.reason for handle in handles] == ["cancelled", None]
-    engine.close()
-    assert handles[1].reason == "cancelled"

@@ -226,13 +226,3 @@ def test_a_budget_that_falls_and_rises_without_end_cannot_stop_a_prefill():
     harness.run(engine, before=jump)
     assert handle.reason == "length"
     assert engine.stats().interruptions == 3
-
-
-@pytest.mark.usefixtures("looks_before_each_layer")
-def test_a_budget_that_falls_but_leaves_enough_interrupts_nothing():
-    harness = ordered()
-    engine, fall = harness.engine(), Fall(harness)
-    handle = engine.submit(prompt(11), greedy(3))
-    fall.arm(PLENTY - 1)
-    harness.run(engine)
-    assert (handle.reason, engine.stats().interruptions) == ("length", 0)

@@ -122,21 +122,6 @@ def test_a_baseline_that_has_shrunk_is_noticed_after_a_step(tmp_path):
 
 
 @linux
-def test_a_meter_at_rest_takes_no_samples(tmp_path):
-    set_status(tmp_path, 100)
-    meter = ResidentMeter(tiny_llm(), process=tmp_path)
-    for rests in (True, False):
-        before = meter.used_bytes()
-        if rests:
-            meter.rest()
-            time.sleep(0.03)
-        set_status(tmp_path, 200)
-        time.sleep(0.1)
-        set_status(tmp_path, 100)
-        assert meter.peak_bytes() - before == (0 if rests else 100 * MIB)
-
-
-@linux
 def test_the_peak_is_the_mark_if_it_has_risen_else_the_largest_value_read(tmp_path):
     llm = tiny_llm()
     set_status(tmp_path, 100)
@@ -233,15 +218,13 @@ def test_an_excess_is_forgotten_after_a_time_even_without_steps():
     margin.observe("prefill", 60)
     margin.observe("decode", 40)
     assert (margin.bytes, margin.decode_bytes) == (60, 40)
-    seen = {}
-    for step in range(1, 26):
+    for step in range(1, 21):
+        assert (margin.bytes, margin.decode_bytes) == (60, 40)
         now = float(step)
         if step % 9 == 0:
             margin.observe("decode", 30)
         margin.expire()
-        seen[step] = (margin.bytes, margin.decode_bytes)
-    assert seen[19] == (60, 40)
-    assert seen[20] == (30, 30)  # the prefill is forgotten, repeated decode steps are not
+    assert (margin.bytes, margin.decode_bytes) == (30, 30)  # the prefill is forgotten
     now = 100.0
     margin.expire()
     assert margin.bytes == 0

@@ -184,25 +184,6 @@ def process(tmp_path):
 
 
 @linux
-def test_growth_of_the_rest_counts_as_used_and_at_rest_lowers_the_budget(process):
-    folder, write = process
-    llm = tiny_llm()
-    meter = ResidentMeter(llm, process=folder)
-    memory = GivenMemory(600 * MIB, meter=meter)
-    controller = RuntimeController(llm, StaticPolicy(llm.plan), memory, meter=meter)
-    monitor = controller.monitor
-    budget, shape = monitor.budget_bytes, BatchShape(1, 8)
-    write(530)  # the server has grown
-    controller.check(shape)
-    assert monitor.budget_bytes == budget
-    assert monitor.used_bytes >= 30 * MIB
-    controller.observe(shape)
-    controller.check(BatchShape(0, 0))
-    assert monitor.budget_bytes == budget - 30 * MIB
-    assert monitor.used_bytes < MIB + buffer_bytes()
-
-
-@linux
 @pytest.mark.parametrize("limited", ["model", "process", "system"])
 def test_what_is_loaded_late_is_never_charged_to_the_model(process, machine, limited):
     folder, write = process

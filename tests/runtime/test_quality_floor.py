@@ -69,20 +69,6 @@ def test_no_token_is_computed_below_the_floor_while_the_budget_jumps(policy):
     assert worst(policy, served(policy, None)) > 2.0
 
 
-def test_a_request_that_no_plan_above_the_floor_can_ever_fit_is_rejected(policy):
-    shape = BatchShape(1, 24)
-    harness = Harness(policy=policy, max_delta_nll=0.0)
-    harness.budget_bytes = budget = harness.need(NATIVE, shape) - 1
-    harness.controller.monitor.max_budget_bytes = budget
-    engine = harness.engine()
-    words = rf"budget of {budget:,} bytes under any plan .* at most 0.0 nats .*\(max_delta_nll\)"
-    with pytest.raises(InfeasibleBudgetError, match=words):
-        engine.submit(prompt(5), greedy(20))
-    assert engine.stats().refused == 1
-    free = Harness(policy=policy, budget=budget)
-    assert free.engine().submit(prompt(5), greedy(20))
-
-
 def test_a_request_that_waited_for_a_plan_above_the_floor_learns_why(policy):
     harness = Harness(policy=policy, max_delta_nll=0.0)
     engine = harness.engine(queue_timeout_s=1.0)

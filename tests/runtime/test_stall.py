@@ -95,19 +95,6 @@ def test_the_last_request_continues_in_the_reserve_and_no_other_joins_it_there()
     assert stand.borrowed_bytes == 0
 
 
-def test_a_request_that_passes_another_is_read_in_the_largest_chunks_that_fit():
-    harness = Harness(guard_order=())
-    engine = harness.engine(prefill_chunk_tokens=16)
-    engine.submit(prompt(40), greedy(24))
-    short = engine.submit(prompt(32, 1), greedy(2))
-    harness.budget_bytes = harness.need(NATIVE, BatchShape(1, 44))
-    for _ in range(20):
-        engine.step()
-        harness.time_s += 0.1
-    assert short.done
-    assert sum(record.kind == "prefill" for record in harness.records) == 2
-
-
 def test_a_stall_that_no_plan_ends_says_why_once(caplog):
     harness = Harness(guard_order=())
     engine = harness.engine()
