@@ -140,14 +140,16 @@ def locked(target: Path) -> Iterator[None]:
 def scratch(target: Path) -> Iterator[Path]:
     """An empty folder in the parent of `target`, removed afterwards unless it was moved.
 
-    Leftovers of earlier, killed attempts are removed first. Call it under `locked(target)`
+    Leftovers of processes that have ended are removed first. Call it under `locked(target)`
     where several processes may fill the same folder.
     """
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         prefix = f".{target.name}.part-"
         for leftover in target.parent.glob(f"{prefix}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            pid = leftover.name.removeprefix(prefix)
+            if pid == str(os.getpid()) or not Path("/proc", pid).exists():
+                shutil.rmtree(leftover, ignore_errors=True)
         work = target.parent / f"{prefix}{os.getpid()}"
         work.mkdir()
         try:

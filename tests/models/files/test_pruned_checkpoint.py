@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 
 import pytest
 import torch
@@ -157,6 +158,14 @@ def test_an_older_checkpoint_is_replaced_and_other_folders_are_not_modified(save
     with pytest.raises(ArtifactError, match="is a file, not a folder"):
         save_pruned(tiny_llm(), MASK, tmp_path / "other" / "thesis.txt")
     assert (tmp_path / "other" / "thesis.txt").read_text() == "mine"
+
+
+def test_what_another_process_writes_stays_and_what_a_killed_one_left_goes(saved, tmp_path):
+    theirs, left = (tmp_path / f".pruned.part-{pid}" for pid in (os.getppid(), 2**30))
+    theirs.mkdir()
+    left.mkdir()
+    save_pruned(tiny_llm(), EVERYTHING, saved)
+    assert {*tmp_path.iterdir()} == {saved, theirs}
 
 
 def test_others_may_read_what_the_umask_lets_them(saved, tmp_path) -> None:
