@@ -261,13 +261,13 @@ class RunningBatch:
 
     def pass_size(self, *, prefill: bool) -> PassSize:
         """The size of the next pass: a prefill chunk if there is one, or a decode step."""
-        rows, length, prefilling = self.rows.size, self.rows.length, self.prefilling
+        rows, prefilling = len(self.decoding), self.prefilling
         if prefilling is None or not prefill:
             return PassSize(rows, rows, prefills=prefilling is not None)
         tokens = growth = prefilling.next_tokens
         joins = prefilling.chunks_left == 1 and not prefilling.refills
         if joins and rows:  # the batch pads shorter rows
-            final = prefilling.batch.length + tokens
+            length, final = self.rows.length, prefilling.batch.length + tokens
             growth = (rows + 1) * max(length, final) - rows * length - prefilling.batch.length
         return PassSize(tokens, growth)
 

@@ -14,7 +14,7 @@ from rap_env.models.device import synchronise
 from rap_env.paths import cache_dir
 from rap_env.plan import Plan
 from rap_env.runtime.admission import Admission, RequestQueue
-from rap_env.runtime.memory_estimator import EMPTY_BATCH, BatchShape, PassSize
+from rap_env.runtime.memory_estimator import BatchShape, PassSize
 from rap_env.runtime.records import Counters, StepKind, StepRecord
 from rap_env.runtime.running import KeptCaches, Pace, Restore, RunningBatch
 from rap_env.runtime.sequence import OutputProcessor, PrefillingSequence, TokenSequence
@@ -87,9 +87,6 @@ class Scheduler:
 
     def turn(self) -> bool:
         """Run one turn; return whether the model was run."""
-        if not (self.batch.decoding or self.batch.prefilling or self.paused or len(self._queue)):
-            self._follow_budget()
-            return False
         self._put_aside()
         self._remove_cancelled()
         if self.admission.admit_next(self._must_interrupt):
@@ -109,14 +106,6 @@ class Scheduler:
         self.plan = self._llm.plan
         self.admission.note_turn(ran=prefilled or decoded)
         return prefilled or decoded
-
-    def _follow_budget(self) -> None:
-        """Run an idle turn: only the plan may change, and caches of ended requests go."""
-        self._kept.drop_ended()
-        self._controller.note_waiting(0)
-        self._controller.check(EMPTY_BATCH, PassSize(prefills=False))
-        self.plan = self._llm.plan
-        self.admission.note_turn(ran=False)
 
     def shortest_wait_s(self) -> float:
         """Seconds of decoding until a running request has all of its tokens; 0 if nothing runs."""
@@ -334,7 +323,7 @@ class Scheduler:
         It decodes with its old cache until the new one is there.
         """
         now, batch = self._clock(), self.batch
-        if now < self._next_refill_s or batch.prefilling is not None:
+        if now < self._next_refill_s or batch.prefilling is not None or not batch.decoding:
             return
         self._next_refill_s = now + _REFILL_S
         sequence = batch.best_refill(self._controller.chooser)

@@ -163,12 +163,8 @@ class ElasticLLM:
     def without(self, blocks: AbstractSet[int]) -> Iterator[None]:
         """Run without more blocks than the mask removes, for the duration of one step."""
         before = self.plan
-        target = before.without(*blocks - self.pruned.removed)
-        if target == before:
-            yield
-            return
         try:
-            self._live.set(target)
+            self._live.set(before.without(*blocks - self.pruned.removed))
             yield
         finally:
             self._live.set(before)

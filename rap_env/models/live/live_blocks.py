@@ -104,6 +104,8 @@ class LiveBlocks:
                 This happens before others are loaded, so that memory never holds more than
                 either plan needs.
         """
+        if target == self.plan and not evict:
+            return
         self.prepare(target)
         before = self.plan
         try:
