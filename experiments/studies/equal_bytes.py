@@ -37,7 +37,7 @@ from rap_env.context.base import PruningContext
 from rap_env.levels import WEIGHT_LEVELS
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import shared_llm
-from rap_env.models.live.calibration import calibration_windows
+from rap_env.models.live.calibration_text import calibration_windows
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.weights.gptq import hessians

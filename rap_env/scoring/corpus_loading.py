@@ -21,7 +21,12 @@ import torch
 from rap_env.artifacts import digest, load_artifact, save_artifact
 from rap_env.errors import CorpusError
 from rap_env.extras import require_extra
-from rap_env.models.live.calibration import TEMPERATURE, TOP_P, generate_windows, start_token
+from rap_env.models.live.calibration_text import (
+    TEMPERATURE,
+    TOP_P,
+    generate_windows,
+    start_token,
+)
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.progress import progress_bar
 from rap_env.paths import cache_dir

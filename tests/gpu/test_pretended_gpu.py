@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from rap_env.errors import RapError, UnsupportedModelError
 from rap_env.models.device import choose_device
 from rap_env.models.files.loading import load_llm
-from rap_env.models.live.calibration import calibrate, generate_windows
+from rap_env.models.live.calibration import calibrate
+from rap_env.models.live.calibration_text import generate_windows
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS

@@ -24,7 +24,8 @@ from rap_env.levels import WeightLevel
 from rap_env.models.families.adapter import read_config
 from rap_env.models.files.model_folder import MANIFEST, made_once, models_dir
 from rap_env.models.files.weight_files import load_tokenizer, load_weights
-from rap_env.models.live.calibration import calibrate, generate_windows, start_token
+from rap_env.models.live.calibration import calibrate
+from rap_env.models.live.calibration_text import generate_windows, start_token
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.weights.packed_layout import PackedLevel
 from rap_env.models.weights.packed_modules import from_matrices, from_tensors

@@ -11,7 +11,8 @@ from rap_env.models.files import packed_folder
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.packed_folder import is_packed
 from rap_env.models.files.pruned_checkpoint import save_pruned
-from rap_env.models.live.calibration import calibrate, generate_windows
+from rap_env.models.live.calibration import calibrate
+from rap_env.models.live.calibration_text import generate_windows
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.paths import cache_dir
 from rap_env.plan import Plan
