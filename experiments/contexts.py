@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,15 +113,6 @@ def load_text(text: TextConfig, role: str, llm: ElasticLLM, *, progress: bool = 
     from rap_env.scoring.corpus_loading import load_corpus
 
     return load_corpus(CorpusConfig(**asdict(text), role=role), llm, progress=progress)
-
-
-def load_texts(
-    texts: Mapping[str, TextConfig], role: str, llm: ElasticLLM, *, progress: bool = True
-) -> dict[str, Corpus]:
-    """Load texts by name. Files come first, so that a wrong path fails before the model writes."""
-    files_first = sorted(texts.items(), key=lambda item: item[1].source == "self")
-    corpora = {name: load_text(text, role, llm, progress=progress) for name, text in files_first}
-    return {name: corpora[name] for name in texts}
 
 
 def held_out_scorer(

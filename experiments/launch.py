@@ -265,7 +265,6 @@ READS: dict[str, tuple[str, ...]] = {
     "level_costs_by_model": (*MODEL, "evaluate.text"),
     "replay": ("model", "store", "threads", "replay", "budget"),
     "cgroup": ("model.name", "cgroup"),
-    "texts": (*MODEL, "texts", "env"),
 }  # fmt: skip
 """Sections and settings of each program beside the first four; a program that is not listed
 reads those of a model and the section of its own name."""

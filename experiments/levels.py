@@ -1,13 +1,10 @@
-"""``python -m experiments.levels``: measure what each level of each item costs.
-
-Levels are measured on the calibration text, and on other kinds of text if there are any.
-"""
+"""``python -m experiments.levels``: measure what each level of each item costs."""
 
 from __future__ import annotations
 
 import logging
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from experiments.config import Config
@@ -15,14 +12,13 @@ from experiments.config.common import parse_shape
 from experiments.config.program_settings import LEVELS_SUFFIX
 from experiments.contexts import build_context
 from experiments.launch import launch
-from experiments.study.console import ExperimentError, say
+from experiments.study.console import say
 from experiments.study.run_folder import RunFolder
 from rap_env.artifacts import save_artifact
 from rap_env.context.live import LiveContext
 from rap_env.context.opening import require_live
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.level_scan import measure_jointly, scan_levels
-from rap_env.importance.text_kinds import LEAST_TOKENS, KindCosts, TextKinds
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
 from rap_env.policies.knapsack import KnapsackPolicy
@@ -31,32 +27,25 @@ from rap_env.request import Request
 
 log = logging.getLogger(__name__)
 
-COSTS_FILE, KINDS_FILE = "levels.json", "kinds.json"
+COSTS_FILE = "levels.json"
 
 
 def levels(config: Config, folder: Path) -> Path:
     """Measure the costs of levels; existing files of the folder are kept.
 
-    The folder gets ``levels.json``, and ``kinds.json`` with `kinds`. With `levels.out`, the
-    costs are also written there, and the model's facts beside them.
+    With `levels.out`, the costs are also written there, and the model's facts beside them.
 
     Returns:
         The path of ``levels.json``.
-
-    Raises:
-        ExperimentError: The calibration is too short for `kinds`.
     """
-    check_kinds(config)
     run, started = RunFolder(folder), time.monotonic()
-    frozen = ("levels.caches", "levels.requests", "levels.joint_budgets", "kinds")
+    frozen = ("levels.caches", "levels.requests", "levels.joint_budgets")
     run.start(config, frozen=("model", "calibration", *frozen))
     context = require_live(build_context(config, profiled=False))
     settings, path = config.levels, folder / COSTS_FILE
     model = config.model
     unquantised = load_llm(model.name, device=model.device, dtype=model.dtype, weights="bf16").facts
     reference = MemoryModel(unquantised)  # its peak is what budgets are fractions of
-    if config.kinds and not (folder / KINDS_FILE).exists():
-        kind_costs(config).save(folder / KINDS_FILE)
     costs = _costs(config, context, reference, path)
     if (out := settings.out) is not None:
         facts_path = Path(out.removesuffix(LEVELS_SUFFIX) + ".facts.json")
@@ -88,41 +77,6 @@ def _costs(config: Config, context: LiveContext, reference: MemoryModel, path: P
             "Predicted %.4f, measured %.4f: %s", row["predicted"], row["measured"], row["plan"]
         )
     return costs
-
-
-def check_kinds(config: Config) -> None:
-    """Check that kinds of text, if there are any, can be told apart.
-
-    Raises:
-        ExperimentError: A text is too short.
-    """
-    for name, kind in config.kinds.items():
-        text = replace(config.calibration, **kind)
-        if text.windows * text.window_tokens < LEAST_TOKENS:
-            raise ExperimentError(
-                f"kinds needs at least {LEAST_TOKENS} tokens of each kind, to tell kinds apart, "
-                f"and those of {name} are {text.windows} x {text.window_tokens}; give more windows "
-                "or longer ones."
-            )
-
-
-def kind_costs(config: Config) -> KindCosts:
-    """Measure the costs of levels on the text of each kind, and learn to tell the kinds apart.
-
-    All texts are read before anything is measured. Errors are those of `build_context`.
-    """
-    contexts = {}
-    for name, kind in config.kinds.items():
-        of_kind = replace(config, calibration=replace(config.calibration, **kind))
-        contexts[name] = require_live(build_context(of_kind, profiled=False))
-    texts = {name: context.corpus.tokens.numpy() for name, context in contexts.items()}
-    kinds = TextKinds.of(texts, next(iter(contexts.values())).memory.facts.vocab_size)
-    costs = {}
-    for name, context in contexts.items():
-        log.info("Levels on %s.", name)
-        costs[name] = scan_levels(context.scorer, config.levels.caches, progress=config.progress)
-        context.scorer.release()
-    return KindCosts(kinds, costs)
 
 
 if __name__ == "__main__":

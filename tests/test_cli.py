@@ -89,7 +89,7 @@ def test_what_a_plan_costs_is_said_in_plain_words(rap):
 
 
 def test_advice_names_the_path_of_a_model(rap, model_folder):
-    code, _, err = rap("choose", *SMALL, "--model", model_folder, "--policy", "knapsack-by-text")
+    code, _, err = rap("choose", *SMALL, "--model", model_folder, "--policy", "knapsack")
     assert code == 2
     assert f"`python -m experiments.levels model.name={model_folder}`" in err
     assert err.count(". ") == 0

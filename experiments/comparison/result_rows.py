@@ -11,8 +11,6 @@ from experiments.study.console import ExperimentError
 from experiments.study.json_records import CellRecord, record_files
 from rap_env.artifacts import digest
 from rap_env.plan import Plan
-from rap_env.policies.base import Policy
-from rap_env.request import Request
 
 PARTS = ("grid", "sparsity", "outside")
 """Parts of an evaluation, never averaged together: the grid of requests and budgets, cells at
@@ -177,40 +175,6 @@ def read_recorded(paths: Iterable[str], depends_on: Mapping[str, Any]) -> list[R
                     "evaluate.tasks."
                 )
     return list(rows.values())
-
-
-class RecordedPlans(Policy):
-    """The plans that a method chose in an earlier evaluation, as a policy.
-
-    Args:
-        name: The method, and the name of the policy.
-        path: A folder with ``results.jsonl`` at any depth.
-        fingerprint: That of the model.
-
-    Raises:
-        ExperimentError: There are no rows of this method and model.
-        ArtifactError: A record is damaged.
-    """
-
-    def __init__(self, name: str, path: str, fingerprint: str) -> None:
-        self.name, self._path = name, path
-        self._plans = {
-            Request(**row.request, budget_bytes=row.budget_bytes): row.plan
-            for row in rows_below(Path(path))
-            if row.method == name and row.depends_on.get("model_fingerprint") == fingerprint
-        }
-        if not self._plans:
-            raise ExperimentError(f"{path} has no plans of {name} for this model.")
-
-    def choose(self, request: Request) -> Plan:
-        """Return the plan that was recorded for a request.
-
-        Raises:
-            ExperimentError: There is none.
-        """
-        if request not in self._plans:
-            raise ExperimentError(f"{self._path} has no plan of {self.name} for {request}.")
-        return self._plans[request]
 
 
 def again_depends_on(row: ResultRow, depends_on: Mapping[str, Any]) -> dict[str, Any]:

@@ -42,9 +42,6 @@ class Config:
     model: common.ModelConfig = field(default_factory=common.ModelConfig)
     scoring: common.ScoringConfig = field(default_factory=common.ScoringConfig)
     calibration: common.TextConfig = field(default_factory=common.TextConfig)
-    kinds: dict[str, dict[str, Any]] = setting({})
-    """Kinds of text by name, for policies that choose by the kind of text of the prompts:
-    what differs from ``calibration``, such as ``{source: FILE, field: page, windows: 3}``."""
     importance: common.ImportanceConfig = field(default_factory=common.ImportanceConfig)
     workload: dict[str, Any] = setting({})
     """Sampler of requests (`rap_env.workload`), and its settings."""
@@ -58,8 +55,6 @@ class Config:
     logger: programs.LoggerConfig = field(default_factory=programs.LoggerConfig)
     evaluate: programs.EvaluateConfig = field(default_factory=programs.EvaluateConfig)
     tight_grid: programs.TightGridConfig = field(default_factory=programs.TightGridConfig)
-    texts: studies.TextsConfig = field(default_factory=studies.TextsConfig)
-    prompts: studies.PromptsConfig = field(default_factory=studies.PromptsConfig)
     ladder: studies.LadderConfig = field(default_factory=studies.LadderConfig)
     long_context: studies.LongContextConfig = field(default_factory=studies.LongContextConfig)
     budget: studies.BudgetConfig = field(default_factory=studies.BudgetConfig)

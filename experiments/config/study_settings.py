@@ -1,49 +1,15 @@
-"""Settings of the studies: texts and prompts, the ladder, long contexts, the replay."""
+"""Settings of the studies: the ladder, long contexts, the replay."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from experiments.config.common import TextConfig, parse_pinned, parse_shape
+from experiments.config.common import TextConfig, parse_shape
 from experiments.llama_cpp import CACHE_TYPES, FILE_KINDS
 from rap_env.errors import check_name
 from rap_env.levels import CacheLevel
 from rap_env.scoring.long_context_tasks import LEAST_TOKENS, LONG_CONTEXT_KINDS
 from rap_env.specs import setting
-
-
-@dataclass
-class TextsConfig:
-    """Dependence of costs and plans on the calibration text."""
-
-    kinds: dict[str, TextConfig] = setting({})
-    """Kinds of text by name: their sources. Windows and seeds are those of this section."""
-    seeds: list[int] = setting([0, 1, 2], distinct=True, low=0)
-    """Seeds of the calibration text: each gives a draw of every kind."""
-    windows: int = setting(1, low=1)
-    """Windows of the calibration text of a draw."""
-    window_tokens: int = setting(1024, low=2)
-    report_windows: int = setting(8, low=1)
-    """Windows of each kind's report text."""
-    cells: list[str] = setting([], parse=parse_pinned)
-    """Requests with budgets in bytes, as in ``evaluate.pinned``."""
-
-
-@dataclass
-class PromptsConfig:
-    """Policies that see the prompt, beside those that do not, on held-out text."""
-
-    policies: list[str] = setting(["knapsack", "knapsack-by-text"], distinct=True)
-    """Names or paths for `load_policy`; the others are compared with the first one."""
-    texts: dict[str, TextConfig] = setting({})
-    """Held-out texts by name: the report parts of files."""
-    prompt_tokens: int = setting(64, low=1)
-    """First tokens of a window that are the prompt."""
-    cells: list[str] = setting([], parse=parse_pinned)
-    """Requests with budgets in bytes, as in ``evaluate.pinned``."""
-    recorded: dict[str, str] = setting({})
-    """Methods of earlier evaluations, such as uniform, with the folder of each: the plans
-    that they chose for these requests and budgets."""
 
 
 @dataclass

@@ -133,16 +133,6 @@ def paired_ratio(
     return _estimate(np.exp(np.mean(means)), np.exp(np.mean(resampled, axis=0)), seeds)
 
 
-def relative_ratio(
-    firsts: Sequence[npt.ArrayLike], seconds: Sequence[npt.ArrayLike]
-) -> Estimate | None:
-    """Return `paired_ratio` minus 1."""
-    ratio = paired_ratio(firsts, seconds)
-    if ratio is None:
-        return None
-    return Estimate(ratio.mean - 1, ratio.low - 1, ratio.high - 1, ratio.seeds)
-
-
 def kept_above_chance(
     plan: Mapping[str, npt.NDArray[np.float64]],
     native: Mapping[str, npt.NDArray[np.float64]],

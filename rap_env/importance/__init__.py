@@ -1,4 +1,4 @@
 """Importance of blocks and items: costs of levels, greedy sequential importance (GSI), plan tables.
 
-Artifacts (`profiles`, `level_costs`, `text_kinds`, `plan_table`) load without torch.
+Artifacts (`profiles`, `level_costs`, `plan_table`) load without torch.
 """

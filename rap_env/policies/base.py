@@ -8,7 +8,6 @@ from typing import Protocol, runtime_checkable
 from rap_env.errors import InvalidRequestError
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.plan_table import PlanTable
-from rap_env.importance.text_kinds import Shares, TextKinds
 from rap_env.levels import WeightLevel
 from rap_env.plan import Plan
 from rap_env.request import Request
@@ -42,7 +41,6 @@ class Policy(ABC):
             None if it has no such order.
         level_costs: The costs of levels from which it predicts; None without any.
         table: The measured plans that it looks up; None without any.
-        text_kinds: Tells the kinds of text of prompts; None if it does not choose by them.
         kv_aware: Whether it counts the KV cache.
         seeded: Whether its choices depend on a seed.
         evaluations: Passes over the calibration text that all choices so far needed, rounded
@@ -60,7 +58,6 @@ class Policy(ABC):
     order: tuple[int, ...] | None = None
     level_costs: LevelCosts | None = None
     table: PlanTable | None = None
-    text_kinds: TextKinds | None = None
     kv_aware: bool = True
     seeded: bool = False
     evaluations: int = 0
@@ -89,10 +86,6 @@ class Policy(ABC):
             The rise in nats per token; None if the policy predicts nothing for the plan.
         """
         return None
-
-    def for_text(self, shares: Shares) -> Policy:
-        """Return the policy for text with some shares of `text_kinds`; by default itself."""
-        return self
 
 
 class _Wrapped(Policy):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -11,7 +11,6 @@ from pathlib import Path
 from rap_env.context.base import costs_of
 from rap_env.errors import ArtifactError
 from rap_env.importance.level_costs import LevelCosts, is_as_exact
-from rap_env.importance.text_kinds import KindCosts, Shares, TextKinds
 from rap_env.ladder.items import Item, Ladder, Sharers
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.state import LadderCosts
@@ -31,12 +30,6 @@ _CACHED_SHAPES = 16  # of 85 kB each; a new one takes 5 ms
 _STEP_COST = 1e-7
 """Nats per token that each lowered level costs at least, so that ties prefer less
 lowering."""
-
-
-BY_TEXT = "-by-text"
-"""End of the name of a policy that chooses by text, after that of the same policy without."""
-
-_CACHED_POLICIES = 4  # a knapsack takes some 2.5 MiB, and 16 ms to make again
 
 
 @dataclass(frozen=True)
@@ -276,7 +269,7 @@ def _ladder(facts: ModelFacts, costs: LevelCosts) -> Ladder:
 def knapsack(memory: MemoryModel, basis: Basis | None) -> KnapsackPolicy:
     """On the costs of the context, with the levels of its ladder; or on those in the package."""
     if basis is None:
-        return KnapsackPolicy(memory, packaged_costs(LevelCosts, memory))
+        return KnapsackPolicy(memory, packaged_costs(memory))
     ladder = basis.ladder_bytes.ladder
     levels = {item.name: item.levels for item in ladder.items}
     return KnapsackPolicy(memory, costs_of(basis.context, ladder), levels)
@@ -285,47 +278,3 @@ def knapsack(memory: MemoryModel, basis: Basis | None) -> KnapsackPolicy:
 @reads(LevelCosts.KIND)
 def _read_knapsack(path: Path, memory: MemoryModel) -> Policy:
     return KnapsackPolicy(memory, LevelCosts.load(path, memory))
-
-
-class TextPolicy(Policy):
-    """A policy for each mixture of kinds of text, made from the costs on that mixture.
-
-    Without the text of a prompt it chooses for equal shares of all kinds. Threads may share
-    it.
-
-    Args:
-        costs: Costs of levels by kind of text.
-        make: Makes a policy from costs, such as a `KnapsackPolicy`.
-    """
-
-    text_kinds: TextKinds
-
-    def __init__(self, costs: KindCosts, make: Callable[[LevelCosts], Policy]) -> None:
-        self.text_kinds = costs.kinds
-        self._made = lru_cache(_CACHED_POLICIES)(lambda shares: make(costs.mean(shares)))
-        general = self.for_text(())
-        self.name = f"{general.name}{BY_TEXT}"
-        self.weight_levels = general.weight_levels
-        self.order = general.order
-
-    def for_text(self, shares: Shares) -> Policy:
-        """The policy for text with some shares of the kinds; see `TextKinds.shares`."""
-        return self._made(shares)
-
-    def choose(self, request: Request) -> Plan:
-        """Return the plan for a request whose text is not known."""
-        return self.for_text(()).choose(request)
-
-    def delta_nll(self, plan: Plan, seq_len_tokens: int | None = None) -> float | None:
-        """Predicted rise in NLL of a plan on equal shares of all kinds, nats per token."""
-        return self.for_text(()).delta_nll(plan, seq_len_tokens)
-
-
-@makes("knapsack-by-text")
-def _packaged_by_text(memory: MemoryModel, basis: Basis | None) -> Policy:
-    return TextPolicy(packaged_costs(KindCosts, memory), partial(KnapsackPolicy, memory))
-
-
-@reads(KindCosts.KIND)
-def _read_by_text(path: Path, memory: MemoryModel) -> Policy:
-    return TextPolicy(KindCosts.load(path, memory), partial(KnapsackPolicy, memory))

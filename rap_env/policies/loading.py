@@ -94,14 +94,13 @@ def load_policy(
 
     Args:
         source: The name of a policy, or the path of a file: an exported policy
-            (``.safetensors``), level costs, such costs by kind of text, or a table of
-            measured plans (``.json``). With native weights of the default model: ``"rap"``
-            (the policy trained over the levels of all items, down to four bits),
-            ``"rap-low-bits"`` (down to two), ``"rap-recall"`` (one for answers that need
-            facts from far back in the prompt), ``"knapsack"`` (the packaged level costs) and
-            ``"knapsack-by-text"``, which chooses by the kinds of text of the prompts. With
-            ``weights="bf16"``: ``"rap-v0"`` (the trained policy that removes blocks) and
-            ``"frontier"`` (the packaged table of removals). Any other method of
+            (``.safetensors``), level costs, or a table of measured plans (``.json``). With
+            native weights of the default model: ``"rap"`` (the policy trained over the levels
+            of all items, down to four bits), ``"rap-low-bits"`` (down to two),
+            ``"rap-recall"`` (one for answers that need facts from far back in the prompt) and
+            ``"knapsack"`` (the packaged level costs). With ``weights="bf16"``: ``"rap-v0"``
+            (the trained policy that removes blocks) and ``"frontier"`` (the packaged table of
+            removals). Any other method of
             `rap_env.policies.registry.methods`, on the packaged scores of the default model.
             For any model: ``"dense"``. Other packages may offer further names (entry points
             ``rap_env.policies``); ``"package.module:name"`` names any `Method`, or any

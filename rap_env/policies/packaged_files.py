@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import re
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rap_env.artifacts import load_artifact
 from rap_env.context.table import TableContext
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.importance.level_costs import LevelCosts
-from rap_env.importance.text_kinds import KindCosts
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
@@ -21,15 +20,13 @@ from rap_env.policies.base import Policy
 from rap_env.policies.method import Basis
 from rap_env.scoring.score_table import PREFIX, ScoreTable, table_path
 
-_Costs = TypeVar("_Costs", LevelCosts, KindCosts)
-
 PACKAGED = Path(__file__).parent / "packaged"
 """Folder of the files in the package, named after their model."""
 
 DEFAULT_MODEL = "smollm2-135m"
 """The model of the packaged policies, tables and level costs."""
 
-KNAPSACKS = ("knapsack", "knapsack-by-text")
+KNAPSACKS = ("knapsack",)
 """Policies from the level costs in the package; the server has a fallback for other
 models."""
 
@@ -56,15 +53,14 @@ def default_facts(weights: str = "native") -> ModelFacts:
     return ModelFacts.from_json(body)
 
 
-def packaged_costs(kind: type[_Costs], memory: MemoryModel) -> _Costs:
-    """The costs of levels of the default model, or those by kind of text.
+def packaged_costs(memory: MemoryModel) -> LevelCosts:
+    """The costs of levels of the default model.
 
     Raises:
         ArtifactError: The model is another one, or the package lacks the file.
     """
-    name = "levels.json" if kind is LevelCosts else "kinds.json"
     try:
-        return kind.load(packaged_file(name), memory)
+        return LevelCosts.load(packaged_file("levels.json"), memory)
     except (FileNotFoundError, ArtifactError):
         raise ArtifactError(
             f"The package has no level costs of {memory.facts.name} as it is loaded "
@@ -124,9 +120,8 @@ def find_delta_nll(
     score table of the package, which predicts what was not measured. All else is predicted
     from level costs, the policy's own or those of the package, for sequences of
     `seq_len_tokens` tokens (None is the length at which they were measured), or else by the
-    policy itself. Costs by kind of text are taken for equal shares of all kinds.
+    policy itself.
     """
-    policy = policy.for_text(())
     if not plan:
         return 0.0, "the native model"
     table = policy.table
@@ -137,7 +132,7 @@ def find_delta_nll(
         with contextlib.suppress(ArtifactError):  # another model, or other weights
             return delta_nll_from_scores(packaged_scores(memory), plan)
     with contextlib.suppress(ArtifactError, UnknownNameError):  # other weights; other levels
-        costs = policy.level_costs or packaged_costs(LevelCosts, memory)
+        costs = policy.level_costs or packaged_costs(memory)
         text = _text(costs.provenance["text"])
         rise = costs.delta_nll(plan, seq_len_tokens)
         return rise, f"predicted from one-shot costs of levels on {text}"

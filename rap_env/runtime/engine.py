@@ -16,7 +16,6 @@ from rap_env.errors import (
     QueueFullError,
     check_name,
 )
-from rap_env.importance.text_kinds import Shares
 from rap_env.runtime.admission import RequestQueue
 from rap_env.runtime.memory_estimator import BatchShape
 from rap_env.runtime.records import EngineStats
@@ -182,7 +181,6 @@ class Engine:
         listener: Listener | None = None,
         *,
         max_delta_nll: float | None = None,
-        text_shares: Shares | None = None,
     ) -> RequestHandle:
         """Add a request to the queue; from any thread.
 
@@ -194,8 +192,6 @@ class Engine:
             max_delta_nll: Floor of quality of this request, nats per token: no pass for it
                 runs with a plan whose predicted rise in NLL is above it. The controller's own
                 floor holds in any case.
-            text_shares: Kinds of text in the prompt, for a policy that chooses by them; None
-                tells them from all of its tokens.
 
         Raises:
             InvalidRequestError: The prompt is empty or too long together with the answer; the
@@ -209,15 +205,11 @@ class Engine:
         prompt = self._check_prompt(prompt_ids, params)
         if max_delta_nll is not None:
             self.controller.chooser.check_bound("max_delta_nll", max_delta_nll)
-        kinds = self.controller.chooser.policy.text_kinds
-        if text_shares is None:
-            text_shares = () if kinds is None else kinds.shares(prompt)
         handle = RequestHandle(
             prompt,
             params,
             self.clock(),
             max_delta_nll=max_delta_nll,
-            text_shares=text_shares,
             listener=listener,
             on_cancel=self._wake.set,
         )

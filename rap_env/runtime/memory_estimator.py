@@ -21,7 +21,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from rap_env.errors import InvalidRequestError
-from rap_env.importance.text_kinds import Shares
 from rap_env.levels import GROUP_TOKENS, SINK_GROUPS, CacheLevel
 from rap_env.memory import PREFILL_CHUNK_TOKENS, MemoryModel
 from rap_env.plan import Plan
@@ -45,12 +44,10 @@ class QualityBound:
     Attributes:
         seq_len_tokens: Length at which the plan's rise in NLL is predicted.
         max_delta_nll: Largest rise in NLL that may be predicted, nats per token.
-        text_shares: Kinds of text on which it is predicted; see `TextKinds.shares`.
     """
 
     seq_len_tokens: int
     max_delta_nll: float
-    text_shares: Shares = ()
 
 
 @dataclass(frozen=True)
@@ -84,8 +81,6 @@ class BatchShape:
         longest_tokens: Tokens of the longest sequence at its end, without padding; it may be
             longer than those of the largest batch. By default `seq_len_tokens`.
         bounds: What its requests demand of the plan besides the server's own floor.
-        text_shares: Kinds of text in its prompts, as the policy tells them; see
-            `TextKinds.shares`.
         kept_bytes: Bytes of caches in memory beside those of the batch.
 
     Raises:
@@ -97,7 +92,6 @@ class BatchShape:
     rows: int = 0
     longest_tokens: int = field(default=0, repr=False)
     bounds: tuple[QualityBound, ...] = field(default=(), repr=False)
-    text_shares: Shares = field(default=(), repr=False)
     kept_bytes: int = field(default=0, repr=False)
 
     def __post_init__(self) -> None:

@@ -12,7 +12,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from rap_env.errors import ArtifactError, InvalidRequestError, UnknownNameError
-from rap_env.importance.text_kinds import Shares
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.runtime.memory_estimator import EMPTY_BATCH, BatchShape, MemoryEstimator, QualityBound
@@ -143,7 +142,7 @@ class PlanChooser:
             return
         floor = most if stalled else min(most, least + FLOOR_STEP * max(0, waiting))
         if running:
-            present = self.rise(plan, running.longest_tokens, running.text_shares)
+            present = self.rise(plan, running.longest_tokens)
             floor = max(floor, min(most, present or 0.0))
         self.max_delta_nll = floor
 
@@ -164,13 +163,12 @@ class PlanChooser:
             f"(max_delta_nll{whose})"
         )
 
-    def delta_nll(self, plan: Plan, seq_len_tokens: int, text_shares: Shares = ()) -> float | None:
+    def delta_nll(self, plan: Plan, seq_len_tokens: int) -> float | None:
         """Rise in NLL that the policy predicts for a plan, nats per token; any thread may call it.
 
         Args:
             plan: The plan; the native one has a rise of 0.
             seq_len_tokens: Length of sequences, on which the cost of windows depends.
-            text_shares: Kinds of text, on which the prediction of a policy by text depends.
 
         Returns:
             The prediction; None if the policy has none for the plan.
@@ -178,7 +176,7 @@ class PlanChooser:
         if not plan:
             return 0.0
         try:
-            return self.policy.for_text(text_shares).delta_nll(plan, seq_len_tokens)
+            return self.policy.delta_nll(plan, seq_len_tokens)
         except (UnknownNameError, ArtifactError):  # a level that was not measured
             return None
 
@@ -188,7 +186,7 @@ class PlanChooser:
         `ever` asks at the floor's highest value.
         """
         return not shape or all(
-            (rise := self.rise(plan, bound.seq_len_tokens, bound.text_shares)) is not None
+            (rise := self.rise(plan, bound.seq_len_tokens)) is not None
             and rise <= bound.max_delta_nll
             for bound in self._bounds(shape, self.most_delta_nll if ever else self.max_delta_nll)
         )
@@ -196,7 +194,7 @@ class PlanChooser:
     def _bounds(self, shape: BatchShape, floor: float | None) -> tuple[QualityBound, ...]:
         if floor is None:
             return shape.bounds
-        return (QualityBound(shape.longest_tokens, floor, shape.text_shares), *shape.bounds)
+        return (QualityBound(shape.longest_tokens, floor), *shape.bounds)
 
     # Plans
 
@@ -239,7 +237,7 @@ class PlanChooser:
         choice = self._fitting(shape, limit_bytes)
         if choice is None:
             return None
-        return self.rise(choice.plan, shape.longest_tokens, shape.text_shares)
+        return self.rise(choice.plan, shape.longest_tokens)
 
     def guard_order(self, shape: BatchShape, plan: Plan = Plan()) -> Sequence[int]:
         """Indices of the blocks that the guard may remove from a plan, in the order of removal."""
@@ -305,8 +303,7 @@ class PlanChooser:
     def _ask_policy(self, shape: BatchShape, budget_bytes: int) -> Plan:
         """The policy's plan; nothing is lowered if the policy fails."""
         try:
-            policy = self.policy.for_text(shape.text_shares)
-            return self.estimator.memory.check_plan(policy.choose(shape.request(budget_bytes)))
+            return self.estimator.memory.check_plan(self.policy.choose(shape.request(budget_bytes)))
         except Exception:
             log.exception("Policy %r failed; the guard chooses the plan.", self.policy.name)
             return Plan()

@@ -129,9 +129,7 @@ class PlanSwitcher:
         before, tokens = self._llm.plan, shape.at_least_one[1]
         if plan == before or lowers_nothing(plan, before):
             return plan != before
-        rise, rise_before = (
-            self._chooser.rise(each, tokens, shape.text_shares) for each in (plan, before)
-        )
+        rise, rise_before = (self._chooser.rise(each, tokens) for each in (plan, before))
         if rise is None or rise_before is None:
             peak_bytes = self._estimator.peak_bytes
             return peak_bytes(plan, shape) > peak_bytes(before, shape)
@@ -221,7 +219,7 @@ class PlanSwitcher:
             switch_s=seconds,
             guarded=choice.guarded,
         )
-        rise = self._chooser.rise(decision.after, shape.at_least_one[1], shape.text_shares)
+        rise = self._chooser.rise(decision.after, shape.at_least_one[1])
         log.info(
             "Plan changed (%s): %s; budget %.1f MiB, peak %.1f MiB%s.",
             trigger,

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rap_env.errors import InfeasibleBudgetError, QualityFloorError
-from rap_env.importance.text_kinds import Shares
 from rap_env.plan import Plan
 from rap_env.runtime.sampling import Sample, SamplingParams
 
@@ -111,7 +110,6 @@ class RequestHandle:
         id: A number that is unique in this process.
         max_delta_nll: Its own floor of quality: largest rise in NLL, in nats per token, that
             may be predicted for a plan that serves it; None for the engine's floor alone.
-        text_shares: Kinds of text in its prompt; see `TextKinds.shares`.
         arrived_s: Time of arrival.
         admitted_s: Time at which it left the queue for the first time; None before.
         first_token_s: Time of the first token; None before it.
@@ -138,13 +136,11 @@ class RequestHandle:
         arrived_s: float,
         *,
         max_delta_nll: float | None = None,
-        text_shares: Shares = (),
         listener: Listener | None = None,
         on_cancel: Callable[[], None] | None = None,
     ) -> None:
         self.id = next(_ids)
         self.max_delta_nll = max_delta_nll
-        self.text_shares = text_shares
         self.prompt_ids = prompt_ids
         self.params = params
         self.arrived_s = arrived_s

@@ -385,8 +385,6 @@ def refill_gain(sequence: TokenSequence, own: Plan, plan: Plan, chooser: PlanCho
     """
     cached, to_come = sequence.progress(in_batch=True)
     handle = sequence.handle
-    before, after = (
-        chooser.rise(each, handle.final_tokens, handle.text_shares) for each in (own, plan)
-    )
+    before, after = (chooser.rise(each, handle.final_tokens) for each in (own, plan))
     spared = _UNKNOWN_RISE if before is None or after is None else before - after
     return to_come * spared - cached * TOKEN_NATS

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from rap_env.errors import RapError
-from rap_env.importance.text_kinds import mean_shares
 from rap_env.models.device import send
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.models.live.partial_forward import PositionLogits
@@ -276,7 +275,7 @@ def shape_of(
     *,
     uniform: bool = False,
 ) -> BatchShape:
-    """The largest batch that sequences will form together, with the bounds and texts of all.
+    """The largest batch that sequences will form together, with the bounds of all.
 
     Args:
         running: Sequences that decode.
@@ -295,13 +294,8 @@ def shape_of(
     sequences = [*running, *([] if joining is None else [joining])]
     handles = [sequence.handle for sequence in sequences]
     bounds = {
-        QualityBound(handle.final_tokens, floor, handle.text_shares)
+        QualityBound(handle.final_tokens, floor)
         for handle in handles
         if (floor := handle.max_delta_nll) is not None
     }
-    texts = [handle.text_shares for handle in handles]
-    return replace(
-        BatchShape.of(rows, uniform=uniform),
-        bounds=tuple(sorted(bounds)),
-        text_shares=mean_shares(texts) if any(texts) else (),
-    )
+    return replace(BatchShape.of(rows, uniform=uniform), bounds=tuple(sorted(bounds)))

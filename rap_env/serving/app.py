@@ -17,7 +17,6 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from rap_env.errors import RapError
-from rap_env.importance.text_kinds import mean_shares
 from rap_env.runtime.structured_output import GrammarCompiler
 from rap_env.serving.answers import AnswerPlans
 from rap_env.serving.generation import Generation
@@ -123,11 +122,8 @@ class Service:
             raise unavailable(problem, "insufficient_memory", retry_after_s=wait_s)
         body = validate(schema, await read_json(request, self.settings))
         built = await asyncio.to_thread(self.builder.build, body)
-        predict = partial(
-            self.engine.controller.chooser.delta_nll,
-            seq_len_tokens=built.final_tokens,
-            text_shares=mean_shares(built.text_shares) if built.text_shares else (),
-        )
+        chooser = self.engine.controller.chooser
+        predict = partial(chooser.delta_nll, seq_len_tokens=built.final_tokens)
         plans = AnswerPlans(predict, self._server)
         generation = Generation(self.engine, self.tokenizer, built, self.metrics, plans)
         request.state.log_fields = generation.log_fields

@@ -165,13 +165,11 @@ class Generation:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._put, number, event)
 
-        texts = self.request.text_shares
         return self._engine.submit(
             prompt,
             self.request.params_of(number),
             listen,
             max_delta_nll=self.request.max_delta_nll,
-            text_shares=texts[number // self.request.n] if texts else (),
         )
 
     def _put(self, number: int, event: Event) -> None:

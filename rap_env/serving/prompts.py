@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rap_env.errors import InvalidGrammarError, MissingDependencyError, UnsupportedModelError
-from rap_env.importance.text_kinds import Shares
 from rap_env.runtime.sampling import SamplingParams
 from rap_env.runtime.structured_output import GrammarCompiler, GrammarMatcher
 from rap_env.serving.answers import plain_text
@@ -43,8 +42,6 @@ class GenerationRequest:
         include_usage: Whether a stream ends with the numbers of tokens.
         max_delta_nll: Floor of quality of its answers, nats per token; None for the server's
             alone.
-        text_shares: Kinds of text in each prompt; empty if the policy does not choose by
-            them.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -58,7 +55,6 @@ class GenerationRequest:
     stream: bool = False
     include_usage: bool = False
     max_delta_nll: float | None = None
-    text_shares: Sequence[Shares] = ()
 
     @property
     def size(self) -> int:
@@ -97,7 +93,6 @@ class RequestBuilder:
         self._settings = settings
         self._model = settings.served_name
         self._longest_prompt = engine.longest_prompt_tokens
-        self._text_kinds = engine.controller.chooser.policy.text_kinds
         self._stop_token_ids = stop_tokens(engine.llm, tokenizer)
         self._tokenizer = tokenizer
         self.context_tokens = engine.max_seq_len_tokens
@@ -140,18 +135,7 @@ class RequestBuilder:
             stream=bool(body.stream),
             include_usage=bool(body.stream_options and body.stream_options.include_usage),
             max_delta_nll=body.max_delta_nll,
-            text_shares=self._text_shares(body, prompts),
         )
-
-    def _text_shares(self, body: Body, prompts: Sequence[Sequence[int]]) -> list[Shares]:
-        """Kinds of text in each prompt; a chat counts without its template and system message."""
-        if self._text_kinds is None:
-            return []
-        if isinstance(body, ChatCompletionRequest):
-            turns = template_turns(body.messages)
-            written = "\n".join(turn["content"] for turn in turns if turn["role"] != "system")
-            prompts = [self._encode(written, add_special_tokens=False)]
-        return [self._text_kinds.shares(prompt) for prompt in prompts]
 
     def check_model(self, name: str | None) -> None:
         """Raise an `ApiError` (404) unless a name is that of the served model, or not given."""

@@ -52,10 +52,9 @@ class ServerSettings:
     )
     policy: str = setting(
         "knapsack",
-        "Policy that chooses plans: levels (knapsack, rap, rap-recall), levels by the text of the "
-        "prompts (knapsack-by-text) or masks (rap-v0, frontier, dense); another method, such as "
-        "greedy_per_byte, on the packaged scores; or the path of an exported policy, of level "
-        "costs, of costs by kind of text or of a table of plans.",
+        "Policy that chooses plans: levels (knapsack, rap, rap-recall) or masks (rap-v0, frontier, "
+        "dense); another method, such as greedy_per_byte, on the packaged scores; or the path of "
+        "an exported policy, of level costs or of a table of plans.",
         group="Quality",
     )
     max_delta_nll: float | str | None = setting(

@@ -34,8 +34,8 @@ FOLDERS = {
 GROUPS = {**CHOICES, "agent": FOLDERS["agent"]}
 """Options of each group that sets the section of its name, with their values."""
 PROGRAMS = (
-    "profile", "train", "evaluate", "report", "demo", "live", "export_scores", "texts", "replay",
-    "cgroup", "levels", "tight_grid", "prompts",
+    "profile", "train", "evaluate", "report", "demo", "live", "export_scores", "replay",
+    "cgroup", "levels", "tight_grid",
 )  # fmt: skip
 PROGRAMS_AND_EXPERIMENTS = [
     (PROGRAMS[number % len(PROGRAMS)], name)

@@ -1,4 +1,4 @@
-"""The program that measures levels: its artifacts, and the policy made from them."""
+"""The program that measures levels: its artifacts."""
 
 import json
 from dataclasses import replace
@@ -6,17 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from experiments.config.common import TextConfig
 from experiments.config.program_settings import LevelsConfig
 from experiments.contexts import build_context
-from experiments.levels import COSTS_FILE, KINDS_FILE, levels
+from experiments.levels import COSTS_FILE, levels
 from experiments.study.console import ExperimentError
 from rap_env.importance.level_costs import LevelCosts
-from rap_env.importance.text_kinds import KindCosts
 from rap_env.plan import Plan
-from rap_env.policies.knapsack import TextPolicy
-from rap_env.policies.loading import load_policy
-from tests.experiments.letter_texts import write_letters
 from tests.experiments.tiny_study import own_text, tiny_study
 
 
@@ -71,42 +66,6 @@ def test_a_second_run_measures_nothing_and_other_levels_are_rejected(measured):
     other = replace(measured, levels=replace(measured.levels, caches=["int4"]))
     with pytest.raises(ExperimentError, match=r"levels\.caches"):
         levels(other, folder)
-
-
-def test_costs_by_kind_of_text_become_a_policy(measured, tmp_path):
-    kinds = {}
-    for name, letters in (("prose", "abcdefgh ."), ("code", "(){}=;_01 ")):
-        kinds[name] = {"source": write_letters(tmp_path, name, letters, seed=len(kinds))}
-    settings = replace(measured.levels, out=None)
-    calibration = TextConfig(kinds["prose"]["source"], windows=6, window_tokens=48)
-    config = replace(measured, name="kinds", calibration=calibration, kinds=kinds, levels=settings)
-    levels(config, folder := config.stage_dir("levels"))
-    context = build_context(config, profiled=False)
-    policy = load_policy(folder / KINDS_FILE, context.llm)
-    assert isinstance(policy, TextPolicy)
-    tokens = {
-        name: context.llm.tokenizer(text)["input_ids"]
-        for name, text in (
-            ("prose", "a fed bag. a head. bad cab. faded"),
-            ("code", "(0){_1=0;}(=;_)"),
-        )
-    }
-    assert policy.text_kinds.shares(tokens["prose"])[0] > 0.8
-    assert policy.text_kinds.shares(tokens["code"])[1] > 0.8
-    code = replace(calibration, source=kinds["code"]["source"])
-    on_code = build_context(replace(config, calibration=code), profiled=False).scorer
-    rise = on_code.nll(Plan.of({"layer00.ffn": "removed"})) - on_code.dense_nll
-    costs = KindCosts.load(folder / KINDS_FILE, context.memory).costs["code"]
-    assert costs.one_shot["layer00.ffn"]["removed"] == pytest.approx(rise, abs=1e-12)
-    before = (folder / KINDS_FILE).read_bytes()
-    levels(config, folder)
-    assert (folder / KINDS_FILE).read_bytes() == before
-    other = {**kinds, "code": kinds["prose"]}
-    with pytest.raises(ExperimentError, match=r"kinds\.code"):
-        levels(replace(config, kinds=other), folder)
-    short = replace(config, name="short", calibration=replace(calibration, windows=5))
-    with pytest.raises(ExperimentError, match="at least 256 tokens of each kind"):
-        levels(short, short.stage_dir("levels"))
 
 
 def test_wrong_settings_are_rejected(config):

@@ -17,7 +17,7 @@ from tests.policies.requests import SHAPES, fits, needing
 
 SEARCHES = {"greedy_per_byte", "greedy_per_byte-exact", "evolutionary", "beam", "greedy_swaps",
             "oracle", "sleb"}  # fmt: skip
-ELSEWHERE = {"uniform", "score_model", "knapsack-by-text"}
+ELSEWHERE = {"uniform", "score_model"}
 """Methods that need more than a fake context has, as trained policies do."""
 MASKS = sorted(name for name in {*methods()} - ELSEWHERE if not name.startswith("rap"))
 ALSO_SERVED = {"dense", "knapsack"}

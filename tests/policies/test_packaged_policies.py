@@ -103,7 +103,7 @@ def test_the_knapsack_lowers_precision_before_it_removes(levelled):
 @pytest.mark.parametrize(
     ("weights", "names"),
     [
-        ("native", ["knapsack", "knapsack-by-text", "rap", "rap-low-bits", "rap-recall"]),
+        ("native", ["knapsack", "rap", "rap-low-bits", "rap-recall"]),
         ("bf16", ["rap-v0", "frontier"]),
     ],
 )

@@ -154,9 +154,8 @@ def test_an_object_that_only_chooses_has_no_optional_member():
     policy = as_policy(OnlyChooses())
     plan = policy.choose(REQUEST)
     assert (policy.name, plan.removed_names) == ("own", ("layer00.ffn",))
-    assert (policy.weight_levels, policy.order, policy.text_kinds) == ((), None, None)
+    assert (policy.weight_levels, policy.order) == ((), None)
     assert policy.delta_nll(plan, 16) is None
-    assert policy.for_text((1.0,)) is policy
 
 
 def test_a_policy_is_taken_as_it_is():

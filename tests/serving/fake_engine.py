@@ -18,7 +18,7 @@ PLAN = Plan.of(
 )
 
 
-def delta_nll(plan, seq_len_tokens, text_shares=()):
+def delta_nll(plan, seq_len_tokens):
     """A prediction that depends on the length; none for plans that lower embeddings."""
     rise = len(plan.levels) * seq_len_tokens / 1000
     return None if plan.embeddings != "native" else rise
@@ -58,7 +58,7 @@ class FakeEngine:
         chooser = SimpleNamespace(
             decisions=5,
             max_delta_nll=0.1,
-            policy=SimpleNamespace(name="dense", text_kinds=None),
+            policy=SimpleNamespace(name="dense"),
             delta_nll=delta_nll,
         )
         self.controller = SimpleNamespace(
@@ -92,7 +92,7 @@ class FakeEngine:
         for handle in self.handles:
             handle.cancel()
 
-    def submit(self, prompt_ids, params, listener=None, *, max_delta_nll=None, text_shares=None):
+    def submit(self, prompt_ids, params, listener=None, *, max_delta_nll=None):
         if isinstance(self.end, Exception):
             raise self.end
         handle = RequestHandle(tuple(prompt_ids), params, self.clock(), listener=listener)

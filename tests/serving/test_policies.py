@@ -1,6 +1,5 @@
-"""A real server's policy: answers above its quality floor, and plans by the kind of text."""
+"""A real server's policy: answers above its quality floor, and the levels that it makes."""
 
-from functools import partial
 from types import SimpleNamespace
 
 import httpx
@@ -9,7 +8,7 @@ import pytest
 from rap_env.errors import RapError
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
-from rap_env.policies.knapsack import KnapsackPolicy, TextPolicy
+from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.policies.packaged_files import default_facts
 from rap_env.request import parse_bytes
 from rap_env.runtime.memory_estimator import BatchShape
@@ -18,7 +17,6 @@ from rap_env.serving.limits import LiveLimit
 from rap_env.serving.served_model import choose_policy
 from rap_env.serving.settings import ServerSettings
 from rap_env.serving.stack import build_stack, greeting
-from tests.importance.test_text_kinds import kind_costs
 from tests.policies.test_knapsack import costs
 from tests.serving.background import BackgroundServer
 from tests.serving.conftest import served, tiny_stack
@@ -123,68 +121,6 @@ def test_without_predictions_there_is_no_default_floor_and_the_log_says_so(token
             )
         assert stack.engine.controller.chooser.max_delta_nll == floor
         assert ("dense predicts no rise in NLL, so answers" in caplog.text) == (floor is None)
-
-
-PROSE, CODE = "backgammonplayedit", "QRSTUVWYZYXWSTRQVU"
-"""Letters of the lower and of the upper half of the vocabulary, in prompts of the same length."""
-
-
-@pytest.fixture(scope="module")
-def stack(tokenizer):
-    budget = []
-    stack = tiny_stack(
-        tokenizer,
-        lambda memory: TextPolicy(kind_costs(memory.facts), partial(KnapsackPolicy, memory)),
-        lambda: budget[0] if budget else 10**9,
-        max_delta_nll=None,
-    )
-    native = stack.engine.controller.estimator.peak_bytes(Plan(), BatchShape(1, 40))
-    budget.append(int(0.7 * native))
-    return stack
-
-
-@pytest.fixture(scope="module")
-def server(stack):
-    with BackgroundServer(stack.app) as running:
-        yield running
-
-
-def shares_of(stack, **body):
-    """What kinds of text the server sees in a request."""
-    from rap_env.serving.schemas import ChatCompletionRequest, CompletionRequest
-
-    kind = ChatCompletionRequest if "messages" in body else CompletionRequest
-    return stack.app.state.service.builder.build(
-        kind(model="tiny", max_tokens=4, **body)
-    ).text_shares
-
-
-def test_a_chat_counts_without_its_template_and_system_message(stack):
-    for text, number in ((PROSE, 0), (CODE, 1)):
-        (plain,) = shares_of(stack, prompt=text)
-        assert plain[number] > 0.8
-        asked = {"role": "user", "content": text}
-        ordered = {"role": "system", "content": CODE[:9] if number == 0 else "advise"}
-        for messages in ([asked], [ordered, asked]):
-            (found,) = shares_of(stack, messages=messages)
-            assert found[number] > 0.8
-    both = shares_of(stack, prompt=[PROSE, CODE])
-    assert both == [*shares_of(stack, prompt=PROSE), *shares_of(stack, prompt=CODE)]
-
-
-def test_answers_come_from_the_plan_of_their_text_and_say_so(stack, server):
-    policy, plans, steps = stack.engine.controller.chooser.policy, {}, []
-    stack.engine.observers.append(steps.append)
-    for text in (PROSE, CODE, PROSE):
-        body = {"model": "tiny", "prompt": text, "max_tokens": 4, "temperature": 0}
-        answer = post(server, body, "completions").json()["rap"]
-        plan, tokens = steps[-1].plan, len(text) + 3
-        assert answer["plan"] == plan.digest
-        assert plans.setdefault(text, plan) == plan
-        own, general = (policy.for_text(one) for one in (*shares_of(stack, prompt=text), ()))
-        assert answer["delta_nll"] == pytest.approx(own.delta_nll(plan, tokens))
-        assert answer["delta_nll"] != pytest.approx(general.delta_nll(plan, tokens))
-    assert plans[PROSE] != plans[CODE], "equal lengths in an equal budget"
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def test_what_can_serve_passes(folder, right):
 
 def test_the_policies_without_predictions_are_named():
     trained = {"rap", "rap-low-bits", "rap-recall", "rap-v0"}
-    names = {"dense", "frontier", "knapsack", "knapsack-by-text", *trained}
+    names = {"dense", "frontier", "knapsack", *trained}
     for name in names:
         masks = name in ("frontier", "rap-v0")
         memory = MemoryModel(default_facts("bf16" if masks else "native"))

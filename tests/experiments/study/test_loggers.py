@@ -65,7 +65,7 @@ def test_tensorboard_gets_scalars(config):
 @pytest.mark.parametrize("job", ["train", "evaluate"])
 def test_only_what_the_program_reads_is_its_configuration(config, job):
     logged = logged_settings(config, job)
-    other = {"replay", "prompts", "texts", "ladder", "report", "logger"}
+    other = {"replay", "ladder", "report", "logger"}
     assert not other & {key.split(".")[0] for key in logged}
     assert {"model.name", "calibration.windows", "seed", "evaluate.budgets"} <= set(logged)
     assert ("agent.total_timesteps" in logged) == (job == "train")
