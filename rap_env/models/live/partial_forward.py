@@ -10,11 +10,12 @@ them, as in scoring.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from functools import lru_cache, partial
-from typing import Any, cast
+from functools import lru_cache, partial, wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -104,6 +105,18 @@ _shared: weakref.WeakValueDictionary[int, WidenedWeights] = weakref.WeakValueDic
 
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _in_own_mode(method: _Method) -> _Method:
+    """Run a method of `PartialForward` without gradients unless it passes them."""
+
+    @wraps(method)
+    def run(self: PartialForward, *args: Any, **kwargs: Any) -> Any:
+        with self._mode():
+            return method(self, *args, **kwargs)
+
+    return cast(_Method, run)
 
 
 class PartialForward:
@@ -117,25 +130,32 @@ class PartialForward:
         llm: The live model.
         widen: Whether packed weights are widened once and kept, which is faster for many rows
             (see `rap_env.models.live.partial_forward`).
+        gradients: Whether gradients pass through all steps to states that require them. Needs
+            `widen`: packed kernels have none.
 
     Attributes:
         adapter: The family adapter of the model.
+        model: The live model.
         steps: Blocks that run together, in order: each block alone, except that both blocks
             of a layer run together if they read the same state (parallel residual).
+        layer_steps: The steps of each layer.
     """
 
-    def __init__(self, llm: ElasticLLM, *, widen: bool = False) -> None:
+    def __init__(self, llm: ElasticLLM, *, widen: bool = False, gradients: bool = False) -> None:
         reject_lean(llm.model, "be scored")
-        self._llm, self.adapter = llm, llm.adapter
+        self._llm, self.adapter, self.model = llm, llm.adapter, llm.model
         self._widened = WidenedWeights.of(llm.model) if widen else None
+        self._mode = torch.enable_grad if gradients else torch.inference_mode
         self._decoder = self.adapter.decoder(llm.model)
         self._layers = list(self.adapter.layers(llm.model))
         self._calls: dict[int, list[_Call]] = {}
         step_blocks = 2 if self.adapter.parallel else 1
         count = llm.num_blocks
         self.steps = tuple(tuple(range(b, b + step_blocks)) for b in range(0, count, step_blocks))
+        per_layer = 2 // step_blocks
+        self.layer_steps = tuple(zip(*[iter(self.steps)] * per_layer, strict=True))
 
-    @torch.inference_mode()
+    @_in_own_mode
     def enter(self, input_ids: torch.Tensor, embeddings: WeightLevel = "native") -> torch.Tensor:
         """The input of the first layer, (B, T) -> (B, T, H), with embeddings at a level."""
         entered: list[torch.Tensor] = []
@@ -148,7 +168,7 @@ class PartialForward:
             self._pass(input_ids, note)
         return entered[0]
 
-    @torch.inference_mode()
+    @_in_own_mode
     def run(
         self, blocks: tuple[int, ...], state: torch.Tensor, plan: Plan = Plan()
     ) -> torch.Tensor:
@@ -171,7 +191,7 @@ class PartialForward:
         left: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return left
 
-    @torch.inference_mode()
+    @_in_own_mode
     def leave(self, state: torch.Tensor) -> torch.Tensor:
         """The decoder's output for the output of the last layer, (B, T, H).
 
@@ -182,7 +202,7 @@ class PartialForward:
             self._placeholder(state), lambda number, hidden, _: state if number == last else hidden
         )
 
-    @torch.inference_mode()
+    @_in_own_mode
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The model's head on decoder outputs, (N, H) -> (N, V).
 
@@ -191,6 +211,23 @@ class PartialForward:
         with device.in_float32():
             logits: torch.Tensor = self.head(hidden)
         return self.adapter.cap_logits(logits)
+
+    def loaded(self, layer: Sequence[tuple[int, ...]]) -> AbstractContextManager[object]:
+        """Keep one layer's weights in memory in a ``with`` block, if the plan has removed it.
+
+        Args:
+            layer: Its steps, an entry of `layer_steps`.
+        """
+        return self._llm.applied(Plan(self._llm.plan.removed.difference(*layer)))
+
+    def forget(self, layer: Sequence[tuple[int, ...]]) -> None:
+        """Free what was widened, and levels of a layer's weights that were made for a run."""
+        self.release()
+        if self._llm.residency == "resident":
+            for index in itertools.chain(*layer):
+                item = self._llm._live.items[index]
+                for level in item.made:
+                    item.forget(level)
 
     def embeddings(self, level: WeightLevel) -> AbstractContextManager[object]:
         """Run embeddings and head at a level in a ``with`` block, without any change for native."""

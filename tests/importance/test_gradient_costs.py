@@ -1,0 +1,119 @@
+"""Costs of levels by gradient, against gradients of the whole model."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from rap_env.importance.gradient_costs import (
+    head_nll,
+    item_levels,
+    plan_nll,
+    window_costs,
+)
+from rap_env.models.live.partial_forward import PartialForward
+from rap_env.plan import Plan, block_name, cache_name
+from tests.tiny import VOCAB_SIZE, each_family, tiny_llm
+
+TOKENS = torch.arange(40)[None] * 7 % VOCAB_SIZE
+
+
+def whole_model_gradients(llm):
+    """The gradient of the summed NLL at the output of each layer, from transformers' own loss."""
+    outputs = []
+
+    def keep(_module, _args, output):
+        hidden = output[0] if isinstance(output, tuple) else output
+        hidden.requires_grad_().retain_grad()
+        outputs.append(hidden)
+
+    hooks = [layer.register_forward_hook(keep) for layer in llm.adapter.layers(llm.model)]
+    with torch.enable_grad():
+        logits = llm.model(TOKENS, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+        nll = functional.cross_entropy(logits, TOKENS[:, 1:].flatten(), reduction="sum")
+        nll.backward()
+    for hook in hooks:
+        hook.remove()
+    return float(nll), [hidden.grad for hidden in outputs]
+
+
+@each_family("family")
+def test_costs_are_those_of_gradients_of_the_whole_model(family):
+    llm = tiny_llm(family)
+    levels = item_levels(llm.facts, ("int4", "int2"), TOKENS.shape[1])
+    costs = window_costs(PartialForward(llm, widen=True, gradients=True), TOKENS, levels)
+    expected_nll, gradients = whole_model_gradients(llm)
+    assert costs.nll == pytest.approx(expected_nll, rel=1e-5)
+    plain = PartialForward(llm, widen=True)
+    states = [plain.enter(TOKENS)]
+    for step in plain.steps:
+        states.append(plain.run(step, states[-1]))
+    for layer, gradient in enumerate(gradients):
+        last = plain.layer_steps[layer][-1]
+        number = plain.steps.index(last)
+        block = block_name(last[-1])
+        for level in levels[block]:
+            lowered = plain.run(last, states[number], Plan.of({block: level}))
+            change = (lowered - states[number + 1]).double()
+            expected = 0.5 * float((change * gradient.double()).sum(-1).square().sum())
+            assert costs.sums[block][level] == pytest.approx(expected, rel=1e-3, abs=1e-12), level
+
+
+@each_family("family")
+def test_the_gradient_passes_through_feed_forward_blocks(family):
+    """The costs of attention are those of gradients through all that runs behind it."""
+    llm = tiny_llm(family)
+    forward = PartialForward(llm, widen=True, gradients=True)
+    levels = item_levels(llm.facts, ("int2",), TOKENS.shape[1])
+    sums = window_costs(forward, TOKENS, levels).sums
+    state = forward.enter(TOKENS).detach()
+    output = forward.run(forward.steps[0], state).detach().requires_grad_()
+    hidden = output
+    for step in forward.steps[1:]:
+        hidden = forward.run(step, hidden)
+    logits = forward.logits(forward.leave(hidden)[0, :-1]).float()
+    functional.cross_entropy(logits, TOKENS[0, 1:], reduction="sum").backward()
+    for name in (block_name(0), cache_name(0)):
+        for level in levels.get(name, ()):
+            change = forward.run(forward.steps[0], state, Plan.of({name: level})) - output
+            expected = 0.5 * float((change * output.grad).sum(-1).double().square().sum())
+            assert sums[name][level] == pytest.approx(expected, rel=1e-3, abs=1e-12), level
+
+
+@each_family("family")
+def test_the_measured_nll_is_that_of_the_model_under_the_plan(family):
+    llm = tiny_llm(family)
+    plan = Plan.of({block_name(1): "int8", block_name(2): "removed"})
+    forward = PartialForward(llm, widen=True)
+    with llm.applied(plan), torch.no_grad():
+        logits = llm.model(TOKENS, use_cache=False).logits[0, :-1].float()
+    expected = float(functional.cross_entropy(logits, TOKENS[0, 1:]))
+    assert plan_nll(forward, TOKENS, plan) == pytest.approx(expected, rel=1e-4)
+
+
+@each_family("family")
+def test_removals_are_measured_on_the_first_tokens(family, monkeypatch):
+    monkeypatch.setattr("rap_env.importance.gradient_costs.REMOVAL_TOKENS", 10)
+    llm = tiny_llm(family)
+    forward = PartialForward(llm, widen=True, gradients=True)
+    levels = item_levels(llm.facts, (), TOKENS.shape[1])
+    costs = window_costs(forward, TOKENS, levels)
+    first = TOKENS[:, :11]
+    native = plan_nll(forward, first, Plan())
+    for block in range(llm.num_blocks):
+        rise = 10 * (plan_nll(forward, first, Plan.removing(block)) - native)
+        assert costs.removed[block_name(block)] == pytest.approx(rise, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "gemma2"])
+def test_the_head_in_parts_has_the_nll_and_gradient_of_the_whole(family, monkeypatch):
+    monkeypatch.setattr("rap_env.importance.gradient_costs._HEAD_VALUES", 1)
+    llm = tiny_llm(family)
+    forward = PartialForward(llm, widen=True, gradients=True)
+    hidden = torch.randn(9, llm.adapter.hidden_size, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(9) * 6 % VOCAB_SIZE
+    nll, gradient = head_nll(forward, hidden, targets, gradient=True)
+    leaf = hidden.clone().requires_grad_()
+    expected = functional.cross_entropy(forward.logits(leaf).float(), targets, reduction="none")
+    expected.sum().backward()
+    torch.testing.assert_close(nll, expected.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient, leaf.grad, rtol=1e-4, atol=1e-6)
