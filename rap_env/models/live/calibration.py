@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -93,20 +94,28 @@ def use_text(
     text.update(f"{tuple(windows.shape)} {uniform} {_damping(uniform)} v{_VERSION}".encode())
     digest = text.hexdigest()
     folder = cache_dir() / "calibrated" / f"{llm.fingerprint[:16]}-{digest[:16]}"
-    with llm.exclusive(), llm.applied(Plan()):
-        items, residency = llm._live.all_items, llm.residency
+    with llm.exclusive():
+        items = llm._live.all_items
         if any(level in item.made for item in items for level in levels):
-            llm.set_residency("resident")
+            _forget(llm, levels)
         for item in items:
             own = [level for level in levels if level in item.levels]
             if item is llm._live.embeddings:
                 own = [level for level in own if level in LOW_BIT_FORMATS]
             item.files.update({n: folder / f"{item.name}.{n}.safetensors" for n in own})
-            for level in set(own) & set(item.made):
-                item.forget(level)
-        llm.set_residency(residency)
         llm.calibration = digest
         llm.__dict__.pop("facts", None)
+
+
+def _forget(llm: ElasticLLM, levels: Collection[PackedLevel]) -> None:
+    """Drop levels that were made, wherever they are stored."""
+    residency = llm.residency
+    with llm.applied(Plan()):
+        llm.set_residency("resident")
+        for item in llm._live.all_items:
+            for level in set(levels) & set(item.made):
+                item.forget(level)
+        llm.set_residency(residency)
 
 
 def calibrate(
@@ -158,51 +167,136 @@ def _intact(path: Path) -> bool:
 
 def _make(llm: ElasticLLM, windows: torch.Tensor, uniform: bool) -> None:
     """Write the files of all blocks and of the head that are missing or damaged."""
-    forward, damping = PartialForward(llm), _damping(uniform)
-    states = [forward.enter(some.to(llm.device)) for some in torch.split(windows, _WINDOWS)]
-    for number, step in enumerate(forward.steps):
-        items = [llm._live.items[index] for index in step]
-        missing = {item: _missing(item) for item in items}
-        layers = {
-            place.name: place.original
-            for item, levels in missing.items()
-            for place in item.places
-            if levels and not raw_weights(place.original)
-        }
-        with hessians(layers) as sums, contextlib.ExitStack() as hooks:
-            inputs = {
-                item: hooks.enter_context(recorded_inputs(item.places[-1].original))
-                for item, levels in missing.items()
-                if levels
-            }
-            outputs = [forward.run(step, state) for state in states]
-        damped = {id(total): DampedHessian.of(total, damping) for total in sums.values()}
-        for index, (item, levels) in zip(step, missing.items(), strict=True):
-            quantisers = {
-                place: partial(quantise_gptq, hessian=damped[id(sums[place.name])])
-                for place in item.places
-                if place.name in sums
-            }
-            for level in levels:
-                run = partial(forward.run, step, plan=Plan(weights=((index, level),)))
-                _quantise(item, level, quantisers, inputs[item], states, run)
-                _write(item, level)
-        log.info("Levels of step %d of %d are made", number + 1, len(forward.steps))
+    forward = PartialForward(llm)
+    states = enter(forward, windows)
+    for number, layer in enumerate(forward.layer_steps):
+        states = make_layer(llm, forward, layer, states, uniform=uniform)
+        log.info("Levels of layer %d of %d are made", number + 1, len(forward.layer_steps))
+    make_head(llm, forward, states, uniform=uniform)
+
+
+def enter(forward: PartialForward, windows: torch.Tensor) -> list[torch.Tensor]:
+    """The inputs of the first layer for a text, of some windows each, (some windows, T, H)."""
+    return [forward.enter(some.to(forward.model.device)) for some in torch.split(windows, _WINDOWS)]
+
+
+@dataclass(frozen=True)
+class _NativePass:
+    """What the native blocks of a step saw.
+
+    Attributes:
+        step: The blocks.
+        states: Their inputs.
+        outputs: Their outputs.
+        sums: Hessians of the inputs of matrices, by name (`hessians`).
+        last_inputs: Inputs of the last matrix of each block, of every second window.
+    """
+
+    step: tuple[int, ...]
+    states: list[torch.Tensor]
+    outputs: list[torch.Tensor]
+    sums: dict[str, torch.Tensor]
+    last_inputs: dict[int, list[torch.Tensor]]
+
+
+def make_layer(
+    llm: ElasticLLM,
+    forward: PartialForward,
+    layer: Sequence[tuple[int, ...]],
+    states: list[torch.Tensor],
+    *,
+    uniform: bool = False,
+    pass_on: Callable[[list[torch.Tensor]], object] = lambda states: None,
+) -> list[torch.Tensor]:
+    """Write the files of a layer's levels that are missing or damaged.
+
+    Args:
+        llm: The model.
+        forward: Its steps.
+        layer: The steps of the layer, whose weights are in memory.
+        states: Native inputs of the layer, as of `enter`.
+        uniform: As for `calibrate`.
+        pass_on: Called with the inputs of the next layer before any weights are rounded.
+
+    Returns:
+        The inputs of the next layer.
+    """
+    passes = []
+    for step in layer:
+        native = _run_natively(llm, forward, step, states)
+        states = native.outputs
         if uniform:
-            own = [(index, level) for index in step for level in llm._live.items[index].files]
-            outputs = [forward.run(step, state, Plan(weights=tuple(own))) for state in states]
-            for item in items:
-                for level in item.made:
-                    item.forget(level)
-        states = outputs
-    if levels := _missing(llm._live.embeddings):
-        hidden = [window.float() for state in states for window in forward.leave(state)]
-        total = sum((part.T @ part for part in hidden[1:]), hidden[0].T @ hidden[0])
-        head = llm._live.embeddings.places[-1]
-        quantiser = partial(quantise_gptq, hessian=DampedHessian.of(total, damping))
-        for level in levels:
-            llm._live.embeddings.quantise(level, {head.tied or head: quantiser})
-            _write(llm._live.embeddings, level)
+            _round(llm, forward, native, DAMPING)
+            levels = [(index, level) for index in step for level in llm._live.items[index].files]
+            states = [
+                forward.run(step, some, Plan(weights=tuple(levels))) for some in native.states
+            ]
+            for index, level in levels:
+                llm._live.items[index].forget(level)
+        else:
+            passes.append(native)
+    pass_on(states)
+    for native in passes:
+        _round(llm, forward, native, _OWN_TEXT_DAMPING)
+    return states
+
+
+def make_head(
+    llm: ElasticLLM, forward: PartialForward, states: list[torch.Tensor], *, uniform: bool = False
+) -> None:
+    """Write the files of the head's levels that are missing or damaged.
+
+    Args:
+        llm: The model.
+        forward: Its steps.
+        states: Outputs of the last layer.
+        uniform: As for `calibrate`.
+    """
+    item = llm._live.embeddings
+    if not (levels := _missing(item)):
+        return
+    hidden = [window.float() for state in states for window in forward.leave(state)]
+    total = sum((part.T @ part for part in hidden[1:]), hidden[0].T @ hidden[0])
+    head, hessian = item.places[-1], DampedHessian.of(total, _damping(uniform))
+    for level in levels:
+        item.quantise(level, {head.tied or head: partial(quantise_gptq, hessian=hessian)})
+        _write(item, level)
+
+
+def _run_natively(
+    llm: ElasticLLM, forward: PartialForward, step: tuple[int, ...], states: list[torch.Tensor]
+) -> _NativePass:
+    items = {index: llm._live.items[index] for index in step}
+    missing = [index for index, item in items.items() if _missing(item)]
+    layers = {
+        place.name: place.original
+        for index in missing
+        for place in items[index].places
+        if not raw_weights(place.original)
+    }
+    with hessians(layers) as sums, contextlib.ExitStack() as hooks:
+        inputs = {
+            index: hooks.enter_context(recorded_inputs(items[index].places[-1].original, _EVERY))
+            for index in missing
+        }
+        outputs = [forward.run(step, state) for state in states]
+    return _NativePass(step, states, outputs, sums, inputs)
+
+
+def _round(llm: ElasticLLM, forward: PartialForward, native: _NativePass, damping: float) -> None:
+    """Write the missing levels of the blocks of a step."""
+    damped = {id(total): DampedHessian.of(total, damping) for total in native.sums.values()}
+    for index, inputs in native.last_inputs.items():
+        item = llm._live.items[index]
+        quantisers = {
+            place: partial(quantise_gptq, hessian=damped[id(native.sums[place.name])])
+            for place in item.places
+            if place.name in native.sums
+        }
+        run = partial(forward.run, native.step)
+        for level in _missing(item):
+            _quantise(item, level, quantisers, inputs, native.states, run)
+            _write(item, level)
 
 
 def _quantise(
@@ -219,23 +313,23 @@ def _quantise(
         item: The block.
         level: The level.
         quantisers: By place.
-        inputs: Native inputs of the last matrix, for each window.
+        inputs: Native inputs of the last matrix, for every second window.
         states: Inputs of the block's step, for some windows each.
-        run: Runs the step with the block at the level.
+        run: Runs the step with the modules that are in their places.
     """
     last = item.places[-1]
-    if level not in _CORRECTED or last not in quantisers or len(inputs) < sum(map(len, states)):
+    fitted_on = [state[::_EVERY] for state in states]
+    if level not in _CORRECTED or last not in quantisers or len(inputs) < sum(map(len, fitted_on)):
         # A last matrix of an expert does not see all windows.
         item.quantise(level, quantisers)
         return
     quantiser = quantisers[last]
-    item.quantise(level, {place: own for place, own in quantisers.items() if place is not last})
-    with recorded_inputs(item.module(level, last)) as changed:
-        for state in states:
-            run(state[::_EVERY])
-    native = inputs[::_EVERY]
-    if list(map(len, native)) == list(map(len, changed)):
-        corrected_by = correction(native, changed, _CORRECTION_DAMPING)
+    item.quantise(level, quantisers, native=last)
+    with recorded_inputs(last.original) as changed, item.in_place(level):
+        for state in fitted_on:
+            run(state)
+    if list(map(len, inputs)) == list(map(len, changed)):
+        corrected_by = correction(inputs, changed, _CORRECTION_DAMPING)
         quantiser = partial(quantiser, corrected_by=corrected_by)
     item.quantise_again(level, last, quantiser)
 

@@ -85,12 +85,17 @@ def _mirrored(total: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def recorded_inputs(layer: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Keep the inputs of a linear layer in a ``with`` block, (tokens, in) for each sequence."""
+def recorded_inputs(layer: nn.Module, every: int = 1) -> Iterator[list[torch.Tensor]]:
+    """Keep inputs of a linear layer in a ``with`` block, (tokens, in) for each sequence.
+
+    Args:
+        layer: The layer.
+        every: Of the sequences of each call, the first one and every so many are kept.
+    """
     inputs: list[torch.Tensor] = []
 
     def keep(_layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        inputs.extend(_sequences(args[0]))
+        inputs.extend(sequence.clone() for sequence in _sequences(args[0])[::every])
 
     hook = layer.register_forward_pre_hook(keep)
     try:

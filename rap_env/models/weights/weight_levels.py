@@ -8,6 +8,7 @@ kept, so raising a level is exact.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -206,17 +207,22 @@ class WeightItem:
     @torch.inference_mode(False)
     @torch.no_grad()
     def quantise(
-        self, level: PackedLevel, quantisers: Mapping[Place, Quantiser] = MappingProxyType({})
+        self,
+        level: PackedLevel,
+        quantisers: Mapping[Place, Quantiser] = MappingProxyType({}),
+        native: Place | None = None,
     ) -> None:
         """Make a level's modules from the native weights, which must be in memory.
 
         Args:
             level: The level.
             quantisers: For places whose weights are not packed with the least squared error.
+            native: A place whose module stays the native one until `quantise_again`.
         """
         made: dict[Place, PackedModule] = {}
         for place in self._changed(level):
-            made[place] = place.quantised(level, made, quantisers.get(place))
+            if place is not native:
+                made[place] = place.quantised(level, made, quantisers.get(place))
         self._made[level] = made
 
     @torch.inference_mode(False)
@@ -256,6 +262,16 @@ class WeightItem:
     def forget(self, level: PackedLevel) -> None:
         """Drop a level's modules, which must not be in use."""
         del self._made[level]
+
+    @contextlib.contextmanager
+    def in_place(self, level: WeightLevel) -> Iterator[None]:
+        """Put a level's modules into their places in a ``with`` block, whatever the plan is."""
+        before = self.level
+        self.put(level)
+        try:
+            yield
+        finally:
+            self.put(before)
 
     def put(self, level: WeightLevel) -> None:
         """Put the modules of a level, which were made, into their places."""
