@@ -53,7 +53,7 @@ def levels(config: Config, folder: Path) -> Path:
         save_artifact(facts_path, "model facts", FACTS_VERSION, facts)  # for `rap choose`
         costs.save(out)
     run.finish(started, evaluations=costs.evaluations)
-    say(f"The costs of {len(costs.one_shot)} items are in {path}.")
+    say(f"The costs of {len(costs.costs)} items are in {path}.")
     return path
 
 

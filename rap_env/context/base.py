@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rap_env.errors import ArtifactError
-from rap_env.importance.level_costs import LevelCosts, RemovalCosts
+from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.orders import LadderOrder, Step, check_ladder, greedy_order
 from rap_env.importance.plan_table import PlanTable
 from rap_env.importance.profiles import GSI_METHODS, GSIProfile, OneShotProfile
@@ -195,7 +195,7 @@ def item_order(
 def costs_of(context: PruningContext, ladder: Ladder) -> LevelCosts:
     """The costs of a ladder's levels; if it only removes, the one-shot importance of the blocks."""
     if ladder.removes_only:
-        return RemovalCosts.of_removals(context.one_shot)
+        return LevelCosts.of_removals(context.one_shot)
     return context.level_costs(ladder.cache_levels)
 
 

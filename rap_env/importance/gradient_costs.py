@@ -24,7 +24,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from rap_env.importance.level_costs import Costs, in_order, window_share
+from rap_env.importance.level_costs import Costs, ordered_costs, window_share
 from rap_env.levels import CacheLevel
 from rap_env.model_facts import ModelFacts
 from rap_env.models.live.partial_forward import PartialForward
@@ -179,7 +179,7 @@ def mean_costs(windows: Sequence[WindowCosts], window_tokens: int) -> Costs:
         if item in windows[0].removed:
             measured = sum(window.removed[item] for window in windows) / first
             costs[item]["removed"] = max(costs[item]["removed"], measured)
-    return in_order(costs)
+    return ordered_costs(costs)
 
 
 def joint_plans(costs: Costs, levels: Mapping[str, Sequence[str]]) -> dict[tuple[str, str], Plan]:
@@ -188,7 +188,7 @@ def joint_plans(costs: Costs, levels: Mapping[str, Sequence[str]]) -> dict[tuple
     They are each level of the embeddings, levels below four bits of all blocks, the shortest
     window of all caches, and the removal of the blocks that lose least.
     """
-    plans = {(EMBEDDINGS, name): Plan(embeddings=name) for name in levels[EMBEDDINGS]}
+    plans = {(EMBEDDINGS, name): Plan.of({EMBEDDINGS: name}) for name in levels[EMBEDDINGS]}
     blocks = [item for item in costs if not is_cache(item)]
     caches = [item for item in costs if is_cache(item)]
     for name, form in LOW_BIT_FORMATS.items():
@@ -224,7 +224,7 @@ def scaled_costs(costs: Costs, measured: Mapping[tuple[str, str], tuple[Plan, fl
             if is_cache(item) == (kind == "cache"):
                 alike = [n for n in levels if n == name or (is_cache(item) and "window" in n)]
                 scaled[item] |= {level: factor * levels[level] for level in alike}
-    return in_order(scaled)
+    return ordered_costs(scaled)
 
 
 def plan_nll(forward: PartialForward, windows: torch.Tensor, plan: Plan) -> float:

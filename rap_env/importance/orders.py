@@ -215,7 +215,7 @@ def one_shot_costs(costs: LevelCosts, ladder: Ladder) -> Floats:
     """
     table = np.zeros((len(ladder), ladder.width))
     for number, item in enumerate(ladder.items):
-        measured = costs.one_shot.get(item.name, {})
+        measured = costs.costs.get(item.name, {})
         for position, level in enumerate(item.levels[1:], start=1):
             table[number, position] = (
                 costs.cost(item.name, level) if level in measured else table[number, position - 1]

@@ -71,7 +71,7 @@ class _Problem:
 class KnapsackPolicy(Policy):
     """Chooses the plan of the least predicted rise in NLL whose exact bytes fit the request.
 
-    Costs are one-shot costs with measured corrections (`LevelCosts`). An attention block and
+    An attention block and
     its cache are one choice, since the removal of the block removes both. The optimum is
     exact; only the sum of costs is an approximation. If nothing fits, the smallest plan is
     chosen. Threads may share a policy.
@@ -219,7 +219,7 @@ class KnapsackPolicy(Policy):
         return allowed and self._measured(item, level)
 
     def _measured(self, item: str, level: str) -> bool:
-        return level in self.level_costs.one_shot.get(item, {})
+        return level in self.level_costs.costs.get(item, {})
 
     def _option(
         self, costs: LadderCosts, seq_len_tokens: int, positions: Mapping[int, int]
@@ -253,7 +253,7 @@ def _subsets(used: Sharers) -> list[Sharers]:
 
 def _ladder(facts: ModelFacts, costs: LevelCosts) -> Ladder:
     """The items of a model with the levels that were measured; those of caches in any order."""
-    levels_of = costs.one_shot.items()
+    levels_of = costs.costs.items()
     measured = {"removed"}.union(*(levels for item, levels in levels_of if not is_cache(item)))
     weights = [level for level in WEIGHT_LEVELS[1:] if level in measured]
     *blocks, last = Ladder.of(facts, {"weights": weights, "embeddings": weights[:-1]}).items

@@ -37,7 +37,7 @@ PREFIX = "score_table:"
 TABLES = Path(__file__).parent / "tables"
 """Folder of the tables in the package, ``MODEL.WEIGHTS.json`` each."""
 
-_KIND, _FORMAT = "score table", 8
+_KIND, _FORMAT = "score table", 9
 _PREDICTIONS_KEPT = 2**17
 
 

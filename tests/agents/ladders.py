@@ -57,9 +57,9 @@ class LadderContext:
         costs = costs_of(made, seed, caches=CACHE_LEVELS, window_tokens=1024)
         smaller = {
             item: {level: cost / 10 for level, cost in levels.items()}
-            for item, levels in costs.one_shot.items()
+            for item, levels in costs.costs.items()
         }
-        self.costs = replace(costs, one_shot=smaller)
+        self.costs = replace(costs, costs=smaller)
         self.memory = MemoryModel(made)
         self.scorer = FormulaScorer(self.costs)
         self.importance = importance

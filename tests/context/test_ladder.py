@@ -38,7 +38,7 @@ def test_costs_are_measured_once_and_kept(tmp_path):
     assert again.level_costs(CACHES) == costs
     assert again.scorer.evaluations == 0
     fewer = again.level_costs(["int8"])  # other levels, another file
-    assert "int4" not in fewer.one_shot["layer00.cache"]
+    assert "int4" not in fewer.costs["layer00.cache"]
     assert len(list(tmp_path.glob("levels-*.json"))) == 2
 
 
@@ -63,7 +63,7 @@ def test_the_package_has_costs_of_the_named_ladders():
     for name in LADDERS:
         ladder = Ladder.of(memory.facts, name)
         for item in ladder.items:
-            assert set(item.levels[1:]) <= set(costs.one_shot[item.name])
+            assert set(item.levels[1:]) <= set(costs.costs[item.name])
 
 
 def test_no_importance_measures_nothing():

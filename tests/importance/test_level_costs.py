@@ -1,4 +1,4 @@
-"""Costs of levels: factors, windows, artifacts, and the scan that measures them."""
+"""Costs of levels: sums, windows, order, artifacts, and those of the packaged files."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -6,80 +6,47 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from rap_env.artifacts import digest
+from rap_env.context.live import PACKAGED_COSTS
 from rap_env.errors import ArtifactError, UnknownNameError
-from rap_env.importance.level_costs import LevelCosts, window_share
-from rap_env.importance.level_scan import measure_jointly, scan_levels
+from rap_env.importance.level_costs import LevelCosts, ordered_costs, window_share
 from rap_env.levels import CacheLevel
 from rap_env.plan import Plan
+from rap_env.policies.packaged_files import default_facts
+from rap_env.scoring.score_table import ScoreTable, packaged_tables
 from tests.policies.test_knapsack import costs, facts
 
-SINGLE = {"int8": 0.01, "int4": 0.1, "int2": 0.5, "int4-window64": 0.3, "removed": 1.0}
+MADE = facts(packed=True)
+
+PINNED = {
+    "gemma3-270m.native": "e9d6f46aaac1160c7c3f1b1fe9b5ae40795dc4c90effb82a92e6601816e16d44",
+    "smollm2-135m-low-bits.native": (
+        "17a10c2fd7cb4db22225a861573ba5f5e1d50b0e39a8385d9c31245e53efe718"
+    ),
+    "smollm2-135m.native": "e526870234c61ae04176a6f8c4128406a65611599488fc8ebc885dc6a0032f22",
+}
+"""Digests of the costs of the packaged tables, which fits to measurements gave until d967b580.
+
+What agents observe in pinned tasks, and what tables predict, depends on each bit of them.
+"""
 
 
-class FakeScorer:
-    """Gives each level a price, and twice the sum to plans with more than one."""
-
-    def __init__(self, made, length=512, scale=None):
-        self.scale = scale or {}
-        self.uneven = 1.0 if scale else 0.75  # rise of the first window, where 1 is the mean
-        self.llm = SimpleNamespace(facts=made)
-        self.corpus = SimpleNamespace(tokens=np.zeros((2, length), dtype=int))
-        self.evaluations = 0
-        self.block_forwards = 0.0
-        self.provenance = {
-            "model": "made", "fingerprint": made.fingerprint, "scoring": {"weights": made.weights},
-            "text": {"windows": 2, "window_tokens": length, "source": "self"},
-        }  # fmt: skip
-
-    def nll_many(self, plans, on_score=None):
-        self.evaluations += len(set(plans))
-
-    def nll(self, plan):
-        return float(self.window_nll(plan).mean())
-
-    def window_nll(self, plan):
-        total = sum(SINGLE[n] * self.scale.get(item, 1.0) for item, n in plan.levels.items())
-        rise = total * (2 if len(plan.levels) > 1 else 1)
-        return np.array([3.0 + rise * self.uneven, 3.0 + rise * (2 - self.uneven)])
+def test_the_costs_of_pinned_tasks_are_what_they_have_always_been():
+    tables = {path.stem: ScoreTable.load(path).levels for path in packaged_tables()}
+    found = {name: LevelCosts(**levels).costs for name, levels in tables.items() if levels}
+    assert {name: digest(levels) for name, levels in found.items()} == PINNED
+    loaded = LevelCosts.load(PACKAGED_COSTS, SimpleNamespace(facts=default_facts()))
+    assert loaded.window_tokens == 1024
 
 
-def scanned(length=512, levels=("int8", "int4", "int4-window64"), together=()):
-    scorer = FakeScorer(facts(packed=True), length)
-    return scan_levels(scorer, levels, together=together, progress=False)
-
-
-def test_a_scan_measures_each_level_of_each_item_alone_and_uniform_levels_jointly():
-    made = scanned()
-    assert made.native_nll == 3.0
-    assert made.window_tokens == 512
-    assert set(made.one_shot) == {
-        "layer00.attn", "layer00.ffn", "layer01.attn", "layer01.ffn", "layer00.cache",
-        "layer01.cache", "embeddings",
-    }  # fmt: skip
-    assert made.one_shot["layer01.ffn"] == pytest.approx({"removed": 1.0})
-    assert made.one_shot["layer01.cache"] == pytest.approx(
-        {"int8": 0.01, "int4": 0.1, "int4-window64": 0.3}
-    )
-    assert made.errors["layer01.ffn"] == pytest.approx({"removed": 0.25})
-    uniform = Plan.uniform(2, caches="int4").to_json()
-    assert made.joint[uniform] == pytest.approx(0.4)
-    assert len(made.joint) == 3
-    assert made.evaluations == made.evaluations_run == 1 + 4 + 6 + 3
-
-
-def test_joint_measurements_correct_the_sum():
-    made = scanned()
-    assert made.fitted.factors == pytest.approx(
-        {"cache int8": 2.0, "cache int4": 2.0, "cache int4-window64": 2.0}
-    )
-    for row in made.predictions():
-        assert row["predicted"] == pytest.approx(row["measured"])
-    assert made.delta_nll(Plan.of({"layer00.cache": "int4"})) == pytest.approx(0.2)
-
-
-def test_windows_that_hold_the_whole_text_are_not_measured():
-    assert "int4-window64" not in scanned(length=128).one_shot["layer00.cache"]
-    assert "int4-window64" in scanned(length=129).one_shot["layer00.cache"]
+def test_a_plan_costs_the_sum_of_its_levels():
+    plan = Plan.of({"layer00.cache": "int4", "layer01.ffn": "removed"})
+    made = costs(MADE, joint={plan.to_json(): 2.5})
+    expected = made.costs["layer00.cache"]["int4"] + made.costs["layer01.ffn"]["removed"]
+    assert made.delta_nll(plan) == expected
+    assert made.cost("layer00.cache", "native") == 0
+    (row,) = made.predictions()
+    assert (row["predicted"], row["measured"]) == (expected, 2.5)
 
 
 def test_the_share_of_tokens_that_a_window_affects():
@@ -92,82 +59,34 @@ def test_the_share_of_tokens_that_a_window_affects():
     assert window_share(CacheLevel.of("int4"), 10**6) == 0
 
 
-def test_more_plans_may_be_measured_later():
-    made = scanned()
-    plan = Plan.of({"layer00.cache": "int8", "layer01.ffn": "removed"})
-    more = measure_jointly(made, FakeScorer(facts(packed=True)), [plan], progress=False)
-    assert more.joint[plan.to_json()] == pytest.approx(2.02)
-    assert more.one_shot == made.one_shot
-    assert more.evaluations == made.evaluations + 2
-    assert made.fitted.factors.items() <= more.fitted.factors.items()
-    # The plan cost 2.02, of which the cache is predicted to cost 0.02, so the removal of the
-    # block, which costs 1 alone, cost 2; a preference for 1 keeps its factor a little below.
-    assert 1.8 < more.fitted.factors["ffn removed"] < 2
-    assert more.fitted.factors["attn removed"] == pytest.approx(1)
-
-
-def changed(**one_shot):
-    """Costs that were measured alone only, some of them changed."""
-    made = replace(scanned(), joint={})
-    errors = {item: dict.fromkeys(costs, 0.0) for item, costs in made.errors.items()}
-    items = {item: {**costs, **one_shot.get(item.replace(".", "_"), {})}
-             for item, costs in made.one_shot.items()}  # fmt: skip
-    return replace(made, one_shot=items, errors=errors)
-
-
 def test_a_level_costs_at_least_as_much_as_each_more_exact_one():
     """Noise makes some levels look better than more exact ones, and a removal look free."""
-    made = changed(
-        layer00_cache={"int8": 0.2, "int4": 0.1, "int4-window64": 0.05}, layer00_attn={"removed": 0}
+    found = ordered_costs(
+        {
+            "layer00.cache": {"int4-window64": 0.05, "int8": 0.2, "int4": 0.1},
+            "layer01.cache": {"int8": 0.01, "int4": 0.5, "int4-window64": 0.3},
+            "layer00.attn": {"int8": -0.1, "removed": 0.0},
+            "layer01.attn": {"int8": 0.7, "removed": 0.6},
+            "layer01.ffn": {"int8": 0.7, "removed": 0.9},
+        }
     )
-    for level in ("int8", "int4", "int4-window64"):
-        assert made.cost("layer00.cache", level) == 0.2
-    assert made.cost("layer00.attn", "removed") == 0.2
-    assert made.cost("layer01.cache", "int8") == pytest.approx(0.01)
-    unordered = changed(layer00_cache={"int8": 0.01, "int4": 0.5, "int4-window64": 0.3})
-    assert unordered.cost("layer00.cache", "int8") == 0.01
-    assert unordered.cost("layer00.cache", "int4-window64") == 0.5
-
-
-def test_noise_is_shrunk_to_the_mean():
-    """Half of the variance of the costs is noise, so they move half of the way."""
-    made = changed(layer00_cache={"int4": 0.3}, layer01_cache={"int4": 0.5})
-    some = {
-        n: {**made.errors[n], "int4": 0.1 * 0.5**0.5} for n in ("layer00.cache", "layer01.cache")
+    assert found == {
+        "layer00.cache": {"int4-window64": 0.2, "int8": 0.2, "int4": 0.2},
+        "layer01.cache": {"int8": 0.01, "int4": 0.5, "int4-window64": 0.5},
+        "layer00.attn": {"int8": 0.0, "removed": 0.2},
+        "layer01.attn": {"int8": 0.7, "removed": 0.7},
+        "layer01.ffn": {"int8": 0.7, "removed": 0.9},
     }
-    noisy = replace(made, errors={**made.errors, **some})
-    assert noisy.cost("layer00.cache", "int4") == pytest.approx(0.35)
-    assert noisy.cost("layer01.cache", "int4") == pytest.approx(0.45)
-    assert made.cost("layer01.cache", "int4") == pytest.approx(0.5)
 
 
-def test_levels_below_the_noise_have_shares_of_the_cost_of_all_caches():
-    """Shares are in proportion to the first less exact level that was measured alone."""
-    made = scanned(together=("int8", "int4"))
-    for layer in ("layer00.cache", "layer01.cache"):
-        assert made.one_shot[layer] == pytest.approx(
-            {"int8": 2 * 0.01, "int4": 2 * 0.1, "int4-window64": 0.3}
-        )
-        assert made.errors[layer]["int4"] == 0 < made.errors[layer]["int4-window64"]
-        assert made.cost(layer, "int4") == pytest.approx(0.2)
-    assert made.evaluations == scanned().evaluations - 4
-    scorer = FakeScorer(facts(packed=True), scale={"layer00.cache": 3.0})
-    made = scan_levels(scorer, ("int4", "int2"), together=("int4",), progress=False)
-    assert made.one_shot["layer00.cache"] == pytest.approx({"int2": 1.5, "int4": 0.6})
-    assert made.one_shot["layer01.cache"] == pytest.approx({"int2": 0.5, "int4": 0.2})
-    alone = scan_levels(scorer, ("int4",), together=("int4",), progress=False)
-    assert alone.one_shot["layer01.cache"] == pytest.approx({"int4": 0.4})
-
-
-def test_levels_without_a_measurement_are_rejected():
+def test_levels_without_a_cost_are_rejected():
     with pytest.raises(UnknownNameError, match="measured level of layer00.cache 'int2'"):
-        scanned().cost("layer00.cache", "int2")
-    assert scanned().cost("layer00.cache", "native") == 0
+        costs(MADE).cost("layer00.cache", "int2")
 
 
 def test_a_window_that_holds_all_of_the_text_costs_what_its_precision_costs():
-    """It was not measured, since it computes the same on a text of that length."""
-    made = changed(layer00_cache={"int8": 0.1, "int4": 0.2})
+    """It has no cost of its own, since it computes the same on a text of that length."""
+    made = costs(MADE)
     whole = f"window{made.window_tokens}"
     assert made.cost("layer00.cache", f"int4-{whole}") == made.cost("layer00.cache", "int4") > 0
     assert made.cost("layer00.cache", whole) == 0
@@ -177,16 +96,16 @@ def test_a_window_that_holds_all_of_the_text_costs_what_its_precision_costs():
 
 def test_unknown_items_are_rejected():
     with pytest.raises(ArtifactError, match=r"layer02\.attn"):
-        costs(facts(3)).__class__(**{**vars(costs(facts(3))), "num_layers": 2})
+        replace(costs(facts(3)), num_layers=2)
 
 
 def test_artifacts_load_only_for_their_model(tmp_path):
     path = tmp_path / "levels.json"
-    made = scanned()
+    made = costs(MADE)
     made.save(path)
-    live = SimpleNamespace(facts=facts(packed=True))
-    assert LevelCosts.load(path, live) == made
+    assert LevelCosts.load(path, SimpleNamespace(facts=MADE)) == made
+    other = facts(packed=True, fingerprint="b" * 64)
     with pytest.raises(ArtifactError, match="other weights"):
-        LevelCosts.load(path, SimpleNamespace(facts=facts(packed=True, fingerprint="b" * 64)))
+        LevelCosts.load(path, SimpleNamespace(facts=other))
     with pytest.raises(ArtifactError, match="unquantised"):
         LevelCosts.load(path, SimpleNamespace(facts=facts()))

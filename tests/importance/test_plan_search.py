@@ -161,7 +161,7 @@ def test_a_text_that_is_shorter_than_the_windows_of_the_ladder_can_be_searched_o
     short = make_ladder_context(length=64, importance="one_shot")
     ladder = Ladder.of(short.memory.facts, {"weights": ("removed",), "caches": CACHES}, TOGETHER)
     costs, ladder_bytes = short.level_costs(CACHES), LadderBytes(short.memory, ladder)
-    assert "int4-window32" not in costs.one_shot["layer00.cache"]
+    assert "int4-window32" not in costs.costs["layer00.cache"]
     config = PlanSearchConfig(evaluations=30, batch=8, requests=8, members=2)
     found = build_plan_table(short.scorer, costs, ladder_bytes, requests(ladder_bytes), config)
     with_windows = [plan for plan in found.scores if "window32" in str(plan)]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rap_env.errors import ArtifactError, InvalidRequestError
-from rap_env.importance.level_costs import LevelCosts
+from rap_env.importance.level_costs import LevelCosts, ordered_costs
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
@@ -57,10 +57,9 @@ def costs(made, seed=0, caches=CACHES, joint=None, window_tokens=512):
         item: dict(zip(levels, np.cumsum(rng.random(len(levels))).tolist(), strict=True))
         for item, levels in items.items()
     }
-    errors = {item: dict.fromkeys(levels, 0.0) for item, levels in one_shot.items()}
     return LevelCosts(
         num_layers=made.num_layers, window_tokens=window_tokens, native_nll=3.0,
-        one_shot=one_shot, errors=errors, joint=joint or {}, evaluations=1, evaluations_run=1,
+        costs=ordered_costs(one_shot), joint=joint or {}, evaluations=1, evaluations_run=1,
         block_forwards=1.0, seconds=0.0,
         provenance={"model": "made", "fingerprint": made.fingerprint,
                     "scoring": {"weights": made.weights},
@@ -128,8 +127,8 @@ def test_removal_of_the_last_ffn_block_frees_its_workspace():
 def test_ties_prefer_less_lowering():
     made = facts(packed=True)
     known = costs(made)
-    free = {item: dict.fromkeys(levels, 0.0) for item, levels in known.one_shot.items()}
-    policy = KnapsackPolicy(MemoryModel(made), replace(known, one_shot=free))
+    free = {item: dict.fromkeys(levels, 0.0) for item, levels in known.costs.items()}
+    policy = KnapsackPolicy(MemoryModel(made), replace(known, costs=free))
     native = policy.memory.dense_peak_bytes(1, 700)
     assert policy.choose(Request(1, 700, native)) == Plan()
     assert len(policy.choose(Request(1, 700, native - 1)).levels) == 1
@@ -139,7 +138,7 @@ def test_a_window_longer_than_the_sequences_is_not_chosen():
     """It needs as many bytes as the level without it, whatever was measured for it."""
     made = facts(layers=16, packed=True)  # enough caches to pay for their workspace
     known = costs(made, caches=("int4", "int4-window1024"), window_tokens=2048)
-    for item, levels in known.one_shot.items():
+    for item, levels in known.costs.items():
         if item.endswith(".cache"):
             levels |= {"int4": 0.2, "int4-window1024": 0.1}
     policy = KnapsackPolicy(MemoryModel(made), known)
@@ -154,8 +153,8 @@ def test_a_window_longer_than_the_sequences_is_not_chosen():
 def test_only_measured_levels_are_chosen():
     made = facts()
     known = costs(made)
-    some = {item: levels for item, levels in known.one_shot.items() if item.endswith(".ffn")}
-    policy = KnapsackPolicy(MemoryModel(made), replace(known, one_shot=some))
+    some = {item: levels for item, levels in known.costs.items() if item.endswith(".ffn")}
+    policy = KnapsackPolicy(MemoryModel(made), replace(known, costs=some))
     for fraction in (0.9, 0.7, 0.5):
         plan = policy.choose(Request.at_fraction(policy.memory, 1, 20, fraction))
         assert plan.levels
@@ -169,8 +168,8 @@ def test_the_removal_order_follows_the_costs():
     rises = [known.cost(block_name(index), "removed") for index in policy.order]
     assert sorted(policy.order) == [0, 1, 2, 3]
     assert rises == sorted(rises)
-    some = {item: levels for item, levels in known.one_shot.items() if item != "layer01.ffn"}
-    assert KnapsackPolicy(MemoryModel(made), replace(known, one_shot=some)).order is None
+    some = {item: levels for item, levels in known.costs.items() if item != "layer01.ffn"}
+    assert KnapsackPolicy(MemoryModel(made), replace(known, costs=some)).order is None
 
 
 def test_costs_and_requests_of_another_model_are_rejected():

@@ -64,8 +64,8 @@ def test_the_level_costs_are_of_the_packaged_facts(levelled):
     costs = load_policy("knapsack", levelled).level_costs
     assert costs.window_tokens == 1024
     for layer in range(30):
-        assert {"int8", "int4", "int2"} < set(costs.one_shot[f"layer{layer:02}.cache"])
-        assert "removed" in costs.one_shot[f"layer{layer:02}.ffn"]
+        assert {"int8", "int4", "int2"} < set(costs.costs[f"layer{layer:02}.cache"])
+        assert "removed" in costs.costs[f"layer{layer:02}.ffn"]
 
 
 def test_the_predictions_of_the_knapsack_agree_with_its_measured_plans(levelled):
