@@ -30,6 +30,8 @@ from rap_env.models.files.packed_folder import (
     load_native,
     model_without_weights,
     quantised_folder,
+    unread_bytes,
+    with_own_names,
 )
 from rap_env.models.files.pruned_checkpoint import PRUNED_FILE, load_pruned
 from rap_env.models.files.sources import SOURCE_VARIABLE, locate, looks_like_path
@@ -59,6 +61,7 @@ def load_llm(
     dtype: str = "auto",
     weights: str = "native",
     lean: bool = False,
+    on_demand: bool = False,
     before_weights: Callable[[int], object] | None = None,
 ) -> ElasticLLM:
     """Load a causal language model, ready for masks: in evaluation mode, without gradients.
@@ -79,6 +82,11 @@ def load_llm(
         lean: Use `models.live.lean_llama` where it can stand in for transformers' model
             (packed Llama models on a CPU). The process takes about 130 MiB less and the model
             serves in the same way, bit for bit, but cannot be scored and has no ``generate``.
+        on_demand: Leave the weights of all blocks in the files. The model's plan removes every
+            block at first, and its residency is ``"drop"``: a block is read when a plan needs
+            it, and freed when a plan does not. Embeddings and head are in memory. Where files
+            have other tensors than transformers' model, such as single experts, they are
+            written once more to the cache. A pruned checkpoint is loaded whole.
         before_weights: Called with an estimate of the bytes that loading (and
             `set_residency`) still takes at its peak, before the tokenizer is read and again,
             closer, before the weights are; an error that it raises ends the loading.
@@ -105,21 +113,28 @@ def load_llm(
     kind = (choose_packed_dtype if packed else choose_dtype)(dtype, place)
     _check_format(folder, weights)
     if (folder / PRUNED_FILE).is_file():
+        if on_demand:
+            log.warning("%s is loaded whole, because it is a pruned checkpoint", source.name)
         if before_weights is not None:
             before_weights(2 * _stored_bytes(folder))
         return load_pruned(folder, device=str(place), dtype=None if dtype == "auto" else kind)
-    config = lean_config(folder) if lean and place.type == "cpu" else None
+    config = lean_config(folder) if lean and not on_demand and place.type == "cpu" else None
     if config is None:
         read_config(folder)
     if weights in PACKED_LEVELS:
         folder = quantised_folder(folder, weights)
+    elif on_demand and not packed:
+        folder = with_own_names(folder)
     if before_weights is not None:
-        before_weights(_stored_bytes(folder) + _tokenizer_bytes(folder))
+        size = unread_bytes(folder, kind) if on_demand else _stored_bytes(folder)
+        before_weights(size + _tokenizer_bytes(folder))
     tokenizer = load_tokenizer(folder)  # before the weights, because it takes twice its size
-    if before_weights is not None:
+    if before_weights is not None and not on_demand:
         before_weights(_loading_bytes(folder, kind, lean=config is not None))
     log.info("Loading %s in %s on %s", source.name, kind, place)
-    if is_packed(folder):
+    if on_demand:
+        loaded = load_native(folder, kind, unread=place)
+    elif is_packed(folder):
         loaded = load_native(folder, kind, None if config is None else LeanLlama(config, kind))
     else:
         loaded = load_weights(folder, kind)
@@ -127,7 +142,7 @@ def load_llm(
     speed_up_decoding(loaded)
     return_freed_memory()
     keep_freed_memory()
-    llm = ElasticLLM(loaded, tokenizer, name=source.name, folder=folder)
+    llm = ElasticLLM(loaded, tokenizer, name=source.name, folder=folder, unread=on_demand)
     if isinstance(loaded, LeanLlama):
         llm.calibrator = partial(_calibrate_apart, folder, str(kind).removeprefix("torch."))
     else:

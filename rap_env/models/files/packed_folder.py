@@ -9,9 +9,14 @@ not stored.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import logging
 import shutil
+import tempfile
+import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +26,28 @@ from torch import nn
 from rap_env.artifacts import digest
 from rap_env.errors import ModelNotAvailableError, UnsupportedModelError
 from rap_env.levels import WeightLevel
-from rap_env.models.families.adapter import read_config
+from rap_env.models.families.adapter import FamilyAdapter, adapter_for, read_config
+from rap_env.models.files.hub import has_all_weights
 from rap_env.models.files.model_folder import MANIFEST, made_once, models_dir
-from rap_env.models.files.weight_files import load_tokenizer, load_weights
+from rap_env.models.files.weight_files import (
+    load_complete,
+    load_tokenizer,
+    load_weights,
+    reject_other_shapes,
+)
 from rap_env.models.live.calibration import calibrate
 from rap_env.models.live.calibration_text import generate_windows, start_token
 from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.progress import transformers_bars
 from rap_env.models.weights.packed_layout import PackedLevel
 from rap_env.models.weights.packed_modules import from_matrices, from_tensors
-from rap_env.models.weights.tensors import stored_dtype, stored_tensors, weights_of
+from rap_env.models.weights.tensors import (
+    StoredTensor,
+    check_lengths,
+    stored_dtype,
+    stored_tensors,
+    weights_of,
+)
 from rap_env.plan import EMBEDDINGS, Plan
 
 PACKED_FILE = "packed.safetensors"
@@ -44,36 +62,136 @@ def is_packed(folder: Path) -> bool:
     return (folder / PACKED_FILE).is_file()
 
 
-def load_native(folder: Path, dtype: torch.dtype, model: Any = None) -> Any:
-    """The model of a packed folder on the CPU, with packed modules in place.
+def load_native(
+    folder: Path,
+    dtype: torch.dtype,
+    model: Any = None,
+    *,
+    unread: torch.device | None = None,
+) -> Any:
+    """The model of a folder on the CPU, with packed modules in place.
 
     Args:
-        folder: A folder for which `is_packed` holds.
+        folder: A folder for which `is_packed` holds, or `with_own_names` returned.
         dtype: Dtype of activations and of all weights that are not packed.
         model: The model without its weights; transformers' own by default.
+        unread: If given, the weights of blocks are not read: in their places are tensors of
+            their shapes on this device, which take no memory (for `ElasticLLM`).
     """
     from transformers import GenerationConfig
 
-    if model is None:
-        model = model_without_weights(read_config(folder), dtype)
-    path = folder / PACKED_FILE
-    if not path.is_file():
+    if unread is None and not is_packed(folder):
         raise ModelNotAvailableError(f"{folder} has no {PACKED_FILE}, so it has no packed weights.")
-    stored, cpu = stored_tensors(folder, PACKED_FILE), torch.device("cpu")
-    require_all(model, stored, path)
-    packed = {name.removesuffix(_CODES) for name in stored if name.endswith(_CODES)}
+    config = read_config(folder) if model is None or unread else None
+    if model is None:
+        model = model_without_weights(config, dtype)
+    stored, cpu = tensors_to_read(folder, dtype), torch.device("cpu")
+    require_all(model, stored, folder)
+    own = dict(model.named_parameters(remove_duplicate=False))
+    uses = Counter(map(id, own.values()))
+    in_blocks: tuple[str, ...] = ()
+    if unread is not None:
+        check_lengths(stored.values())
+        in_blocks = tuple(itertools.chain.from_iterable(_prefixes(adapter_for(config))))
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in stored.items():
         owner, _, part = name.rpartition(".")
-        if name.rpartition("_")[0] in packed:
-            parts.setdefault(owner, {})[part] = tensor.read(cpu)
+        packed = name.rpartition("_")[0] in own
+        if not packed and (name not in own or not model.get_parameter(name).is_meta):
+            continue  # not the model's, or tied and read under another name
+        if name.startswith(in_blocks) and uses[id(own.get(name))] < 2:
+            value = torch.zeros(1, dtype=tensor.dtype, device=unread).expand(tensor.shape)
         else:
-            _set_parameter(model, name, tensor.as_dtype(dtype).read(cpu))
+            value = tensor.read(cpu)
+        if packed:
+            parts.setdefault(owner, {})[part] = value
+        else:
+            _set_parameter(model, name, value)
     for owner, tensors in parts.items():
         _replace(model, owner, tensors)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model.eval().requires_grad_(False)
+
+
+def tensors_to_read(folder: Path, dtype: torch.dtype) -> dict[str, StoredTensor]:
+    """The tensors that `load_native` reads, by name; those that are not packed in a dtype."""
+    stored = stored_tensors(folder, PACKED_FILE if is_packed(folder) else "*.safetensors")
+    packed = {name.removesuffix(_CODES) for name in stored if name.endswith(_CODES)}
+    return {
+        name: tensor if name.rpartition("_")[0] in packed else tensor.as_dtype(dtype)
+        for name, tensor in stored.items()
+    }
+
+
+def unread_bytes(folder: Path, dtype: torch.dtype) -> int:
+    """Bytes of a model whose blocks are read when they are used, with its largest layer."""
+    stored = tensors_to_read(folder, dtype)
+    layers = [
+        sum(tensor.nbytes for name, tensor in stored.items() if name.startswith(prefixes))
+        for prefixes in _prefixes(adapter_for(read_config(folder)))
+    ]
+    return sum(tensor.nbytes for tensor in stored.values()) - sum(layers) + max(layers)
+
+
+def _prefixes(adapter: FamilyAdapter) -> list[tuple[str, ...]]:
+    """What the names of the tensors of each layer's blocks begin with, (L,)."""
+    paths = [adapter.module_paths(index) for index in range(adapter.num_blocks)]
+    return [
+        tuple(f"{path}." for path in (*attn, *ffn))
+        for attn, ffn in zip(paths[::2], paths[1::2], strict=True)
+    ]
+
+
+def with_own_names(source: Path) -> Path:
+    """The folder of an unquantised model whose files have its tensors as transformers has them.
+
+    That is `source` itself, or a folder in the cache that is written once where transformers
+    makes other tensors of those in the files (experts of a mixture, prefixes of names).
+    """
+    model, stored = model_without_weights(read_config(source), torch.float32), {}
+    if has_all_weights(source):
+        stored = stored_tensors(source)
+    with contextlib.suppress(UnsupportedModelError):
+        require_all(model, stored, source)
+        return source
+    return made_once(
+        models_dir() / f"named-{_key(source)}-v{_VERSION}",
+        functools.partial(_rename, source),
+        f"Writing the tensors of {source} as transformers has them (once)",
+        logging.WARNING,
+    )
+
+
+def _rename(source: Path, folder: Path) -> dict[str, Any]:
+    """Let transformers read a folder with all layers left on disk, and write what it made."""
+    config = read_config(source)
+    adapter, bare = adapter_for(config), model_without_weights(config, torch.float32)
+    places: dict[str, str] = {}
+    module, prefix = bare, ""
+    for step in f"{adapter.family.decoder}.{adapter.family.layers}".split("."):
+        others = (name for name, _ in module.named_children() if name != step)
+        places |= {f"{prefix}{name}": "cpu" for name in others}
+        module, prefix = getattr(module, step), f"{prefix}{step}."
+    places |= {f"{prefix}{number}": "disk" for number in range(adapter.num_layers)}
+    # "on the meta device".
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
+    with (
+        tempfile.TemporaryDirectory(dir=folder.parent) as work,
+        transformers_bars(shown=False),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", ".*save a model with offloaded modules")
+        loaded, _ = load_complete(
+            source, stored_dtype(source), device_map=places, offload_folder=work
+        )
+        loaded.save_pretrained(folder, save_original_format=False, max_shard_size=_SHARD)
+    require_all(bare, stored_tensors(folder), source)
+    _copy_others(source, folder)
+    return {"file": source.name}
+
+
+_SHARD = "256MB"
 
 
 def model_without_weights(config: Any, dtype: torch.dtype) -> Any:
@@ -108,7 +226,9 @@ def _set_parameter(model: Any, name: str, value: torch.Tensor) -> None:
 def require_all(model: Any, stored: Any, path: Path) -> None:
     """Raise an `UnsupportedModelError` unless each parameter is stored under one of its names."""
     names = {name.removesuffix(_CODES) for name in stored}
-    every_name = model.named_parameters(remove_duplicate=False)
+    every_name = list(model.named_parameters(remove_duplicate=False))
+    shapes = {name: (stored[name].shape, p.shape) for name, p in every_name if name in stored}
+    reject_other_shapes(path, {n: pair for n, pair in shapes.items() if pair[0] != pair[1]})
     stored_ids = {id(parameter) for name, parameter in every_name if name in names}
     missing = [name for name, p in model.named_parameters() if id(p) not in stored_ids]
     if missing:
@@ -136,10 +256,8 @@ def quantised_folder(source: Path, level: PackedLevel) -> Path:
         source: The folder of the unquantised model.
         level: ``"int8"`` or ``"int4"``.
     """
-    content = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in _files(source)]
-    key = digest([str(source.resolve()), content])[:16]
     return made_once(
-        models_dir() / f"{level}-{key}-v{_VERSION}",
+        models_dir() / f"{level}-{_key(source)}-v{_VERSION}",
         functools.partial(_fill, source, level),
         f"Quantising {source} to {level} (once; {_DURATIONS[level]})",
         logging.WARNING,
@@ -152,9 +270,11 @@ def _fill(source: Path, level: PackedLevel, folder: Path) -> dict[str, Any]:
     return {"file": source.name, "level": level}
 
 
-def _files(source: Path) -> list[Path]:
+def _key(source: Path) -> str:
     weights = [*source.glob("*.safetensors"), *source.glob("*.bin")]
-    return sorted([source / "config.json", *weights])
+    files = sorted([source / "config.json", *weights])
+    content = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return digest([str(source.resolve()), content])[:16]
 
 
 def _quantised(source: Path, level: PackedLevel) -> ElasticLLM:
@@ -177,6 +297,11 @@ def _save(model: Any, source: Path, folder: Path) -> None:
 
     stored = {name: tensor.detach().contiguous() for name, tensor in weights_of(model)}
     save_file(stored, folder / PACKED_FILE, {"format": "pt"})
+    _copy_others(source, folder)
+
+
+def _copy_others(source: Path, folder: Path) -> None:
+    """Copy config and tokenizer."""
     for path in source.iterdir():
         index = path.name.endswith(".index.json")
         if path.is_file() and path.suffix in _OTHER_FILES and not index and path.name != MANIFEST:

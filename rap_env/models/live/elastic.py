@@ -25,7 +25,7 @@ from rap_env.models.families.placeholders import cache_in
 from rap_env.models.live.lean_llama import reject_lean
 from rap_env.models.live.live_blocks import HeldBytes, LiveBlocks, own_bytes, shared_facts
 from rap_env.models.weights.residency import RESIDENCIES, Residency, WeightStore
-from rap_env.models.weights.tensors import fingerprint_of
+from rap_env.models.weights.tensors import StoredTensor, distinct_weights, fingerprint_of
 from rap_env.models.weights.weight_levels import block_items, embeddings_item
 from rap_env.plan import Plan, check_levels
 
@@ -49,6 +49,9 @@ class ElasticLLM:
         tokenizer: Its tokenizer, or None if only token ids are used.
         name: Name of the model in results.
         folder: The folder from which its weights were read, if from safetensors files.
+        unread: The weights of its blocks are placeholders so far, because they are to be read
+            from `folder` when a plan needs them. At first all blocks are removed, and the
+            residency is ``"drop"``.
 
     Attributes:
         model: The live model, as the current plan leaves it.
@@ -63,7 +66,13 @@ class ElasticLLM:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, name: str, folder: Path | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        name: str,
+        folder: Path | None = None,
+        unread: bool = False,
     ) -> None:
         self.adapter = adapter_for(model.config)
         _check_one_device(model, name)
@@ -76,6 +85,16 @@ class ElasticLLM:
         self._live = LiveBlocks(sites, block_items(model, sites), embeddings_item(model))
         self.calibration = ""
         self.calibrator: Callable[[ElasticLLM], object] | None = None
+        self._unread: list[tuple[str, torch.Tensor | StoredTensor]] = []
+        if unread:
+            self._begin_unread()
+
+    def _begin_unread(self) -> None:
+        """Remove all blocks, whose weights are in files; sizes are noted from placeholders."""
+        weights, _ = list(distinct_weights(self.model)), self._own_bytes
+        stored = self._add_store("drop", "", unread=True).stored()
+        self._unread = [(name, stored.get(id(tensor), tensor)) for name, tensor in weights]
+        self._live.set(Plan.removing(*range(self.num_blocks)), evict=True)
 
     @property
     def num_blocks(self) -> int:
@@ -191,13 +210,18 @@ class ElasticLLM:
                 return
             with self._live.without_store():
                 if residency != "resident":
-                    blocks = [site.modules for site in self._live.sites]
-                    items = self._live.all_items
-                    self._live.store = WeightStore(
-                        self.model, items, blocks, self.folder, residency, self.fingerprint
-                    )
-                    _keep_in_place(self.model)
+                    self._add_store(residency, self.fingerprint)
         return_freed_memory(self.device)
+
+    def _add_store(
+        self, residency: Residency, fingerprint: str, *, unread: bool = False
+    ) -> WeightStore:
+        blocks, items = [site.modules for site in self._live.sites], self._live.all_items
+        self._live.store = store = WeightStore(
+            self.model, items, blocks, self.folder, residency, fingerprint, unread=unread
+        )
+        _keep_in_place(self.model)
+        return store
 
     @property
     def held_bytes(self) -> HeldBytes:
@@ -294,8 +318,10 @@ class ElasticLLM:
 
         Computed once, in about a second per GB. Mask, device and source do not matter.
         """
+        if self._unread:
+            return fingerprint_of(self.model.config, self._unread)
         with self.applied(Plan()):
-            return fingerprint_of(self.model)
+            return fingerprint_of(self.model.config, distinct_weights(self.model))
 
     @cached_property
     def facts(self) -> ModelFacts:

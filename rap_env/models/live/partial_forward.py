@@ -14,6 +14,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import lru_cache, partial, wraps
 from typing import Any, TypeVar, cast
 
@@ -124,7 +125,8 @@ class PartialForward:
 
     Shapes: B sequences, T tokens, H hidden width, V vocabulary. Sequences have no padding.
     The plan that is applied to the model has no effect: each step names the blocks that it
-    runs and their levels.
+    runs and their levels. Other layers keep their levels, so that no weights are read for
+    them.
 
     Args:
         llm: The live model.
@@ -181,7 +183,7 @@ class PartialForward:
         """
         if not blocks:
             return state
-        layer, kept, inside = _layer_plan(blocks, plan)
+        layer, kept, inside = _layer_plan(blocks, plan, self._llm.plan)
         if not kept:
             return state
         args, kwargs = self._calls_for(state)[layer]
@@ -233,7 +235,7 @@ class PartialForward:
         """Run embeddings and head at a level in a ``with`` block, without any change for native."""
         if level == "native":
             return contextlib.nullcontext()
-        return self._llm.applied(Plan(embeddings=level))
+        return self._llm.applied(replace(self._llm.plan, embeddings=level))
 
     @property
     def head(self) -> nn.Linear:
@@ -292,18 +294,24 @@ class PartialForward:
 
 
 @lru_cache(maxsize=4096)
-def _layer_plan(blocks: tuple[int, ...], plan: Plan) -> tuple[int, tuple[int, ...], Plan]:
+def _layer_plan(
+    blocks: tuple[int, ...], plan: Plan, present: Plan
+) -> tuple[int, tuple[int, ...], Plan]:
     """How a layer runs some of its blocks at their levels, and no other block.
 
     Returns:
-        The layer, the blocks that run, and the plan to apply to the model.
+        The layer, the blocks that run, and the plan to apply to the model, which changes
+        this layer of the present one.
     """
     layer = blocks[0] // 2
     kept = tuple(block for block in blocks if block not in plan.removed)
-    others = frozenset((2 * layer, 2 * layer + 1)).difference(kept)
-    weights = tuple(pair for pair in plan.weights if pair[0] in kept)
-    caches = tuple(pair for pair in plan.caches if 2 * pair[0] in kept)
-    return layer, kept, Plan(others, weights, caches)
+    own = frozenset((2 * layer, 2 * layer + 1))
+    removed = (present.removed - own) | (own.difference(kept))
+    weights = [pair for pair in present.weights if pair[0] not in own]
+    weights += [pair for pair in plan.weights if pair[0] in kept]
+    caches = [pair for pair in present.caches if pair[0] != layer]
+    caches += [pair for pair in plan.caches if 2 * pair[0] in kept]
+    return layer, kept, Plan(removed, tuple(weights), tuple(caches), present.embeddings)
 
 
 @contextlib.contextmanager

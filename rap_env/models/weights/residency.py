@@ -44,6 +44,7 @@ from rap_env.errors import (
 from rap_env.levels import WEIGHT_LEVELS, WeightLevel
 from rap_env.models.weights.packed_layout import PackedLevel
 from rap_env.models.weights.tensors import (
+    StoredTensor,
     stored_tensors,
     untied_weights,
     verified_tensors,
@@ -74,7 +75,10 @@ class WeightStore:
         blocks: The modules of each block.
         folder: Folder of the model's own files, if it has any.
         residency: ``"offload"`` or ``"drop"``.
-        fingerprint: Fingerprint of the model; names the files that have to be written.
+        fingerprint: Fingerprint of the model; names the files that have to be written, under
+            ``"offload"``.
+        unread: The tensors of the blocks are placeholders (see `packed_folder.load_native`):
+            the blocks are evicted from the beginning, and read from the folder when used.
     """
 
     def __init__(
@@ -85,6 +89,8 @@ class WeightStore:
         folder: Path | None,
         residency: Residency,
         fingerprint: str,
+        *,
+        unread: bool = False,
     ) -> None:
         self.residency = residency
         own, others = untied_weights(model, blocks)
@@ -107,8 +113,12 @@ class WeightStore:
         }
         self._made: dict[WeightItem, dict[PackedLevel, list[WeightGroup]]] = {i: {} for i in items}
         # Embeddings are rarely evicted: their files are found on demand.
-        for item in items[:-1]:
-            self._find_files(item)
+        for item in items if unread else items[:-1]:
+            self._find_files(item, trusted=unread)
+        if unread:
+            for item in items[:-1]:
+                self.release(item, "removed")
+            return
         for groups in self._native.values():
             for group in groups:
                 group.pack()
@@ -187,13 +197,19 @@ class WeightStore:
     def _groups_of(self, item: WeightItem) -> Iterator[WeightGroup]:
         return itertools.chain(self._native[item], *self._made[item].values())
 
-    def _find_files(self, item: WeightItem) -> None:
+    def stored(self) -> dict[int, StoredTensor]:
+        """The files of all native weights that were found in some, by the ids of the tensors."""
+        groups = itertools.chain.from_iterable(self._native.values())
+        pairs = (zip(group.parts, group.files or (), strict=False) for group in groups)
+        return {id(part.tensor): stored for pair in pairs for part, stored in pair}
+
+    def _find_files(self, item: WeightItem, *, trusted: bool = False) -> None:
         """Find the files from which an item's native weights can be read, or write them."""
         groups = [group for group in self._native[item] if group.files is None]
         if self._pinned or not groups:
             return
         known = {**item.aliased(self._known), **self._known}
-        if all(group.store_in(known) for group in groups):
+        if all(group.store_in(known, trusted=trusted) for group in groups):
             return
         if self.residency == "drop":
             raise UnsupportedModelError(

@@ -62,22 +62,32 @@ def copy_to_memory(model: nn.Module) -> None:
             done.add(id(tensor))
 
 
-def fingerprint_of(model: Any) -> str:
-    """SHA-256 over the config and every weight (name, dtype, shape, bytes), in hex.
-
-    No block may be removed from the model.
-    """
-    config = json.loads(model.config.to_json_string())
-    kept = {k: v for k, v in config.items() if k not in _VOLATILE_CONFIG and k[:1] != "_"}
-    total = hashlib.sha256(canonical_json(kept).encode())
+def distinct_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """As `named_weights`, each tensor once under the first of its names, in their order."""
     seen = set()
     for name, tensor in sorted(named_weights(model), key=lambda item: item[0]):
-        if (key := tensor_key(tensor)) in seen:
-            continue
-        seen.add(key)
+        if (key := tensor_key(tensor)) not in seen:
+            seen.add(key)
+            yield name, tensor
+
+
+def fingerprint_of(config: Any, weights: Iterable[tuple[str, torch.Tensor | StoredTensor]]) -> str:
+    """SHA-256 over a model's config and every weight (name, dtype, shape, bytes), in hex.
+
+    Args:
+        config: The config.
+        weights: The model's `distinct_weights` with no block removed, in memory or in files.
+    """
+    entries = json.loads(config.to_json_string())
+    kept = {k: v for k, v in entries.items() if k not in _VOLATILE_CONFIG and k[:1] != "_"}
+    total = hashlib.sha256(canonical_json(kept).encode())
+    for name, tensor in weights:
         total.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        total.update(flat.view(torch.uint8).numpy().data)
+        pieces = (
+            [tensor.detach().cpu()] if isinstance(tensor, torch.Tensor) else pieces_of([tensor])
+        )
+        for piece in pieces:
+            total.update(bytes_of(piece).numpy().data)
     return total.hexdigest()
 
 
@@ -181,6 +191,12 @@ class StoredTensor:
         return replace(self, dtype=dtype)
 
 
+def pieces_of(tensors: Iterable[StoredTensor]) -> Iterator[torch.Tensor]:
+    """The values of stored tensors, of which a few MiB are in memory at a time."""
+    cpu = torch.device("cpu")
+    return (piece.read(cpu) for stored in tensors for piece in stored.pieces())
+
+
 def stored_tensors(folder: Path, pattern: str = "*.safetensors") -> dict[str, StoredTensor]:
     """Tensors in the safetensors files of a folder that can be read one by one, by name.
 
@@ -192,6 +208,14 @@ def stored_tensors(folder: Path, pattern: str = "*.safetensors") -> dict[str, St
             if (dtype := _DTYPES.get(entry["dtype"])) is not None:
                 tensors[name] = StoredTensor(path, entry["at"], tuple(entry["shape"]), dtype, dtype)
     return tensors
+
+
+def check_lengths(tensors: Iterable[StoredTensor]) -> None:
+    """Raise a `ChecksumError` if a file ends before the last of its tensors."""
+    for tensor in tensors:
+        end = tensor.offset + math.prod(tensor.shape) * tensor.stored_dtype.itemsize
+        if tensor.path.stat().st_size < end:
+            raise damaged_weights(tensor.path.parent, f"{tensor.path.name} is too short")
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -229,7 +253,7 @@ def not_readable(error: OSError) -> ModelNotAvailableError:
     )
 
 
-def damaged_weights(folder: Path, error: Exception) -> ChecksumError:
+def damaged_weights(folder: Path, error: Exception | str) -> ChecksumError:
     """The error for weights that cannot be read."""
     return ChecksumError(
         f"The weights in {folder} are truncated or damaged ({error}); download the model again."

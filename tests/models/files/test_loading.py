@@ -17,10 +17,9 @@ from rap_env.models.caches.attention import attention_name
 from rap_env.models.files import loading
 from rap_env.models.files.loading import load_llm, shared_llm
 from rap_env.models.files.pruned_checkpoint import save_pruned
-from rap_env.models.files.weight_files import load_offloaded
 from rap_env.plan import Plan
 from tests.models.states import saved
-from tests.tiny import each_family, tiny_llm, tiny_model, tiny_tokenizer
+from tests.tiny import tiny_llm, tiny_model, tiny_tokenizer
 
 IDS = torch.tensor([[5, 9, 33]])
 
@@ -185,32 +184,3 @@ def test_a_forked_process_uses_its_parents_model(folder: Path) -> None:
         child.start()
     child.join(60)
     assert child.exitcode == 0
-
-
-# Decoder layers that stay in their files
-
-CPU = torch.device("cpu")
-
-
-@each_family("family", dtype=["float32", "bfloat16"])
-def test_it_computes_what_the_loaded_model_does(family, dtype, lonely, tmp_path) -> None:
-    folder = saved(tmp_path / "m", family, torch.float32)
-    whole = load_llm(folder, device="cpu", dtype=dtype)
-    work = tmp_path / "converted"
-    work.mkdir()
-    model = load_offloaded(folder, getattr(torch, dtype), CPU, work)
-    with torch.no_grad():
-        expected = tiny_model(family, dtype=whole.dtype)(IDS).logits
-        assert torch.equal(whole.model(IDS).logits, expected)
-        assert torch.equal(model(IDS).logits, expected)
-    layers = whole.adapter.layers(model)
-    assert all(parameter.is_meta for layer in layers for parameter in layer.parameters())
-
-
-def test_weights_in_several_files(lonely: Path, tmp_path: Path) -> None:
-    model = tiny_model("llama_tied")
-    model.save_pretrained(tmp_path / "m", max_shard_size=4096)
-    assert len(list((tmp_path / "m").glob("*.safetensors"))) > 2
-    offloaded = load_offloaded(tmp_path / "m", torch.float32, CPU, tmp_path)
-    with torch.no_grad():
-        assert torch.equal(offloaded(IDS).logits, model(IDS).logits)
