@@ -108,7 +108,7 @@ class LiveContext(PruningContext):
     @cached_property
     def one_shot(self) -> OneShotProfile:
         """One-shot importance of every block, measured on first use."""
-        from rap_env.importance.level_scan import one_shot
+        from rap_env.importance.one_shot import one_shot
 
         def measure() -> OneShotProfile:
             return one_shot(self.scorer, progress=self._progress)
@@ -122,7 +122,7 @@ class LiveContext(PruningContext):
     @cached_property
     def layer_influence(self) -> npt.NDArray[np.float64]:
         """Block influence of each whole layer, shape (L,); one forward pass, on first use."""
-        from rap_env.importance.level_scan import layer_influence
+        from rap_env.importance.one_shot import layer_influence
 
         return layer_influence(self.llm, self.scorer.batches)
 

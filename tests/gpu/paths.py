@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from rap_env.importance.gsi_search import gsi
-from rap_env.importance.level_scan import block_influence
+from rap_env.importance.one_shot import block_influence
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.models.live.partial_forward import PartialForward

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rap_env.importance.level_scan import block_influence, layer_influence, one_shot
+from rap_env.importance.one_shot import block_influence, layer_influence, one_shot
 from rap_env.ladder.features import ImportanceFeatures
 from rap_env.plan import Plan
 from rap_env.scoring.scorer import PlanScorer
