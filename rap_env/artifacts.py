@@ -20,7 +20,7 @@ from importlib import resources
 from pathlib import Path
 from typing import IO, Any
 
-from rap_env.errors import ArtifactError, StorageFullError
+from rap_env.errors import ArtifactError, CorpusError, StorageFullError
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +84,51 @@ def remove_incomplete_line(path: Path) -> None:
         if whole < end:
             log.warning("%s ended in an incomplete line, which was removed.", path)
             file.truncate(whole)
+
+
+def read_rows(path: Path, fields: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """The rows of a UTF-8 JSON-lines file, all of which must have the `fields`.
+
+    Raises:
+        CorpusError: It cannot be read, is empty, or a line is not an object with these
+            fields.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorpusError(f"Cannot read {path} as UTF-8 text: {error}.") from None
+    # Not splitlines(): JSON strings may hold other line separators, such as U+2028.
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise CorpusError(f"{path} has no rows; it must hold one JSON object per line.")
+    return [_parse_row(path, number, line, fields) for number, line in lines]
+
+
+def _parse_row(path: Path, number: int, line: str, fields: tuple[str, ...]) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise CorpusError(
+            f"Line {number} of {path} is not a JSON object ({error}); the file may be truncated."
+        ) from None
+    if not isinstance(row, dict):
+        raise CorpusError(f"Line {number} of {path} is not a JSON object, but {line[:40]!r}.")
+    missing = [field for field in fields if not _has(row, field)]
+    if missing:
+        raise CorpusError(
+            f"Line {number} of {path} lacks the field {missing[0]!r}; it has "
+            f"{', '.join(map(repr, row)) or 'none'}. Correct the file, or name another field."
+        )
+    return row
+
+
+def _has(row: Any, field: str) -> bool:
+    """Whether a row has a field, given as names joined by dots."""
+    for name in field.split("."):
+        if not isinstance(row, dict) or name not in row:
+            return False
+        row = row[name]
+    return True
 
 
 def package_json(package: str, name: str) -> Any:

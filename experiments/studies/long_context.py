@@ -25,7 +25,7 @@ from experiments.study.table_format import (
     percent,
     signed,
 )
-from rap_env.artifacts import digest
+from rap_env.artifacts import digest, read_rows
 from rap_env.context.base import PruningContext
 from rap_env.errors import CorpusError
 from rap_env.models.live.elastic import ElasticLLM
@@ -33,7 +33,7 @@ from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.request import Request
 from rap_env.scoring.corpus import Corpus
-from rap_env.scoring.lm_eval_tasks import TaskConfig, read_rows
+from rap_env.scoring.lm_eval_tasks import TaskConfig
 from rap_env.scoring.long_context_tasks import LongContextTask
 from rap_env.scoring.scorer import PlanScorer
 from rap_env.scoring.tasks import TaskScorer

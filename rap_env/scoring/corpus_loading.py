@@ -18,20 +18,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from rap_env.artifacts import digest, load_artifact, save_artifact
+from rap_env.artifacts import digest, load_artifact, read_rows, save_artifact
 from rap_env.errors import CorpusError
 from rap_env.extras import require_extra
 from rap_env.models.live.calibration_text import (
     TEMPERATURE,
     TOP_P,
     generate_windows,
+    opening_tokens,
     start_token,
 )
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.progress import progress_bar
 from rap_env.paths import cache_dir
 from rap_env.scoring.corpus import ROLE_SPANS, Corpus, CorpusConfig
-from rap_env.scoring.lm_eval_tasks import read_rows
 from rap_env.scoring.long_context_tasks import recall_text
 
 log = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ def _generate(config: CorpusConfig, llm: ElasticLLM, progress: bool) -> torch.Te
 
 def _recall_text(config: CorpusConfig, llm: ElasticLLM) -> Corpus:
     """Generated facts and questions about them: windows whose answers need the whole context."""
-    opening = _opening(_tokenizer_of(llm, config))
+    opening = opening_tokens(_tokenizer_of(llm, config))
     room = config.window_tokens - len(opening)
     windows = []
     for number in range(config.windows):
@@ -154,7 +154,7 @@ def _cut_text(config: CorpusConfig, llm: ElasticLLM) -> Corpus:
     text = _hub_text(config) if hub else _file_text(config)
     tokenizer = _tokenizer_of(llm, config)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    opening = _opening(tokenizer)
+    opening = opening_tokens(tokenizer)
     length = max(1, config.window_tokens - len(opening))
     low, high = (round(share * len(ids)) for share in ROLE_SPANS[config.role])
     available = (high - low) // length
@@ -182,16 +182,6 @@ def _cut_text(config: CorpusConfig, llm: ElasticLLM) -> Corpus:
     return Corpus.of_tokens(
         tokens, source=name, role=config.role, seed=config.seed, text_sha256=text_sha256
     )
-
-
-def _opening(tokenizer: Any) -> list[int]:
-    """The tokens that a tokenizer puts before each text, such as a start token; often none."""
-    plain, whole = (
-        tokenizer("a", add_special_tokens=special, verbose=False)["input_ids"]
-        for special in (False, True)
-    )
-    starts = range(len(whole) - len(plain) + 1)
-    return next((whole[:at] for at in starts if whole[at : at + len(plain)] == plain), [])
 
 
 def _file_text(config: CorpusConfig) -> str:

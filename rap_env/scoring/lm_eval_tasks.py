@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from rap_env.artifacts import package_json
+from rap_env.artifacts import package_json, read_rows
 from rap_env.errors import CorpusError, InvalidRequestError, UnknownNameError
 from rap_env.extras import require_extra
 from rap_env.scoring.generated_tasks import GENERATED_TASKS, TEST_DOCUMENTS, dataset_maker
@@ -296,51 +295,6 @@ def local_overrides(data_root: str | Path, task: str, config: Mapping[str, Any])
         )
     nulls = {key: None for key, split in split_names.items() if split not in rows}
     return {"custom_dataset": dataset_maker(lambda: rows), **nulls}
-
-
-def read_rows(path: Path, fields: tuple[str, ...] = ()) -> Rows:
-    """The rows of a UTF-8 JSON-lines file, all of which must have the `fields`.
-
-    Raises:
-        CorpusError: It cannot be read, is empty, or a line is not an object with these
-            fields.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CorpusError(f"Cannot read {path} as UTF-8 text: {error}.") from None
-    # Not splitlines(): JSON strings may hold other line separators, such as U+2028.
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not lines:
-        raise CorpusError(f"{path} has no rows; it must hold one JSON object per line.")
-    return [_parse_row(path, number, line, fields) for number, line in lines]
-
-
-def _parse_row(path: Path, number: int, line: str, fields: tuple[str, ...]) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise CorpusError(
-            f"Line {number} of {path} is not a JSON object ({error}); the file may be truncated."
-        ) from None
-    if not isinstance(row, dict):
-        raise CorpusError(f"Line {number} of {path} is not a JSON object, but {line[:40]!r}.")
-    missing = [field for field in fields if not _has(row, field)]
-    if missing:
-        raise CorpusError(
-            f"Line {number} of {path} lacks the field {missing[0]!r}; it has "
-            f"{', '.join(map(repr, row)) or 'none'}. Correct the file, or name another field."
-        )
-    return row
-
-
-def _has(row: Any, field: str) -> bool:
-    """Whether a row has a field, given as names joined by dots."""
-    for name in field.split("."):
-        if not isinstance(row, dict) or name not in row:
-            return False
-        row = row[name]
-    return True
 
 
 def _task_folder(root: Path, task: str) -> Path:

@@ -2,8 +2,9 @@ import json
 
 import pytest
 
+from rap_env.artifacts import read_rows
 from rap_env.errors import CorpusError
-from rap_env.scoring.lm_eval_tasks import TASK_FIELDS, read_rows
+from rap_env.scoring.lm_eval_tasks import TASK_FIELDS
 
 pytest.importorskip("lm_eval")
 

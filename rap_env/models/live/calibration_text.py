@@ -1,16 +1,26 @@
-"""The text that a model's levels are made with: what it writes itself, or text in the package."""
+"""The text that a model's levels and costs are made with.
+
+For the packaged model its levels' text is in the package as token ids. For all others the
+text is a mixture of kinds in equal shares: chats and articles of the package, which the
+default model wrote, and source files of the Python that runs. Windows of text that a
+tokenizer cannot represent are dropped; the model writes as many itself. A user can give a
+text file instead.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+import re
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from rap_env.artifacts import load_artifact, save_artifact
-from rap_env.errors import UnsupportedModelError
+from rap_env.artifacts import load_artifact, read_rows, save_artifact
+from rap_env.errors import CorpusError, UnsupportedModelError, counted
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.paths import cache_dir
 from rap_env.plan import Plan
@@ -20,13 +30,236 @@ log = logging.getLogger(__name__)
 TEXTS = Path(__file__).parent / "texts"
 """Folder of the texts in the package that levels of packaged models are made with."""
 
+SELF_WRITTEN = TEXTS / "self_written.jsonl"
+"""Chats and articles that the default model wrote (``tools/self_written_texts.py``)."""
+
+TEXT_KINDS = ("chat", "article", "code")
+"""Kinds of text of a mixture, in the order of its windows."""
+
+SOURCE_FILES = (
+    "calendar.py", "configparser.py", "csv.py", "fractions.py", "heapq.py", "json/decoder.py",
+    "queue.py", "shlex.py", "statistics.py", "textwrap.py", "tokenize.py",
+)  # fmt: skip
+"""Files of Python's standard library that are read as code; measure no result on them."""
+
 TEMPERATURE, TOP_P = 0.9, 0.95
 """How tokens are sampled."""
 
 _BATCH = 16  # sequences at a time
 
-_TOKENS, _WINDOW_TOKENS, _SEED = 10_240, 256, 0
+_WINDOWS, _WINDOW_TOKENS, _SEED = 80, 256, 0
 _TEXT_KIND, _TEXT_FORMAT = "calibration text", 1
+_DATE = "01 Jan 2025"
+"""The date of all chats: some templates write today's, but the same model gets the same tokens."""
+
+
+def calibration_windows(llm: ElasticLLM) -> torch.Tensor:
+    """The text that a model's levels are made with by default, (windows, tokens).
+
+    Raises:
+        UnsupportedModelError: As for `mixed_windows`.
+    """
+    if (packaged := packaged_windows(llm)) is not None:
+        return packaged
+    return mixed_windows(llm, _WINDOWS, min(_WINDOW_TOKENS, llm.adapter.max_positions - 1))
+
+
+def packaged_windows(llm: ElasticLLM) -> torch.Tensor | None:
+    """The text in the package that a packaged model's levels are made with, if it is one."""
+    path = TEXTS / f"{llm.fingerprint[:16]}.json"
+    if not path.is_file():
+        return None
+    return torch.tensor(load_artifact(path, _TEXT_KIND, _TEXT_FORMAT)["tokens"])
+
+
+def mixed_windows(llm: ElasticLLM, windows: int, window_tokens: int) -> torch.Tensor:
+    """Text of several kinds, (windows, window_tokens); kinds take turns (`TEXT_KINDS`).
+
+    The text is encoded without special tokens and then cut; a window begins with the tokens
+    that the tokenizer puts before each text, if there are any (`opening_tokens`). Windows of
+    a kind are spread evenly over its text. A window with unknown tokens, or whose decoded
+    text has replacement characters, is dropped; what is missing is written by the model
+    itself. The same model gets the same tokens from the same Python.
+
+    Args:
+        llm: The model.
+        windows: Number of windows.
+        window_tokens: Tokens of each, fewer than the model's longest sequence.
+
+    Raises:
+        UnsupportedModelError: The tokenizer encodes text as no tokens, or the model must write
+            windows and has no start token.
+    """
+    rows: list[torch.Tensor | None] = [None] * windows
+    for number, kind in enumerate(TEXT_KINDS if llm.tokenizer is not None else ()):
+        places = range(number, windows, len(TEXT_KINDS))
+        readable = _cut(llm.tokenizer, _kind_ids(llm, kind), window_tokens, _readable)
+        for place, row in zip(places, _spread(readable, len(places)), strict=False):
+            rows[place] = row
+    missing = sum(row is None for row in rows)
+    written = iter(_written(llm, missing, window_tokens) if missing else ())
+    return torch.stack([next(written) if row is None else row for row in rows])
+
+
+def user_windows(
+    llm: ElasticLLM, path: str | Path, windows: int, window_tokens: int
+) -> torch.Tensor:
+    """A user's text, (windows, window_tokens), spread evenly over it.
+
+    It is encoded and cut as in `mixed_windows`, but no window is dropped.
+
+    Args:
+        llm: The model.
+        path: UTF-8 text, or JSON lines (``.jsonl``, ``.ndjson``, ``.json``) of chats
+            (``{"messages": [{"role": ..., "content": ...}]}``), prompts (``{"prompt": ...}``)
+            or texts (``{"text": ...}``).
+        windows: Number of windows.
+        window_tokens: Tokens of each.
+
+    Raises:
+        CorpusError: The file cannot be read as UTF-8 text, a row has none of these fields, or
+            the text is too short.
+        UnsupportedModelError: The model has no tokenizer, or one that encodes text as no
+            tokens.
+    """
+    path = Path(path).expanduser()
+    if llm.tokenizer is None:
+        raise UnsupportedModelError(f"{llm.name} has no tokenizer to read {path} with.")
+    ids = _encoded(llm, _user_texts(llm.tokenizer, path))
+    cut = _cut(llm.tokenizer, ids, window_tokens)
+    if len(cut) < windows:
+        raise CorpusError(
+            f"{path} has {counted(len(ids), 'token')} of {llm.name}'s tokenizer, but "
+            f"{windows * window_tokens:,} are needed ({windows} windows of {window_tokens}); "
+            "give a longer text."
+        )
+    return torch.stack(_spread(cut, windows))
+
+
+def _cut(
+    tokenizer: Any,
+    ids: list[int],
+    window_tokens: int,
+    usable: Callable[[Any, list[int]], bool] = lambda tokenizer, part: True,
+) -> list[torch.Tensor]:
+    """The usable windows of a text, each with the opening tokens, without the text's rest."""
+    opening = opening_tokens(tokenizer)
+    size = max(1, window_tokens - len(opening))
+    parts = (ids[at : at + size] for at in range(0, len(ids) - size + 1, size))
+    return [torch.tensor([*opening, *part]) for part in parts if usable(tokenizer, part)]
+
+
+def _spread(rows: list[torch.Tensor], count: int) -> list[torch.Tensor]:
+    """So many rows at regular distances; all if there are not as many."""
+    count = min(count, len(rows))
+    return [rows[(2 * number + 1) * len(rows) // (2 * count)] for number in range(count)]
+
+
+def _readable(tokenizer: Any, ids: list[int]) -> bool:
+    """Whether ids have no unknown tokens and are text when they are decoded."""
+    text = "" if tokenizer.unk_token_id in ids else tokenizer.decode(ids)
+    return bool(text) and "\N{REPLACEMENT CHARACTER}" not in text
+
+
+def _kind_ids(llm: ElasticLLM, kind: str) -> list[int]:
+    """Token ids of all text of a kind."""
+    if kind == "code":
+        texts = list(_source_files())
+    else:
+        rows = (row for row in read_rows(SELF_WRITTEN) if row["kind"] == kind)
+        texts = [_row_text(llm.tokenizer, row) for row in rows]
+    return _encoded(llm, texts)
+
+
+def _source_files() -> Iterator[str]:
+    for name in SOURCE_FILES:
+        with contextlib.suppress(OSError, UnicodeDecodeError):  # the library may be an archive
+            yield (Path(sysconfig.get_path("stdlib")) / name).read_text(encoding="utf-8")
+
+
+def _user_texts(tokenizer: Any, path: Path) -> list[str]:
+    if path.suffix not in (".jsonl", ".ndjson", ".json"):
+        try:
+            return [path.read_text(encoding="utf-8")]
+        except (OSError, UnicodeDecodeError) as error:
+            raise CorpusError(f"Cannot read {path} as UTF-8 text: {error}.") from None
+    texts = []
+    for number, row in enumerate(read_rows(path), 1):
+        try:
+            texts.append(_row_text(tokenizer, row))
+        except (KeyError, TypeError):
+            raise CorpusError(
+                f"Row {number} of {path} has no text; it must have 'messages' (a list of "
+                "objects with the texts 'role' and 'content'), 'prompt' or 'text'."
+            ) from None
+    return texts
+
+
+def _row_text(tokenizer: Any, row: dict[str, Any]) -> str:
+    """The text of a chat, a prompt or a text, with a break after it.
+
+    Raises:
+        KeyError: It is none of them.
+        TypeError: It is one of them, with another type.
+    """
+    if "messages" not in row:
+        text: str = row["prompt" if "prompt" in row else "text"]
+        return text + "\n\n"
+    lines = [message["role"] + ": " + message["content"] for message in row["messages"]]
+    with contextlib.suppress(Exception):  # no template, or one that rejects these messages
+        # A call for today's date becomes one of a text's method, which returns the text.
+        template = tokenizer.get_chat_template().replace("strftime_now(", f"{_DATE!r}.format(")
+        return str(
+            tokenizer.apply_chat_template(row["messages"], chat_template=template, tokenize=False)
+        )
+    return "\n".join([*lines, "\n"])
+
+
+def _encoded(llm: ElasticLLM, texts: Iterable[str]) -> list[int]:
+    """Token ids of texts without special tokens, which chat templates write."""
+    added = llm.tokenizer.added_tokens_decoder.values()
+    special = {*llm.tokenizer.all_special_tokens, *(t.content for t in added if t.special)}
+    pattern = re.compile("|".join(map(re.escape, special)))
+    ids: list[int] = []
+    for text in texts:
+        plain = pattern.sub("", text)
+        ids += llm.tokenizer.encode(plain, add_special_tokens=False, verbose=False)
+        if plain.strip() and not ids:
+            raise UnsupportedModelError(
+                f"The tokenizer of {llm.name} encodes text as no tokens ({plain[:20]!r}); use "
+                "the tokenizer that belongs to the model."
+            )
+    return ids
+
+
+def _written(llm: ElasticLLM, windows: int, window_tokens: int) -> torch.Tensor:
+    """Text that the model writes once, (windows, window_tokens); then it is in the cache."""
+    name = f"{llm.fingerprint[:16]}-{windows}x{window_tokens}-text.json"
+    path = cache_dir() / "calibrated" / name
+    with contextlib.suppress(FileNotFoundError):
+        return torch.tensor(load_artifact(path, _TEXT_KIND, _TEXT_FORMAT)["tokens"])
+    log.warning(
+        "%s writes %s of %d tokens itself, because its tokenizer cannot represent other text",
+        llm.name,
+        counted(windows, "window"),
+        window_tokens,
+    )
+    tokens = generate_windows(llm, windows, window_tokens, _SEED)
+    save_artifact(path, _TEXT_KIND, _TEXT_FORMAT, {"tokens": tokens.tolist()})
+    return tokens
+
+
+def opening_tokens(tokenizer: Any) -> list[int]:
+    """The tokens that a tokenizer puts before each text, such as a start token; often none.
+
+    A window begins with them: Gemma's predictions without its start token are useless.
+    """
+    plain, whole = (
+        tokenizer("a", add_special_tokens=special, verbose=False)["input_ids"]
+        for special in (False, True)
+    )
+    starts = range(len(whole) - len(plain) + 1)
+    return next((whole[:at] for at in starts if whole[at : at + len(plain)] == plain), [])
 
 
 def start_token(llm: ElasticLLM) -> int | None:
@@ -42,10 +275,10 @@ def generate_windows(
     window_tokens: int,
     seed: int,
     note: Callable[[int], object] = lambda tokens: None,
-    *,
-    first_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Windows of text that the dense model writes, (windows, window_tokens); each is a sequence.
+
+    They follow the model's start token, which is not part of them.
 
     Args:
         llm: The model.
@@ -53,8 +286,9 @@ def generate_windows(
         window_tokens: Tokens of each.
         seed: Seed of the sampling; the process's own random numbers are not touched.
         note: Called with the number of new tokens, from time to time.
-        first_tokens: The first token of each window, (windows,); by default windows follow
-            the start token, which is not part of them.
+
+    Raises:
+        UnsupportedModelError: The model has no start token.
     """
     start = start_token(llm)
     if start is None:
@@ -69,9 +303,6 @@ def generate_windows(
         for first in range(0, windows, _BATCH):
             size = min(_BATCH, windows - first)
             ids = torch.full((size, 1), start, device=llm.device)
-            if first_tokens is not None:
-                ids = first_tokens[first : first + size, None].to(llm.device)
-            new_tokens = window_tokens - (first_tokens is not None)
             written = llm.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -80,45 +311,10 @@ def generate_windows(
                 temperature=TEMPERATURE,
                 top_p=TOP_P,
                 suppress_tokens=special,
-                min_new_tokens=new_tokens,
-                max_new_tokens=new_tokens,
+                min_new_tokens=window_tokens,
+                max_new_tokens=window_tokens,
                 pad_token_id=start,
             )
-            parts.append(written[:, -window_tokens:].cpu())
+            parts.append(written[:, 1:].cpu())
             note(size * window_tokens)
     return torch.cat(parts)
-
-
-def calibration_windows(llm: ElasticLLM) -> torch.Tensor:
-    """The text that a model's levels are made with by default, (windows, tokens): its own.
-
-    Half of the windows begin with random tokens (as in Liu et al. 2023, LLM-QAT), because 40
-    windows of the default model began with 15 different ones; this lowered the loss of FFN
-    blocks at int3 from 0.25 to 0.23 nats per token.
-    """
-    if (packaged := packaged_windows(llm)) is not None:
-        return packaged
-    path = cache_dir() / "calibrated" / f"{llm.fingerprint[:16]}-text.json"
-    with contextlib.suppress(FileNotFoundError):
-        return torch.tensor(load_artifact(path, _TEXT_KIND, _TEXT_FORMAT)["tokens"])
-    log.warning("%s writes the text that its levels are made with (once)", llm.name)
-    tokens = min(_WINDOW_TOKENS, llm.adapter.max_positions - 1)
-    count = _TOKENS // tokens
-    generator = torch.Generator().manual_seed(_SEED)
-    first_tokens = torch.randint(0, llm.facts.vocab_size, (count,), generator=generator)
-    windows = torch.cat(
-        [
-            generate_windows(llm, count, tokens, _SEED),
-            generate_windows(llm, count, tokens, _SEED, first_tokens=first_tokens),
-        ]
-    )
-    save_artifact(path, _TEXT_KIND, _TEXT_FORMAT, {"tokens": windows.tolist()})
-    return windows
-
-
-def packaged_windows(llm: ElasticLLM) -> torch.Tensor | None:
-    """The text in the package that a packaged model's levels are made with, if it is one."""
-    path = TEXTS / f"{llm.fingerprint[:16]}.json"
-    if not path.is_file():
-        return None
-    return torch.tensor(load_artifact(path, _TEXT_KIND, _TEXT_FORMAT)["tokens"])
