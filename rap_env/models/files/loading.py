@@ -84,9 +84,10 @@ def load_llm(
             serves in the same way, bit for bit, but cannot be scored and has no ``generate``.
         on_demand: Leave the weights of all blocks in the files. The model's plan removes every
             block at first, and its residency is ``"drop"``: a block is read when a plan needs
-            it, and freed when a plan does not. Embeddings and head are in memory. Where files
-            have other tensors than transformers' model, such as single experts, they are
-            written once more to the cache. A pruned checkpoint is loaded whole.
+            it, and freed when a plan does not. Embeddings and head are in memory if they are
+            packed; else some of their rows are read at a time. Where files have other tensors
+            than transformers' model, such as single experts, they are written once more to
+            the cache. A pruned checkpoint is loaded whole.
         before_weights: Called with an estimate of the bytes that loading (and
             `set_residency`) still takes at its peak, before the tokenizer is read and again,
             closer, before the weights are; an error that it raises ends the loading.

@@ -75,8 +75,9 @@ def load_native(
         folder: A folder for which `is_packed` holds, or `with_own_names` returned.
         dtype: Dtype of activations and of all weights that are not packed.
         model: The model without its weights; transformers' own by default.
-        unread: If given, the weights of blocks are not read: in their places are tensors of
-            their shapes on this device, which take no memory (for `ElasticLLM`).
+        unread: If given, the weights of blocks are not read, nor unpacked ones of embeddings
+            and head: in their places are tensors of their shapes on this device, which take
+            no memory (for `ElasticLLM`).
     """
     from transformers import GenerationConfig
 
@@ -90,6 +91,7 @@ def load_native(
     own = dict(model.named_parameters(remove_duplicate=False))
     uses = Counter(map(id, own.values()))
     in_blocks: tuple[str, ...] = ()
+    embeddings = () if unread is None else _embedding_names(model)
     if unread is not None:
         check_lengths(stored.values())
         in_blocks = tuple(itertools.chain.from_iterable(_prefixes(adapter_for(config))))
@@ -99,7 +101,8 @@ def load_native(
         packed = name.rpartition("_")[0] in own
         if not packed and (name not in own or not model.get_parameter(name).is_meta):
             continue  # not the model's, or tied and read under another name
-        if name.startswith(in_blocks) and uses[id(own.get(name))] < 2:
+        in_block = name.startswith(in_blocks) and uses[id(own.get(name))] < 2
+        if in_block or name in embeddings:
             value = torch.zeros(1, dtype=tensor.dtype, device=unread).expand(tensor.shape)
         else:
             value = tensor.read(cpu)
@@ -126,12 +129,22 @@ def tensors_to_read(folder: Path, dtype: torch.dtype) -> dict[str, StoredTensor]
 
 def unread_bytes(folder: Path, dtype: torch.dtype) -> int:
     """Bytes of a model whose blocks are read when they are used, with its largest layer."""
-    stored = tensors_to_read(folder, dtype)
+    config, stored = read_config(folder), tensors_to_read(folder, dtype)
+    for name in _embedding_names(model_without_weights(config, dtype)):
+        stored.pop(name, None)
     layers = [
         sum(tensor.nbytes for name, tensor in stored.items() if name.startswith(prefixes))
-        for prefixes in _prefixes(adapter_for(read_config(folder)))
+        for prefixes in _prefixes(adapter_for(config))
     ]
     return sum(tensor.nbytes for tensor in stored.values()) - sum(layers) + max(layers)
+
+
+def _embedding_names(model: Any) -> list[str]:
+    """Names of the weights of embeddings and head, unless other modules have them too."""
+    ids = [id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings())]
+    named = model.named_parameters(remove_duplicate=False)
+    names = [name for name, parameter in named if id(parameter) in ids]
+    return names if len(names) == len(ids) else []
 
 
 def _prefixes(adapter: FamilyAdapter) -> list[tuple[str, ...]]:

@@ -197,6 +197,8 @@ class LiveBlocks:
         """Have all native weights in memory, and no store, until a ``with`` block makes one."""
         before = self.plan
         self.set(Plan())
+        if self.store is not None:
+            self.store.load_embeddings(self.embeddings)
         for item in self.all_items:
             for level in item.made:
                 if self.store is not None and not self.store.holds(item, level):

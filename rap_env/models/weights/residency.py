@@ -26,11 +26,12 @@ of its own with a checksum, which later processes verify before they use it.
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -43,6 +44,7 @@ from rap_env.errors import (
 )
 from rap_env.levels import WEIGHT_LEVELS, WeightLevel
 from rap_env.models.weights.packed_layout import PackedLevel
+from rap_env.models.weights.packed_modules import PackedModule
 from rap_env.models.weights.tensors import (
     StoredTensor,
     stored_tensors,
@@ -77,8 +79,9 @@ class WeightStore:
         residency: ``"offload"`` or ``"drop"``.
         fingerprint: Fingerprint of the model; names the files that have to be written, under
             ``"offload"``.
-        unread: The tensors of the blocks are placeholders (see `packed_folder.load_native`):
-            the blocks are evicted from the beginning, and read from the folder when used.
+        unread: The tensors of all items are placeholders (see `packed_folder.load_native`):
+            they are evicted from the beginning. Blocks are read from the folder when a plan
+            needs them; of native embeddings and head only some rows at a time are ever read.
     """
 
     def __init__(
@@ -118,6 +121,7 @@ class WeightStore:
         if unread:
             for item in items[:-1]:
                 self.release(item, "removed")
+            self._read_by_rows(items[-1])
             return
         for groups in self._native.values():
             for group in groups:
@@ -127,6 +131,24 @@ class WeightStore:
         for item in items:
             for level in item.made:
                 self._add(item, level)
+
+    def _read_by_rows(self, embeddings: WeightItem) -> None:
+        """Evict embeddings and head for good, unless they are packed."""
+        stored = self.stored()
+        if not any(isinstance(place.original, PackedModule) for place in embeddings.places):
+            for place in embeddings.places:
+                module: Any = place.original
+                kind = RowsOfEmbeddings if isinstance(module, nn.Embedding) else RowsOfHead
+                place.native = kind(module, stored[id(module.weight)])
+            self.release(embeddings, "removed")
+            embeddings.put("native")
+
+    def load_embeddings(self, embeddings: WeightItem) -> None:
+        """Have native embeddings and head in memory, also if they are read by rows so far."""
+        for place in embeddings.places:
+            place.native = place.original
+        self.load(embeddings, "native")
+        embeddings.put("native")
 
     @property
     def added_bytes(self) -> int:
@@ -176,6 +198,8 @@ class WeightStore:
     def load(self, item: WeightItem, level: WeightLevel) -> None:
         """Load the weights that an item uses at a level, unless they are in memory."""
         packed = packed_level(level)
+        if packed is None and any(place.native is not place.original for place in item.places):
+            return  # read by rows
         if packed is not None:
             made = self._made[item].get(packed)
             if made is None or (self.residency == "drop" and any(g.evicted for g in made)):
@@ -252,6 +276,57 @@ class WeightStore:
     def _level_path(self, item: WeightItem, level: PackedLevel) -> Path:
         written = self._written / f"{item.name}.{level}-v{_LEVELS_VERSION}.safetensors"
         return item.files.get(level, written)
+
+
+class RowsOfEmbeddings(nn.Module):
+    """Embeddings whose rows are read from a file when they are looked up.
+
+    Args:
+        original: The embeddings, with any weights.
+        weight: The rows (vocabulary, hidden).
+    """
+
+    def __init__(self, original: nn.Embedding, weight: StoredTensor) -> None:
+        super().__init__()
+        self.weight = weight
+        self._original = [original]  # in a list: it is no submodule
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """(...) to (..., hidden)."""
+        ids, places = token_ids.unique(return_inverse=True)
+        rows = torch.cat([self.weight[i : i + 1] for i in ids.tolist()]).to(token_ids.device)
+        few = copy.copy(self._original[0])  # its class may scale them
+        few._parameters = {"weight": nn.Parameter(rows, requires_grad=False)}
+        few.padding_idx = None
+        return few(places)
+
+
+class RowsOfHead(nn.Module):
+    """A head whose weights are read from a file at each call, some rows at a time.
+
+    Args:
+        original: The head, with any weights.
+        weight: The rows (vocabulary, hidden).
+    """
+
+    def __init__(self, original: nn.Linear, weight: StoredTensor) -> None:
+        super().__init__()
+        self.weight = weight
+        self.register_parameter("bias", original.bias)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """(..., hidden) to (..., vocabulary)."""
+        logits = states.new_empty(*states.shape[:-1], self.weight.shape[0])
+        size = max(1, _ROW_VALUES // self.weight.shape[1])
+        for first in range(0, logits.shape[-1], size):
+            part = slice(first, first + size)
+            rows = self.weight[part].to(states.device)
+            bias = None if self.bias is None else self.bias[part]
+            logits[..., part] = nn.functional.linear(states, rows, bias)
+        return logits
+
+
+_ROW_VALUES = 2**22
 
 
 def _groups(

@@ -179,6 +179,14 @@ class StoredTensor:
         except OSError as error:
             raise not_readable(error) from error
 
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        """Some rows, in memory."""
+        first, last, _ = rows.indices(self.shape[0])
+        row_values = math.prod(self.shape[1:])
+        offset = self.offset + first * row_values * self.stored_dtype.itemsize
+        part = replace(self, offset=offset, shape=(last - first, *self.shape[1:]))
+        return part.read(torch.device("cpu"))
+
     def pieces(self) -> Iterator[StoredTensor]:
         """Its values in their order, in flat tensors of at most a few MiB."""
         values = math.prod(self.shape)

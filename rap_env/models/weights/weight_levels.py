@@ -54,6 +54,8 @@ class Place:
 
     Attributes:
         original: The module with native weights.
+        native: The module that computes at the native level: `original`, unless its weights
+            are only read from files.
         shapes: Shapes of its matrices.
         widen_bytes: Bytes of the buffer into which its packed weights are widened.
         tied: The place whose weights it shares (a head tied to the embeddings).
@@ -61,7 +63,7 @@ class Place:
 
     def __init__(self, name: str, slot: Slot) -> None:
         self.name, self.slot = name, slot
-        self.original = slot.original
+        self.original = self.native = slot.original
         self.tied: Place | None = None
         self._skeleton = skeleton(slot.original)  # native weights may be evicted later
         weights = matrices_of(self._skeleton)
@@ -278,7 +280,7 @@ class WeightItem:
         packed = packed_level(level)
         made: Mapping[Place, nn.Module] = {} if packed is None else self._made[packed]
         for place in self.places:
-            place.slot.put(made.get(place, place.original))
+            place.slot.put(made.get(place, place.native))
         self.level = level
 
     def _changed(self, level: PackedLevel) -> Iterator[Place]:

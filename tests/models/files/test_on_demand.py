@@ -39,6 +39,12 @@ def layer_by_layer(llm: ElasticLLM, plan: Plan = Plan()) -> torch.Tensor:
     return forward.logits(forward.leave(state)[0])
 
 
+def rest_bytes(llm: ElasticLLM) -> int:
+    """Bytes of what is always in memory: packed embeddings, and norms outside of blocks."""
+    unread = llm.facts.weights == "unquantised"
+    return llm.facts.base_bytes - unread * llm._live.embeddings.native_bytes
+
+
 @each_family("family", weights=["native", "int8"], dtype=["float32", "bfloat16"])
 def test_it_computes_what_the_whole_model_does(tmp_path, family, weights, dtype) -> None:
     folder = saved(tmp_path / "m", family)
@@ -51,7 +57,7 @@ def test_it_computes_what_the_whole_model_does(tmp_path, family, weights, dtype)
     levels = [level for level in ("int8", "int4") if level in whole.facts.weight_levels(3)]
     for plan in (Plan(), *(Plan(weights=((0, level), (3, level))) for level in levels)):
         assert torch.equal(layer_by_layer(llm, plan), layer_by_layer(whole, plan))
-        assert llm.held_bytes.weights == tensor_bytes(llm.model) == llm.facts.base_bytes
+        assert llm.held_bytes.weights == tensor_bytes(llm.model) == rest_bytes(llm)
         assert llm.plan == NOTHING
     llm.apply(Plan())
     assert torch.equal(logits(llm), logits(whole))
@@ -74,7 +80,7 @@ def test_gradients_pass_through_weights_that_were_read(tmp_path, family) -> None
 
 def test_a_block_reads_only_itself(tmp_path) -> None:
     llm = loaded(saved(tmp_path / "m"))
-    forward, base = PartialForward(llm), llm.facts.base_bytes
+    forward, base = PartialForward(llm), rest_bytes(llm)
     state = forward.enter(IDS)
     with llm.applied(Plan.removing(0, 2, 3)):
         assert llm.held_bytes.weights == base + llm.facts.block_param_bytes[1]
@@ -102,7 +108,7 @@ def test_what_it_will_take_is_estimated(tmp_path) -> None:
     llm = loaded(saved(tmp_path / "m"), before_weights=sizes.append)
     own = llm.facts.block_param_bytes
     tokenizer = 6 * (tmp_path / "m" / "tokenizer.json").stat().st_size
-    assert sizes == [llm.facts.base_bytes + own[0] + own[1] + tokenizer]
+    assert sizes == [rest_bytes(llm) + own[0] + own[1] + tokenizer]
 
 
 def test_damaged_files(tmp_path) -> None:
