@@ -9,7 +9,7 @@ weight is among them, so weights on a grid of 16 steps keep their values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -147,19 +147,6 @@ def quantise(weight: torch.Tensor, level: PackedLevel) -> PackedMatrix:
         return _quantise_int8(weight)
     level = stored_level(level, (weight.shape[0], weight.shape[1]))
     return _packed(torch.split(weight, _ROWS), level)
-
-
-def requantise(matrix: PackedMatrix, level: PackedLevel) -> PackedMatrix:
-    """As `quantise` below int8, from packed weights, of which some rows are widened at a time."""
-
-    def widened() -> Iterator[torch.Tensor]:
-        for first in range(0, matrix.shape[0], _ROWS):
-            size = min(_ROWS, matrix.shape[0] - first)
-            wide = torch.empty(size, matrix.shape[1], device=matrix.device)
-            matrix.widen(wide, first)
-            yield wide
-
-    return _packed(widened(), stored_level(level, matrix.shape))
 
 
 def _quantise_int8(weight: torch.Tensor) -> PackedMatrix:

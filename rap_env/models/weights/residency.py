@@ -198,8 +198,8 @@ class WeightStore:
     def load(self, item: WeightItem, level: WeightLevel) -> None:
         """Load the weights that an item uses at a level, unless they are in memory."""
         packed = packed_level(level)
-        if packed is None and any(place.native is not place.original for place in item.places):
-            return  # read by rows
+        if packed is None and item.in_file:
+            return
         if packed is not None:
             made = self._made[item].get(packed)
             if made is None or (self.residency == "drop" and any(g.evicted for g in made)):
@@ -256,7 +256,8 @@ class WeightStore:
                 if made_by_text:
                     raise
                 log.warning("%s is damaged (%s); it is created again", path, error)
-        absent = [group for group in self._native[item] if group.evicted]
+        groups = () if item.in_file else self._native[item]
+        absent = [group for group in groups if group.evicted]
         try:
             for group in absent:
                 group.load()
@@ -293,12 +294,13 @@ class RowsOfEmbeddings(nn.Module):
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """(...) to (..., hidden)."""
-        ids, places = token_ids.unique(return_inverse=True)
+        ids, places = torch.unique(token_ids, return_inverse=True)
         rows = torch.cat([self.weight[i : i + 1] for i in ids.tolist()]).to(token_ids.device)
         few = copy.copy(self._original[0])  # its class may scale them
         few._parameters = {"weight": nn.Parameter(rows, requires_grad=False)}
         few.padding_idx = None
-        return few(places)
+        looked_up: torch.Tensor = few(places)
+        return looked_up
 
 
 class RowsOfHead(nn.Module):
@@ -312,7 +314,7 @@ class RowsOfHead(nn.Module):
     def __init__(self, original: nn.Linear, weight: StoredTensor) -> None:
         super().__init__()
         self.weight = weight
-        self.register_parameter("bias", original.bias)
+        self.bias = original.bias
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """(..., hidden) to (..., vocabulary)."""

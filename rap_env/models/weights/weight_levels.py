@@ -21,7 +21,9 @@ from torch import nn
 
 from rap_env.levels import WeightLevel
 from rap_env.models.families.adapter import BlockSite, Slot
+from rap_env.models.weights.low_bits import matrix_from_tensors
 from rap_env.models.weights.packed_layout import (
+    BLOCK,
     LOW_BIT_FORMATS,
     PACKED_LEVELS,
     PackedLevel,
@@ -38,8 +40,14 @@ from rap_env.models.weights.packed_modules import (
     packed,
     skeleton,
 )
-from rap_env.models.weights.quantisers import Quantiser, quantise, requantise
-from rap_env.models.weights.tensors import named_weights, tensor_key, verified_tensors
+from rap_env.models.weights.packing import PackedMatrix
+from rap_env.models.weights.quantisers import Quantiser, quantise
+from rap_env.models.weights.tensors import (
+    StoredTensor,
+    named_weights,
+    tensor_key,
+    verified_tensors,
+)
 from rap_env.plan import EMBEDDINGS
 
 T = TypeVar("T")
@@ -101,14 +109,13 @@ class Place:
         """
         if self.tied is not None:
             return from_matrices(self._skeleton, ahead[self.tied].matrices)
-        if not isinstance(self.original, PackedModule):
+        if isinstance(self.original, PackedModule):
+            matrices: dict[str, Any] = dict(self.original.matrices)
+        elif self.native is not self.original:
+            matrices = {"weight": self.native.weight}
+        else:
             return packed(self.original, level, quantiser or quantise)
-        made = {
-            name: requantise(matrix, level)
-            if quantiser is None
-            else quantiser(matrix.widened(torch.float32), level)
-            for name, matrix in self.original.matrices.items()
-        }
+        made = {n: quantise_by_rows(m, level, quantiser or quantise) for n, m in matrices.items()}
         return from_matrices(self._skeleton, made)
 
     def stored(
@@ -128,6 +135,33 @@ class Place:
             if name.startswith(prefix)
         }
         return from_tensors(self._skeleton, level, own)
+
+
+_VALUES_AT_ONCE = 2**22
+
+
+def quantise_by_rows(
+    weight: PackedMatrix | StoredTensor, level: PackedLevel, quantiser: Quantiser
+) -> PackedMatrix:
+    """Quantise a matrix (out, in) of which some rows at a time are in memory in full width."""
+    rows, inputs = weight.shape
+    size = max(BLOCK, _VALUES_AT_ONCE // inputs // BLOCK * BLOCK)
+    if rows % BLOCK and level != "int8":
+        size = rows  # parts of it would have another layout
+    parts = []
+    for first in range(0, rows, size):
+        if isinstance(weight, StoredTensor):
+            wide = weight[first : first + size]
+        else:
+            wide = torch.empty(min(size, rows - first), inputs, device=weight.device)
+            weight.widen(wide, first)
+        parts.append(quantiser(wide, level).tensors)
+    by_group = [name for name in ("scales", "zeros") if level != "int8" and name in parts[0]]
+    joined = {
+        name: torch.cat([part.pop(name) for part in parts], dim=int(name in by_group))
+        for name in list(parts[0])
+    }
+    return matrix_from_tensors(level, (rows, inputs), joined)
 
 
 class WeightItem:
@@ -168,6 +202,11 @@ class WeightItem:
     def widen_bytes(self) -> int:
         """Bytes of the buffer into which any of its packed weights are widened."""
         return max((place.widen_bytes for place in self.places), default=0)
+
+    @property
+    def in_file(self) -> bool:
+        """Whether native weights are only read from files, some rows at a time."""
+        return any(place.native is not place.original for place in self.places)
 
     @property
     def made(self) -> tuple[PackedLevel, ...]:

@@ -91,6 +91,29 @@ def test_a_block_reads_only_itself(tmp_path) -> None:
         assert llm.plan == Plan(NOTHING.removed, embeddings="int8")
 
 
+@each_family("family", weights=["native", "int8"])
+def test_levels_of_embeddings_and_other_residencies(tmp_path, family, weights) -> None:
+    folder = saved(tmp_path / "m", family)
+    whole = load_llm(folder, device="cpu", dtype="float32", weights=weights)
+    llm = loaded(folder, weights=weights)
+    facts = whole.facts
+    for level in facts.embedding_levels:
+        results = []
+        for model in (llm, whole):
+            forward = PartialForward(model)
+            state = forward.enter(IDS, level)
+            with forward.embeddings(level):
+                results += [state, forward.logits(forward.leave(state)[0])]
+        assert torch.equal(results[0], results[2])
+        assert torch.equal(results[1], results[3])
+        assert llm.held_bytes.weights == rest_bytes(llm)
+    for residency in ("resident", "drop", "resident"):
+        llm.set_residency(residency)
+        with llm.applied(Plan()):
+            assert torch.equal(logits(llm), logits(whole))
+            assert llm.held_bytes.weights == facts.base_bytes + sum(facts.block_param_bytes)
+
+
 def test_files_in_parts_and_those_of_other_layouts_are_read(tmp_path, caplog) -> None:
     for family in ("llama_tied", "mixtral"):
         tiny_model(family).save_pretrained(tmp_path / family, max_shard_size=4096)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from rap_env.errors import UnknownNameError
+from rap_env.models.weights import weight_levels
 from rap_env.models.weights.gptq import (
     DampedHessian,
     correction,
@@ -13,7 +14,7 @@ from rap_env.models.weights.gptq import (
 )
 from rap_env.models.weights.packed_layout import PACKED_LEVELS, PackedLevel, stored_level
 from rap_env.models.weights.packing import PackedMatrix
-from rap_env.models.weights.quantisers import quantise, requantise
+from rap_env.models.weights.quantisers import quantise
 
 
 def _gptq(weight: torch.Tensor, states: torch.Tensor, level: PackedLevel = "int4") -> PackedMatrix:
@@ -42,9 +43,10 @@ def test_weights_on_a_grid_do_not_change(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("shape", [(576, 64), (320, 32), (600, 64), (24, 16)])
 @pytest.mark.parametrize("native", PACKED_LEVELS)
 @pytest.mark.parametrize("level", PACKED_LEVELS[1:])
-def test_packed_weights_are_quantised_a_few_rows_at_a_time(shape, native, level) -> None:
+def test_packed_weights_are_quantised_a_few_rows_at_a_time(shape, native, level, monkeypatch):
+    monkeypatch.setattr(weight_levels, "_VALUES_AT_ONCE", 128 * shape[1])
     matrix = quantise(_random(shape), native)
-    actual = requantise(matrix, level)
+    actual = weight_levels.quantise_by_rows(matrix, level, quantise)
     expected = quantise(matrix.widened(torch.float32), level)
     assert (actual.level, actual.shape) == (stored_level(level, shape), shape)
     assert actual.tensors.keys() == expected.tensors.keys()
