@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,9 +20,12 @@ from rap_env.plugins import find_plugin
 from rap_env.policies.base import Policy, as_policy
 from rap_env.policies.method import Basis, Method
 from rap_env.policies.network_policy import KIND
-from rap_env.policies.packaged_files import default_facts, packaged_basis
+from rap_env.policies.packaged_files import KNAPSACKS, default_facts, packaged_basis
 from rap_env.policies.registry import Reader, makes, methods, policy_names, readers
+from rap_env.policies.uniform import middle_first, uniform_plans
 from rap_env.request import Request
+
+log = logging.getLogger(__name__)
 
 _HINT = (
     "Any other value is read as the path of a file, or as package.module:name of a method or of a "
@@ -87,6 +91,15 @@ class OrderPolicy(Policy):
         return self.memory.first_that_fits(self._plans, request)
 
 
+def uniform_policy(memory: MemoryModel) -> OrderPolicy:
+    """A rule for a model of which nothing was measured, with levels that need no text.
+
+    It lowers all caches, then all weights, and then removes layers, the last ones first.
+    """
+    facts = memory.facts.without_levels({*WEIGHT_LEVELS} - {"int8", "int4"})
+    return OrderPolicy(memory, middle_first(facts.num_layers), uniform_plans(facts), "uniform")
+
+
 def load_policy(
     source: str | os.PathLike[str], model: HasFacts | MemoryModel | None = None
 ) -> Policy:
@@ -98,7 +111,8 @@ def load_policy(
             native weights of the default model: ``"rap"`` (the policy trained over the levels
             of all items, down to four bits), ``"rap-low-bits"`` (down to two),
             ``"rap-recall"`` (one for answers that need facts from far back in the prompt) and
-            ``"knapsack"`` (the packaged level costs). With ``weights="bf16"``: ``"rap-v0"``
+            ``"knapsack"`` (the level costs of the model; without any it is the
+            `uniform_policy`, and a warning says so). With ``weights="bf16"``: ``"rap-v0"``
             (the trained policy that removes blocks) and ``"frontier"`` (the packaged table of
             removals). Any other method of
             `rap_env.policies.registry.methods`, on the packaged scores of the default model.
@@ -114,7 +128,18 @@ def load_policy(
         PluginError: A policy of another package cannot be loaded or made.
     """
     memory = model if isinstance(model, MemoryModel) else MemoryModel(model or default_facts())
-    return _make(os.fspath(source), memory, None)
+    name = os.fspath(source)
+    try:
+        return _make(name, memory, None)
+    except ArtifactError as error:
+        if name not in KNAPSACKS:
+            raise
+        log.warning(
+            "%s Until then all caches are lowered alike, then all weights, and then whole layers "
+            "are removed, the last ones first.",
+            error,
+        )
+    return uniform_policy(memory)
 
 
 def make_method(

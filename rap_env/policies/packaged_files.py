@@ -9,7 +9,7 @@ from typing import Any
 
 from rap_env.artifacts import load_artifact
 from rap_env.context.table import TableContext
-from rap_env.errors import ArtifactError, UnknownNameError
+from rap_env.errors import ArtifactError, UnknownNameError, counted
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
@@ -27,8 +27,10 @@ DEFAULT_MODEL = "smollm2-135m"
 """The model of the packaged policies, tables and level costs."""
 
 KNAPSACKS = ("knapsack",)
-"""Policies from the level costs in the package; the server has a fallback for other
-models."""
+"""Policies from level costs; for a model without any, `rap_env.policies.loading.load_policy`
+has a rule in their place."""
+
+_PREPARED_PER_MINUTE = 25e6  # parameters of blocks
 
 FACTS_VERSION = 3
 """Format of the facts of the default model in the package."""
@@ -62,12 +64,19 @@ def packaged_costs(memory: MemoryModel) -> LevelCosts:
     try:
         return LevelCosts.load(packaged_file("levels.json"), memory)
     except (FileNotFoundError, ArtifactError):
+        facts = memory.facts
         raise ArtifactError(
-            f"The package has no level costs of {memory.facts.name} as it is loaded "
-            f"({memory.facts.weights} weights, {memory.facts.dtype}); measure them in a checkout "
-            f"with `python -m experiments.levels model.name={memory.facts.name}`, and give the "
-            f"path of the levels.json that it writes as the policy."
+            f"{facts.name} has no measured level costs as it is loaded ({facts.weights} weights, "
+            f"{facts.dtype}); `rap prepare {facts.name}` makes them once (about "
+            f"{counted(_prepare_minutes(facts), 'minute')}), and plans lose less quality with them."
         ) from None
+
+
+def _prepare_minutes(facts: ModelFacts) -> int:
+    """About what preparing a model takes on two cores, by its matrices (three in an FFN block)."""
+    width = facts.hidden_size
+    parameters = facts.num_layers * width * (2 * width + 3 * facts.ffn_width)
+    return max(1, round(parameters / _PREPARED_PER_MINUTE))
 
 
 def packaged_scores(memory: MemoryModel) -> ScoreTable:
@@ -83,8 +92,7 @@ def packaged_scores(memory: MemoryModel) -> ScoreTable:
     if table.facts.fingerprint != facts.fingerprint:
         raise ArtifactError(
             f"The package has scores of {table.facts.name} only, and this policy needs scores or "
-            f"importance of {facts.name}; compare it with others in a checkout "
-            "(`python -m experiments.compare`), or choose one that needs none, such as dense."
+            f"importance of {facts.name}; choose one that needs none, such as knapsack or dense."
         )
     return table
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
-from rap_env.errors import ArtifactError, ServingSettingsError
+from rap_env.errors import ServingSettingsError
 from rap_env.memory import MemoryModel
-from rap_env.model_facts import HasFacts
 from rap_env.models.device import drop_unused_pages
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.model_folder import made_apart
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.weights.tensors import copy_to_memory
 from rap_env.policies.base import Policy
-from rap_env.policies.loading import OrderPolicy, load_policy
-from rap_env.policies.packaged_files import KNAPSACKS
-from rap_env.policies.uniform import middle_first, uniform_plans
+from rap_env.policies.loading import load_policy
 from rap_env.request import Request
 from rap_env.runtime.memory_meter import resident_bytes
 from rap_env.runtime.plan_chooser import predicts
@@ -105,10 +103,11 @@ def choose_policy(settings: ServerSettings, llm: ElasticLLM, limit: LiveLimit | 
 
     They are needed if without them one short request does not fit the limit within the floor.
     """
-    chosen = load_serving_policy(settings, llm)
+    facts = replace(llm.facts, name=settings.model)  # messages name commands for it
+    chosen = load_policy(settings.policy, MemoryModel(facts))
     if not (absent := llm.absent_levels(chosen.weight_levels)):
         return chosen
-    fewer = load_serving_policy(settings, MemoryModel(llm.facts.without_levels(absent)))
+    fewer = load_policy(settings.policy, MemoryModel(facts.without_levels(absent)))
     if limit is not None:
         budget_bytes = limit() - (_other_bytes(llm) if limit.of_process else 0)
         request = Request(1, _SHORT_TOKENS, max(1, budget_bytes))
@@ -131,34 +130,13 @@ def _other_bytes(llm: ElasticLLM) -> int:
     return max(0, resident_bytes()[0] - llm.held_bytes.total)
 
 
-def load_serving_policy(settings: ServerSettings, model: HasFacts) -> Policy:
-    """The policy of the settings; for a model without level costs, one that needs none.
-
-    Raises:
-        RapError: As for `load_policy`, with any other policy.
-    """
-    try:
-        return load_policy(settings.policy, model)
-    except ArtifactError as error:
-        if settings.policy not in KNAPSACKS:
-            raise
-        log.warning(
-            "%s Until then the server lowers all caches uniformly, then all weights, and then "
-            "removes whole layers, the last ones first.",
-            error,
-        )
-    memory = MemoryModel(model.facts)
-    order = middle_first(memory.facts.num_layers)
-    return OrderPolicy(memory, order, uniform_plans(memory.facts), "uniform")
-
-
 def floor_of(settings: ServerSettings, policy: Policy) -> float | None:
     """The floor of the settings; none, with a warning, if it is the default and unpredictable."""
     if settings.max_delta_nll != "auto" or predicts(policy):
         return settings.floor_if_predicted
     log.warning(
-        "Policy %s predicts no rise in NLL, so answers have no floor of quality; knapsack and rap "
-        "predict it for models with measured level costs.",
+        "Policy %s predicts no rise in NLL, so answers have no floor of quality; knapsack "
+        "predicts it for models with measured level costs.",
         policy.name,
     )
     return None

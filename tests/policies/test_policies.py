@@ -10,6 +10,7 @@ from rap_env.policies import packaged_files
 from rap_env.policies.base import Policy, as_policy
 from rap_env.policies.loading import OrderPolicy, check_policy, load_policy
 from rap_env.policies.network_policy import NetworkPolicy
+from rap_env.policies.packaged_files import KNAPSACKS
 from rap_env.policies.registry import policy_names
 from rap_env.policies.tables import TablePolicy
 from rap_env.request import Request
@@ -106,9 +107,23 @@ class TestLoadPolicy:
         named = load_policy("knapsack", live)
         assert (named.name, named.choose(request)) == ("knapsack", chosen)
 
-    def test_a_model_without_level_costs_is_told_how_to_measure_them(self):
-        with pytest.raises(ArtifactError, match=r"experiments\.levels model\.name=made"):
-            load_policy("knapsack", memory())
+    @pytest.mark.parametrize("name", KNAPSACKS)
+    def test_a_model_without_level_costs_is_served_by_a_rule_with_levels_that_need_no_text(
+        self, name, caplog
+    ):
+        live = MemoryModel(levelled_facts(packed=False))
+        policy = load_policy(name, live)
+        assert (policy.name, policy.weight_levels) == ("uniform", ("int8", "int4"))
+        requests = [Request.at_fraction(live, 1, 700, fraction) for fraction in (1.0, 0.9, 0.2)]
+        native, lowered, removed = map(policy.choose, requests)
+        assert native == Plan()
+        assert (bool(lowered.caches), bool(lowered.removed_names)) == (True, False)
+        assert removed.removed_names
+        for plan, request in zip((native, lowered, removed), requests, strict=True):
+            live.check_fits(plan, request)
+        (record,) = caplog.records
+        assert "made has no measured level costs" in record.getMessage()
+        assert "`rap prepare made` makes them once (about 1 minute)" in record.getMessage()
 
     def test_every_method_is_served_on_the_packaged_scores(self):
         served = MemoryModel(packaged_files.default_facts())
