@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,14 @@ from rap_env.models.files.gguf_reader import (
     packed_blocks,
     packs_as_int4,
     transformers_reads,
+    widened_rows,
 )
 from rap_env.models.files.packed_folder import PACKED_FILE, model_without_weights, require_all
+from rap_env.models.weights.packed_layout import SCALE_DTYPE, PackedLevel, tensor_shapes
 from rap_env.models.weights.packed_modules import is_packable, matrices_of
 from rap_env.models.weights.packing import PackedMatrix
 from rap_env.models.weights.quantisers import quantise
+from rap_env.models.weights.tensors import TensorWriter
 
 
 def convert(path: Path, packed: bool, folder: Path) -> None:
@@ -37,24 +40,7 @@ def convert(path: Path, packed: bool, folder: Path) -> None:
     with transformers_reads(file):
         config = _read_config(file)
         _tokenizer(file, config).save_pretrained(folder)
-        (_pack if packed else _convert)(file, config, folder)
-
-
-def _convert(file: GgufFile, config: Any, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        file.path.parent,
-        config=config,
-        dtype=torch.float32,
-        gguf_file=file.path.name,
-        local_files_only=True,
-    )
-    # The tensors are no longer quantised; transformers rejects saving a model marked so.
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.save_pretrained(folder)
+        _write_model(file, config, packed, folder)
 
 
 def _tokenizer(file: GgufFile, config: Any) -> Any:
@@ -105,61 +91,109 @@ def _correct_tokenizer(tokenizer: Any, pre: str | None, config: Any) -> None:
         )
 
 
-def _pack(file: GgufFile, config: Any, folder: Path) -> None:
-    """Write a packed model; one tensor at a time is unpacked at most."""
-    from safetensors.torch import save_file
+def _write_model(file: GgufFile, config: Any, packed: bool, folder: Path) -> None:
+    """Write config and weights, of which one tensor at a time is in memory."""
     from transformers import GenerationConfig
 
     skeleton = model_without_weights(config, torch.float32)
-    stored: dict[str, torch.Tensor] = {}
-    for name, content in _contents(file, skeleton):
-        expected: torch.Tensor = skeleton.get_parameter(name)
-        if isinstance(content, PackedMatrix):
-            expected = _oriented(name, expected, skeleton)
-        if tuple(content.shape) != tuple(expected.shape):
-            raise UnsupportedModelError(
-                f"{file.path} does not fit its own config: {name!r} has shape "
-                f"{tuple(content.shape)}, and {tuple(expected.shape)} was expected."
-            )
-        if isinstance(content, PackedMatrix):
-            stored |= {f"{name}_{part}": tensor for part, tensor in content.tensors.items()}
-        else:
-            stored[name] = content
+    names, process = _name_map(file, skeleton)
+    kinds = _kinds(file, names)
+    forms: dict[str, dict[str, torch.Tensor]] = {}
+    for name, parameter in skeleton.named_parameters():
+        if name in kinds:
+            forms[name] = _forms(skeleton, name, parameter, kinds[name] if packed else _WIDE)
+    stored = {key: form for parts in forms.values() for key, form in parts.items()}
     require_all(skeleton, stored, file.path)
-    save_file(stored, folder / PACKED_FILE, {"format": "pt"})
+    with TensorWriter(folder / (PACKED_FILE if packed else "model.safetensors"), stored) as out:
+        for name, content in _contents(file, skeleton, names, process, kinds if packed else {}):
+            for key, (shape, parts) in content.items() if name in forms else ():
+                if shape != stored[key].shape:
+                    raise UnsupportedModelError(
+                        f"{file.path} does not fit its own config: {name!r} has shape "
+                        f"{tuple(shape)}, and {tuple(stored[key].shape)} was expected."
+                    )
+                out.write(key, parts)
+            file.forget_pages()
     config.architectures = [type(skeleton).__name__]
     config.save_pretrained(folder)
     GenerationConfig.from_model_config(config).save_pretrained(folder)
 
 
-def _contents(file: GgufFile, model: Any) -> Iterator[tuple[str, PackedMatrix | torch.Tensor]]:
-    names, process = _name_map(file, model)
-    remaining = Counter(names.values())  # tensors of the file that become each parameter
-    gathered: dict[str, torch.Tensor] = {}  # experts, put together from several tensors
+_WIDE = GGMLQuantizationType.F32
+
+
+def _kinds(file: GgufFile, names: Mapping[str, str]) -> dict[str, GGMLQuantizationType]:
+    """The type that decides how each parameter is stored; experts come from several tensors."""
     kinds: dict[str, GGMLQuantizationType] = {}
     for tensor in file.tensors:
-        kind = tensor.tensor_type
-        target = names.get(tensor.name, names.get(tensor.name.removesuffix(".weight"), ""))
+        name = _target(tensor, names)
+        if name and (name not in kinds or not packs_as_int4(tensor.tensor_type)):
+            kinds[name] = tensor.tensor_type
+    return kinds
+
+
+def _target(tensor: ReaderTensor, names: Mapping[str, str]) -> str:
+    return names.get(tensor.name, names.get(tensor.name.removesuffix(".weight"), ""))
+
+
+def _forms(
+    model: Any, name: str, parameter: torch.Tensor, kind: GGMLQuantizationType
+) -> dict[str, torch.Tensor]:
+    """What the file has of a parameter, on the meta device."""
+    if kind in UNQUANTISED or _child(model, name) is None:
+        return {name: parameter.to(UNQUANTISED.get(kind, torch.float32))}
+    out, inputs = _oriented(name, parameter, model).shape
+    level: PackedLevel = "int4" if packs_as_int4(kind) else "int8"
+    dtypes = {"codes": torch.uint8 if level == "int4" else torch.int8, "scales": SCALE_DTYPE}
+    return {
+        f"{name}_{part}": torch.empty(shape, dtype=dtypes[part], device="meta")
+        for part, shape in tensor_shapes(level, (out, inputs)).items()
+    }
+
+
+_Content = dict[str, tuple[torch.Size, Iterable[torch.Tensor]]]
+"""Tensors in the file by name: the shape of each, and its parts, rows after rows."""
+
+
+def _contents(
+    file: GgufFile,
+    model: Any,
+    names: Mapping[str, str],
+    process: _Process,
+    kinds: Mapping[str, GGMLQuantizationType],
+) -> Iterator[tuple[str, _Content]]:
+    """The parameters one after the other; those without an entry in `kinds` in float32."""
+    remaining = Counter(names.values())  # tensors of the file that become each parameter
+    gathered: dict[str, torch.Tensor] = {}  # experts, put together from several tensors
+    for tensor in file.tensors:
+        kind, target = tensor.tensor_type, _target(tensor, names)
         child = _child(model, target) if target else None
-        if child is not None and kind not in UNQUANTISED and len(tensor.shape) == 2:
+        rows = target in kinds or isinstance(child, nn.Linear | nn.Embedding)
+        if child is not None and rows and kind not in UNQUANTISED and len(tensor.shape) == 2:
             row_order = _row_order(tensor, target, model, names, process)
             if row_order is not None:
-                yield target, packed_blocks(tensor.data, kind, row_order)
+                if target in kinds:
+                    yield target, _packed(target, packed_blocks(tensor.data, kind, row_order))
+                else:
+                    shape = torch.Size(map(int, reversed(tensor.shape)))
+                    yield target, {target: (shape, widened_rows(tensor.data, kind, row_order))}
                 continue
         result = process(tensor, dequantize(tensor.data, kind), gathered)
         if result.name is not None:
             if (name := names.get(result.name)) is not None:
-                yield name, _as_stored(model, name, torch.from_numpy(np.copy(result.weights)), kind)
+                weights = torch.from_numpy(np.require(result.weights, requirements=["C", "W"]))
+                yield name, _as_stored(model, name, weights, kinds.get(name, _WIDE))
             continue
-        for name in gathered:
-            if not packs_as_int4(kind):
-                kinds[name] = kind
-            kinds.setdefault(name, kind)
         remaining[target] -= 1
         if target in gathered and not remaining[target]:
-            yield target, _as_stored(model, target, gathered.pop(target), kinds[target])
+            weights = gathered.pop(target)
+            yield target, _as_stored(model, target, weights, kinds.get(target, _WIDE))
     for name, weights in gathered.items():
-        yield name, _as_stored(model, name, weights, kinds[name])
+        yield name, _as_stored(model, name, weights, kinds.get(name, _WIDE))
+
+
+def _packed(name: str, matrix: PackedMatrix) -> _Content:
+    return {f"{name}_{part}": (t.shape, [t]) for part, t in matrix.tensors.items()}
 
 
 _Process = Callable[[ReaderTensor, npt.NDArray[Any], dict[str, torch.Tensor]], Any]
@@ -216,7 +250,7 @@ def _row_order(
             return None
         if result.weights is values:
             return row_numbers[:, 0].astype(np.int64)
-        weights = torch.from_numpy(np.ascontiguousarray(result.weights))
+        weights = torch.from_numpy(np.require(result.weights, requirements=["C", "W"]))
         oriented.append(_oriented(target, weights, model))
     by_row, by_column = oriented
     order = by_row[:, 0]
@@ -227,13 +261,13 @@ def _row_order(
 
 def _as_stored(
     model: Any, name: str, weights: torch.Tensor, kind: GGMLQuantizationType
-) -> PackedMatrix | torch.Tensor:
+) -> _Content:
     """Weights that were dequantised: packed again, or as they are if they were not quantised."""
-    if kind in UNQUANTISED:
-        return weights.to(UNQUANTISED[kind])
-    if _child(model, name) is None:
-        return weights
-    return quantise(_oriented(name, weights, model), "int4" if packs_as_int4(kind) else "int8")
+    if kind in UNQUANTISED or _child(model, name) is None:
+        weights = weights.to(UNQUANTISED.get(kind, torch.float32))
+        return {name: (weights.shape, [weights])}
+    level: PackedLevel = "int4" if packs_as_int4(kind) else "int8"
+    return _packed(name, quantise(_oriented(name, weights, model), level))
 
 
 def _child(model: Any, name: str) -> nn.Module | None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import mmap
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -69,6 +70,11 @@ class GgufFile(GGUFReader):  # type: ignore[misc]  # gguf has no types
         """The content of a header entry, or `default` without such an entry."""
         field = self.fields.get(name)
         return default if field is None else field.contents()
+
+    def forget_pages(self) -> None:
+        """Let go the pages of the file that were read so far; they would count as used memory."""
+        with contextlib.suppress(AttributeError):  # Linux only
+            self.data.base.madvise(mmap.MADV_DONTNEED)
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
         """As gguf's, which takes seconds for a vocabulary, and follows any number of entries."""
@@ -150,17 +156,26 @@ def packs_as_int4(kind: GGMLQuantizationType) -> bool:
     return kind in _INT4
 
 
-def _int8(blocks: Blocks, kind: GGMLQuantizationType, order: npt.NDArray[np.int64]) -> PackedMatrix:
+def widened_rows(
+    blocks: Blocks, kind: GGMLQuantizationType, order: npt.NDArray[np.int64]
+) -> Iterator[torch.Tensor]:
+    """The rows of a quantised tensor in float32 and in an order, some at a time, (rows, in)."""
     elements, size = GGML_QUANT_SIZES[kind]
-    inputs = blocks.shape[1] // size * elements
-    rows = max(1, _PIECE_VALUES // inputs)
-    codes = torch.empty((len(blocks), inputs), dtype=torch.int8)
-    scales = []
+    rows = max(1, _PIECE_VALUES // (blocks.shape[1] // size * elements))
     for first in range(0, len(blocks), rows):
-        piece = slice(first, first + rows)
-        packed = quantise(torch.from_numpy(dequantize(blocks[order[piece]], kind)), "int8")
-        codes[piece] = packed.codes
+        yield torch.from_numpy(dequantize(blocks[order[first : first + rows]], kind))
+
+
+def _int8(blocks: Blocks, kind: GGMLQuantizationType, order: npt.NDArray[np.int64]) -> PackedMatrix:
+    codes = torch.empty((0, 0), dtype=torch.int8)
+    scales, first = [], 0
+    for part in widened_rows(blocks, kind, order):
+        packed = quantise(part, "int8")
+        if not first:
+            codes = codes.resize_(len(blocks), part.shape[1])
+        codes[first : first + len(part)] = packed.codes
         scales.append(packed.scales)
+        first += len(part)
     return PackedMatrix.from_codes(codes, torch.cat(scales))
 
 

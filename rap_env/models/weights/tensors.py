@@ -32,6 +32,9 @@ _DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
 }  # that can be read, by their names in safetensors files
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_ORDER = [_DTYPES[name] for name in ("U8", "I8", "F16", "BF16", "F32", "F64")]
+"""Dtypes from the last to the first ones in a file, so that all are aligned."""
 
 
 def named_weights(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -266,6 +269,52 @@ def damaged_weights(folder: Path, error: Exception | str) -> ChecksumError:
     return ChecksumError(
         f"The weights in {folder} are truncated or damaged ({error}); download the model again."
     )
+
+
+class TensorWriter:
+    """Writes a safetensors file tensor by tensor, in the layout of safetensors' own `save_file`.
+
+    Use it as a context manager.
+
+    Args:
+        path: The file, which is incomplete until every tensor is written.
+        forms: The tensors by name, whose dtypes and shapes count; they may be on the meta
+            device.
+    """
+
+    def __init__(self, path: Path, forms: Mapping[str, torch.Tensor]) -> None:
+        order = sorted(forms, key=lambda name: (-_ORDER.index(forms[name].dtype), name))
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in order:
+            begin, end = end, end + forms[name].nbytes
+            header[name] = {
+                "dtype": _NAMES[forms[name].dtype],
+                "shape": [*forms[name].shape],
+                "data_offsets": [begin, end],
+            }
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % _LENGTH_BYTES)
+        self._begin = _LENGTH_BYTES + len(text)
+        self._forms, self._offsets = forms, {n: header[n]["data_offsets"][0] for n in order}
+        self._file = path.open("wb")
+        self._file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+
+    def write(self, name: str, parts: Iterable[torch.Tensor]) -> None:
+        """Write a tensor, as parts of its first dimension one after the other."""
+        form = self._forms[name]
+        self._file.seek(self._begin + self._offsets[name])
+        written = 0
+        for part in parts:
+            assert part.dtype == form.dtype
+            written += self._file.write(bytes_of(part).numpy().data)
+        assert written == form.nbytes
+
+    def __enter__(self) -> TensorWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -59,7 +59,7 @@ def test_the_second_load_converts_nothing(lonely, tmp_path, monkeypatch) -> None
         write_tiny_gguf(tmp_path / f"{name}.gguf", seed=seed)
     first = converted_gguf(tmp_path / "tiny.gguf")
     assert converted_gguf(tmp_path / "other.gguf") != first
-    monkeypatch.setattr(gguf_conversion, "_convert", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr(gguf_conversion, "_write_model", lambda *_: pytest.fail("converted again"))
     (tmp_path / "tiny.gguf").rename(tmp_path / "moved.gguf")
     assert converted_gguf(tmp_path / "moved.gguf") == first  # by content, not by path
 
@@ -79,7 +79,7 @@ def _die_while_converting(path: Path, packed: bool) -> None:
         (arguments[-1] / "half").touch()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    gguf_conversion._convert = gguf_conversion._pack = half
+    gguf_conversion._write_model = half
     converted_gguf(path, packed=packed)
 
 

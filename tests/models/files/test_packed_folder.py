@@ -7,6 +7,7 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 
 from rap_env.errors import ChecksumError, ModelNotAvailableError, UnsupportedModelError
 from rap_env.models.files.gguf_source import converted_gguf
@@ -206,6 +207,24 @@ def write_gpt2(path: Path, positions: int = 1024) -> dict[str, np.ndarray]:
         tensors[name] = quantize(values, stored), stored
     write_gguf(path, "gpt2", entries, tensors)
     return {name: blocks for name, (blocks, _) in tensors.items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "gpt2"])
+def test_an_unquantised_folder_is_what_transformers_would_write(family, lonely, tmp_path) -> None:
+    path = tmp_path / f"{family}.gguf"
+    if family == "llama":
+        write_tiny_gguf(path, kind="Q4_1", **SIZES)
+    else:
+        {"gemma": write_gemma, "gpt2": write_gpt2}[family](path)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=path.name, dtype=torch.float32
+    )
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    model.save_pretrained(tmp_path / "expected")
+    folder = converted_gguf(path)
+    for expected in (tmp_path / "expected").iterdir():
+        assert (folder / expected.name).read_bytes() == expected.read_bytes(), expected.name
 
 
 def test_tensors_of_other_shapes_are_rejected(lonely: Path, tmp_path: Path) -> None:
