@@ -16,8 +16,8 @@ from rap_env.models.files.loading import load_llm
 from rap_env.models.live.calibration_text import SELF_WRITTEN
 from rap_env.models.live.elastic import ElasticLLM
 
-CHARACTERS = 64_000
-"""Of each kind: more than ten thousand tokens of most tokenizers."""
+CHARACTERS = 50_000
+"""At least so many of each kind: more than ten thousand tokens of most tokenizers."""
 
 BATCH = 48
 
