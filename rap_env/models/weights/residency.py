@@ -269,8 +269,9 @@ class WeightStore:
 
     def _add(self, item: WeightItem, level: PackedLevel) -> None:
         self._made[item][level] = groups = list(_groups(item.tensors(level), (level,)))
-        for group in groups:
-            group.pack()
+        if not item.in_file:  # packing takes twice the memory
+            for group in groups:
+                group.pack()
         if self.residency == "offload" and not self._pinned:
             _store(groups, self._level_path(item, level))
 

@@ -29,6 +29,7 @@ from rap_env.models.weights.packed_layout import (
     PackedLevel,
     packed_bytes,
     stored_level,
+    tensor_shapes,
 )
 from rap_env.models.weights.packed_modules import (
     PackedModule,
@@ -148,19 +149,21 @@ def quantise_by_rows(
     size = max(BLOCK, _VALUES_AT_ONCE // inputs // BLOCK * BLOCK)
     if rows % BLOCK and level != "int8":
         size = rows  # parts of it would have another layout
-    parts = []
+    shapes, joined = tensor_shapes(level, (rows, inputs)), dict[str, torch.Tensor]()
     for first in range(0, rows, size):
         if isinstance(weight, StoredTensor):
             wide = weight[first : first + size]
         else:
             wide = torch.empty(min(size, rows - first), inputs, device=weight.device)
             weight.widen(wide, first)
-        parts.append(quantiser(wide, level).tensors)
-    by_group = [name for name in ("scales", "zeros") if level != "int8" and name in parts[0]]
-    joined = {
-        name: torch.cat([part.pop(name) for part in parts], dim=int(name in by_group))
-        for name in list(parts[0])
-    }
+        for name, part in quantiser(wide, level).tensors.items():
+            if name not in joined:
+                joined[name] = part.new_empty(shapes[name])
+            of_groups = level != "int8" and name in ("scales", "zeros")
+            all_rows = joined[name].transpose(0, 1) if of_groups else joined[name]
+            own = part.transpose(0, 1) if of_groups else part
+            begin = len(all_rows) * first // rows
+            all_rows[begin : begin + len(own)] = own
     return matrix_from_tensors(level, (rows, inputs), joined)
 
 
