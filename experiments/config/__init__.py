@@ -62,7 +62,6 @@ class Config:
     cgroup: studies.CgroupConfig = field(default_factory=studies.CgroupConfig)
     demo: programs.DemoConfig = field(default_factory=programs.DemoConfig)
     report: dict[str, str] = setting({"title": "Runtime-adaptive pruning: report"})
-    levels: programs.LevelsConfig = field(default_factory=programs.LevelsConfig)
     export: programs.ExportConfig = field(default_factory=programs.ExportConfig)
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Settings of the programs that train, evaluate, compare, measure levels and export."""
+"""Settings of the programs that train, evaluate, compare and export."""
 
 from __future__ import annotations
 
@@ -19,15 +19,12 @@ from experiments.config.common import (
 from experiments.study.console import ExperimentError
 from rap_env.envs.config import ENVIRONMENTS
 from rap_env.envs.config import EnvConfig as TaskConfig
-from rap_env.importance.level_costs import CACHE_LEVELS
-from rap_env.levels import CacheLevel
 from rap_env.specs import check, setting
 
 TEACHERS = ("none", "frontier", "greedy", "knapsack", "gsi", "one_shot", "score_model")
 CALIBRATION = "calibration"
 """Value of a text setting that selects the calibration text."""
 POLICY_SUFFIX = ".safetensors"
-LEVELS_SUFFIX = ".levels.json"
 
 
 @dataclass
@@ -199,26 +196,6 @@ class EvaluateConfig:
     def pinned_cells(self) -> list[Pinned]:
         """The pinned cells, parsed."""
         return [parse_pinned(text) for text in self.pinned]
-
-
-@dataclass
-class LevelsConfig:
-    """Levels to measure, and plans of the knapsack over them."""
-
-    caches: list[str] = setting(list(CACHE_LEVELS), parse=CacheLevel.of)
-    """Levels of KV caches, such as int4 or int4-window512."""
-    requests: list[str] = setting(["1x128"], parse=parse_shape, distinct=True)
-    """Batch size x sequence length in tokens, for `joint_budgets`."""
-    joint_budgets: list[float] = setting([], above=0, high=1)
-    """Fractions of the unquantised model's peak bytes at which the knapsack's plans are
-    measured on the calibration text, to correct costs."""
-    out: str | None = None
-    """File for the costs of levels, ending in .levels.json; the model's facts are written
-    next to it. null for none."""
-
-    def __post_init__(self) -> None:
-        if self.out is not None and not self.out.endswith(LEVELS_SUFFIX):
-            raise ExperimentError(f"levels.out must end in {LEVELS_SUFFIX}, not {self.out!r}.")
 
 
 @dataclass

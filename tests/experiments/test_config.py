@@ -35,7 +35,7 @@ GROUPS = {**CHOICES, "agent": FOLDERS["agent"]}
 """Options of each group that sets the section of its name, with their values."""
 PROGRAMS = (
     "profile", "train", "evaluate", "report", "demo", "live", "export_scores", "replay",
-    "cgroup", "levels", "tight_grid",
+    "cgroup", "tight_grid",
 )  # fmt: skip
 PROGRAMS_AND_EXPERIMENTS = [
     (PROGRAMS[number % len(PROGRAMS)], name)
@@ -182,7 +182,7 @@ def test_a_misspelt_key_or_wrong_type_is_named(override, named):
         ("evaluate.budgets=[1.2]", "evaluate.budgets must be above 0 and at most 1, not 1.2"),
         ("evaluate.budgets=[]", "evaluate.budgets needs at least one entry"),
         ("tight_grid.losses=[]", "tight_grid.losses must have at least one entry"),
-        ("levels.requests=[]", "levels.requests must have at least one entry"),
+        ("tight_grid.requests=[]", "tight_grid.requests must have at least one entry"),
         ("evaluate.requests=[8by16]", "evaluate.requests: A request is BATCHxTOKENS, such as"),
         ("evaluate.outside=[4x48]", "evaluate.outside: A cell is BATCHxTOKENS@BUDGET, such as"),
         ("evaluate.best_of=[]", "evaluate.best_of must have at least one entry"),

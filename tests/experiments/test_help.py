@@ -14,7 +14,7 @@ from experiments.launch import (
 )
 from tests.programs import run_python
 
-PROGRAMS = sorted({*READS, "levels", "long_context", "tight_grid"})
+PROGRAMS = sorted({*READS, "long_context", "tight_grid"})
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
