@@ -4,15 +4,16 @@ For inputs x of a linear layer, the squared error of its outputs under a change 
 weights is ``trace(D H D.T)`` with the Hessian ``H = x.T x``. GPTQ (Frantar et al. 2023)
 rounds one input after the other and lets the weights of later inputs compensate for each
 error. Here each group of inputs gets its scale and zero when its turn comes, from the
-compensated weights. Then codes and scales are improved in turn: each scale and zero by least
-squares under H, and each code by coordinate descent (as in QuantEase, Behdin et al. 2023). A
-layer behind quantised ones can make up for their errors (`correction`).
+compensated weights. Then groups are improved in turn: scale and zero by least squares under H,
+and each code by coordinate descent (as in QuantEase, Behdin et al. 2023). A layer behind
+quantised ones can make up for their errors (`correction`). Rows are quantised side by side,
+transposed, so that what a step reads and writes is contiguous.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -85,49 +86,64 @@ def _mirrored(total: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def recorded_inputs(layer: nn.Module, every: int = 1) -> Iterator[list[torch.Tensor]]:
-    """Keep inputs of a linear layer in a ``with`` block, (tokens, in) for each sequence.
+def recorded(
+    layer: nn.Module, every: int = 1, *, outputs: bool = False
+) -> Iterator[list[torch.Tensor]]:
+    """Keep inputs or outputs of a linear layer in a ``with`` block.
 
     Args:
         layer: The layer.
         every: Of the sequences of each call, the first one and every so many are kept.
+        outputs: Whether outputs are kept.
+
+    Yields:
+        Of each sequence, (tokens, in) or (tokens, out).
     """
-    inputs: list[torch.Tensor] = []
+    kept: list[torch.Tensor] = []
 
-    def keep(_layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        inputs.extend(sequence.clone() for sequence in _sequences(args[0])[::every])
+    def keep(_layer: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        sequences = _sequences(output if outputs else args[0])[::every]
+        kept.extend(sequence.clone() for sequence in sequences)
 
-    hook = layer.register_forward_pre_hook(keep)
+    hook = layer.register_forward_hook(keep)
     try:
-        yield inputs
+        yield kept
     finally:
         hook.remove()
 
 
 def correction(
-    native: Sequence[torch.Tensor], changed: Sequence[torch.Tensor], damping: float
+    lost: Sequence[torch.Tensor], changed: Sequence[torch.Tensor], damping: float
 ) -> torch.Tensor:
-    """What to multiply a layer's weights by where the layers before it are quantised, (in, in).
+    """What to add to a layer's weights where the layers before it are quantised, (out, in).
 
-    For the changed inputs y of the same tokens, ``W C`` has outputs that are nearest to those
-    of W for the native inputs x: by least squares, with ``H = y.T y``, ``C = I + (x - y).T y
-    / H`` (as in GPTAQ, Li et al. 2025, arXiv 2504.02692).
+    With it, outputs for the changed inputs y are nearest to the native ones, by least
+    squares: for the outputs d that are lost, ``d.T y / H`` with ``H = y.T y`` (as in GPTAQ,
+    Li et al. 2025, arXiv 2504.02692, with ``(x - y) W.T`` for d, which has fewer columns than
+    native inputs x).
 
     Args:
-        native: Parts of the native inputs, (tokens, in) each.
-        changed: The same parts of the changed ones.
-        damping: As of `DampedHessian`: more of it keeps C nearer to I.
+        lost: Native outputs minus those of the native layer for the changed inputs,
+            (tokens, out), for some tokens each.
+        changed: The changed inputs of the same tokens, (tokens, in) each.
+        damping: As of `DampedHessian`: more of it changes the weights less.
     """
-    size = native[0].shape[1]
-    hessian, cross = (torch.zeros(size, size, device=native[0].device) for _ in range(2))
-    for before, after in zip(native, changed, strict=True):
-        wide = after.float()
+    inputs, outputs = changed[0].shape[1], lost[0].shape[1]
+    hessian = torch.zeros(inputs, inputs, device=changed[0].device)
+    cross = torch.zeros(inputs, outputs, device=changed[0].device)
+    for own, states in zip(lost, changed, strict=True):
+        wide = states.float()
         _add_upper(hessian, wide)
-        cross.addmm_((before.float() - wide).T, wide)
-    factor = DampedHessian.of(_mirrored(hessian), damping).factor
-    moved = cross @ factor.T @ factor
-    moved.diagonal().add_(1)
-    return moved
+        cross.addmm_(wide.T, own.float())
+    factor = torch.linalg.cholesky(_damped(_mirrored(hessian), damping))
+    return torch.cholesky_solve(cross, factor).T
+
+
+def _damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    matrix = hessian.float().clone()
+    diagonal = matrix.diagonal()
+    diagonal += damping * diagonal.mean() + torch.finfo(torch.float32).tiny
+    return matrix
 
 
 @dataclass(frozen=True)
@@ -151,11 +167,12 @@ class DampedHessian:
             damping: Part of its mean diagonal that is added to its diagonal. More of it
                 trusts the text less: it is better where text of another kind is served.
         """
-        matrix = hessian.float().clone()
-        diagonal = matrix.diagonal()
-        diagonal += damping * diagonal.mean() + torch.finfo(torch.float32).tiny
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix.double()))
-        return cls(matrix, torch.linalg.cholesky(inverse, upper=True).float())
+        matrix = _damped(hessian, damping)
+        # Of the matrix with its inputs in reverse, the lower factor is an upper one of itself;
+        # the inverse of that is the factor.
+        lower = torch.linalg.cholesky(matrix.flip(0, 1).double()).float()
+        one = torch.eye(len(matrix), device=matrix.device)
+        return cls(matrix, torch.linalg.solve_triangular(lower.flip(0, 1), one, upper=True))
 
 
 def quantise_gptq(
@@ -170,98 +187,135 @@ def quantise_gptq(
         weight: (out, in).
         level: A packed level below int8.
         hessian: Of the layer's inputs, on the same device.
-        corrected_by: A `correction`, (in, in).
+        corrected_by: A `correction`, (out, in).
     """
-    if corrected_by is not None:
-        weight = weight.detach().float() @ corrected_by
     weight = weight.detach()
     level = stored_level(level, (weight.shape[0], weight.shape[1]))
+    if corrected_by is not None:
+        weight = weight.float() + corrected_by
     parts = []
-    for rows in map(torch.Tensor.float, torch.split(weight, _ROWS)):
-        coded = _compensated(Grid.of(level, rows), rows, hessian.factor)
+    for rows in torch.split(weight, _ROWS):
+        columns = rows.float().T.contiguous()
+        coded = _compensated(Grid.of(level, columns), columns, hessian.factor)
         # Once: small layers gain from it; more often did not lower the loss of Gemma 3 270M.
-        coded = _with_better_scales(coded, rows, hessian.matrix)
-        coded = _with_better_codes(coded, rows, hessian.matrix)
+        _improve_(coded, columns, hessian.matrix)
         # A quarter of the bytes.
         parts.append(replace(coded, codes=coded.codes.to(torch.int8)))
     return concatenated(parts)
 
 
-def _compensated(grid: Grid, weight: torch.Tensor, factor: torch.Tensor) -> CodedRows:
-    """GPTQ."""
-    left = weight.clone()  # compensated for the errors so far
-    codes = torch.empty_like(weight)
+def _in_turn(
+    step: Callable[[slice, int], None],
+    inputs: range,
+    target: torch.Tensor,
+    changes: torch.Tensor,
+    matrix: torch.Tensor,
+) -> None:
+    """Run a step for one group of inputs after the other, each with what the ones before changed.
+
+    Half of the inputs at a time, so that later ones take up changes in few large products.
+
+    Args:
+        step: Called with the inputs of a group and its index; it writes its part of `changes`.
+        inputs: The first input of each group, and the end.
+        target: (in, rows), from which ``matrix.T @ changes`` is taken for all earlier groups
+            before a step.
+        changes: (in, rows).
+        matrix: (in, in), used above the diagonal.
+    """
+    if len(inputs) == 1:
+        step(slice(inputs.start, inputs.stop), inputs.start // inputs.step)
+        return
+    first, last = inputs[: (len(inputs) + 1) // 2], inputs[(len(inputs) + 1) // 2 :]
+    before, after = slice(first.start, last.start), slice(last.start, inputs.stop)
+    _in_turn(step, first, target, changes, matrix)
+    target[after].addmm_(matrix[before, after].T, changes[before], alpha=-1)
+    _in_turn(step, last, target, changes, matrix)
+
+
+def _compensated(grid: Grid, columns: torch.Tensor, factor: torch.Tensor) -> CodedRows:
+    """GPTQ of rows, (in, rows)."""
+    left = columns.clone()  # compensated for the errors so far
+    codes, errors = torch.empty_like(columns), torch.empty_like(columns)
+    pivots = factor.diagonal()
+    unit, importance = factor / pivots[:, None], pivots.square().reciprocal()
     scales, zeros = [], []
-    for first in range(0, weight.shape[1], grid.group_inputs):
-        group = slice(first, first + grid.group_inputs)
-        own, block = left[:, group].contiguous(), factor[group, group]
-        scale, zero = searched(grid, own, block.diagonal().square().reciprocal())
-        steps = nonzero(scale)
-        chosen, errors = torch.empty(2, *own.T.shape, device=own.device)
-        for column, pivot in enumerate(block.diagonal().tolist()):
-            value, code, error = own[:, column].contiguous(), chosen[column], errors[column]
-            grid.nearest_(torch.sub(value, zero, out=code).div_(steps))
-            torch.sub(value, (code * scale).add_(zero), out=error).div_(pivot)
-            own[:, column + 1 :].addr_(error, block[column, column + 1 :], alpha=-1)
-        codes[:, group] = chosen.T
-        left[:, group.stop :].addmm_(errors.T, factor[group, group.stop :], alpha=-1)
+
+    def step(group: slice, _index: int) -> None:
+        own, block = left[group], unit[group, group]
+        (scale,), (zero,) = searched(grid, own[None], importance[group])
+        inverse = nonzero(scale).reciprocal()
+        rows = zip(own, codes[group], errors[group], strict=True)
+        for column, (value, code, error) in enumerate(rows, 1):
+            grid.nearest_(torch.sub(value, zero, out=code).mul_(inverse))
+            torch.sub(value, torch.addcmul(zero, code, scale), out=error)
+            own[column:].addr_(block[column - 1, column:], error, alpha=-1)
         scales.append(scale)
         zeros.append(zero)
-    return CodedRows(grid, codes, torch.stack(scales, dim=1), torch.stack(zeros, dim=1))
+
+    inputs = range(0, len(columns), grid.group_inputs)
+    _in_turn(step, inputs, left, errors, unit)
+    return CodedRows(grid, codes, torch.stack(scales), torch.stack(zeros))
 
 
-def _values(coded: CodedRows) -> torch.Tensor:
-    """The weights of quantised rows, (rows, in)."""
-    inputs, size = coded.codes.shape[1], coded.grid.group_inputs
-    scale, zero = (
-        part.repeat_interleave(size, dim=1)[:, :inputs] for part in (coded.scale, coded.zero)
+def _improve_(coded: CodedRows, columns: torch.Tensor, hessian: torch.Tensor) -> None:
+    """Scale and zero of one group after the other by least squares, then its codes, in place.
+
+    Each code by coordinate descent.
+    """
+    grid, size = coded.grid, coded.grid.group_inputs
+    values = torch.empty_like(columns)
+    parts = (torch.split(part, size) for part in (coded.codes, values))
+    for codes, own, scale, zero in zip(*parts, coded.scale, coded.zero, strict=True):
+        torch.addcmul(zero, codes, scale, out=own)
+    pull = hessian @ torch.sub(columns, values)
+    changes = values  # the same memory
+
+    def step(group: slice, index: int) -> None:
+        own, near, change = hessian[group, group], pull[group], changes[group]
+        codes, scale, zero = coded.codes[group], coded.scale[index], coded.zero[index]
+        new_scale, new_zero = _fitted(grid, own, near, codes, scale, zero)
+        torch.addcmul(new_zero - zero, codes, new_scale - scale, out=change)
+        near.addmm_(own, change, alpha=-1)
+        scale.copy_(new_scale)
+        zero.copy_(new_zero)
+        inverse = nonzero(scale).reciprocal()
+        pivots = own.diagonal().reciprocal().tolist()
+        for column, (before, pivot) in enumerate(zip(codes.clone(), pivots, strict=True)):
+            code = torch.addcmul(before, near[column], inverse, value=pivot, out=codes[column])
+            moved = torch.sub(grid.nearest_(code), before).mul_(scale)
+            change[column] += moved
+            near[column + 1 :].addr_(own[column, column + 1 :], moved, alpha=-1)
+
+    _in_turn(step, range(0, len(columns), size), pull, changes, hessian)
+
+
+def _fitted(
+    grid: Grid,
+    hessian: torch.Tensor,
+    pull: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero of a group by least squares under the Hessian, (rows,).
+
+    Args:
+        grid: The grid of the rows.
+        hessian: Of the group, (n, n).
+        pull: The rows of the Hessian for the group's inputs times all errors, (n, rows).
+        codes: (n, rows).
+        scale: Scale so far, (rows,).
+        zero: Zero so far, (rows,).
+    """
+    weighted = hessian @ codes
+    both, alone = (weighted * codes).sum(dim=0), hessian.sum()
+    cross = weighted.sum(dim=0)
+    by_code, by_one = (pull * codes).sum(dim=0), pull.sum(dim=0)
+    determinant = both * alone - cross.square()
+    safe = determinant > 1e-6 * both * alone
+    inverse = torch.where(safe, determinant, 1.0).reciprocal() * safe
+    return grid.rounded(
+        scale + (alone * by_code - cross * by_one) * inverse,
+        zero + (both * by_one - cross * by_code) * inverse,
     )
-    return torch.addcmul(zero, coded.codes, scale)
-
-
-def _with_better_scales(coded: CodedRows, weight: torch.Tensor, hessian: torch.Tensor) -> CodedRows:
-    """Scales and zeros by least squares under the Hessian, one group after the other."""
-    grid, codes, scale, zero = coded.grid, coded.codes, coded.scale.clone(), coded.zero.clone()
-    pull = (weight - _values(coded)) @ hessian  # (out, in)
-    for index in range(scale.shape[1]):
-        group = slice(index * grid.group_inputs, (index + 1) * grid.group_inputs)
-        own, centred = hessian[group, group], codes[:, group]
-        weighted = centred @ own
-        both, alone = (weighted * centred).sum(dim=1), own.sum()
-        cross = weighted.sum(dim=1)
-        by_code, by_one = (pull[:, group] * centred).sum(dim=1), pull[:, group].sum(dim=1)
-        determinant = both * alone - cross.square()
-        safe = determinant > 1e-6 * both * alone
-        inverse = torch.where(safe, determinant, 1.0).reciprocal() * safe
-        new_scale, new_zero = grid.rounded(
-            scale[:, index] + (alone * by_code - cross * by_one) * inverse,
-            zero[:, index] + (both * by_one - cross * by_code) * inverse,
-        )
-        change = torch.outer(new_zero - zero[:, index], own.new_ones(own.shape[0]))
-        change += (new_scale - scale[:, index])[:, None] * centred
-        scale[:, index], zero[:, index] = new_scale, new_zero
-        pull.addmm_(change, hessian[group], alpha=-1)
-    return replace(coded, scale=scale, zero=zero)
-
-
-def _with_better_codes(coded: CodedRows, weight: torch.Tensor, hessian: torch.Tensor) -> CodedRows:
-    """Each code by coordinate descent."""
-    grid, codes, values = coded.grid, coded.codes.clone(), _values(coded)
-    pull = (weight - values) @ hessian
-    for index in range(coded.scale.shape[1]):
-        first = index * grid.group_inputs
-        group = slice(first, first + grid.group_inputs)
-        own, scale, zero = hessian[group, group], coded.scale[:, index], coded.zero[:, index]
-        steps = nonzero(scale)
-        # One row for each input, so that what a step reads and writes is contiguous.
-        near, before, wide = (part[:, group].T.contiguous() for part in (pull, codes, values))
-        chosen, changes = torch.empty_like(near), torch.empty_like(near)
-        for column, pivot in enumerate(own.diagonal().tolist()):
-            code, change, later = chosen[column], changes[column], slice(column + 1, None)
-            torch.div(near[column], pivot, out=code).add_(wide[column])
-            grid.nearest_(code.sub_(zero).div_(steps))
-            torch.sub(code, before[column], out=change).mul_(scale)
-            near[later].addr_(own[column, later], change, alpha=-1)
-        codes[:, group] = chosen.T
-        pull.addmm_(changes.T, hessian[group], alpha=-1)
-    return replace(coded, codes=codes)
