@@ -116,7 +116,8 @@ class Place:
             matrices = {"weight": self.native.weight}
         else:
             return packed(self.original, level, quantiser or quantise)
-        made = {n: quantise_by_rows(m, level, quantiser or quantise) for n, m in matrices.items()}
+        quantiser, device = quantiser or quantise, next(iter(self.weights.values())).device
+        made = {n: quantise_by_rows(m, level, quantiser, device) for n, m in matrices.items()}
         return from_matrices(self._skeleton, made)
 
     def stored(
@@ -142,9 +143,12 @@ _VALUES_AT_ONCE = 2**22
 
 
 def quantise_by_rows(
-    weight: PackedMatrix | StoredTensor, level: PackedLevel, quantiser: Quantiser
+    weight: PackedMatrix | StoredTensor,
+    level: PackedLevel,
+    quantiser: Quantiser,
+    device: torch.device | str = "cpu",
 ) -> PackedMatrix:
-    """Quantise a matrix (out, in) of which some rows at a time are in memory in full width."""
+    """Quantise a matrix (out, in) of which some rows at a time are on a device in full width."""
     rows, inputs = weight.shape
     size = max(BLOCK, _VALUES_AT_ONCE // inputs // BLOCK * BLOCK)
     if rows % BLOCK and level != "int8":
@@ -152,9 +156,9 @@ def quantise_by_rows(
     shapes, joined = tensor_shapes(level, (rows, inputs)), dict[str, torch.Tensor]()
     for first in range(0, rows, size):
         if isinstance(weight, StoredTensor):
-            wide = weight[first : first + size]
+            wide = weight[first : first + size].to(device)
         else:
-            wide = torch.empty(min(size, rows - first), inputs, device=weight.device)
+            wide = torch.empty(min(size, rows - first), inputs, device=device)
             weight.widen(wide, first)
         for name, part in quantiser(wide, level).tensors.items():
             if name not in joined:
