@@ -26,6 +26,7 @@ from rap_env.command_options import (
     json_option,
     plan_lines,
     request_options,
+    setting_option,
     show,
 )
 from rap_env.errors import RapError
@@ -266,6 +267,75 @@ def fetch(model: str, accept_licence: bool, levels: bool, as_json: bool) -> None
         calibrate_on_own_text(load_llm(model, weights="native"))
     answer = {"name": cached.name, "folder": str(cached.folder), "bytes": cached.size_bytes}
     show(answer, f"{cached.name}: {cached.size_bytes:,} bytes in {cached.folder}", as_json)
+
+
+@cli.command(short_help="Make levels and costs of a model of your own.")
+@click.argument("model")
+@click.option("--text", type=Path, help="Prompts to make them with: text, or JSON lines of chats.")
+@click.option("--out", type=Path, help="Also write both into one file, for another machine.")
+@click.option("--memory", metavar="BYTES", help="Most resident memory of all processes, as 1GiB.")
+@click.option(
+    "--bits",
+    type=click.IntRange(2, 4),
+    default=2,
+    show_default=True,
+    help="Fewest bits of weights. Levels below four bits take most of the time.",
+)
+@setting_option("device")
+@setting_option("dtype")
+@json_option
+def prepare(
+    model: str,
+    text: Path | None,
+    out: Path | None,
+    memory: str | None,
+    bits: int,
+    device: str,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    """Make the weights of few bits of MODEL and measure what each level costs; once, in minutes.
+
+    MODEL is a hub id, a folder or a GGUF file of a known family. serve, choose and export use
+    the result from then on. A run that was ended continues where it was.
+    """
+    from rap_env.importance.preparation import prepare as prepare_model
+    from rap_env.importance.prepared_files import write_prepared
+
+    memory_bytes = None if memory is None else parse_bytes("--memory", memory)
+    costs, path = prepare_model(
+        model, text=text, bits=bits, memory_bytes=memory_bytes, device=device, dtype=dtype
+    )
+    if out is not None:
+        write_prepared(costs, out)
+    answer = {
+        "model": costs.provenance["model"],
+        "costs": str(path),
+        "file": None if out is None else str(out),
+        "seconds": costs.seconds,
+        "evaluations": costs.evaluations,
+        "delta_nll_by_level": costs.sums_by_level(),
+    }
+    show(answer, _preparation_text(answer, model), as_json)
+
+
+def _preparation_text(answer: dict[str, Any], model: str) -> str:
+    rows = [
+        f"  {kind:<12}{level:<18}{rise:>9.4f}"
+        for kind, levels in answer["delta_nll_by_level"].items()
+        for level, rise in levels.items()
+    ]
+    return "\n".join(
+        [
+            f"{answer['model']} is prepared ({answer['seconds']:.0f} s).",
+            "Predicted rise in NLL if all items of a kind have a level, nats per token:",
+            *rows,
+            f"Costs: {answer['costs']}",
+            *([] if answer["file"] is None else [f"Costs and levels: {answer['file']}"]),
+            "They are used from now on, for example by:",
+            f"  rap serve --model {shlex.quote(model)}",
+        ]
+    )
 
 
 @cli.command(short_help="Show versions, the cache and score tables.")

@@ -13,6 +13,25 @@ def cache_dir() -> Path:
     return Path(os.environ.get("RAP_CACHE_DIR") or f"{users}/rap-env").expanduser()
 
 
+LEVELS_FILE = "levels.json"
+"""File in a `prepared_dir` that names the weights which a text made."""
+
+
+def prepared_dir(fingerprint: str) -> Path:
+    """The folder of what a model was prepared with, by its fingerprint."""
+    return cache_dir() / "prepared" / fingerprint[:16]
+
+
+def calibrated_dir(fingerprint: str, calibration: str) -> Path:
+    """The folder of the weights of a model that a text made.
+
+    Args:
+        fingerprint: Of the model.
+        calibration: Hash of the text, as in `ElasticLLM.calibration`.
+    """
+    return cache_dir() / "calibrated" / f"{fingerprint[:16]}-{calibration[:16]}"
+
+
 def folder_bytes(folder: Path) -> int:
     """Bytes of all files below a folder; 0 if there is none."""
     total = 0

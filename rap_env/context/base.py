@@ -23,6 +23,7 @@ from rap_env.ladder.ladder_bytes import LadderBytes, mask_bytes
 from rap_env.ladder.observation import ObservationEncoder
 from rap_env.levels import LevelSpec
 from rap_env.memory import MemoryModel
+from rap_env.plan import block_name
 from rap_env.scoring.corpus import Corpus, CorpusConfig
 from rap_env.scoring.store import ScoreStore
 from rap_env.specs import check, setting
@@ -34,7 +35,7 @@ if TYPE_CHECKING:  # a context without a live model loads no torch
 
     Scorer = PlanScorer | TableScorer
 
-IMPORTANCES = ("gsi", "one_shot", "none")
+IMPORTANCES = ("gsi", "gradient", "one_shot", "none")
 """Kinds of importance that agents may observe; any other value is the path of a GSI
 artifact."""
 
@@ -51,8 +52,10 @@ class ContextConfig:
         dtype: ``"auto"``, ``"float32"``, ``"bfloat16"`` ...
         weights: ``"bf16"`` (unquantised, in `dtype`), or another value of `rap_env.load_llm`.
         calibration: The text that plans are searched on.
-        importance: ``"gsi"`` (measured once, then cached), ``"one_shot"`` (2L evaluations),
-            ``"none"``, or the path of a GSI artifact.
+        importance: ``"gsi"`` (measured once, then cached), ``"gradient"`` (costs of levels by
+            gradient, `rap_env.importance.gradient_costs`), ``"one_shot"`` (2L evaluations; of
+            items with further levels the same as ``"gradient"``), ``"none"``, or the path of
+            a GSI artifact.
         gsi_removals: Number of removals, or of actions on items, after which GSI stops; None
             orders all blocks or items.
         gsi_method: ``"exact"`` or ``"lazy"``, see `rap_env.gsi`.
@@ -133,7 +136,7 @@ class PruningContext(ABC):
 
     @abstractmethod
     def level_costs(self, cache_levels: Sequence[str], /) -> LevelCosts:
-        """One-shot costs of the levels of all items; those of caches are named."""
+        """Costs of the levels of all items; those of caches are named."""
 
     @abstractmethod
     def item_gsi(self, ladder_bytes: LadderBytes, /) -> GSIProfile:
@@ -175,6 +178,13 @@ class PruningContext(ABC):
             return ImportanceFeatures.none(self.memory.facts.num_blocks)
         if self.importance == "one_shot":
             return ImportanceFeatures.from_one_shot(self.one_shot.delta_nll)
+        if self.importance == "gradient":
+            costs, names = (
+                self.level_costs(()),
+                map(block_name, range(self.memory.facts.num_blocks)),
+            )
+            rises = np.array([costs.cost(name, "removed") for name in names])
+            return ImportanceFeatures.from_one_shot(rises)
         gsi = self.gsi
         return ImportanceFeatures(gsi.first_pass, gsi.rank, gsi.marginal_delta_nll)
 
@@ -182,12 +192,12 @@ class PruningContext(ABC):
 def item_order(
     context: PruningContext, ladder_bytes: LadderBytes, importance: str | None = None
 ) -> LadderOrder:
-    """An order over the items of a ladder: greedy from one-shot costs, or measured by GSI.
+    """An order over the items of a ladder: greedy from costs of levels, or measured by GSI.
 
     `importance` is the context's unless it is given.
     """
     costs = context.level_costs(ladder_bytes.ladder.cache_levels)
-    if (importance or context.importance) == "one_shot":
+    if (importance or context.importance) in ("gradient", "one_shot"):
         return greedy_order(costs, ladder_bytes)
     return greedy_order(costs, ladder_bytes, context.item_gsi(ladder_bytes))
 

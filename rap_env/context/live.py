@@ -127,14 +127,14 @@ class LiveContext(PruningContext):
         return layer_influence(self.llm, self.scorer.batches)
 
     def level_costs(self, cache_levels: Sequence[str]) -> LevelCosts:
-        """One-shot costs of the levels of all items, measured on first use and cached.
+        """Costs of the levels of all items by gradient, made on first use and cached.
 
         For the default model and text that it writes, the costs in the package are used if
         they have these levels.
         """
         key = tuple(cache_levels)
         if key not in self._level_costs:
-            self._level_costs[key] = self._packaged_costs(key) or self._measured_costs(key)
+            self._level_costs[key] = self._packaged_costs(key) or self._gradient_costs(key)
         return self._level_costs[key]
 
     def item_gsi(self, ladder_bytes: LadderBytes) -> GSIProfile:
@@ -201,14 +201,14 @@ class LiveContext(PruningContext):
         measured = {level.name for level in costs.cache_levels}
         return costs if measured.issuperset(cache_levels) else None
 
-    def _measured_costs(self, cache_levels: tuple[str, ...]) -> LevelCosts:
-        from rap_env.importance.level_scan import scan_levels
+    def _gradient_costs(self, cache_levels: tuple[str, ...]) -> LevelCosts:
+        from rap_env.importance.gradient_costs import gradient_costs
 
         def measure() -> LevelCosts:
-            log.info("Measuring costs of levels on %s; this takes minutes, once.", self.llm.name)
-            return scan_levels(self.scorer, cache_levels, progress=self._progress)
+            log.info("Computing costs of levels of %s (once)", self.llm.name)
+            return gradient_costs(self.llm, self.corpus, cache_levels, progress=self._progress)
 
-        return self._cached(f"levels-{digest(cache_levels)[:8]}", LevelCosts, measure)
+        return self._cached(f"gradient-{digest(cache_levels)[:8]}", LevelCosts, measure)
 
     def _cached(self, name: str, kind: type[ProfileT], measure: Callable[[], ProfileT]) -> ProfileT:
         """A profile that is in the folder, or is measured and saved there."""

@@ -162,7 +162,7 @@ class LadderEnvConfig(EnvConfig):
     text = {"windows": 3, "window_tokens": 1024}  # noqa: RUF012 - shorter windows hide levels
 
     workload: str | Mapping[str, Any] = field(default_factory=_wide_workload)
-    importance: str = "one_shot"
+    importance: str = "gradient"
     gsi_method: str = setting("lazy", choices=GSI_METHODS, kind="GSI method")
     gsi_actions: int | None = None
     infeasible: str = setting("clip", choices=INFEASIBLE, kind="setting of infeasible:")

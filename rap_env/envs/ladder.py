@@ -160,7 +160,7 @@ class RAPLadderEnv(PruningEnv):
     | `workload` | `{"name": "azure-conv", "budget_fraction_range": [0.25, 0.95]}` | sampler |
     | `reward` | `"perplexity"` | name or dict, as above |
     | `calibration` | `None` | text that NLL is measured on: source, or dict of `CorpusConfig` |
-    | `importance` | `"one_shot"` | `"one_shot"`, `"gsi"`, `"none"` (zeros), or a path |
+    | `importance` | `"gradient"` | `"gradient"`, `"gsi"`, `"none"` (zeros), or a path |
     | `gsi_method` | `"lazy"` | `"exact"` measures every item in each round |
     | `gsi_actions` | `None` | actions after which GSI stops; `None`: when nothing is left |
     | `frontier` | `None` | path of a frontier artifact, for a reward relative to it |
@@ -182,10 +182,10 @@ class RAPLadderEnv(PruningEnv):
 
     The *greedy order* starts with native levels and repeatedly takes the step with the least
     predicted cost per freed byte at a reference request (4 sequences of 1,024 tokens).
-    Predictions are sums of the one-shot costs of levels (`LevelCosts`). Those of the default
-    model are part of the package. For other models and ladders, the first environment
-    measures them (one evaluation for each level of each item, about) and stores them in the
-    user's cache.
+    Predictions are sums of the costs of levels by gradient (`LevelCosts`). Those of the
+    default model are part of the package. For other models, the first environment computes
+    them (a backward pass for each window of the calibration text, and about ten evaluations)
+    and stores them in the user's cache. `"one_shot"` is the former name of `"gradient"`.
 
     With `importance="gsi"`, the order is measured: after each step the model's NLL is
     measured again for the most promising next steps (`rap_env.gsi` with a ladder), and the

@@ -7,7 +7,7 @@ in place of the Hessian, as in Fisher pruning (Theis et al. 2018, arXiv 1801.057
 first-order term is left out: it is the noise of a text.
 
 The estimate is too low where a change is large. So the removal of each block is also measured
-on a few tokens of each window, and the costs of few bits, windows and removals are scaled to
+on a few tokens, and the costs of few bits, windows and removals are scaled to
 what some plans lose that have them in many items at once (`joint_plans`). What embeddings
 lose is measured.
 
@@ -17,25 +17,36 @@ layer's weights and one window's states are in memory.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from rap_env.importance.level_costs import Costs, ordered_costs, window_share
+from rap_env.importance.level_costs import (
+    CACHE_LEVELS,
+    Costs,
+    LevelCosts,
+    ordered_costs,
+    window_share,
+)
 from rap_env.levels import CacheLevel
 from rap_env.model_facts import ModelFacts
+from rap_env.models.files.loading import load_llm
+from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
-from rap_env.models.weights.packed_layout import BLOCK, LOW_BIT_FORMATS
+from rap_env.models.progress import progress_bar
+from rap_env.models.weights.packed_layout import BLOCK, LOW_BIT_FORMATS, PACKED_LEVELS
 from rap_env.models.weights.packed_modules import PackedModule
 from rap_env.plan import EMBEDDINGS, Plan, block_name, cache_name, is_cache
+from rap_env.scoring.corpus import Corpus
 
-REMOVAL_TOKENS = 64
-"""Tokens at the start of each window on which the removal of each block is measured.
+REMOVAL_TOKENS, REMOVAL_EVERY = 64, 2
+"""Tokens at the start of every second window on which the removal of each block is measured.
 
-On four windows of the default model they found every block whose removal loses much more than
+On two windows of the default model they found every block whose removal loses much more than
 its gradient tells, such as the FFN of layer 0 (10.5 nats, 0.6 by gradient).
 """
 
@@ -74,7 +85,7 @@ class WindowCosts:
         nll: NLL of the native model.
         sums: ``½ Σ (g·δ)²`` of each level of each block and cache.
         removed: Rise in NLL over the first `REMOVAL_TOKENS` tokens without each block, by
-            name.
+            name; empty where that was not measured.
     """
 
     nll: float
@@ -83,7 +94,11 @@ class WindowCosts:
 
 
 def window_costs(
-    forward: PartialForward, window: torch.Tensor, levels: Mapping[str, Sequence[str]]
+    forward: PartialForward,
+    window: torch.Tensor,
+    levels: Mapping[str, Sequence[str]],
+    *,
+    removals: bool = True,
 ) -> WindowCosts:
     """Run a window through the native model, back again, and through each level of each block.
 
@@ -91,6 +106,7 @@ def window_costs(
         forward: Steps of a float32 model that pass gradients.
         window: Token ids, (1, T).
         levels: The levels of each item, by name; those of the embeddings are left out.
+        removals: Whether removals are measured too.
     """
     state = forward.enter(window).detach()
     states, without = [state], dict[str, torch.Tensor]()
@@ -100,7 +116,7 @@ def window_costs(
                 without = {n: forward.run(step, s).detach() for n, s in without.items()}
                 first = state[:, : REMOVAL_TOKENS + 1]
                 for index in step:
-                    if "removed" in levels[block_name(index)]:
+                    if removals and "removed" in levels[block_name(index)]:
                         left = forward.run(step, first, Plan.removing(index))
                         without[block_name(index)] = left.detach()
                 state = forward.run(step, state).detach()
@@ -165,19 +181,20 @@ def _final_gradient(
     hidden = forward.leave(state)
     nll, gradient = head_nll(forward, hidden.detach()[0, :-1], window[0, 1:], gradient=True)
     last = torch.zeros_like(hidden)
-    last[0, :-1] = cast(torch.Tensor, gradient)
+    last[0, :-1] = cast(torch.Tensor, gradient).to(last.dtype)
     return nll, torch.autograd.grad(hidden, state, last)[0]
 
 
 def mean_costs(windows: Sequence[WindowCosts], window_tokens: int) -> Costs:
     """Costs by gradient, nats per token; of removals what is larger: that, or what was measured."""
     tokens = len(windows) * (window_tokens - 1)
-    first = len(windows) * min(REMOVAL_TOKENS, window_tokens - 1)
+    removals = [window.removed for window in windows if window.removed]
+    first = len(removals) * min(REMOVAL_TOKENS, window_tokens - 1)
     costs: Costs = {}
     for item, levels in windows[0].sums.items():
         costs[item] = {n: sum(w.sums[item][n] for w in windows) / tokens for n in levels}
-        if item in windows[0].removed:
-            measured = sum(window.removed[item] for window in windows) / first
+        if "removed" in levels and removals:
+            measured = sum(rises[item] for rises in removals) / first
             costs[item]["removed"] = max(costs[item]["removed"], measured)
     return ordered_costs(costs)
 
@@ -227,6 +244,91 @@ def scaled_costs(costs: Costs, measured: Mapping[tuple[str, str], tuple[Plan, fl
     return ordered_costs(scaled)
 
 
+def gradient_costs(
+    llm: ElasticLLM,
+    text: Corpus,
+    cache_levels: Sequence[str] = CACHE_LEVELS,
+    *,
+    progress: bool = True,
+) -> LevelCosts:
+    """Costs of all levels of a live model on a text, in this process.
+
+    They are computed in float32. For a model of another dtype its files are read again, a
+    layer at a time; without files it is done in its own dtype, in which small changes are
+    rounded.
+
+    Args:
+        llm: The model.
+        text: The text; windows of caches cost nothing on windows of text that they hold.
+        cache_levels: Levels of caches.
+        progress: Whether to show a progress bar.
+    """
+    started, windows = time.monotonic(), text.tokens.to(llm.device)
+    forward = PartialForward(_in_float32(llm), widen=True, gradients=True)
+    levels = item_levels(llm.facts, cache_levels, windows.shape[1])
+    with progress_bar(progress, total=len(windows), desc="costs", unit="window") as bar:
+        parts = []
+        for number, window in enumerate(windows):
+            removals = number % REMOVAL_EVERY == 0
+            parts.append(window_costs(forward, window[None], levels, removals=removals))
+            bar.update()
+    plans = joint_plans(mean_costs(parts, windows.shape[1]), levels)
+    nlls = [plan_nll(forward, windows, plan) for plan in (Plan(), *plans.values())]
+    costs = fitted_costs(llm.facts, parts, plans, nlls, text)
+    return replace(costs, seconds=time.monotonic() - started)
+
+
+def _in_float32(llm: ElasticLLM) -> ElasticLLM:
+    """A model in float32 with the levels of another one."""
+    if llm.absent_levels(PACKED_LEVELS) and llm.calibrator is not None:
+        llm.calibrator(llm)
+    if llm.dtype == torch.float32 or llm.folder is None:
+        return llm
+    wide = load_llm(llm.folder, device=str(llm.device), dtype="float32", on_demand=True)
+    for own, given in zip(wide._live.all_items, llm._live.all_items, strict=True):
+        own.files.update(given.files)
+    return wide
+
+
+def fitted_costs(
+    facts: ModelFacts,
+    parts: Sequence[WindowCosts],
+    plans: Mapping[tuple[str, str], Plan],
+    nlls: Sequence[float],
+    text: Corpus,
+) -> LevelCosts:
+    """The costs that follow from the gradients on a text and the measured joint plans.
+
+    Args:
+        facts: Facts about the model.
+        parts: What each window of the text tells.
+        plans: The `joint_plans`.
+        nlls: The NLL of the native model and of each of them, nats per token.
+        text: The text.
+    """
+    native, *lowered = nlls
+    rises = [nll - native for nll in lowered]
+    measured = {pair: (plan, r) for (pair, plan), r in zip(plans.items(), rises, strict=True)}
+    tokens, evaluations = text.tokens.shape[1], len(nlls)
+    return LevelCosts(
+        num_layers=facts.num_layers,
+        window_tokens=tokens,
+        native_nll=native,
+        costs=scaled_costs(mean_costs(parts, tokens), measured),
+        joint={plan.to_json(): rise for plan, rise in measured.values()},
+        evaluations=evaluations,
+        evaluations_run=evaluations,
+        block_forwards=float(evaluations * facts.num_blocks),
+        seconds=0.0,
+        provenance={
+            "model": facts.name,
+            "fingerprint": facts.fingerprint,
+            "text": text.provenance,
+            "scoring": {"weights": facts.weights, "calibration": facts.calibration},
+        },
+    )
+
+
 def plan_nll(forward: PartialForward, windows: torch.Tensor, plan: Plan) -> float:
     """Measured NLL of a plan, nats per token, of which one layer is in memory at a time.
 
@@ -264,6 +366,7 @@ def head_nll(
         targets: The tokens to predict, (N,).
         gradient: Whether the gradient is computed.
     """
+    hidden = hidden.float()
     total = hidden.new_full((len(hidden),), -torch.inf)
     target_logits, targets = torch.empty_like(total), targets.to(hidden.device)
     for first, weight, bias in _head_parts(forward):

@@ -191,6 +191,15 @@ class LevelCosts(Profile):
         levels = plan.levels.items()
         return sum(self.cost(item, level, seq_len_tokens) for item, level in levels)
 
+    def sums_by_level(self) -> dict[str, dict[str, float]]:
+        """Predicted rise in NLL if all items of a kind have a level, by kind and level."""
+        sums: dict[str, dict[str, float]] = {}
+        for item, levels in self.costs.items():
+            kind = sums.setdefault(item.rpartition(".")[2], {})
+            for level, cost in levels.items():
+                kind[level] = kind.get(level, 0.0) + cost
+        return sums
+
     def predictions(self) -> list[dict[str, Any]]:
         """Predicted and measured rise in NLL of every plan that was measured jointly."""
         return [

@@ -36,7 +36,12 @@ from rap_env.models.files.packed_folder import (
 from rap_env.models.files.pruned_checkpoint import PRUNED_FILE, load_pruned
 from rap_env.models.files.sources import SOURCE_VARIABLE, locate, looks_like_path
 from rap_env.models.files.weight_files import load_tokenizer, load_weights
-from rap_env.models.live.calibration import calibrate_on_own_text, use_packaged_text, use_text
+from rap_env.models.live.calibration import (
+    calibrate_on_own_text,
+    use_packaged_text,
+    use_prepared_levels,
+    use_text,
+)
 from rap_env.models.live.calibration_text import calibration_windows
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.lean_llama import LeanLlama, lean_config
@@ -150,6 +155,7 @@ def load_llm(
         llm.calibrator = calibrate_on_own_text
     if is_packed(folder):  # the others have none, and hashing their weights takes seconds
         use_packaged_text(llm)
+    use_prepared_levels(llm)
     return llm
 
 

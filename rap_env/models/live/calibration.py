@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from rap_env.artifacts import load_artifact, save_artifact
 from rap_env.errors import ChecksumError
 from rap_env.models.files.model_folder import locked
 from rap_env.models.live.calibration_text import calibration_windows, packaged_windows
@@ -36,7 +37,7 @@ from rap_env.models.weights.packed_modules import raw_weights
 from rap_env.models.weights.packing import PackedMatrix
 from rap_env.models.weights.tensors import verified_tensors, write_tensors
 from rap_env.models.weights.weight_levels import Place, WeightItem
-from rap_env.paths import cache_dir
+from rap_env.paths import LEVELS_FILE, cache_dir, calibrated_dir, prepared_dir
 from rap_env.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,8 @@ log = logging.getLogger(__name__)
 _LEVELS: tuple[PackedLevel, ...] = tuple(level for level in PACKED_LEVELS if level != "int8")
 _VERSION = 4
 """Part of the names of files: increase it when the weights come out differently."""
+
+_PREPARED_KIND, _PREPARED_FORMAT = "prepared levels", 1
 
 _OWN_TEXT_DAMPING = 0.1
 """Ten times the usual: with 0.01, FFN blocks at int3 made with text of the default model's
@@ -65,6 +68,23 @@ def use_packaged_text(llm: ElasticLLM) -> None:
     """
     if (windows := packaged_windows(llm)) is not None:
         use_text(llm, windows)
+
+
+def use_prepared_levels(llm: ElasticLLM) -> None:
+    """Name the text and the levels of a model that was prepared on this machine."""
+    if not any(cache_dir().glob(f"prepared/*/{LEVELS_FILE}")):
+        return  # without the seconds that a fingerprint of unquantised weights takes
+    with contextlib.suppress(FileNotFoundError):
+        path = prepared_dir(llm.fingerprint) / LEVELS_FILE
+        made = load_artifact(path, _PREPARED_KIND, _PREPARED_FORMAT)
+        _use_files(llm, made["calibration"], made["levels"])
+
+
+def save_prepared_levels(llm: ElasticLLM, levels: Collection[PackedLevel]) -> None:
+    """Let processes that load the model from now on use the levels that it has."""
+    body = {"calibration": llm.calibration, "levels": list(levels)}
+    path = prepared_dir(llm.fingerprint) / LEVELS_FILE
+    save_artifact(path, _PREPARED_KIND, _PREPARED_FORMAT, body)
 
 
 def calibrate_on_own_text(llm: ElasticLLM) -> None:
@@ -93,7 +113,12 @@ def use_text(
     text = hashlib.sha256(windows.cpu().contiguous().numpy().tobytes())
     text.update(f"{tuple(windows.shape)} {uniform} {_damping(uniform)} v{_VERSION}".encode())
     digest = text.hexdigest()
-    folder = cache_dir() / "calibrated" / f"{llm.fingerprint[:16]}-{digest[:16]}"
+    _use_files(llm, digest, levels)
+
+
+def _use_files(llm: ElasticLLM, digest: str, levels: Collection[PackedLevel]) -> None:
+    """Name the files of levels that a text with this hash makes or has made."""
+    folder = calibrated_dir(llm.fingerprint, digest)
     with llm.exclusive():
         items = llm._live.all_items
         if any(level in item.made for item in items for level in levels):

@@ -52,7 +52,7 @@ def test_later_processes_read_the_weights(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_damaged_files_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "cache_dir", lambda: tmp_path)
+    monkeypatch.setenv("RAP_CACHE_DIR", str(tmp_path))
     first, second = tiny.tiny_llm("llama"), tiny.tiny_llm("llama")
     calibrate(first, WINDOWS)
     (path, *_) = sorted(tmp_path.rglob("*.safetensors"))

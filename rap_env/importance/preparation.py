@@ -1,0 +1,448 @@
+"""Prepare a model of one's own: weights of few bits, and costs of levels, made once with a text.
+
+The work is a list of tasks, which processes share; the result of each is a file:
+
+1. *Levels*, a task for each layer (`models.live.calibration`): its native outputs are passed on
+   to the next layer, and its weights are rounded while another process goes on.
+2. *Costs*, a task for each window of text (`gradient_costs.window_costs`).
+3. *Plans* whose rise in NLL is measured, a task for each (`gradient_costs.joint_plans`).
+
+Each process reads a layer of the model from its files when it needs it. A run that was ended
+continues where it was, and a model counts as prepared only when the last task is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import multiprocessing
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rap_env.artifacts import digest, load_artifact, save_artifact
+from rap_env.errors import InvalidRequestError, ModelNotAvailableError
+from rap_env.importance.gradient_costs import (
+    REMOVAL_EVERY,
+    WindowCosts,
+    fitted_costs,
+    item_levels,
+    joint_plans,
+    mean_costs,
+    plan_nll,
+    window_costs,
+)
+from rap_env.importance.level_costs import CACHE_LEVELS, LevelCosts
+from rap_env.importance.prepared_files import prepared_path
+from rap_env.model_facts import ModelFacts
+from rap_env.models.files.loading import load_llm
+from rap_env.models.files.model_folder import locked
+from rap_env.models.live.calibration import (
+    enter,
+    make_head,
+    make_layer,
+    save_prepared_levels,
+    use_text,
+)
+from rap_env.models.live.calibration_text import calibration_windows, mixed_windows, user_windows
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.live.partial_forward import PartialForward
+from rap_env.models.progress import progress_bar
+from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS, PackedLevel
+from rap_env.models.weights.tensors import verified_tensors, write_tensors
+from rap_env.plan import Plan, is_cache
+from rap_env.scoring.corpus import Corpus
+
+log = logging.getLogger(__name__)
+
+COST_WINDOWS, COST_TOKENS = 4, 1024
+"""Windows of text for costs, and the tokens of each."""
+_LEVEL_WINDOWS, _LEVEL_TOKENS = 80, 256
+_VERSION = 1
+"""Part of a run's key: increase it when results change."""
+
+_KIND, _FORMAT = "part of a preparation", 1
+_SHARES = {"levels": 0.5, "costs": 0.3, "plans": 0.2}  # of the time, about
+_WAIT_S = 0.05
+_TEXT = "text.json"
+
+
+_Files = list[dict[PackedLevel, Path]]
+"""The files of the levels of each item."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What each process of a run needs to know.
+
+    Attributes:
+        folder: Folder of the results.
+        model: As for `load_llm`.
+        dtype: In which the levels are made.
+        device: Where all is computed.
+        bits: Fewest bits of weights, 2, 3 or 4.
+        text: Source of the text.
+        threads: Threads of each process; None for torch's own number.
+    """
+
+    folder: Path
+    model: str
+    dtype: str
+    device: str
+    bits: int
+    text: str
+    threads: int | None
+
+    def open(self, dtype: str, levels: _Files | None = None) -> ElasticLLM:
+        """The model in a dtype, with its blocks in its files, and the files of their levels."""
+        llm = load_llm(self.model, device=self.device, dtype=dtype, on_demand=True)
+        for item, files in zip(llm._live.all_items, levels or (), strict=levels is not None):
+            item.files.update(files)
+        return llm
+
+
+class _Tasks:
+    """Tasks that processes share by files in a folder: one for a claim, one for a result.
+
+    Args:
+        folder: The folder.
+        check: Called while it waits; raises an error if other processes have ended.
+        note: Called with the results of a group of tasks that exist, and their number.
+    """
+
+    def __init__(
+        self, folder: Path, check: Callable[[], object], note: Callable[[str, float], object]
+    ) -> None:
+        self.folder, self._check, self._note = folder, check, note
+
+    def run(
+        self, group: str, count: int, do: Callable[[int], dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """Do those tasks of a group that no other process has claimed; the results of all.
+
+        Args:
+            group: Name of the group.
+            count: Number of tasks, which are done in their order.
+            do: Returns the result of a task.
+        """
+        paths = [self.folder / f"{group}-{number:03d}.json" for number in range(count)]
+        for number, path in enumerate(paths):
+            self._check()
+            if not path.exists() and _claimed(path):
+                save_artifact(path, _KIND, _FORMAT, do(number))
+            self._note(group, sum(path.exists() for path in paths) / count)
+        for path in paths:
+            self.wait(path)
+            self._note(group, sum(path.exists() for path in paths) / count)
+        return [load_artifact(path, _KIND, _FORMAT) for path in paths]
+
+    def wait(self, path: Path) -> None:
+        """Wait until another process has written a file."""
+        while not path.exists():
+            self._check()
+            time.sleep(_WAIT_S)
+
+
+def _claimed(path: Path) -> bool:
+    """Claim a task for this process, unless another one has it."""
+    try:
+        path.with_suffix(".claim").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def prepare(
+    model: str | os.PathLike[str],
+    *,
+    text: str | Path | None = None,
+    bits: int = 2,
+    memory_bytes: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: bool = True,
+) -> tuple[LevelCosts, Path]:
+    """Make the levels of a model and measure what they cost, unless both exist.
+
+    They are used wherever the model is loaded in this dtype from then on.
+
+    Args:
+        model: As for `rap_env.load_llm`.
+        text: File of prompts to make them with (`user_windows`); None is text of the package
+            and of the Python that runs (`mixed_windows`).
+        bits: Fewest bits of weights: 2, 3, or 4 for levels that no text makes.
+        memory_bytes: Most bytes of resident memory of all processes together; None for two
+            processes on a CPU with two cores.
+        device: As for `load_llm`.
+        dtype: As for `load_llm`: the dtype in which the model will be used.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The costs, and the file of the cache that has them.
+
+    Raises:
+        InvalidRequestError: The bits are not 2, 3 or 4, or the memory is not enough.
+        RapError: As for `load_llm`, `user_windows`, and where the disk is full.
+    """
+    if bits not in (2, 3, 4):
+        raise InvalidRequestError(f"bits must be 2, 3 or 4, not {bits!r}.")
+    started = time.monotonic()
+    llm = load_llm(model, device=device, dtype=dtype, on_demand=True)
+    if llm.tokenizer is None:
+        raise ModelNotAvailableError(
+            f"{llm.name} has no tokenizer, and so no text to prepare it with; add its files to the "
+            "model's folder."
+        )
+    texts = _texts(llm, text)
+    hashes = {name: Corpus.of_tokens(tokens).sha256 for name, tokens in texts.items()}
+    key = digest([llm.fingerprint, hashes, bits, _VERSION])
+    path = prepared_path(llm)
+    with contextlib.suppress(FileNotFoundError):
+        costs = LevelCosts.load(path, llm)
+        if costs.provenance["scoring"].get("preparation") == key:
+            return costs, path
+    folder = path.parent / f"{key[:16]}.part"
+    with locked(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        body = {name: tokens.tolist() for name, tokens in texts.items()}
+        save_artifact(folder / _TEXT, _KIND, _FORMAT, body)
+        workers = _workers(llm, memory_bytes)
+        kind = str(llm.dtype).removeprefix("torch.")
+        threads = 1 if workers > 1 else None
+        source = "mixture" if text is None else os.fspath(text)
+        run = _Run(folder, os.fspath(model), kind, str(llm.device), bits, source, threads)
+        del llm
+        _keep_usable(folder)
+        with _progress(progress) as note, _helpers(run, workers) as check:
+            costs = _work(run, check, note)
+        scoring = {**costs.provenance["scoring"], "preparation": key}
+        costs = replace(
+            costs,
+            seconds=time.monotonic() - started,
+            provenance={**costs.provenance, "scoring": scoring},
+        )
+        costs.save(path)
+        shutil.rmtree(folder, ignore_errors=True)
+    return costs, path
+
+
+def _texts(llm: ElasticLLM, text: str | Path | None) -> dict[str, torch.Tensor]:
+    """Windows of token ids for costs and for levels, (windows, tokens) each."""
+    longest = llm.adapter.max_positions
+    costs = COST_WINDOWS, min(COST_TOKENS, longest)
+    if text is None:
+        return {"costs": mixed_windows(llm, *costs), "levels": calibration_windows(llm)}
+    levels = _LEVEL_WINDOWS, min(_LEVEL_TOKENS, longest - 1)
+    return {"costs": user_windows(llm, text, *costs), "levels": user_windows(llm, text, *levels)}
+
+
+def _workers(llm: ElasticLLM, memory_bytes: int | None) -> int:
+    """Processes that share the work: two on a CPU with two cores and enough memory."""
+    if llm.device.type != "cpu" or (os.cpu_count() or 1) < 2:
+        return 1
+    if memory_bytes is None:
+        return 2
+    need = _process_bytes(llm)
+    if need > memory_bytes:
+        raise InvalidRequestError(
+            f"memory is {memory_bytes:,} bytes, but preparing {llm.name} takes about {need:,}, "
+            "with a layer at a time in memory; set memory to at least that."
+        )
+    return 2 if 2 * need <= memory_bytes else 1
+
+
+def _keep_usable(folder: Path) -> None:
+    """Remove claims of a run that was ended, and results of layers that it cannot go on from."""
+    for claim in folder.glob("*.claim"):
+        claim.unlink()
+    states = {_number(path): path for path in folder.glob("states-*.safetensors")}
+    results = {_number(path): path for path in folder.glob("levels-*.json")}
+    first = next(number for number in itertools.count() if number not in results)
+    start = max((number for number in states if number <= first), default=0)
+    for number, path in results.items():
+        if number >= start:
+            path.unlink()
+    for number, path in states.items():
+        if number > start:
+            path.unlink()
+
+
+def _number(path: Path) -> int:
+    return int(path.stem.partition("-")[2])
+
+
+def _process_bytes(llm: ElasticLLM) -> int:
+    """About the resident memory of a process that prepares a model."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextlib.contextmanager
+def _progress(shown: bool) -> Iterator[Callable[[str, float], None]]:
+    """Yields what shows the share of a group of tasks that is done."""
+    done: dict[str, float] = {}
+    with progress_bar(shown, total=100, desc="prepare", unit="%") as bar:
+
+        def note(group: str, share: float) -> None:
+            done[group] = share
+            percent = round(100 * sum(_SHARES[name] * part for name, part in done.items()))
+            if percent > bar.n:
+                bar.update(percent - bar.n)
+
+        yield note
+
+
+@contextlib.contextmanager
+def _helpers(run: _Run, workers: int) -> Iterator[Callable[[], None]]:
+    """Start the other processes of a run; yields a check that raises their errors."""
+    stop = run.folder / "stop"
+    stop.unlink(missing_ok=True)
+    if workers == 1:
+        yield lambda: None
+        return
+    with ProcessPoolExecutor(workers - 1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(_help, run) for _ in range(workers - 1)]
+        try:
+            yield lambda: _raise_errors(futures)
+            _raise_errors(futures, wait=True)
+        except BrokenProcessPool:
+            raise ModelNotAvailableError(
+                "A process that prepares the model was ended from outside; is there enough memory? "
+                "Give --memory to bound it, and run the command again: it goes on where it was."
+            ) from None
+        finally:
+            with contextlib.suppress(OSError):
+                stop.touch()
+
+
+def _raise_errors(futures: Sequence[Future[None]], *, wait: bool = False) -> None:
+    for future in futures:
+        if wait or future.done():
+            future.result()
+
+
+def _help(run: _Run) -> None:
+    """What another process than the first one does."""
+    parent = multiprocessing.parent_process()
+
+    def check() -> None:
+        if (run.folder / "stop").exists() or parent is None or not parent.is_alive():
+            raise SystemExit("The preparation has ended.")
+
+    _work(run, check, lambda group, share: None)
+
+
+def _work(
+    run: _Run, check: Callable[[], object], note: Callable[[str, float], object]
+) -> LevelCosts:
+    """Do all tasks that no other process does, and return what follows from all results."""
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)
+    tasks, texts = (
+        _Tasks(run.folder, check, note),
+        load_artifact(run.folder / _TEXT, _KIND, _FORMAT),
+    )
+    windows = torch.tensor(texts["costs"])
+    facts, files = _levels(run, torch.tensor(texts["levels"]), tasks)
+    note("levels", 1.0)
+    levels = {
+        item: names if is_cache(item) else _offered(names, run.bits)
+        for item, names in item_levels(facts, CACHE_LEVELS, windows.shape[1]).items()
+    }
+    parts = _window_costs(run, windows, tasks, levels, files)
+    plans = joint_plans(mean_costs(parts, windows.shape[1]), levels)
+    nlls = _plan_nlls(run, windows, tasks, (Plan(), *plans.values()), files)
+    return fitted_costs(facts, parts, plans, nlls, Corpus.of_tokens(windows, source=run.text))
+
+
+def _levels(run: _Run, windows: torch.Tensor, tasks: _Tasks) -> tuple[ModelFacts, _Files]:
+    """Facts about the model, and the files of each item's levels, all of which exist."""
+    llm, made = run.open(run.dtype), _made_levels(run.bits)
+    if made:
+        use_text(llm, windows, made)
+        _make_levels(llm, windows, tasks)
+        save_prepared_levels(llm, made)
+    return llm.facts, [item.files for item in llm._live.all_items]
+
+
+def _window_costs(
+    run: _Run,
+    windows: torch.Tensor,
+    tasks: _Tasks,
+    levels: Mapping[str, Sequence[str]],
+    files: _Files,
+) -> list[WindowCosts]:
+    """What each window tells: in float32, in which small changes are not lost to rounding."""
+    forward = PartialForward(run.open("float32", files), widen=True, gradients=True)
+
+    def do(number: int) -> dict[str, Any]:
+        removals = number % REMOVAL_EVERY == 0
+        return asdict(window_costs(forward, windows[number, None], levels, removals=removals))
+
+    return [WindowCosts(**part) for part in tasks.run("costs", len(windows), do)]
+
+
+def _plan_nlls(
+    run: _Run, windows: torch.Tensor, tasks: _Tasks, plans: Sequence[Plan], files: _Files
+) -> list[float]:
+    """NLL of each plan in the dtype in which the model will be used, nats per token."""
+    forward = PartialForward(run.open(run.dtype, files), widen=True)
+
+    def do(number: int) -> dict[str, Any]:
+        return {"nll": plan_nll(forward, windows, plans[number])}
+
+    return [result["nll"] for result in tasks.run("plans", len(plans), do)]
+
+
+def _make_levels(llm: ElasticLLM, windows: torch.Tensor, tasks: _Tasks) -> None:
+    """Make the levels of all layers and of the head; each task passes its states on in a file."""
+    forward, count = PartialForward(llm), len(llm._live.items) // 2
+
+    def path_of(number: int) -> Path:
+        return tasks.folder / f"states-{number:03d}.safetensors"
+
+    def make(number: int) -> dict[str, Any]:
+        tasks.wait(path_of(number))
+        stored = verified_tensors(path_of(number))
+        states = [stored[name].to(llm.device) for name in sorted(stored)]
+
+        def pass_on(outputs: Sequence[torch.Tensor]) -> None:
+            write_tensors(
+                path_of(number + 1), {f"{n:04d}": state for n, state in enumerate(outputs)}
+            )
+
+        if number == count:
+            make_head(llm, forward, states)
+        else:
+            layer = forward.layer_steps[number]
+            with forward.loaded(layer):
+                make_layer(llm, forward, layer, states, pass_on=pass_on)
+            forward.forget(layer)
+        path_of(number - 2).unlink(missing_ok=True)  # the one before may still be needed
+        return {}
+
+    if not path_of(0).exists() and not any(tasks.folder.glob("states-*")):
+        entered = enter(forward, windows)
+        write_tensors(path_of(0), {f"{n:04d}": state for n, state in enumerate(entered)})
+    tasks.run("levels", count + 1, make)
+
+
+def _made_levels(bits: int) -> list[PackedLevel]:
+    """The levels that a text makes; with four bits none."""
+    return [name for name, form in LOW_BIT_FORMATS.items() if 4 > bits <= form.bits]
+
+
+def _offered(names: Sequence[str], bits: int) -> list[str]:
+    """The levels that weights are offered: int4 only where no text makes a smaller one."""
+    made = set(names).intersection(_made_levels(bits))
+    without_text = {"int8", "removed"} if made else {"int8", "int4", "removed"}
+    return [name for name in names if name in made | without_text]

@@ -1,0 +1,145 @@
+"""Preparing a model: the same costs however the work is shared or interrupted."""
+
+import shutil
+
+import pytest
+
+from rap_env.errors import ArtifactError, InvalidRequestError, ModelNotAvailableError
+from rap_env.importance import preparation
+from rap_env.importance.gradient_costs import (
+    fitted_costs,
+    joint_plans,
+    mean_costs,
+    plan_nll,
+    window_costs,
+)
+from rap_env.importance.preparation import prepare
+from rap_env.importance.prepared_files import find_prepared, prepared_costs, write_prepared
+from rap_env.memory import MemoryModel
+from rap_env.models.files.loading import load_llm
+from rap_env.models.live.calibration_text import mixed_windows
+from rap_env.models.live.partial_forward import PartialForward
+from rap_env.paths import cache_dir, prepared_dir
+from rap_env.plan import Plan
+from rap_env.policies.loading import load_policy
+from rap_env.request import Request
+from rap_env.scoring.corpus import Corpus
+from tests.tiny import tiny_model, tiny_tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A model with levels of few bits, prepared with little text in this process."""
+    monkeypatch.setattr(preparation, "COST_WINDOWS", 2)
+    monkeypatch.setattr(preparation, "REMOVAL_EVERY", 1)
+    monkeypatch.setattr(preparation, "COST_TOKENS", 32)
+    monkeypatch.setattr(preparation, "_workers", lambda llm, memory_bytes: 1)
+    folder = tmp_path / "own-model"
+    tiny_model("llama_wide", layers=3).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def prepared(folder, **options):
+    return prepare(folder, dtype="float32", progress=False, **options)
+
+
+def test_costs_are_those_of_the_model_in_memory_with_the_levels_that_were_made(folder):
+    costs, path = prepared(folder)
+    assert path == prepared_dir(costs.provenance["fingerprint"]) / "costs.json"
+    llm = load_llm(folder, dtype="float32")
+    assert not llm.absent_levels(("int4-compact", "int3", "int2"))
+    windows = mixed_windows(llm, 2, 32)
+    forward = PartialForward(llm, widen=True, gradients=True)
+    parts = [window_costs(forward, window[None], costs.costs) for window in windows]
+    plans = joint_plans(mean_costs(parts, 32), costs.costs)
+    nlls = [plan_nll(forward, windows, plan) for plan in (Plan(), *plans.values())]
+    expected = fitted_costs(llm.facts, parts, plans, nlls, Corpus.of_tokens(windows))
+    assert set(costs.costs["layer00.ffn"]) == {"int8", "int4-compact", "int3", "int2", "removed"}
+    for item, levels in costs.costs.items():
+        for level, cost in levels.items():
+            assert cost == pytest.approx(expected.costs[item][level], rel=1e-3, abs=1e-7)
+    assert costs.native_nll == pytest.approx(expected.native_nll, rel=1e-5)
+    assert not list(path.parent.glob("*.part")), "the files of the run are removed"
+
+
+def test_the_knapsack_uses_the_costs_from_then_on(folder):
+    costs, _ = prepared(folder)
+    llm = load_llm(folder, dtype="float32")
+    policy = load_policy("knapsack", llm)
+    memory = MemoryModel(llm)
+    request = Request(1, 32, int(0.5 * memory.dense_peak_bytes(1, 32)))
+    plan = policy.choose(request)
+    assert memory.peak_bytes(plan, request) <= request.budget_bytes
+    assert policy.delta_nll(plan) == pytest.approx(costs.delta_nll(plan))
+
+
+def test_a_run_that_was_ended_goes_on_where_it_was(folder, monkeypatch):
+    done, whole = [], preparation.make_layer
+
+    def ends_in_the_second_layer(llm, forward, layer, states, **options):
+        done.append(layer)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        return whole(llm, forward, layer, states, **options)
+
+    monkeypatch.setattr(preparation, "make_layer", ends_in_the_second_layer)
+    with pytest.raises(KeyboardInterrupt):
+        prepared(folder)
+    assert prepared_costs(load_llm(folder, dtype="float32")) is None
+    costs, _ = prepared(folder)
+    assert done[0] not in done[2:], "the first layer is not made again"
+    shutil.rmtree(cache_dir())
+    again, _ = prepared(folder)
+    assert again.costs == costs.costs
+
+
+def test_a_prepared_model_is_not_prepared_again(folder, monkeypatch):
+    costs, path = prepared(folder)
+    monkeypatch.setattr(preparation, "_work", lambda *args: pytest.fail("it ran again"))
+    assert prepared(folder) == (costs, path)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same(folder, monkeypatch):
+    costs, _ = prepared(folder)
+    shutil.rmtree(cache_dir())
+    monkeypatch.setattr(preparation, "_workers", lambda llm, memory_bytes: 2)
+    shared, _ = prepared(folder)
+    assert shared.costs == costs.costs
+
+
+def test_four_bits_need_no_levels_that_a_text_makes(folder):
+    costs, _ = prepared(folder, bits=4)
+    assert set(costs.costs["layer00.ffn"]) == {"int8", "int4", "removed"}
+    assert not list(cache_dir().glob("calibrated/*/*"))
+
+
+def test_the_file_of_a_prepared_model_is_found_beside_it(folder):
+    costs, path = prepared(folder)
+    write_prepared(costs, folder.with_suffix(".rap"))
+    made = sorted(file.name for file in cache_dir().glob("calibrated/*/*"))
+    shutil.rmtree(cache_dir())
+    find_prepared(folder)
+    assert path.is_file()
+    llm = load_llm(folder, dtype="float32")
+    assert prepared_costs(llm) == costs
+    assert sorted(file.name for file in cache_dir().glob("calibrated/*/*")) == made
+    assert not llm.absent_levels(("int3",))
+
+
+def test_a_damaged_file_of_a_prepared_model(folder):
+    beside = folder.with_suffix(".rap")
+    beside.write_bytes(b"PK no archive")
+    with pytest.raises(ArtifactError, match="is damaged or no file of a prepared model"):
+        find_prepared(folder)
+    assert not (cache_dir() / "prepared").exists()
+
+
+def test_what_cannot_be_prepared(folder):
+    with pytest.raises(InvalidRequestError, match="bits must be 2, 3 or 4, not 5"):
+        prepared(folder, bits=5)
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ModelNotAvailableError, match="tokenizer"):
+        prepared(folder)
