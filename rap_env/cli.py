@@ -300,14 +300,14 @@ def prepare(
     the result from then on. A run that was ended continues where it was.
     """
     from rap_env.importance.preparation import prepare as prepare_model
-    from rap_env.importance.prepared_files import write_prepared
+    from rap_env.models.files.prepared_files import write_prepared
 
     memory_bytes = None if memory is None else parse_bytes("--memory", memory)
     costs, path = prepare_model(
         model, text=text, bits=bits, memory_bytes=memory_bytes, device=device, dtype=dtype
     )
     if out is not None:
-        write_prepared(costs, out)
+        write_prepared(path, out)
     answer = {
         "model": costs.provenance["model"],
         "costs": str(path),

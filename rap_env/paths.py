@@ -13,8 +13,8 @@ def cache_dir() -> Path:
     return Path(os.environ.get("RAP_CACHE_DIR") or f"{users}/rap-env").expanduser()
 
 
-LEVELS_FILE = "levels.json"
-"""File in a `prepared_dir` that names the weights which a text made."""
+COSTS_FILE, LEVELS_FILE = "costs.json", "levels.json"
+"""Files in a `prepared_dir`: the costs of levels, and the names of weights that a text made."""
 
 
 def prepared_dir(fingerprint: str) -> Path:

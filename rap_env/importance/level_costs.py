@@ -17,6 +17,7 @@ from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.importance.profiles import OneShotProfile, Profile
 from rap_env.levels import GROUP_TOKENS, NATIVE_CACHE, SINK_GROUPS, WEIGHT_LEVELS, CacheLevel
 from rap_env.model_facts import HasFacts
+from rap_env.paths import COSTS_FILE, prepared_dir
 from rap_env.plan import Plan, block_name, cache_name, is_cache, item_names
 
 CACHE_LEVELS = (
@@ -227,3 +228,13 @@ def window_share(level: CacheLevel, tokens: int) -> float:
         return 0.0
     whole = GROUP_TOKENS * (level.window_tokens // GROUP_TOKENS + SINK_GROUPS + 1)
     return max(0, tokens - whole) / tokens
+
+
+def prepared_costs(model: HasFacts) -> LevelCosts | None:
+    """The costs of a model that was prepared (`rap_env.importance.preparation`); else None.
+
+    Raises:
+        ArtifactError: They are damaged.
+    """
+    path = prepared_dir(model.facts.fingerprint) / COSTS_FILE
+    return LevelCosts.load(path, model) if path.is_file() else None

@@ -43,7 +43,6 @@ from rap_env.importance.gradient_costs import (
     window_costs,
 )
 from rap_env.importance.level_costs import CACHE_LEVELS, LevelCosts
-from rap_env.importance.prepared_files import prepared_path
 from rap_env.model_facts import ModelFacts
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.model_folder import locked
@@ -60,6 +59,7 @@ from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.progress import progress_bar
 from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS, PackedLevel
 from rap_env.models.weights.tensors import verified_tensors, write_tensors
+from rap_env.paths import COSTS_FILE, prepared_dir
 from rap_env.plan import Plan, is_cache
 from rap_env.scoring.corpus import Corpus
 
@@ -206,7 +206,7 @@ def prepare(
     texts = _texts(llm, text)
     hashes = {name: Corpus.of_tokens(tokens).sha256 for name, tokens in texts.items()}
     key = digest([llm.fingerprint, hashes, bits, _VERSION])
-    path = prepared_path(llm)
+    path = prepared_dir(llm.fingerprint) / COSTS_FILE
     with contextlib.suppress(FileNotFoundError):
         costs = LevelCosts.load(path, llm)
         if costs.provenance["scoring"].get("preparation") == key:

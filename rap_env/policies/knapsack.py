@@ -21,7 +21,7 @@ from rap_env.plan import Plan, block_name, cache_name, is_cache
 from rap_env.policies.base import Policy
 from rap_env.policies.method import Basis
 from rap_env.policies.multiple_choice import MultipleChoice
-from rap_env.policies.packaged_files import packaged_costs
+from rap_env.policies.packaged_files import model_costs
 from rap_env.policies.registry import makes, reads
 from rap_env.request import Request
 
@@ -269,7 +269,7 @@ def _ladder(facts: ModelFacts, costs: LevelCosts) -> Ladder:
 def knapsack(memory: MemoryModel, basis: Basis | None) -> KnapsackPolicy:
     """On the costs of the context, with the levels of its ladder; or on those in the package."""
     if basis is None:
-        return KnapsackPolicy(memory, packaged_costs(memory))
+        return KnapsackPolicy(memory, model_costs(memory))
     ladder = basis.ladder_bytes.ladder
     levels = {item.name: item.levels for item in ladder.items}
     return KnapsackPolicy(memory, costs_of(basis.context, ladder), levels)

@@ -10,7 +10,7 @@ from typing import Any
 from rap_env.artifacts import load_artifact
 from rap_env.context.table import TableContext
 from rap_env.errors import ArtifactError, UnknownNameError, counted
-from rap_env.importance.level_costs import LevelCosts
+from rap_env.importance.level_costs import LevelCosts, prepared_costs
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
@@ -55,12 +55,14 @@ def default_facts(weights: str = "native") -> ModelFacts:
     return ModelFacts.from_json(body)
 
 
-def packaged_costs(memory: MemoryModel) -> LevelCosts:
-    """The costs of levels of the default model.
+def model_costs(memory: MemoryModel) -> LevelCosts:
+    """The costs of levels that a model was prepared with, or those of the default model.
 
     Raises:
-        ArtifactError: The model is another one, or the package lacks the file.
+        ArtifactError: The model is another one and was not prepared, or a file is damaged.
     """
+    if (prepared := prepared_costs(memory)) is not None:
+        return prepared
     try:
         return LevelCosts.load(packaged_file("levels.json"), memory)
     except (FileNotFoundError, ArtifactError):
@@ -140,7 +142,7 @@ def find_delta_nll(
         with contextlib.suppress(ArtifactError):  # another model, or other weights
             return delta_nll_from_scores(packaged_scores(memory), plan)
     with contextlib.suppress(ArtifactError, UnknownNameError):  # other weights; other levels
-        costs = policy.level_costs or packaged_costs(memory)
+        costs = policy.level_costs or model_costs(memory)
         text = _text(costs.provenance["text"])
         rise = costs.delta_nll(plan, seq_len_tokens)
         return rise, f"predicted from one-shot costs of levels on {text}"

@@ -13,10 +13,11 @@ from rap_env.importance.gradient_costs import (
     plan_nll,
     window_costs,
 )
+from rap_env.importance.level_costs import prepared_costs
 from rap_env.importance.preparation import prepare
-from rap_env.importance.prepared_files import find_prepared, prepared_costs, write_prepared
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
+from rap_env.models.files.prepared_files import find_prepared, write_prepared
 from rap_env.models.live.calibration_text import mixed_windows
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.paths import cache_dir, prepared_dir
@@ -117,12 +118,11 @@ def test_four_bits_need_no_levels_that_a_text_makes(folder):
 
 def test_the_file_of_a_prepared_model_is_found_beside_it(folder):
     costs, path = prepared(folder)
-    write_prepared(costs, folder.with_suffix(".rap"))
+    write_prepared(path, folder.with_suffix(".rap"))
     made = sorted(file.name for file in cache_dir().glob("calibrated/*/*"))
     shutil.rmtree(cache_dir())
-    find_prepared(folder)
-    assert path.is_file()
     llm = load_llm(folder, dtype="float32")
+    assert path.is_file()
     assert prepared_costs(llm) == costs
     assert sorted(file.name for file in cache_dir().glob("calibrated/*/*")) == made
     assert not llm.absent_levels(("int3",))

@@ -32,6 +32,7 @@ from rap_env.models.files.gguf_source import (
 )
 from rap_env.models.files.hub import cached_hub_folder, hub_folder
 from rap_env.models.files.model_folder import file_sha256, manifest_source, models_dir
+from rap_env.models.files.prepared_files import find_prepared
 from rap_env.paths import folder_bytes
 
 log = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ def locate(
         return Located(name, folder)
     if looks_like_path(model):
         path = Path(name).expanduser()
+        find_prepared(path)
         if path.is_dir():
             return Located(path.resolve().name, path)
         if path.is_file():

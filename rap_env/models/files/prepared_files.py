@@ -1,6 +1,7 @@
-"""Where a model's levels and costs are once it is prepared, and the file that holds both.
+"""The file that holds what a model was prepared with: weights of few bits, and their costs.
 
-Needs no torch. `rap_env.importance.preparation` makes them.
+`rap_env.importance.preparation` makes both in the cache. The file takes them to another
+machine, where it is found beside the model.
 """
 
 from __future__ import annotations
@@ -13,43 +14,26 @@ from pathlib import Path
 
 from rap_env.artifacts import atomic_write
 from rap_env.errors import ArtifactError
-from rap_env.importance.level_costs import LevelCosts
-from rap_env.model_facts import HasFacts
-from rap_env.paths import LEVELS_FILE, calibrated_dir, prepared_dir
+from rap_env.paths import COSTS_FILE, LEVELS_FILE, calibrated_dir, prepared_dir
 
 SUFFIX = ".rap"
 """Of a file beside a model, by the model's name, that is found there."""
 
-_COSTS = "costs.json"
 
-
-def prepared_path(model: HasFacts) -> Path:
-    """Path of the costs of a prepared model."""
-    return prepared_dir(model.facts.fingerprint) / _COSTS
-
-
-def prepared_costs(model: HasFacts) -> LevelCosts | None:
-    """The costs of a model that was prepared on this machine, or from a file; else None.
-
-    Raises:
-        ArtifactError: They are damaged.
-    """
-    path = prepared_path(model)
-    return LevelCosts.load(path, model) if path.is_file() else None
-
-
-def write_prepared(costs: LevelCosts, out: str | os.PathLike[str]) -> None:
+def write_prepared(costs: Path, out: str | os.PathLike[str]) -> None:
     """Write costs and levels of a prepared model into one file, for another machine.
+
+    Args:
+        costs: The file of the costs in the cache.
+        out: The file to write.
 
     Raises:
         StorageFullError: The disk is full.
     """
-    fingerprint, scoring = costs.provenance["fingerprint"], costs.provenance["scoring"]
-    path = prepared_dir(fingerprint) / _COSTS
-    calibrated = calibrated_dir(fingerprint, scoring["calibration"])
+    calibrated = calibrated_dir(*_model_and_text(costs.read_bytes()))
     with atomic_write(out) as file, zipfile.ZipFile(file, "w") as archive:
-        archive.write(path, _COSTS)
-        for own in (*path.parent.glob(LEVELS_FILE), *sorted(calibrated.glob("*.safetensors"))):
+        archive.write(costs, COSTS_FILE)
+        for own in (*costs.parent.glob(LEVELS_FILE), *sorted(calibrated.glob("*.safetensors"))):
             archive.write(own, own.name)
 
 
@@ -62,17 +46,16 @@ def read_prepared(path: Path) -> None:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            costs = archive.read(_COSTS)
-            provenance = json.loads(costs)["body"]["provenance"]
-            fingerprint = provenance["fingerprint"]
-            own = prepared_dir(fingerprint) / _COSTS
+            costs = archive.read(COSTS_FILE)
+            fingerprint, calibration = _model_and_text(costs)
+            own = prepared_dir(fingerprint) / COSTS_FILE
             if own.is_file() and own.read_bytes() == costs:
                 return
-            calibrated = calibrated_dir(fingerprint, provenance["scoring"]["calibration"])
+            calibrated = calibrated_dir(fingerprint, calibration)
             for member in sorted(archive.namelist(), reverse=True):
                 name = Path(member).name
                 folder = own.parent if name == LEVELS_FILE else calibrated
-                if name != _COSTS:
+                if name != COSTS_FILE:
                     with archive.open(member) as stored, atomic_write(folder / name) as file:
                         shutil.copyfileobj(stored, file, 2**20)
     except (zipfile.BadZipFile, ValueError, KeyError, TypeError) as error:
@@ -82,6 +65,12 @@ def read_prepared(path: Path) -> None:
         ) from error
     with atomic_write(own) as file:
         file.write(costs)
+
+
+def _model_and_text(costs: bytes) -> tuple[str, str]:
+    """The fingerprint of the model and the hash of the text in a file of costs."""
+    provenance = json.loads(costs)["body"]["provenance"]
+    return provenance["fingerprint"], provenance["scoring"]["calibration"]
 
 
 def find_prepared(model: str | os.PathLike[str]) -> None:
