@@ -70,7 +70,7 @@ def test_the_choice_is_that_of_the_policy_with_bytes_by_part(rap):
     assert sum(answer["bytes"].values()) == answer["peak_bytes"] <= 70 * 2**20
     assert answer["request"] == asdict(request)
     assert answer["delta_nll"] == policy.delta_nll(plan, 1024)
-    assert "predicted from one-shot costs of levels on 3072 tokens" in answer["delta_nll_source"]
+    assert "predicted from costs of levels on 3072 tokens" in answer["delta_nll_source"]
     assert answer["decision_s"] > 0
 
 
@@ -132,7 +132,7 @@ def test_other_policies_plans_are_predicted_from_level_costs():
     plan = Plan.uniform(30, caches="int4")
     rise, source = find_delta_nll(memory, StaticPolicy(plan), plan, 2048)
     assert rise == costs.delta_nll(plan, 2048) > 0
-    assert "predicted from one-shot costs of levels" in source
+    assert "predicted from costs of levels" in source
     unknown = Plan.uniform(30, caches="window64")
     found = find_delta_nll(memory, StaticPolicy(unknown), unknown)
     assert found == (None, "never measured for this plan")

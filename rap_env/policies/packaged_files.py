@@ -145,7 +145,7 @@ def find_delta_nll(
         costs = policy.level_costs or model_costs(memory)
         text = _text(costs.provenance["text"])
         rise = costs.delta_nll(plan, seq_len_tokens)
-        return rise, f"predicted from one-shot costs of levels on {text}"
+        return rise, f"predicted from costs of levels on {text}"
     if (predicted := policy.delta_nll(plan, seq_len_tokens)) is not None:
         return predicted, "predicted from the order over items in the policy file"
     return None, "never measured for this plan"
