@@ -248,9 +248,8 @@ def _choice_text(answer: dict[str, Any]) -> str:
 @cli.command(short_help="Download and convert a model.")
 @click.argument("model", default="smollm2-135m")
 @click.option("--accept-licence", is_flag=True, help="Accept the terms that the model comes under.")
-@click.option("--levels", is_flag=True, help="Make its weights of few bits too: minutes, once.")
 @json_option
-def fetch(model: str, accept_licence: bool, levels: bool, as_json: bool) -> None:
+def fetch(model: str, accept_licence: bool, as_json: bool) -> None:
     """Download and convert MODEL: smollm2-135m (the default) or gemma3-270m.
 
     A model that is cached already is only checked. $RAP_MODEL_SOURCE names the source of the
@@ -260,11 +259,6 @@ def fetch(model: str, accept_licence: bool, levels: bool, as_json: bool) -> None
     from rap_env.models.files.sources import fetch_model
 
     cached = fetch_model(model, accept_licence=accept_licence)
-    if levels:
-        from rap_env.models.files.loading import load_llm
-        from rap_env.models.live.calibration import calibrate_on_own_text
-
-        calibrate_on_own_text(load_llm(model, weights="native"))
     answer = {"name": cached.name, "folder": str(cached.folder), "bytes": cached.size_bytes}
     show(answer, f"{cached.name}: {cached.size_bytes:,} bytes in {cached.folder}", as_json)
 

@@ -117,8 +117,8 @@ def choose_policy(settings: ServerSettings, llm: ElasticLLM, limit: LiveLimit | 
         if too_bad or MemoryModel(llm).peak_bytes(plan, request) > budget_bytes:
             return chosen
     log.info(
-        "Weights of %s are not used, because they are not made; `rap fetch --levels %s` makes them "
-        "once, in minutes.",
+        "Weights of %s are not used, because they are not made; `rap prepare %s` makes them once, "
+        "in minutes.",
         ", ".join(sorted(absent)),
         settings.model,
     )

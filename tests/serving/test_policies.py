@@ -143,4 +143,4 @@ def test_levels_that_take_minutes_to_make_are_made_where_a_short_request_needs_t
     limited = None if limit is None else LiveLimit("model_memory", parse_bytes("limit", limit))
     policy = choose_policy(ServerSettings(), llm, limited)
     assert policy.weight_levels == expected
-    assert ("rap fetch --levels smollm2-135m" in caplog.text) == (expected == ("int4",))
+    assert ("rap prepare smollm2-135m" in caplog.text) == (expected == ("int4",))
