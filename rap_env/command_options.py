@@ -81,7 +81,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the an
 
 
 def facts_of(model: str, device: str, dtype: str, weights: str) -> ModelFacts:
-    """Facts of a model; any but the default model in bfloat16 is loaded for its fingerprint."""
+    """Facts of a model; the weights of any but the default one are read once, for a fingerprint."""
     if weights in ("native", "bf16"):
         from rap_env.policies.packaged_files import (
             default_facts,  # loads more than `rap fetch` needs
@@ -92,7 +92,9 @@ def facts_of(model: str, device: str, dtype: str, weights: str) -> ModelFacts:
             return facts
     from rap_env.models.files.loading import load_llm
 
-    return load_llm(model, device=device, dtype=dtype, weights=weights).facts
+    return load_llm(
+        model, device=device, dtype=dtype, weights=weights, lean=True, on_demand=True
+    ).facts
 
 
 def byte_lines(answer: dict[str, Any], budget: int) -> list[str]:

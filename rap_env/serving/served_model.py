@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, cast
@@ -30,19 +29,22 @@ log = logging.getLogger(__name__)
 
 _SHORT_TOKENS = 256
 """Tokens of the request that a server should be able to serve."""
-_SLACK_BYTES = 20 * 2**20
+_SLACK_BYTES = 40 * 2**20
 """Allowance for what the estimate of the bytes that loading takes leaves out, such as the
 vocabulary of grammars: 10 MiB for the default model's 49,152 tokens."""
+
+_MAKING_BYTES = 32 * 2**20
+"""What making a level of a block takes beside the block's weights at both levels."""
 
 
 def load_served_model(settings: ServerSettings, limit: LiveLimit | None = None) -> ElasticLLM:
     """Load the model and set its residency.
 
-    With a limit of the process, the start is checked before the weights are read, and a model
-    that has to be converted first is converted in another process.
+    With a limit of the process, the start is checked before the weights are read. A model that
+    has to be converted first is converted in another process, which keeps the memory.
     """
     limits_process = limit is not None and limit.of_process
-    with made_apart() if limits_process else nullcontext():
+    with made_apart():
         llm = load_llm(
             settings.model,
             device=settings.device,
@@ -109,12 +111,11 @@ def choose_policy(settings: ServerSettings, llm: ElasticLLM, limit: LiveLimit | 
         return chosen
     fewer = load_policy(settings.policy, MemoryModel(facts.without_levels(absent)))
     if limit is not None:
-        budget_bytes = limit() - (_other_bytes(llm) if limit.of_process else 0)
-        request = Request(1, _SHORT_TOKENS, max(1, budget_bytes))
+        request = _short_request(llm, limit)
         plan = fewer.choose(request)
         rise, floor = fewer.delta_nll(plan, _SHORT_TOKENS), floor_of(settings, fewer)
         too_bad = rise is not None and floor is not None and rise > floor
-        if too_bad or MemoryModel(llm).peak_bytes(plan, request) > budget_bytes:
+        if too_bad or MemoryModel(llm).peak_bytes(plan, request) > request.budget_bytes:
             return chosen
     log.info(
         "Weights of %s are not used, because they are not made; `rap prepare %s` makes them once, "
@@ -123,6 +124,18 @@ def choose_policy(settings: ServerSettings, llm: ElasticLLM, limit: LiveLimit | 
         settings.model,
     )
     return fewer
+
+
+def lowers_weights(policy: Policy, llm: ElasticLLM, limit: LiveLimit) -> bool:
+    """Whether a limit makes a policy lower weights for one short request."""
+    plan = policy.choose(_short_request(llm, limit, _MAKING_BYTES))
+    return bool(plan.weight_levels)
+
+
+def _short_request(llm: ElasticLLM, limit: LiveLimit, reserve_bytes: int = 0) -> Request:
+    budget_bytes = limit() - (_other_bytes(llm) if limit.of_process else 0)
+    tokens = min(_SHORT_TOKENS, llm.facts.max_positions)
+    return Request(1, tokens, max(1, budget_bytes - reserve_bytes))
 
 
 def _other_bytes(llm: ElasticLLM) -> int:

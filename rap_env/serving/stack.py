@@ -24,7 +24,13 @@ from rap_env.runtime.structured_output import GrammarCompiler
 from rap_env.serving.app import create_app
 from rap_env.serving.limits import LiveLimit, least_check, mebibytes
 from rap_env.serving.prompts import grammar_compiler
-from rap_env.serving.served_model import check_started, choose_policy, floor_of, load_served_model
+from rap_env.serving.served_model import (
+    check_started,
+    choose_policy,
+    floor_of,
+    load_served_model,
+    lowers_weights,
+)
 from rap_env.serving.settings import DEFAULT_MOST_DELTA_NLL, ServerSettings
 
 
@@ -114,7 +120,8 @@ def _load(
     grammars = grammar_compiler(llm, llm.tokenizer, llm.facts.vocab_size)
     grammars.load()
     chosen = choose_policy(settings, llm, limit) if policy is None else as_policy(policy)
-    make_levels(llm, chosen)
+    if limit is not None and lowers_weights(chosen, llm, limit):  # else plans make them later
+        make_levels(llm, chosen)
     drop_unused_pages()
     return llm, chosen, grammars
 

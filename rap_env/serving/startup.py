@@ -14,6 +14,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from rap_env.errors import ServingSettingsError, check_name
@@ -24,7 +25,7 @@ from rap_env.policies.loading import check_policy, load_policy
 from rap_env.policies.packaged_files import KNAPSACKS, default_facts
 from rap_env.policies.registry import policy_names
 from rap_env.request import Request
-from rap_env.runtime.plan_chooser import no_prediction_text
+from rap_env.runtime.plan_chooser import no_prediction_text, predicts
 from rap_env.serving.settings import ServerSettings, too_little
 
 log = logging.getLogger(__name__)
@@ -164,7 +165,8 @@ def check_address(bound: socket.socket, settings: ServerSettings) -> None:
 def check_before_loading(settings: ServerSettings) -> None:
     """Check policy, model and memory as far as files and the facts in the package tell.
 
-    The facts of the default model are known. `build_stack` checks the rest.
+    The facts of the default model are known; those of another one are read where the policy
+    may not suit it. `build_stack` checks the rest.
 
     Raises:
         UnknownNameError: There is no such dtype, or no policy of this name and no such file.
@@ -180,16 +182,33 @@ def check_before_loading(settings: ServerSettings) -> None:
         if bound not in (None, "auto") and settings.policy in known - {*_PREDICTING}:
             raise ServingSettingsError(no_prediction_text(name, bound, settings.policy))
     check_policy(settings.policy)
+    serves_any = settings.policy in ("dense", *KNAPSACKS)
     facts = _known_facts(settings)
     if facts is None:
+        bounds = {settings.max_delta_nll, settings.min_quality_per_request}
+        if settings.policy in known and not (serves_any and bounds <= {None, "auto"}):
+            _check_policy_of_other(settings)
         return
     memory = MemoryModel(facts)
     least = memory.peak_bytes_without_blocks(Request(1, 1, 1))
     if settings.model_bytes is not None and settings.model_bytes < least:
         raise ServingSettingsError(too_little(settings.model, least, settings.model_bytes))
     certain = settings.policy in known or settings.dtype == facts.dtype
-    if certain and settings.policy not in ("dense", *KNAPSACKS):  # these serve any model
+    if certain and not serves_any:
         load_policy(settings.policy, memory)
+
+
+def _check_policy_of_other(settings: ServerSettings) -> None:
+    """Raise if a policy is not for a model, or predicts nothing for a bound that was given."""
+    from rap_env.models.files.loading import load_llm  # it imports torch
+
+    how = {name: getattr(settings, name) for name in ("device", "dtype", "weights")}
+    facts = load_llm(settings.model, **how, lean=True, on_demand=True).facts
+    policy = load_policy(settings.policy, MemoryModel(replace(facts, name=settings.model)))
+    for name in ("max_delta_nll", "min_quality_per_request"):
+        bound = getattr(settings, name)
+        if bound not in (None, "auto") and not predicts(policy):
+            raise ServingSettingsError(no_prediction_text(name, bound, policy.name))
 
 
 def _known_facts(settings: ServerSettings) -> ModelFacts | None:

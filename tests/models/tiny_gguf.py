@@ -65,7 +65,7 @@ def write_tiny_gguf(
         architecture: What its header says.
         seed: Seed of the weights.
         kind: Type of its matrices; if not F32, they hold the model's weights only approximately.
-        leave_out: A tensor that the file lacks.
+        leave_out: A tensor that the file lacks, or ``"tokenizer"``.
         **sizes: As for `tiny_source_model`.
     """
     model = tiny_source_model(seed, **sizes)
@@ -76,7 +76,10 @@ def write_tiny_gguf(
             written, values = _gguf_tensor(name, tensor, model.config.num_hidden_layers)
             stored = GGMLQuantizationType[kind if values.ndim > 1 else "F32"]
             tensors[written] = quantize(values, stored), stored
-    write_gguf(path, architecture, _header(model.config), tensors)
+    header = _header(model.config)
+    if leave_out == "tokenizer":
+        header = {name: value for name, value in header.items() if not name.startswith("token")}
+    write_gguf(path, architecture, header, tensors)
     return model
 
 

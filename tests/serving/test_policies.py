@@ -17,6 +17,8 @@ from rap_env.serving.limits import LiveLimit
 from rap_env.serving.served_model import choose_policy
 from rap_env.serving.settings import ServerSettings
 from rap_env.serving.stack import build_stack, greeting
+from rap_env.serving.startup import check_before_loading
+from tests.models.states import saved
 from tests.policies.test_knapsack import costs
 from tests.serving.background import BackgroundServer
 from tests.serving.conftest import served, tiny_stack
@@ -144,3 +146,18 @@ def test_levels_that_take_minutes_to_make_are_made_where_a_short_request_needs_t
     policy = choose_policy(ServerSettings(), llm, limited)
     assert policy.weight_levels == expected
     assert ("rap prepare smollm2-135m" in caplog.text) == (expected == ("int4",))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"policy": "rap"}, "smollm2-135m"),
+        ({"max_delta_nll": 0.1}, "max_delta_nll=0.1 needs a policy that predicts"),
+    ],
+)
+def test_what_a_model_lacks_is_said_before_its_weights_are_read(
+    settings, message, own_cache, tmp_path
+):
+    folder = saved(tmp_path / "model")
+    with pytest.raises(RapError, match=message):
+        check_before_loading(ServerSettings(model=str(folder), device="cpu", **settings))

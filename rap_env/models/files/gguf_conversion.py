@@ -46,9 +46,15 @@ def convert(path: Path, packed: bool, folder: Path) -> None:
 def _tokenizer(file: GgufFile, config: Any) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        file.path.parent, gguf_file=file.path.name, local_files_only=True
-    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            file.path.parent, gguf_file=file.path.name, local_files_only=True
+        )
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModelError(
+            f"{file.path} has no tokenizer that transformers can read ({error}); use a file with "
+            "one, or the model's safetensors version."
+        ) from error
     _correct_tokenizer(tokenizer, file.value("tokenizer.ggml.pre"), config)
     return tokenizer
 

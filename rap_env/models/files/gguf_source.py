@@ -21,10 +21,12 @@ from rap_env.errors import ChecksumError, ModelNotAvailableError
 from rap_env.models.files.hub import OFFLINE_VARIABLE, downloads_forbidden
 from rap_env.models.files.model_folder import (
     file_sha256,
+    file_states,
     is_intact,
     locked,
     made_once,
     models_dir,
+    remembered,
     scratch,
 )
 from rap_env.models.progress import transformers_bars
@@ -55,7 +57,7 @@ def converted_gguf(path: Path, sha256: str | None = None, *, packed: bool = Fals
     """
     if not path.is_file():
         raise ModelNotAvailableError(f"There is no GGUF file {path}; check the path.")
-    sha256 = sha256 or file_sha256(path)
+    sha256 = sha256 or remembered(file_states(path), lambda: file_sha256(path))
     what = "Packing {} (once; a few" if packed else "Converting {} (once; about ten"
     return made_once(
         models_dir() / gguf_folder_name(sha256, packed=packed),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+import transformers
 
 from rap_env.errors import UnsupportedModelError, check_name
 from rap_env.models.caches.attention import speed_up_decoding
@@ -26,6 +27,8 @@ from rap_env.models.device import (
 from rap_env.models.families.adapter import read_config
 from rap_env.models.files.model_folder import in_child
 from rap_env.models.files.packed_folder import (
+    files_key,
+    has_all,
     is_packed,
     load_native,
     model_without_weights,
@@ -85,8 +88,9 @@ def load_llm(
             sources; ``"bf16"`` unquantises to `dtype`; ``"int8"`` and ``"int4"`` quantise the
             unquantised blocks, and embeddings with head to int8 (once; the result is cached).
         lean: Use `models.live.lean_llama` where it can stand in for transformers' model
-            (packed Llama models on a CPU). The process takes about 130 MiB less and the model
-            serves in the same way, bit for bit, but cannot be scored and has no ``generate``.
+            (Llama and Qwen2 models on a CPU). The process takes about 130 MiB less and
+            the model serves in the same way, bit for bit, but cannot be scored and has no
+            ``generate``.
         on_demand: Leave the weights of all blocks in the files. The model's plan removes every
             block at first, and its residency is ``"drop"``: a block is read when a plan needs
             it, and freed when a plan does not. Embeddings and head are in memory if they are
@@ -124,9 +128,11 @@ def load_llm(
         if before_weights is not None:
             before_weights(2 * _stored_bytes(folder))
         return load_pruned(folder, device=str(place), dtype=None if dtype == "auto" else kind)
-    config = lean_config(folder) if lean and not on_demand and place.type == "cpu" else None
+    config = lean_config(folder) if lean and place.type == "cpu" else None
     if config is None:
         read_config(folder)
+    elif not packed and not has_all(LeanLlama(config, kind), folder):
+        config = None
     if weights in PACKED_LEVELS:
         folder = quantised_folder(folder, weights)
     elif on_demand and not packed:
@@ -137,11 +143,11 @@ def load_llm(
     tokenizer = load_tokenizer(folder)  # before the weights, because it takes twice its size
     if before_weights is not None and not on_demand:
         before_weights(_loading_bytes(folder, kind, lean=config is not None))
+    key = f"{files_key(folder)}-{str(kind).removeprefix('torch.')}-{transformers.__version__}"
     log.info("Loading %s in %s on %s", source.name, kind, place)
-    if on_demand:
-        loaded = load_native(folder, kind, unread=place)
-    elif is_packed(folder):
-        loaded = load_native(folder, kind, None if config is None else LeanLlama(config, kind))
+    if on_demand or config is not None or is_packed(folder):
+        bare = None if config is None else LeanLlama(config, kind)
+        loaded = load_native(folder, kind, bare, unread=place if on_demand else None)
     else:
         loaded = load_weights(folder, kind)
     loaded = _moved(loaded, place)
@@ -149,6 +155,7 @@ def load_llm(
     return_freed_memory()
     keep_freed_memory()
     llm = ElasticLLM(loaded, tokenizer, name=source.name, folder=folder, unread=on_demand)
+    llm.files_key = key
     if isinstance(loaded, LeanLlama):
         llm.calibrator = partial(_calibrate_apart, folder, str(kind).removeprefix("torch."))
     else:
@@ -197,14 +204,14 @@ def _loading_bytes(folder: Path, dtype: torch.dtype, *, lean: bool) -> int:
 
 
 def _stored_bytes(folder: Path) -> int:
-    """Bytes of all weights in a folder's files, and of the largest one twice.
+    """Bytes of all weights in a folder's files, and of the largest one once more.
 
-    `ElasticLLM.set_residency` copies each tensor, and compares the copy with the file.
+    `ElasticLLM.set_residency` copies each tensor.
     """
     tables = (read_header(path) for path in folder.glob("*.safetensors"))
     ranges = (entry["data_offsets"] for table in tables for entry in table.values())
     sizes = [end - begin for begin, end in ranges]
-    return int(sum(sizes) + 2 * max(sizes, default=0))
+    return int(sum(sizes) + max(sizes, default=0))
 
 
 def _tokenizer_bytes(folder: Path) -> int:

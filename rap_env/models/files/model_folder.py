@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import filelock
 
-from rap_env.artifacts import disk_errors, load_artifact, save_artifact
+from rap_env.artifacts import digest, disk_errors, load_artifact, save_artifact
 from rap_env.errors import ArtifactError, ModelNotAvailableError
 from rap_env.paths import cache_dir
 
@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 MANIFEST = "rap_manifest.json"
 _KIND = "rap-env.model-folder"
+_HASH_KIND = "rap-env.file-hash"
 _VERSION = 1
 
 
@@ -57,6 +58,23 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's content, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_states(*paths: Path) -> str:
+    """Names the present state of some files without reading them."""
+    facts = [(str(path.resolve()), path.stat()) for path in paths]
+    states = [(path, each.st_ino, each.st_size, each.st_mtime_ns) for path, each in facts]
+    return digest(states)[:16]
+
+
+def remembered(key: str, make: Callable[[], str]) -> str:
+    """A hash that was made for a state of files, or is made now."""
+    path = cache_dir() / "hashes" / f"{key}.json"
+    with contextlib.suppress(OSError, ArtifactError):
+        return str(load_artifact(path, _HASH_KIND, _VERSION)["hash"])
+    made = make()
+    save_artifact(path, _HASH_KIND, _VERSION, {"hash": made})
+    return made
 
 
 def is_intact(folder: Path) -> bool:

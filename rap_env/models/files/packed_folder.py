@@ -23,12 +23,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from rap_env.artifacts import digest
 from rap_env.errors import ModelNotAvailableError, UnsupportedModelError
 from rap_env.levels import WeightLevel
 from rap_env.models.families.adapter import FamilyAdapter, adapter_for, read_config
 from rap_env.models.files.hub import has_all_weights
-from rap_env.models.files.model_folder import MANIFEST, made_once, models_dir
+from rap_env.models.files.model_folder import MANIFEST, file_states, made_once, models_dir
 from rap_env.models.files.weight_files import (
     load_complete,
     load_tokenizer,
@@ -72,7 +71,7 @@ def load_native(
     """The model of a folder on the CPU, with packed modules in place.
 
     Args:
-        folder: A folder for which `is_packed` holds, or `with_own_names` returned.
+        folder: A folder for which `is_packed` or `has_all` holds, or `with_own_names` returned.
         dtype: Dtype of activations and of all weights that are not packed.
         model: The model without its weights; transformers' own by default.
         unread: If given, the weights of blocks are not read, nor unpacked ones of embeddings
@@ -81,7 +80,7 @@ def load_native(
     """
     from transformers import GenerationConfig
 
-    if unread is None and not is_packed(folder):
+    if unread is None and model is None and not is_packed(folder):
         raise ModelNotAvailableError(f"{folder} has no {PACKED_FILE}, so it has no packed weights.")
     config = read_config(folder) if model is None or unread else None
     if model is None:
@@ -162,14 +161,10 @@ def with_own_names(source: Path) -> Path:
     That is `source` itself, or a folder in the cache that is written once where transformers
     makes other tensors of those in the files (experts of a mixture, prefixes of names).
     """
-    model, stored = model_without_weights(read_config(source), torch.float32), {}
-    if has_all_weights(source):
-        stored = stored_tensors(source)
-    with contextlib.suppress(UnsupportedModelError):
-        require_all(model, stored, source)
+    if has_all(model_without_weights(read_config(source), torch.float32), source):
         return source
     return made_once(
-        models_dir() / f"named-{_key(source)}-v{_VERSION}",
+        models_dir() / f"named-{files_key(source)}-v{_VERSION}",
         functools.partial(_rename, source),
         f"Writing the tensors of {source} as transformers has them (once)",
         logging.WARNING,
@@ -250,6 +245,14 @@ def require_all(model: Any, stored: Any, path: Path) -> None:
         )
 
 
+def has_all(model: Any, folder: Path) -> bool:
+    """Whether a folder's safetensors files have the parameters of a model under its own names."""
+    with contextlib.suppress(UnsupportedModelError):
+        require_all(model, stored_tensors(folder) if has_all_weights(folder) else {}, folder)
+        return True
+    return False
+
+
 _VERSION = 1
 """Part of a folder's name: increase it when quantisers give other values."""
 
@@ -270,7 +273,7 @@ def quantised_folder(source: Path, level: PackedLevel) -> Path:
         level: ``"int8"`` or ``"int4"``.
     """
     return made_once(
-        models_dir() / f"{level}-{_key(source)}-v{_VERSION}",
+        models_dir() / f"{level}-{files_key(source)}-v{_VERSION}",
         functools.partial(_fill, source, level),
         f"Quantising {source} to {level} (once; {_DURATIONS[level]})",
         logging.WARNING,
@@ -283,11 +286,11 @@ def _fill(source: Path, level: PackedLevel, folder: Path) -> dict[str, Any]:
     return {"file": source.name, "level": level}
 
 
-def _key(source: Path) -> str:
+def files_key(source: Path) -> str:
+    """Names the present state of the config and the weights in a model folder."""
     weights = [*source.glob("*.safetensors"), *source.glob("*.bin")]
     files = sorted([source / "config.json", *weights])
-    content = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return digest([str(source.resolve()), content])[:16]
+    return file_states(*files)
 
 
 def _quantised(source: Path, level: PackedLevel) -> ElasticLLM:

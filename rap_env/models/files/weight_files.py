@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from rap_env.errors import ModelNotAvailableError, UnsupportedModelError
 from rap_env.models.files.hub import has_all_weights
@@ -104,6 +105,9 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+_STATED_TOKENIZERS = {("llama", "TokenizersBackend"), ("qwen2", "Qwen2Tokenizer")}
+
+
 def _tokenizer_class(folder: Path) -> Any:
     """The class to read a model folder's tokenizer with.
 
@@ -114,10 +118,8 @@ def _tokenizer_class(folder: Path) -> Any:
         stated = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         known = (config["model_type"], stated["tokenizer_class"])
-        if known == ("llama", "TokenizersBackend") and "auto_map" not in stated:
-            from transformers import TokenizersBackend
-
-            return TokenizersBackend
+        if known in _STATED_TOKENIZERS and "auto_map" not in stated:
+            return getattr(transformers, stated["tokenizer_class"])
     from transformers import AutoTokenizer
 
     return AutoTokenizer

@@ -22,6 +22,7 @@ from rap_env.models.caches.kv_cache import check_same_blocks
 from rap_env.models.device import return_freed_memory
 from rap_env.models.families.adapter import adapter_for
 from rap_env.models.families.placeholders import cache_in
+from rap_env.models.files.model_folder import remembered
 from rap_env.models.live.lean_llama import reject_lean
 from rap_env.models.live.live_blocks import HeldBytes, LiveBlocks, own_bytes, shared_facts
 from rap_env.models.weights.residency import RESIDENCIES, Residency, WeightStore
@@ -58,6 +59,8 @@ class ElasticLLM:
         adapter: Describes the blocks, from the config.
         calibration: Hash of the text with which levels of few bits are made; empty without
             one.
+        files_key: Names the files that hold exactly its weights, their state and its dtype;
+            None for a model that was not loaded from files.
         calibrator: Makes them once they are needed and do not exist; None: `calibrate` first.
 
     Raises:
@@ -84,6 +87,7 @@ class ElasticLLM:
         sites = self.adapter.sites(model)
         self._live = LiveBlocks(sites, block_items(model, sites), embeddings_item(model))
         self.calibration = ""
+        self.files_key: str | None = None
         self.calibrator: Callable[[ElasticLLM], object] | None = None
         self._unread: list[tuple[str, torch.Tensor | StoredTensor]] = []
         if unread:
@@ -316,8 +320,14 @@ class ElasticLLM:
     def fingerprint(self) -> str:
         """SHA-256 over the config and every weight (name, dtype, shape, bytes), in hex.
 
-        Computed once, in about a second per GB. Mask, device and source do not matter.
+        Computed once for a state of the files, in about a second per GB. Mask, device and
+        source do not matter.
         """
+        if self.files_key is None:
+            return self._fingerprint()
+        return remembered(self.files_key, self._fingerprint)
+
+    def _fingerprint(self) -> str:
         if self._unread:
             return fingerprint_of(self.model.config, self._unread)
         with self.applied(Plan()):

@@ -1,4 +1,4 @@
-"""A Llama decoder in plain torch, for serving in little memory.
+"""A Llama decoder in plain torch, for serving in little memory; also of Qwen2 models.
 
 Transformers' Llama imports what inference does not use: the compiler, distributed tensors,
 computer algebra and training losses, about 130 MiB of resident memory, which no subclass of
@@ -15,6 +15,7 @@ and products are written in place, and a norm is a single operation.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +40,8 @@ _SIZES = (
     "vocab_size",
 )
 _FLAGS = ("attention_bias", "mlp_bias", "tie_word_embeddings")
+_QWEN2_FLAGS = {"attention_bias": False, "mlp_bias": False}
+"""What a Qwen2 model has for Llama's flags, beside biases of queries, keys and values."""
 _Rotation = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -48,23 +51,39 @@ class LeanConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     model_type = "llama"
 
 
+class LeanQwen2Config(LeanConfig):  # type: ignore[no-untyped-call]
+    """The config of a Qwen2 model: a Llama with biases of queries, keys and values."""
+
+    model_type = "qwen2"
+
+
 def lean_config(folder: Path) -> LeanConfig | None:
-    """The config of a model folder if it is a Llama model that `LeanLlama` computes, else None."""
+    """The config of a model folder if `LeanLlama` computes the model, else None."""
     try:
         entries = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        rope = entries["rope_parameters"]
+        rope, is_qwen2 = entries["rope_parameters"], entries["model_type"] == "qwen2"
+        absent = {**_QWEN2_FLAGS, "head_dim": _head_size(entries)} if is_qwen2 else {}
+        known = {**absent, **entries}
         supported = (
-            entries["model_type"] == "llama"
+            entries["model_type"] in ("llama", "qwen2")
             and entries["hidden_act"] == "silu"
             and rope["rope_type"] == "default"
             and isinstance(rope["rope_theta"], int | float)
             and isinstance(entries["rms_norm_eps"], float)
-            and all(type(entries[name]) is int for name in _SIZES)
-            and all(type(entries[name]) is bool for name in _FLAGS)
+            and all(type(known[name]) is int for name in _SIZES)
+            and all(type(known[name]) is bool for name in _FLAGS)
+            and not (is_qwen2 and {*entries["layer_types"]} != {"full_attention"})
         )
     except (OSError, ValueError, LookupError, TypeError):
         return None  # transformers reads it, or names what is wrong
-    return LeanConfig.from_dict(entries) if supported else None
+    if not supported:
+        return None
+    return (LeanQwen2Config if is_qwen2 else LeanConfig).from_dict(entries)
+
+
+def _head_size(config: Mapping[str, Any]) -> int:
+    size: int = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return size
 
 
 def reject_lean(model: Any, action: str) -> None:
@@ -204,12 +223,13 @@ class _Attention(nn.Module):
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.layer_idx, self._heads = number, [heads, kv_heads]
         self.num_key_value_groups = heads // kv_heads  # transformers' attention reads it
-        size = config.head_dim
+        size = _head_size(config.__dict__)
         self.head_dim, self.scaling = size, size**-0.5
-        width, bias = config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(width, heads * size, bias)
-        self.k_proj = nn.Linear(width, kv_heads * size, bias)
-        self.v_proj = nn.Linear(width, kv_heads * size, bias)
+        width, bias = config.hidden_size, getattr(config, "attention_bias", False)
+        biased = bias or isinstance(config, LeanQwen2Config)
+        self.q_proj = nn.Linear(width, heads * size, biased)
+        self.k_proj = nn.Linear(width, kv_heads * size, biased)
+        self.v_proj = nn.Linear(width, kv_heads * size, biased)
         self.o_proj = nn.Linear(heads * size, width, bias)
 
     def forward(
@@ -234,7 +254,8 @@ _attention = with_levels(grouped_query_attention)
 class _MLP(nn.Module):
     def __init__(self, config: LeanConfig) -> None:
         super().__init__()
-        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        width, inner = config.hidden_size, config.intermediate_size
+        bias = getattr(config, "mlp_bias", False)
         self.gate_proj = nn.Linear(width, inner, bias)
         self.up_proj = nn.Linear(width, inner, bias)
         self.down_proj = nn.Linear(inner, width, bias)
@@ -287,7 +308,7 @@ class _Rotary(nn.Module):
 
     def __init__(self, config: LeanConfig) -> None:
         super().__init__()
-        base, size = config.rope_parameters["rope_theta"], config.head_dim
+        base, size = config.rope_parameters["rope_theta"], _head_size(config.__dict__)
         frequencies = 1.0 / (base ** (torch.arange(0, size, 2, dtype=torch.float) / size))
         self.register_buffer("frequencies", frequencies, persistent=False)
 

@@ -107,6 +107,13 @@ def test_a_file_of_another_kind_is_rejected(lonely: Path, tmp_path: Path) -> Non
         load_llm(tmp_path / "text.gguf")
 
 
+def test_a_file_without_a_tokenizer_is_rejected(lonely: Path, tmp_path: Path) -> None:
+    write_tiny_gguf(tmp_path / "tiny.gguf", leave_out="tokenizer")
+    with pytest.raises(UnsupportedModelError, match=r"tiny\.gguf has no tokenizer that"):
+        load_llm(tmp_path / "tiny.gguf")
+    assert not list((lonely / "models").glob("gguf-*"))
+
+
 @pytest.mark.parametrize("weights", ["native", "bf16"])
 @pytest.mark.parametrize("kept", [0.02, 0.5, 0.95])
 def test_a_truncated_file_is_rejected(kept, weights, lonely, tmp_path) -> None:

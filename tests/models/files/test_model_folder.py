@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from rap_env.errors import ModelNotAvailableError, UnsupportedModelError
-from rap_env.models.files.model_folder import is_intact, made_apart, made_once, manifest_source
+from rap_env.models.files.model_folder import (
+    file_states,
+    is_intact,
+    made_apart,
+    made_once,
+    manifest_source,
+    remembered,
+)
 
 
 def fill(folder: Path) -> dict[str, int]:
@@ -49,3 +56,18 @@ def test_an_error_in_that_process_is_the_callers_and_leaves_nothing(tmp_path, ma
     with made_apart(), pytest.raises(error, match=message):
         made_once(tmp_path / "models" / "failed", make, "Making it")
     assert [path.name for path in (tmp_path / "models").iterdir()] == [".failed.lock"]
+
+
+def test_a_hash_is_remembered_for_the_state_of_its_file(lonely: Path, tmp_path: Path) -> None:
+    path, made = tmp_path / "file", []
+
+    def hashed() -> str:
+        made.append(path.read_text())
+        return f"hash of {made[-1]}"
+
+    path.write_text("one")
+    for content, expected in (("one", 1), ("one", 1), ("other", 2)):
+        if path.read_text() != content:
+            path.write_text(content)
+        assert remembered(file_states(path), hashed) == f"hash of {content}"
+        assert len(made) == expected

@@ -19,7 +19,9 @@ from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.lean_llama import _NORM_VALUES, LeanLlama, lean_config
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.models.live.partial_forward import PartialForward
+from rap_env.models.weights.tensors import fingerprint_of
 from rap_env.plan import Plan
+from tests.models.states import saved
 from tests.models.tiny_gguf import write_tiny_gguf
 from tests.tiny import padded_batch, randomise, tiny_config
 
@@ -110,6 +112,15 @@ def test_identity_sizes_and_tokenizer_are_those_of_the_other_model(both):
     assert list(lean.model.state_dict()) == list(full.model.state_dict())
 
 
+def test_an_unpacked_folder_is_served_too(tmp_path):
+    folder = saved(tmp_path / "model", "llama")
+    lean, full = (load_llm(folder, device="cpu", lean=lean) for lean in (True, False))
+    assert isinstance(lean.model, LeanLlama)
+    assert lean.facts == full.facts
+    ids = torch.tensor([[5, 9, 33, 7]])
+    assert torch.equal(lean.model(ids).logits, full.model(ids).logits)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kv_heads", [1, 4])
 @pytest.mark.parametrize("biased", [False, True])
@@ -140,6 +151,24 @@ def test_unpacked_weights_give_the_same_logits(tmp_path, dtype, kv_heads, biased
             torch.testing.assert_close(actual, expected, rtol=ulps, atol=ulps)
         ids = inputs["input_ids"]
         assert torch.equal(lean(ids, logits_to_keep=2).logits, wide(ids, logits_to_keep=2).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_qwen2_model_has_biases_and_the_same_logits(tmp_path, dtype):
+    config = tiny_config("qwen2")
+    wide = tf.Qwen2ForCausalLM(config)
+    randomise(wide)
+    wide = wide.to(dtype).eval()
+    config.save_pretrained(tmp_path)
+    lean = LeanLlama(lean_config(tmp_path), dtype)
+    lean.load_state_dict(wide.state_dict(), assign=True)
+    ids = padded_batch()["input_ids"][:1]
+    with torch.no_grad():
+        assert torch.equal(lean(ids).logits, wide(ids).logits)
+    assert fingerprint_of(lean.config, []) == fingerprint_of(wide.config, [])
+    config.layer_types = ["full_attention", "sliding_attention"]
+    config.save_pretrained(tmp_path)
+    assert lean_config(tmp_path) is None
 
 
 @pytest.mark.parametrize(
