@@ -41,7 +41,7 @@ def load_served_model(settings: ServerSettings, limit: LiveLimit | None = None) 
     """Load the model and set its residency.
 
     With a limit of the process, the start is checked before the weights are read. A model that
-    has to be converted first is converted in another process, which keeps the memory.
+    has to be converted first is converted in another process, whose memory is freed with it.
     """
     limits_process = limit is not None and limit.of_process
     with made_apart():
@@ -140,7 +140,7 @@ def _short_request(llm: ElasticLLM, limit: LiveLimit, reserve_bytes: int = 0) ->
 
 def _other_bytes(llm: ElasticLLM) -> int:
     """Bytes of the process now that are not the model's weights and caches."""
-    return max(0, resident_bytes()[0] - llm.held_bytes.total)
+    return max(0, resident_bytes()[1] - llm.held_bytes.total)
 
 
 def floor_of(settings: ServerSettings, policy: Policy) -> float | None:
