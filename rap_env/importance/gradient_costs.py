@@ -398,7 +398,7 @@ def _head_parts(
     for first in range(0, shape[0], size):
         part = slice(first, min(first + size, shape[0]))
         if matrix is None:
-            weight = head.weight[part].float()
+            weight = head.weight[part].to(forward.model.device).float()
         else:
             weight = torch.empty(part.stop - first, shape[1], device=matrix.device)
             matrix.widen(weight, first)

@@ -53,7 +53,13 @@ from rap_env.models.live.calibration import (
     save_prepared_levels,
     use_text,
 )
-from rap_env.models.live.calibration_text import calibration_windows, mixed_windows, user_windows
+from rap_env.models.live.calibration_text import (
+    LEVEL_TOKENS,
+    LEVEL_WINDOWS,
+    calibration_windows,
+    mixed_windows,
+    user_windows,
+)
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.progress import progress_bar
@@ -67,7 +73,7 @@ log = logging.getLogger(__name__)
 
 COST_WINDOWS, COST_TOKENS = 4, 1024
 """Windows of text for costs, and the tokens of each."""
-_LEVEL_WINDOWS, _LEVEL_TOKENS = 80, 256
+_FEWEST_LEVEL_WINDOWS = 16  # that a user's text must have
 _VERSION = 1
 """Part of a run's key: increase it when results change."""
 
@@ -223,7 +229,7 @@ def prepare(
         run = _Run(folder, os.fspath(model), kind, str(llm.device), bits, source, threads)
         del llm
         _keep_usable(folder)
-        with _progress(progress) as note, _helpers(run, workers) as check:
+        with _progress(progress, bits) as note, _helpers(run, workers) as check:
             costs = _work(run, check, note)
         scoring = {**costs.provenance["scoring"], "preparation": key}
         costs = replace(
@@ -242,8 +248,11 @@ def _texts(llm: ElasticLLM, text: str | Path | None) -> dict[str, torch.Tensor]:
     costs = COST_WINDOWS, min(COST_TOKENS, longest)
     if text is None:
         return {"costs": mixed_windows(llm, *costs), "levels": calibration_windows(llm)}
-    levels = _LEVEL_WINDOWS, min(_LEVEL_TOKENS, longest - 1)
-    return {"costs": user_windows(llm, text, *costs), "levels": user_windows(llm, text, *levels)}
+    levels = LEVEL_WINDOWS, min(LEVEL_TOKENS, longest - 1)
+    return {
+        "levels": user_windows(llm, text, *levels, fewest=_FEWEST_LEVEL_WINDOWS),
+        "costs": user_windows(llm, text, *costs, fewest=1),
+    }
 
 
 def _workers(llm: ElasticLLM, memory_bytes: int | None) -> int:
@@ -287,14 +296,16 @@ def _process_bytes(llm: ElasticLLM) -> int:
 
 
 @contextlib.contextmanager
-def _progress(shown: bool) -> Iterator[Callable[[str, float], None]]:
+def _progress(shown: bool, bits: int) -> Iterator[Callable[[str, float], None]]:
     """Yields what shows the share of a group of tasks that is done."""
     done: dict[str, float] = {}
+    shares = {name: share for name, share in _SHARES.items() if bits < 4 or name != "levels"}
     with progress_bar(shown, total=100, desc="prepare", unit="%") as bar:
 
         def note(group: str, share: float) -> None:
             done[group] = share
-            percent = round(100 * sum(_SHARES[name] * part for name, part in done.items()))
+            parts = [shares[name] * part for name, part in done.items()]
+            percent = round(100 * sum(parts) / sum(shares.values()))
             if percent > bar.n:
                 bar.update(percent - bar.n)
 
@@ -353,7 +364,6 @@ def _work(
     )
     windows = torch.tensor(texts["costs"])
     facts, files = _levels(run, torch.tensor(texts["levels"]), tasks)
-    note("levels", 1.0)
     levels = {
         item: names if is_cache(item) else _offered(names, run.bits)
         for item, names in item_levels(facts, CACHE_LEVELS, windows.shape[1]).items()

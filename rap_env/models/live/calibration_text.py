@@ -47,7 +47,9 @@ TEMPERATURE, TOP_P = 0.9, 0.95
 
 _BATCH = 16  # sequences at a time
 
-_WINDOWS, _WINDOW_TOKENS, _SEED = 80, 256, 0
+LEVEL_WINDOWS, LEVEL_TOKENS = 48, 256
+"""Windows of the text that levels are made with, and the tokens of each."""
+_SEED = 0
 _TEXT_KIND, _TEXT_FORMAT = "calibration text", 1
 _DATE = "01 Jan 2025"
 """The date of all chats: some templates write today's, but the same model gets the same tokens."""
@@ -61,7 +63,7 @@ def calibration_windows(llm: ElasticLLM) -> torch.Tensor:
     """
     if (packaged := packaged_windows(llm)) is not None:
         return packaged
-    return mixed_windows(llm, _WINDOWS, min(_WINDOW_TOKENS, llm.adapter.max_positions - 1))
+    return mixed_windows(llm, LEVEL_WINDOWS, min(LEVEL_TOKENS, llm.adapter.max_positions - 1))
 
 
 def packaged_windows(llm: ElasticLLM) -> torch.Tensor | None:
@@ -102,7 +104,7 @@ def mixed_windows(llm: ElasticLLM, windows: int, window_tokens: int) -> torch.Te
 
 
 def user_windows(
-    llm: ElasticLLM, path: str | Path, windows: int, window_tokens: int
+    llm: ElasticLLM, path: str | Path, windows: int, window_tokens: int, *, fewest: int = 0
 ) -> torch.Tensor:
     """A user's text, (windows, window_tokens), spread evenly over it.
 
@@ -115,6 +117,7 @@ def user_windows(
             or texts (``{"text": ...}``).
         windows: Number of windows.
         window_tokens: Tokens of each.
+        fewest: Windows that are enough where the text has no more; 0 for all of them.
 
     Raises:
         CorpusError: The file cannot be read as UTF-8 text, a row has none of these fields, or
@@ -127,10 +130,10 @@ def user_windows(
         raise UnsupportedModelError(f"{llm.name} has no tokenizer to read {path} with.")
     ids = _encoded(llm, _user_texts(llm.tokenizer, path))
     cut = _cut(llm.tokenizer, ids, window_tokens)
-    if len(cut) < windows:
+    if len(cut) < (needed := fewest or windows):
         raise CorpusError(
             f"{path} has {counted(len(ids), 'token')} of {llm.name}'s tokenizer, but "
-            f"{windows * window_tokens:,} are needed ({windows} windows of {window_tokens}); "
+            f"{needed * window_tokens:,} are needed ({needed} windows of {window_tokens}); "
             "give a longer text."
         )
     return torch.stack(_spread(cut, windows))
