@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from rap_env.artifacts import digest, load_artifact, save_artifact
-from rap_env.errors import InvalidRequestError, ModelNotAvailableError
+from rap_env.errors import ArtifactError, InvalidRequestError, ModelNotAvailableError
 from rap_env.importance.gradient_costs import (
     REMOVAL_EVERY,
     WindowCosts,
@@ -44,6 +44,7 @@ from rap_env.importance.gradient_costs import (
 )
 from rap_env.importance.level_costs import CACHE_LEVELS, LevelCosts
 from rap_env.model_facts import ModelFacts
+from rap_env.models.device import free_memory_early, return_freed_memory
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.model_folder import locked
 from rap_env.models.live.calibration import (
@@ -99,6 +100,7 @@ class _Run:
         bits: Fewest bits of weights, 2, 3 or 4.
         text: Source of the text.
         threads: Threads of each process; None for torch's own number.
+        bounded: Whether memory is scarce, so that freed memory is not kept.
     """
 
     folder: Path
@@ -108,10 +110,14 @@ class _Run:
     bits: int
     text: str
     threads: int | None
+    bounded: bool
 
     def open(self, dtype: str, levels: _Files | None = None) -> ElasticLLM:
         """The model in a dtype, with its blocks in its files, and the files of their levels."""
         llm = load_llm(self.model, device=self.device, dtype=dtype, on_demand=True)
+        llm.tokenizer = None  # a large one takes a hundred megabytes
+        if self.bounded:
+            free_memory_early()
         for item, files in zip(llm._live.all_items, levels or (), strict=levels is not None):
             item.files.update(files)
         return llm
@@ -146,6 +152,7 @@ class _Tasks:
             self._check()
             if not path.exists() and _claimed(path):
                 save_artifact(path, _KIND, _FORMAT, do(number))
+                return_freed_memory()
             self._note(group, sum(path.exists() for path in paths) / count)
         for path in paths:
             self.wait(path)
@@ -213,12 +220,10 @@ def prepare(
     hashes = {name: Corpus.of_tokens(tokens).sha256 for name, tokens in texts.items()}
     key = digest([llm.fingerprint, hashes, bits, _VERSION])
     path = prepared_dir(llm.fingerprint) / COSTS_FILE
-    with contextlib.suppress(FileNotFoundError):
-        costs = LevelCosts.load(path, llm)
-        if costs.provenance["scoring"].get("preparation") == key:
-            return costs, path
     folder = path.parent / f"{key[:16]}.part"
     with locked(folder):
+        if (made := _made_before(llm, path, key, bits)) is not None:
+            return made, path
         folder.mkdir(parents=True, exist_ok=True)
         body = {name: tokens.tolist() for name, tokens in texts.items()}
         save_artifact(folder / _TEXT, _KIND, _FORMAT, body)
@@ -226,7 +231,8 @@ def prepare(
         kind = str(llm.dtype).removeprefix("torch.")
         threads = 1 if workers > 1 else None
         source = "mixture" if text is None else os.fspath(text)
-        run = _Run(folder, os.fspath(model), kind, str(llm.device), bits, source, threads)
+        bounded = memory_bytes is not None
+        run = _Run(folder, os.fspath(model), kind, str(llm.device), bits, source, threads, bounded)
         del llm
         _keep_usable(folder)
         with _progress(progress, bits) as note, _helpers(run, workers) as check:
@@ -240,6 +246,15 @@ def prepare(
         costs.save(path)
         shutil.rmtree(folder, ignore_errors=True)
     return costs, path
+
+
+def _made_before(llm: ElasticLLM, path: Path, key: str, bits: int) -> LevelCosts | None:
+    """The costs of an earlier run of this key, if they and its levels exist."""
+    with contextlib.suppress(FileNotFoundError, ArtifactError):
+        costs = LevelCosts.load(path, llm)
+        same = costs.provenance["scoring"].get("preparation") == key
+        return costs if same and not llm.absent_levels(_made_levels(bits)) else None
+    return None
 
 
 def _texts(llm: ElasticLLM, text: str | Path | None) -> dict[str, torch.Tensor]:
@@ -347,7 +362,7 @@ def _help(run: _Run) -> None:
 
     def check() -> None:
         if (run.folder / "stop").exists() or parent is None or not parent.is_alive():
-            raise SystemExit("The preparation has ended.")
+            os._exit(1)  # an error would be sent to the parent, which no longer reads it
 
     _work(run, check, lambda group, share: None)
 
