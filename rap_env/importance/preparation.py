@@ -306,8 +306,20 @@ def _number(path: Path) -> int:
 
 
 def _process_bytes(llm: ElasticLLM) -> int:
-    """About the resident memory of a process that prepares a model."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """About the most resident memory of a process that prepares a model, which is open in this one.
+
+    For levels it is mostly five float32 matrices (n, n), for a matrix with n inputs; for
+    costs the states of a window in all layers and what the gradient of one layer needs.
+    """
+    facts, shapes = llm.facts, [p.shapes for item in llm._live.items for p in item.places]
+    most_inputs = max((shape[1] for each in shapes for shape in each), default=0)
+    layer = max(
+        sum(out * n for p in item.places for out, n in p.shapes) for item in llm._live.items
+    )
+    states = facts.num_layers * facts.hidden_size + 12 * facts.ffn_width
+    values = max(5 * most_inputs**2 + layer, COST_TOKENS * states + 2 * layer)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() + 4 * values
 
 
 @contextlib.contextmanager

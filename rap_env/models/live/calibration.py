@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -350,15 +350,23 @@ def _quantise(
         # A last matrix of an expert does not see all windows.
         item.quantise(level, quantisers)
         return
-    quantiser = quantisers[last]
     item.quantise(level, quantisers, native=last)
-    inputs, results = recorded(last.original), recorded(last.original, outputs=True)
-    with inputs as changed, results as changed_outputs, item.in_place(level):
+    native, unequal = iter(outputs), False
+
+    def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        nonlocal unequal
         for state in torch.split(torch.cat(fitted_on), _WINDOWS):
-            run(state)
-    if list(map(len, outputs)) == list(map(len, changed)):
-        lost = [a.float() - b for a, b in zip(outputs, changed_outputs, strict=True)]
-        corrected_by = correction(lost, changed, _CORRECTION_DAMPING)
+            inputs, results = recorded(last.original), recorded(last.original, outputs=True)
+            with inputs as changed, results as changed_outputs, item.in_place(level):
+                run(state)
+            for own, entered, left in zip(native, changed, changed_outputs, strict=False):
+                unequal = unequal or len(own) != len(left)  # an expert sees other tokens
+                if not unequal:
+                    yield own.float() - left, entered
+
+    corrected_by = correction(pairs(), _CORRECTION_DAMPING)
+    quantiser = quantisers[last]
+    if corrected_by is not None and not unequal:
         quantiser = partial(quantiser, corrected_by=corrected_by)
     item.quantise_again(level, last, quantiser)
 

@@ -13,7 +13,7 @@ transposed, so that what a step reads and writes is contiguous.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -56,7 +56,8 @@ def hessians(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tensor
             return
         last, size = (states, name), states.shape[-1]
         if name not in sums:
-            sums[name] = torch.zeros(size, size, device=states.device)
+            with torch.inference_mode(False):  # it is damped later, in place
+                sums[name] = torch.zeros(size, size, device=states.device)
         for sequence in _sequences(states):
             _add_upper(sums[name], sequence.float())
 
@@ -64,8 +65,8 @@ def hessians(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tensor
         for name, layer in layers.items():
             hooks.callback(layer.register_forward_pre_hook(partial(add, name)).remove)
         yield sums
-    whole = {id(total): _mirrored(total) for total in sums.values()}
-    sums.update({name: whole[id(total)] for name, total in sums.items()})
+    for total in {id(total): total for total in sums.values()}.values():
+        _mirror_(total)
 
 
 def _sequences(states: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -74,15 +75,18 @@ def _sequences(states: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _add_upper(total: torch.Tensor, states: torch.Tensor) -> None:
-    """Add ``states.T @ states``, without most of what is below the diagonal; see `_mirrored`."""
+    """Add ``states.T @ states``, without most of what is below the diagonal; see `_mirror_`."""
     for first in range(0, len(total), _PANEL):
         panel = states[:, first : first + _PANEL]
         total[first : first + _PANEL, first:].addmm_(panel.T, states[:, first:])
 
 
-def _mirrored(total: torch.Tensor) -> torch.Tensor:
-    """A symmetric matrix by what is on and above its diagonal."""
-    return total.triu() + total.triu(1).T
+def _mirror_(total: torch.Tensor) -> torch.Tensor:
+    """Complete a symmetric matrix, in place, by what is above its diagonal."""
+    for first in range(0, len(total), _PANEL):
+        panel, rest = slice(first, first + _PANEL), slice(first + _PANEL, None)
+        total[rest, panel] = total[panel, rest].T
+    return total
 
 
 @contextlib.contextmanager
@@ -113,8 +117,8 @@ def recorded(
 
 
 def correction(
-    lost: Sequence[torch.Tensor], changed: Sequence[torch.Tensor], damping: float
-) -> torch.Tensor:
+    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], damping: float
+) -> torch.Tensor | None:
     """What to add to a layer's weights where the layers before it are quantised, (out, in).
 
     With it, outputs for the changed inputs y are nearest to the native ones, by least
@@ -123,27 +127,41 @@ def correction(
     native inputs x).
 
     Args:
-        lost: Native outputs minus those of the native layer for the changed inputs,
-            (tokens, out), for some tokens each.
-        changed: The changed inputs of the same tokens, (tokens, in) each.
+        pairs: For some tokens each, native outputs minus those of the native layer for the
+            changed inputs, (tokens, out), and the changed inputs, (tokens, in).
         damping: As of `DampedHessian`: more of it changes the weights less.
+
+    Returns:
+        The correction; None without any pair.
     """
-    inputs, outputs = changed[0].shape[1], lost[0].shape[1]
-    hessian = torch.zeros(inputs, inputs, device=changed[0].device)
-    cross = torch.zeros(inputs, outputs, device=changed[0].device)
-    for own, states in zip(lost, changed, strict=True):
-        wide = states.float()
+    hessian = cross = None
+    for lost, changed in pairs:
+        wide = changed.float()
+        if hessian is None or cross is None:
+            hessian = wide.new_zeros(wide.shape[1], wide.shape[1])
+            cross = wide.new_zeros(wide.shape[1], lost.shape[1])
         _add_upper(hessian, wide)
-        cross.addmm_(wide.T, own.float())
-    factor = torch.linalg.cholesky(_damped(_mirrored(hessian), damping))
-    return torch.cholesky_solve(cross, factor).T
+        cross.addmm_(wide.T, lost.float())
+    if hessian is None or cross is None:
+        return None
+    lower = _cholesky_(_damp_(_mirror_(hessian), damping))
+    # torch.cholesky_solve would copy the factor.
+    half = torch.linalg.solve_triangular(lower, cross, upper=False)
+    added: torch.Tensor = torch.linalg.solve_triangular(lower, half.T, upper=False, left=False)
+    return added
 
 
-def _damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    matrix = hessian.float().clone()
+def _damp_(matrix: torch.Tensor, damping: float) -> torch.Tensor:
     diagonal = matrix.diagonal()
     diagonal += damping * diagonal.mean() + torch.finfo(torch.float32).tiny
     return matrix
+
+
+def _cholesky_(matrix: torch.Tensor) -> torch.Tensor:
+    """The lower factor of a symmetric matrix, in its memory: large ones take a tenth of a GiB."""
+    by_columns = matrix.mT  # the order that LAPACK works on
+    lower: torch.Tensor = torch.linalg.cholesky(by_columns, out=by_columns)
+    return lower
 
 
 @dataclass(frozen=True)
@@ -163,16 +181,16 @@ class DampedHessian:
         """Damp the sum of ``x.T x`` over calibration inputs, (in, in).
 
         Args:
-            hessian: The sum.
+            hessian: The sum, float32, which becomes the damped matrix.
             damping: Part of its mean diagonal that is added to its diagonal. More of it
                 trusts the text less: it is better where text of another kind is served.
         """
-        matrix = _damped(hessian, damping)
+        matrix = _damp_(hessian, damping)
         # Of the matrix with its inputs in reverse, the lower factor is an upper one of itself;
         # the inverse of that is the factor.
-        lower = torch.linalg.cholesky(matrix.flip(0, 1).double()).float()
+        upper = _cholesky_(matrix.flip(0, 1).double()).float().flip(0, 1)
         one = torch.eye(len(matrix), device=matrix.device)
-        return cls(matrix, torch.linalg.solve_triangular(lower.flip(0, 1), one, upper=True))
+        return cls(matrix, torch.linalg.solve_triangular(upper, one, upper=True))
 
 
 def quantise_gptq(

@@ -155,7 +155,9 @@ def test_corrected_weights_make_up_for_changed_inputs() -> None:
     changed = 0.8 * native + 0.09 * native.roll(1, dims=1)
     expected = native @ weight.T
     lost = expected - changed @ weight.T
-    corrected_by = correction(torch.split(lost, 700), torch.split(changed, 700), damping=0.01)
+    corrected_by = correction(
+        zip(torch.split(lost, 700), torch.split(changed, 700), strict=True), damping=0.01
+    )
     errors = [
         float((changed @ own.T - expected).square().sum())
         for own in (weight + corrected_by, weight)
