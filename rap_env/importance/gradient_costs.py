@@ -211,9 +211,10 @@ def joint_plans(costs: Costs, levels: Mapping[str, Sequence[str]]) -> dict[tuple
     for name, form in LOW_BIT_FORMATS.items():
         if lowered := [item for item in blocks if name in costs[item] and form.bits < 4]:
             plans["block", name] = Plan.of(dict.fromkeys(lowered, name))
-    windows = [n for item in caches[:1] for n in costs[item] if CacheLevel.of(n).window_tokens]
-    if windows:
-        plans["cache", windows[-1]] = Plan.of(dict.fromkeys(caches, windows[-1]))
+    levels_of_caches = [CacheLevel.of(name) for item in caches[:1] for name in costs[item]]
+    if windows := [level for level in levels_of_caches if level.window_tokens]:
+        shortest = min(windows, key=lambda level: (level.window_tokens or 0, level.bits)).name
+        plans["cache", shortest] = Plan.of(dict.fromkeys(caches, shortest))
     removable = sorted(
         (item for item in blocks if "removed" in costs[item]), key=lambda i: costs[i]["removed"]
     )

@@ -7,7 +7,9 @@ from torch.nn import functional
 from rap_env.importance.gradient_costs import (
     head_nll,
     item_levels,
+    joint_plans,
     plan_nll,
+    scaled_costs,
     window_costs,
 )
 from rap_env.models.live.partial_forward import PartialForward
@@ -117,3 +119,36 @@ def test_the_head_in_parts_has_the_nll_and_gradient_of_the_whole(family, monkeyp
     expected.sum().backward()
     torch.testing.assert_close(nll, expected.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradient, leaf.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_joint_plans_do_not_depend_on_the_order_of_levels():
+    caches = {cache_name(n): {"int4-window128": 3.0, "int4-window512": 1.0} for n in range(2)}
+    blocks = {block_name(n): {"int2": 2.0, "int3": 1.0, "removed": n + 9.0} for n in range(8)}
+    levels = {"embeddings": ["int3", "int8"]}
+    plans = joint_plans({**blocks, **caches}, levels)
+    assert set(plans) == {
+        ("embeddings", "int3"), ("embeddings", "int8"), ("block", "int3"), ("block", "int2"),
+        ("cache", "int4-window128"), ("block", "removed"),
+    }  # fmt: skip
+    assert plans["block", "removed"] == Plan.removing(0)
+
+
+def test_costs_are_scaled_to_what_the_joint_plans_lose():
+    costs = {
+        block_name(0): {"int8": 0.1, "int3": 1.0, "removed": 2.0},
+        block_name(1): {"int3": 3.0, "removed": 3.5},
+        cache_name(0): {"int4": 0.5, "int4-window128": 1.0},
+    }
+    uniform = Plan.of({block_name(0): "int3", block_name(1): "int3"})
+    window = Plan.of({cache_name(0): "int4-window128"})
+    rises = {
+        ("block", "int3"): (uniform, 2.0),
+        ("cache", "int4-window128"): (window, 0.25),
+        ("embeddings", "int8"): (Plan(embeddings="int8"), -0.1),
+    }
+    scaled = scaled_costs(costs, rises)
+    assert scaled[block_name(0)] == {"int8": 0.1, "int3": 0.5, "removed": 2.0}
+    assert scaled[block_name(1)] == {"int3": 1.5, "removed": 3.5}
+    # A window never costs less than the same bits without it.
+    assert scaled[cache_name(0)] == {"int4": 0.5, "int4-window128": 0.5}
+    assert scaled["embeddings"] == {"int8": 0.0}
