@@ -69,7 +69,7 @@ class RAPLadderEnv(PruningEnv):
     | [:, 4] | depth: layer divided by L - 1; 0 for the embeddings | 0 (first layer) | 1 (last) |
     | [:, 5] | level | 0 (native) | 1 (lowest, or gone with its block) |
     | [:, 6] | bytes that the item's next level frees, as a share of the native peak | 0 | 1 |
-    | [:, 7] | one-shot cost of the next level: ΔNLL of this item alone at it | 0 | 1 |
+    | [:, 7] | cost of the next level: ΔNLL of this item alone at it | 0 | 1 |
     | [:, 8] | place of the step to the next level in the greedy order | 0 (first) | 1 (last) |
     | [:, 9] | ΔNLL that this step adds in the greedy order | 0 | 1 |
 

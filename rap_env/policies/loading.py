@@ -94,7 +94,7 @@ class OrderPolicy(Policy):
 def uniform_policy(memory: MemoryModel) -> OrderPolicy:
     """A rule for a model of which nothing was measured, with levels that need no text.
 
-    It lowers all caches, then all weights, and then removes layers, the last ones first.
+    It lowers all caches, then all weights, and then removes layers (`middle_first`).
     """
     facts = memory.facts.without_levels({*WEIGHT_LEVELS} - {"int8", "int4"})
     return OrderPolicy(memory, middle_first(facts.num_layers), uniform_plans(facts), "uniform")
@@ -136,7 +136,7 @@ def load_policy(
             raise
         log.warning(
             "%s Until then all caches are lowered alike, then all weights, and then whole layers "
-            "are removed, the last ones first.",
+            "are removed, from the last but one down.",
             error,
         )
     return uniform_policy(memory)

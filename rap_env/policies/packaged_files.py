@@ -163,4 +163,5 @@ def _text(text: dict[str, Any]) -> str:
     """How much text a file was measured on, and its source in words."""
     source = re.sub(r"/(test|train|validation)\.jsonl", "", text["source"])
     source = re.sub(r"\bself$", "text that the model wrote", source)
+    source = re.sub(r"\bmixture$", "chats, articles and code", source)
     return f"{text['windows'] * text['window_tokens']} tokens of {source}"
