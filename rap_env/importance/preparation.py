@@ -52,6 +52,7 @@ from rap_env.models.live.calibration import (
     make_head,
     make_layer,
     save_prepared_levels,
+    use_prepared_levels,
     use_text,
 )
 from rap_env.models.live.calibration_text import (
@@ -68,6 +69,7 @@ from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS, PackedLevel
 from rap_env.models.weights.tensors import verified_tensors, write_tensors
 from rap_env.paths import COSTS_FILE, prepared_dir
 from rap_env.plan import Plan, is_cache
+from rap_env.request import human_bytes
 from rap_env.scoring.corpus import Corpus
 
 log = logging.getLogger(__name__)
@@ -252,6 +254,7 @@ def _made_before(llm: ElasticLLM, path: Path, key: str, bits: int) -> LevelCosts
     """The costs of an earlier run of this key, if they and its levels exist."""
     with contextlib.suppress(FileNotFoundError, ArtifactError):
         costs = LevelCosts.load(path, llm)
+        use_prepared_levels(llm)  # another process may have made them meanwhile
         same = costs.provenance["scoring"].get("preparation") == key
         return costs if same and not llm.absent_levels(_made_levels(bits)) else None
     return None
@@ -279,8 +282,8 @@ def _workers(llm: ElasticLLM, memory_bytes: int | None) -> int:
     need = _process_bytes(llm)
     if need > memory_bytes:
         raise InvalidRequestError(
-            f"memory is {memory_bytes:,} bytes, but preparing {llm.name} takes about {need:,}, "
-            "with a layer at a time in memory; set memory to at least that."
+            f"memory is {human_bytes(memory_bytes)}, but preparing {llm.name} takes about "
+            f"{human_bytes(need)}, with a layer at a time in memory; set memory to at least that."
         )
     return 2 if 2 * need <= memory_bytes else 1
 

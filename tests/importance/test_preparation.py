@@ -101,6 +101,20 @@ def test_a_prepared_model_is_not_prepared_again(folder, monkeypatch):
     assert prepared(folder) == (costs, path)
 
 
+def test_a_process_that_waited_for_another_does_not_prepare_again(folder, monkeypatch):
+    (costs, path), opened = prepared(folder), []
+
+    def before_the_other_ended(*args, **options):
+        hidden = path.parent.rename(path.parent.with_name("hidden"))
+        opened.append(load_llm(*args, **options))
+        hidden.rename(path.parent)
+        return opened[-1]
+
+    monkeypatch.setattr(preparation, "load_llm", before_the_other_ended)
+    monkeypatch.setattr(preparation, "_work", lambda *args: pytest.fail("it ran again"))
+    assert prepared(folder) == (costs, path)
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_same(folder, monkeypatch):
     costs, _ = prepared(folder)
