@@ -43,11 +43,11 @@ def as_markdown(comparisons: Sequence[Records], *, captions: bool = False) -> st
     """
     parts = []
     for records in comparisons:
-        shown = [records.comparison] if records.comparison else list(records.parts.values())
-        for comparison in shown:
-            title = records.title(records.evaluations[0])
-            parts.append(tables_markdown(comparison, title, captions=captions))
-        if shown and captions:
+        if records.comparison is None:
+            continue
+        title = records.title(records.evaluations[0])
+        parts.append(tables_markdown(records.comparison, title, captions=captions))
+        if captions:
             depends = records.rows[0].depends_on
             parts.append(
                 f"Report text: {text_words(depends.get('report_text', {}))}. Calibration text: "

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.config import Config
-from experiments.config.common import TasksConfig, TextConfig, parse_cell
+from experiments.config.common import TasksConfig, TextConfig
 from experiments.config.program_settings import EvaluateConfig
 from experiments.study.console import ExperimentError
 from experiments.study.json_records import Cell
@@ -175,52 +174,23 @@ class EvaluationCell:
     """A request at a budget, at which all methods are compared.
 
     Attributes:
-        sparsity: Share of the block bytes to free, if the cell is defined by it.
-        outside: Whether the cell is outside the training range of policies.
         target_delta_nll: ΔNLL that the budget stands for, nats per token, if it stands for
             one.
     """
 
     cell: Cell
     request: Request
-    sparsity: float | None = None
-    outside: bool = False
     target_delta_nll: float | None = None
 
-    @property
-    def part(self) -> str:
-        """Part of the evaluation that the cell belongs to, as in `ResultRow`."""
-        return "outside" if self.outside else "grid" if self.sparsity is None else "sparsity"
 
-
-def grid_requests(grid: EvaluateConfig, ladder_bytes: LadderBytes) -> list[Request]:
-    """Return the request of every cell of the grid, and of every pinned one.
+def evaluation_cells(grid: EvaluateConfig, ladder_bytes: LadderBytes) -> list[EvaluationCell]:
+    """Return every cell of the grid of requests and budgets, then the pinned ones.
 
     Args:
         grid: Requests and budgets.
         ladder_bytes: The ladder, which decides which budgets can be met.
     """
-    cells = _checked(_grid_cells(grid, ladder_bytes.memory), ladder_bytes)
-    return [cell.request for cell in cells]
-
-
-def evaluation_cells(grid: EvaluateConfig, ladder_bytes: LadderBytes) -> list[EvaluationCell]:
-    """Return all cells: the grid, fixed sparsities, and cells outside the training range."""
-    memory = ladder_bytes.memory
-    cells = _grid_cells(grid, memory)
-    for share in sorted(set(grid.sparsities)):
-        shapes = grid.shapes or [pinned.shape for pinned in grid.pinned_cells]
-        shape = min(shapes, key=lambda shape: (shape[0] * shape[1], shape))
-        cells.append(_at_sparsity(memory, shape, share))
-    for outside_cell in dict.fromkeys(map(parse_cell, grid.outside)):
-        request = Request.at_fraction(memory, *outside_cell)
-        cells.append(EvaluationCell(outside_cell, request, outside=True))
-    return _checked(cells, ladder_bytes)
-
-
-def _grid_cells(grid: EvaluateConfig, memory: MemoryModel) -> list[EvaluationCell]:
-    """Return the grid of requests and budgets, then the pinned cells."""
-    cells = []
+    cells, memory = [], ladder_bytes.memory
     for shape in grid.shapes:
         for fraction in sorted(set(grid.budgets), reverse=True):
             request = Request.at_fraction(memory, *shape, fraction)
@@ -230,23 +200,6 @@ def _grid_cells(grid: EvaluateConfig, memory: MemoryModel) -> list[EvaluationCel
         place = (*pinned.shape, pinned.budget_bytes / memory.dense_peak_bytes(*pinned.shape))
         target = pinned.target_delta_nll
         cells.append(EvaluationCell(place, request, target_delta_nll=target))
-    return cells
-
-
-def _checked(cells: list[EvaluationCell], ladder_bytes: LadderBytes) -> list[EvaluationCell]:
-    """Return the cells if some plan fits each of them."""
     for cell in cells:
         ladder_bytes.check_feasible(cell.request)
     return cells
-
-
-def _at_sparsity(memory: MemoryModel, shape: tuple[int, int], share: float) -> EvaluationCell:
-    """Return a cell whose budget is below the native peak by a share of all block bytes.
-
-    At a short request, nearly all bytes that a plan frees are weights, so a plan that meets
-    the budget removes this share of the parameters, embeddings and head not counted.
-    """
-    native = memory.dense_peak_bytes(*shape)
-    budget = native - math.ceil(share * sum(memory.facts.block_param_bytes))
-    request = Request(*shape, budget_bytes=max(1, budget))
-    return EvaluationCell((*shape, budget / native), request, sparsity=share)

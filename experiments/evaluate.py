@@ -221,7 +221,7 @@ class Evaluator:
         for method in build_methods(config, self.scores):
             depends_on = {**self.depends_on, "method": method.identity}
             for cell in cells:
-                identity = (method.name, method.seed, cell.cell, cell.part)
+                identity = (method.name, method.seed, cell.cell)
                 make = partial(self.measure, method, cell)
                 yield Job(ResultRow, identity, depends_on, make, subject=(method, cell))
 
@@ -232,7 +232,7 @@ class Evaluator:
         kept.
         """
         for row in read_recorded(config.evaluate.plans, self.depends_on):
-            identity = (row.method, row.seed, row.cell, row.part)
+            identity = (row.method, row.seed, row.cell)
             depends_on = again_depends_on(row, self.depends_on)
             make = partial(self.measure_again, row)
             yield Job(ResultRow, identity, depends_on, make, subject=row)
@@ -284,8 +284,6 @@ class Evaluator:
             decision_s=choice.decision_s,
             evaluations=choice.evaluations,
             setup_evaluations=method.setup_evaluations,
-            sparsity=cell.sparsity,
-            outside=cell.outside,
             training_s=method.training_s,
             levels=plan.levels,
             target_delta_nll=cell.target_delta_nll,

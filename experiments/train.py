@@ -19,7 +19,7 @@ from agents.checkpoint import latest_checkpoint
 from agents.trained_policy import TrainedPolicy
 from agents.training import TrainResult
 from experiments.config import Config
-from experiments.contexts import build_context, grid_requests, held_out_scorer, make_ladder_bytes
+from experiments.contexts import build_context, evaluation_cells, held_out_scorer, make_ladder_bytes
 from experiments.launch import launch, swept_settings
 from experiments.score_model import learn
 from experiments.study.console import say
@@ -65,7 +65,7 @@ def train(config: Config, folder: Path, *, swept: dict[str, Any] | None = None) 
         return folder
     context = build_context(config)
     ladder_bytes = make_ladder_bytes(config, context)
-    requests = grid_requests(config.evaluate, ladder_bytes)  # fails now, not later
+    cells = evaluation_cells(config.evaluate, ladder_bytes)  # fails now, not later
     scorer = ObjectiveScorer(config, context)
     checkpoint = latest_checkpoint(folder / "checkpoints")
     step = checkpoint.step if checkpoint else 0
@@ -73,7 +73,7 @@ def train(config: Config, folder: Path, *, swept: dict[str, Any] | None = None) 
     with open_loggers(config, folder, job="train", step=step) as loggers:
         facts = facts_of(learn(config, agent, context, folder, loggers.log))
         policy = TrainedPolicy.load(folder, context)
-        facts |= scorer.facts([policy.choose(request) for request in requests])
+        facts |= scorer.facts([policy.choose(cell.request) for cell in cells])
         loggers.log({"objective": facts["objective"]}, facts["timesteps"])
     run.finish(started, **facts)
     log.info("Training: %s is finished (%d steps).", folder.name, facts["timesteps"])
@@ -143,9 +143,9 @@ def objective(config: Config, folder: Path) -> float:
     record = run.read() or {}
     if record.get("objective_on") != measured_on(config):
         context = build_context(config)
-        requests = grid_requests(config.evaluate, make_ladder_bytes(config, context))
+        cells = evaluation_cells(config.evaluate, make_ladder_bytes(config, context))
         scorer, policy = ObjectiveScorer(config, context), TrainedPolicy.load(folder, context)
-        record = scorer.facts([policy.choose(request) for request in requests])
+        record = scorer.facts([policy.choose(cell.request) for cell in cells])
         run.finish(started, **record)
     return float(record["objective"])
 

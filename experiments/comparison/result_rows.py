@@ -12,10 +12,6 @@ from experiments.study.json_records import CellRecord, record_files
 from rap_env.artifacts import digest
 from rap_env.plan import Plan
 
-PARTS = ("grid", "sparsity", "outside")
-"""Parts of an evaluation, never averaged together: the grid of requests and budgets, cells at
-a fixed sparsity, and cells outside the training range of policies."""
-
 QUALITY = (
     "kl_divergence_mean",
     "kl_divergence_p99",
@@ -56,8 +52,6 @@ class ResultRow(CellRecord):
         decision_s: Seconds from the request to the plan.
         evaluations: Plans scored by the model for this request.
         setup_evaluations: Plans scored once, before any request.
-        sparsity: Share of the block bytes to free, for cells defined by it; None on the grid.
-        outside: Whether the cell is outside the training range of policies.
         training_s: Seconds of training; None if not recorded.
         levels: Levels of all items that are not native, by name; None in older rows, whose
             plans remove the blocks of `mask` and lower nothing else.
@@ -92,8 +86,6 @@ class ResultRow(CellRecord):
     decision_s: float
     evaluations: int
     setup_evaluations: int
-    sparsity: float | None = None
-    outside: bool = False
     training_s: float | None = None
     levels: dict[str, str] | None = None
     target_delta_nll: float | None = None
@@ -109,12 +101,7 @@ class ResultRow(CellRecord):
 
     file = "results.jsonl"
     record_name = "A result record"
-    identity = ("method", "seed", "cell", "part")
-
-    @property
-    def part(self) -> str:
-        """Part of the evaluation that the cell belongs to, one of `PARTS`."""
-        return "outside" if self.outside else "grid" if self.sparsity is None else "sparsity"
+    identity = ("method", "seed", "cell")
 
     @property
     def plan(self) -> Plan:

@@ -33,19 +33,6 @@ from experiments.study.table_format import (
     wrapped,
 )
 
-PART_TITLES = {"sparsity": "At fixed sparsity", "outside": "Outside the training range of policies"}
-
-PART_CAPTIONS = {
-    "sparsity": (
-        "Budgets that require a share of the block weights to be freed, at a short request, where "
-        "nearly all freed bytes are weights: a share of the parameters without embeddings and head."
-    ),
-    "outside": (
-        "Requests or budgets that occur in no policy's training: longer sequences, larger batches "
-        "or smaller budgets."
-    ),
-}
-
 COUNTS_CAPTION = (
     "Better / even / worse (+/=/-): pairs of request and budget at which the 95 % interval of the "
     "difference is below 0, contains 0, or is above it. Relative: mean ΔNLL divided by that of the "
@@ -255,8 +242,6 @@ def terminal_text(comparison: Comparison) -> str:
 
 def _budget(comparison: Comparison, cell: Cell) -> str:
     row = next(row for row in comparison.rows if row.cell == cell)
-    if row.sparsity is not None:
-        return f"{percent(row.sparsity, 0)} sparsity ({mebibytes(row.budget_bytes)})"
     if row.target_delta_nll is not None:
         return f"about {row.target_delta_nll:g} ({mebibytes(row.budget_bytes)})"
     return f"{percent(cell[2], 0)} ({mebibytes(row.budget_bytes)})"
@@ -276,52 +261,36 @@ def difference_table(comparison: Comparison, method: str) -> Table:
     ]  # fmt: skip
 
 
-def part_document(comparison: Comparison, where: str = "") -> list[TitledTable]:
-    """Return the tables of one part: summary, pairwise differences, and values at each cell.
-
-    Args:
-        comparison: The part.
-        where: Title and suffix of titles; empty for the grid.
-    """
-    suffix = f" ({where.lower()})" if where else ""
+def comparison_document(comparison: Comparison) -> list[TitledTable]:
+    """Return all tables of a comparison but that of costs."""
     columns = quality_columns(s.quality for s in comparison.summaries)
 
     def qualities(rows: list[ResultRow]) -> str:
         quality = mean_quality(rows)
         return " / ".join(quality_entry(quality, name) for name in columns.values())
 
-    tables = [TitledTable(summary_table(comparison), where, PART_CAPTIONS.get(comparison.part, ""))]
+    tables = [TitledTable(summary_table(comparison))]
     if quality := quality_table(comparison):
-        title = f"Distance from the native model{suffix}"
+        title = "Distance from the native model"
         tables.append(TitledTable(quality, title, QUALITY_CAPTION))
     learned = [s.method for s in comparison.summaries if s.method in comparison.learned]
     for method in learned:
-        title = f"ΔNLL of {look(method).label} minus each other method{suffix}, paired over windows"
+        title = f"ΔNLL of {look(method).label} minus each other method, paired over windows"
         caption = f"{COUNTS_CAPTION} {HOLM_CAPTION}" if method == learned[-1] else ""
         tables.append(TitledTable(difference_table(comparison, method), title, caption))
     tables += tight_document(comparison)
     for shape in comparison.shapes:
-        words = f"{shape_words(shape)} tokens{suffix}"
+        words = f"{shape_words(shape)} tokens"
         delta_nll, removed = delta_nll_table(comparison, shape), removed_table(comparison, shape)
         levels = ", level of most caches" if comparison.has_levels else ""
         title = f"Blocks removed (attn + ffn){levels} and peak memory, {words}"
         tables += [
-            TitledTable(delta_nll, f"ΔNLL (nats/token), {words}", detail=not where),
+            TitledTable(delta_nll, f"ΔNLL (nats/token), {words}", detail=True),
             TitledTable(removed, title, detail=True),
         ]
         if columns:
             by_budget = _budget_table(comparison, shape, qualities)
             tables.append(TitledTable(by_budget, f"{' / '.join(columns)}, {words}", detail=True))
-    return tables
-
-
-def comparison_document(comparison: Comparison) -> list[TitledTable]:
-    """Return all tables of a comparison but that of costs."""
-    tables = part_document(comparison)
-    for part, title in PART_TITLES.items():
-        other = comparison.other_part(part)
-        if other and other.summaries:
-            tables += part_document(other, title)
     if accuracy := accuracy_table(comparison):
         tables.append(TitledTable(accuracy, "Accuracy of each task, mean over the grid"))
     return tables

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.comparison.result_rows import PARTS, ResultRow
+from experiments.comparison.result_rows import ResultRow
 from experiments.comparison.summaries import Comparison, check_equal
 from experiments.study.console import ExperimentError
 from experiments.study.json_records import read_json, read_records, record_files
@@ -46,20 +46,14 @@ class Records:
     runs: list[TrainingRun]
 
     @cached_property
-    def parts(self) -> dict[str, Comparison]:
-        """The rows by part of the evaluation, the grid first.
+    def comparison(self) -> Comparison | None:
+        """The rows; None before an evaluation.
 
         Raises:
             ArtifactError: They are of different models or texts, which must not be averaged.
         """
         check_equal(self.rows, _EQUAL)
-        present = {row.part for row in self.rows}
-        return {part: Comparison(self.rows, part) for part in PARTS if part in present}
-
-    @property
-    def comparison(self) -> Comparison | None:
-        """The grid; None before an evaluation."""
-        return self.parts.get("grid")
+        return Comparison(self.rows) if self.rows else None
 
     @cached_property
     def profile(self) -> dict[str, Any] | None:

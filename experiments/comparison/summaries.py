@@ -76,32 +76,23 @@ class Summary:
 
 
 class Comparison:
-    """All rows of one part of one evaluation.
+    """All rows of one evaluation.
 
     Args:
         rows: Result rows, all measured on the same report text. Duplicates count once.
-        part: Part of the evaluation, one of `experiments.comparison.result_rows.PARTS`;
-            `other_part` returns the others.
 
     Raises:
         ArtifactError: There are no rows, they were measured on different texts or models, or
             two of the same method, seed and cell have different plans.
     """
 
-    def __init__(self, rows: Iterable[ResultRow], part: str = "grid") -> None:
-        self._all_rows = list(rows)
-        self.part = part
-        self.rows = _distinct(row for row in self._all_rows if row.part == part)
+    def __init__(self, rows: Iterable[ResultRow]) -> None:
+        self.rows = _distinct(rows)
         if not self.rows:
             raise ArtifactError(
                 "There are no result rows to compare; run `python -m experiments.evaluate` first."
             )
         check_equal(self.rows, ("report_sha256", "model_fingerprint"))
-
-    def other_part(self, part: str) -> Comparison | None:
-        """Return another part of the same evaluation; None if it has no rows."""
-        there = any(row.part == part for row in self._all_rows)
-        return Comparison(self._all_rows, part) if there else None
 
     @cached_property
     def methods(self) -> list[str]:

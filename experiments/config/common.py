@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from omegaconf import MISSING
 
 from experiments.study.console import ExperimentError
-from experiments.study.json_records import Cell
 from rap_env.importance.profiles import GSI_METHODS
 from rap_env.specs import setting
 
 _SHAPE = re.compile(r"(\d+)x(\d+)")
 _PINNED = re.compile(r"(\d+x\d+)@(\d+)(?:~(\d*\.?\d+))?")
-_CELL = re.compile(r"(\d+x\d+)@(0?\.\d+|1|1\.0)")
 
 
 def _match(pattern: re.Pattern[str], text: str, what: str) -> re.Match[str]:
@@ -33,16 +31,6 @@ def parse_shape(text: str) -> tuple[int, int]:
     """
     match = _match(_SHAPE, text, "request is BATCHxTOKENS, such as 8x2048")
     return int(match[1]), int(match[2])
-
-
-def parse_cell(text: str) -> Cell:
-    """Parse ``"8x2048@0.85"`` into (8, 2048, 0.85).
-
-    Raises:
-        ExperimentError: The text has another form, or the budget is not in (0, 1].
-    """
-    match = _match(_CELL, text, "cell is BATCHxTOKENS@BUDGET, such as 8x2048@0.85")
-    return (*parse_shape(match[1]), float(match[2]))
 
 
 @dataclass(frozen=True)

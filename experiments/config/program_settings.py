@@ -12,7 +12,6 @@ from experiments.config.common import (
     Pinned,
     TasksConfig,
     TextConfig,
-    parse_cell,
     parse_pinned,
     parse_shape,
 )
@@ -152,11 +151,6 @@ class EvaluateConfig:
     pinned: list[str] = setting([], parse=parse_pinned)
     """Requests with budgets in bytes, such as 8x2048@101234567, beside `requests` x
     `budgets`; 8x2048@101234567~0.5 also names the ΔNLL that the budget stands for."""
-    sparsities: list[float] = setting([], above=0, high=1)
-    """Fractions of all block bytes to free at least, at the request with the fewest
-    tokens."""
-    outside: list[str] = setting([], parse=parse_cell)
-    """Cells outside the training range of policies, such as 8x8192@0.5."""
     agents: list[str] | None = None
     """Run folders of trained agents; null for all of this comparison, [] for none."""
     best_of: list[int] = setting([1], distinct=True, low=1)

@@ -11,7 +11,7 @@ from experiments.config.program_settings import CompareConfig
 from experiments.study.console import ExperimentError
 from experiments.study.json_records import append_record
 from rap_env.errors import ArtifactError, UnknownNameError
-from tests.experiments.synthetic_records import DEPENDS, make_row, make_rows
+from tests.experiments.synthetic_records import DEPENDS, make_row
 from tests.programs import run_python
 
 ROOT = Path(__file__).parents[2]
@@ -28,8 +28,8 @@ def named(*folders):
     return {records.name: records for records in read_comparisons(list(folders))}
 
 
-def mean_losses(records, part="grid"):
-    return {s.method: s.delta_nll.mean for s in records.parts[part].summaries}
+def mean_losses(records):
+    return {s.method: s.delta_nll.mean for s in records.comparison.summaries}
 
 
 @pytest.fixture
@@ -83,18 +83,6 @@ def test_the_same_row_in_two_folders_of_a_comparison_counts_once(tmp_path):
     append_record(tmp_path / "x/evaluate/c/results.jsonl", other.to_record())
     with pytest.raises(ArtifactError, match="gsi .* have different plans"):
         compare(CompareConfig(runs=str(tmp_path)))
-
-
-def test_cells_outside_the_grid_are_not_averaged_with_it(tmp_path):
-    rows = make_rows()
-    for method in ("gsi", "maskable_ppo"):
-        rows.append(make_row(method, (1, 128), 0.77, sparsity=0.2, window_delta_nll=[50.0] * 16))
-        rows.append(make_row(method, (8, 8192), 0.5, outside=True, window_delta_nll=[90.0] * 16))
-    write_rows(tmp_path / "x", rows)
-    records = named(tmp_path)["x"]
-    assert set(mean_losses(records, "sparsity").values()) == {50.0}
-    assert set(mean_losses(records, "outside").values()) == {90.0}
-    assert max(mean_losses(records).values()) < 50.0
 
 
 def test_the_final_delta_nll_is_that_of_the_last_episodes(root):

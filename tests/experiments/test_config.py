@@ -184,7 +184,6 @@ def test_a_misspelt_key_or_wrong_type_is_named(override, named):
         ("tight_grid.losses=[]", "tight_grid.losses must have at least one entry"),
         ("tight_grid.requests=[]", "tight_grid.requests must have at least one entry"),
         ("evaluate.requests=[8by16]", "evaluate.requests: A request is BATCHxTOKENS, such as"),
-        ("evaluate.outside=[4x48]", "evaluate.outside: A cell is BATCHxTOKENS@BUDGET, such as"),
         ("evaluate.best_of=[]", "evaluate.best_of must have at least one entry"),
         ("replay.timing=wal", "Unknown replay.timing 'wal'; known are 'cpu', 'wall'. Did you mean"),
         ("replay.token_scale=.nan", "replay.token_scale must be above 0, not nan"),

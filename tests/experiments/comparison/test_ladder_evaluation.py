@@ -7,7 +7,7 @@ import pytest
 from experiments.comparison.result_rows import ResultRow
 from experiments.config.common import ImportanceConfig, TasksConfig, parse_pinned
 from experiments.config.program_settings import EnvConfig, EvaluateConfig
-from experiments.contexts import build_context, evaluation_cells, grid_requests, make_ladder_bytes
+from experiments.contexts import build_context, evaluation_cells, make_ladder_bytes
 from experiments.evaluate import evaluate
 from experiments.study.console import ExperimentError
 from rap_env.errors import InfeasibleBudgetError
@@ -67,9 +67,9 @@ def test_cells_are_checked_against_the_ladder(config):
         assert cell.cell[2] == cell.request.budget_bytes / dense
     least = ladder_bytes.costs(1, 16).least_peak_bytes
     tight = replace(config.evaluate, pinned=[f"1x16@{least}"])
-    assert grid_requests(tight, ladder_bytes)[0].budget_bytes == least
+    assert evaluation_cells(tight, ladder_bytes)[0].request.budget_bytes == least
     with pytest.raises(InfeasibleBudgetError, match="No levels of .* in this ladder fit"):
-        grid_requests(replace(tight, pinned=[f"1x16@{least - 1}"]), ladder_bytes)
+        evaluation_cells(replace(tight, pinned=[f"1x16@{least - 1}"]), ladder_bytes)
 
 
 def test_every_method_has_a_plan_at_every_cell(evaluated):

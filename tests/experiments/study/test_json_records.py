@@ -66,7 +66,7 @@ def test_the_row_key_depends_on_all_inputs():
     row = make_row("gsi", (1, 128), 0.9)
 
     def key(**changes):
-        values = {"method": "gsi", "seed": None, "cell": row.cell, "part": "grid"}
+        values = {"method": "gsi", "seed": None, "cell": row.cell}
         return row_key(*{**values, "provenance": row.provenance, **changes}.values())
 
     other = json.loads(json.dumps(row.provenance))
@@ -74,12 +74,11 @@ def test_the_row_key_depends_on_all_inputs():
     assert key() == row.key
     keys = {
         key(),
-        key(part="outside"),
         key(seed=1),
         key(method="ppo"),
         key(cell=(1, 128, 0.8)),
         key(provenance=other),
     }
-    assert len(keys) == 6
+    assert len(keys) == 5
     unrelated = {**row.provenance, "commit": "abc"}
     assert key(provenance=unrelated) == key()

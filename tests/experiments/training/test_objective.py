@@ -7,7 +7,7 @@ import pytest
 from agents.trained_policy import TrainedPolicy
 from experiments.config.common import TextConfig
 from experiments.config.program_settings import EvaluateConfig
-from experiments.contexts import build_context, grid_requests, make_ladder_bytes
+from experiments.contexts import build_context, evaluation_cells, make_ladder_bytes
 from experiments.study.json_records import read_records
 from experiments.study.run_folder import RunFolder
 from experiments.train import objective, run_trial
@@ -39,8 +39,8 @@ def expected(config, folder, scorer):
     """The mean loss, from parts of the library alone."""
     context = build_context(config)
     policy = TrainedPolicy.load(folder, context)
-    requests = grid_requests(config.evaluate, make_ladder_bytes(config, context))
-    plans = [policy.choose(request) for request in requests]
+    cells = evaluation_cells(config.evaluate, make_ladder_bytes(config, context))
+    plans = [policy.choose(cell.request) for cell in cells]
     return sum(scorer.nll(plan) - scorer.dense_nll for plan in plans) / len(plans)
 
 
