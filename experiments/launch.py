@@ -262,7 +262,6 @@ READS: dict[str, tuple[str, ...]] = {
     "report": ("report",),
     "export_scores": (*MODEL, "export", "env.id"),
     **dict.fromkeys(("ladder", "equal_bytes"), (*MODEL, "ladder", "evaluate.text")),
-    "level_costs_by_model": (*MODEL, "evaluate.text"),
     "level_scan": MODEL,
     "replay": ("model", "store", "threads", "replay", "budget"),
     "cgroup": ("model.name", "cgroup"),
