@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import os
 import re
 import sys
-import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import is_dataclass, replace
 from itertools import accumulate, chain
@@ -269,7 +269,7 @@ READS: dict[str, tuple[str, ...]] = {
 """Sections and settings of each program beside the first four; a program that is not listed
 reads those of a model and the section of its own name."""
 
-_WIDTH, _LONGEST_VALUE = 120, 80
+_LONGEST_VALUE = 80
 _EXPLAINED = (
     "Each setting is explained beside its default in experiments/config, options such as\n"
     "agent=dqn in conf/agent and conf/choices.yaml. docs/training.md has examples."
@@ -291,18 +291,12 @@ def help_text(
         values: All settings with their values.
         groups: The options of each group; groups of other sections are left out.
     """
-    chosen = [f"{group}={'|'.join(groups[group])}" for group in groups if group in names]
-    text = " ".join([*chosen, "experiment=NAME (a file of conf/experiment)"])
-    lines = [textwrap.fill(text, _WIDTH, break_on_hyphens=False), ""]
-    for name in names:
-        shown: Any = values
-        for part in name.split("."):
-            shown = shown[part]
-        if isinstance(shown, Mapping) and "." not in name:
-            shown = {f"{name}.{key}": value for key, value in shown.items()}
-        else:
-            shown = {name: shown}
-        lines += [f"  {key}={_short(value)}{_choices(key)}" for key, value in shown.items()]
+    lines = [f"  {group}={'|'.join(groups[group])}" for group in groups if group in names]
+    lines += ["  experiment=NAME (a file of conf/experiment)", ""]
+    for key, value in flatten(values).items():
+        if any(f"{key}.".startswith(f"{name}.") for name in names):
+            shown = value if isinstance(value, str) else json.dumps(value)
+            lines.append(f"  {key}={shown[:_LONGEST_VALUE]}{_choices(key)}")
     return "\n".join([*lines, "", _EXPLAINED])
 
 
@@ -315,14 +309,6 @@ def _choices(name: str) -> str:
     is_section = isinstance(section, type) and is_dataclass(section)
     text = "|".join(settings_of(section)[last].choices) if is_section else ""
     return f"   ({text})" if 0 < len(text) <= _LONGEST_VALUE else ""
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "{...}" if value else "{}"
-    text = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n")
-    text = text.replace("'", "")
-    return textwrap.shorten(text, _LONGEST_VALUE, placeholder=" ...", break_on_hyphens=False)
 
 
 def guess(key: str, values: dict[str, Any], groups: Iterable[str]) -> str:

@@ -96,26 +96,6 @@ class OneShotPerByte(_OneShotRemoval):
 
 
 @register
-class AttentionOnly(_OneShotRemoval):
-    """Removes attention blocks only, in one-shot order; may end before the request fits."""
-
-    name = "attention_only"
-
-    def _order(self, request: Request) -> list[int]:
-        return [index for index in super()._order(request) if index % 2 == 0]
-
-
-@register
-class FFNOnly(_OneShotRemoval):
-    """Removes feed-forward blocks only, in one-shot order; may end before the request fits."""
-
-    name = "ffn_only"
-
-    def _order(self, request: Request) -> list[int]:
-        return [index for index in super()._order(request) if index % 2 == 1]
-
-
-@register
 class BlockInfluence(Method):
     """Removes the blocks that change the hidden state least (ShortGPT, arXiv 2403.03853).
 

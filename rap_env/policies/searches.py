@@ -1,4 +1,4 @@
-"""Searches that score plans for each request: greedy, swaps, beam, whole layers, brute force."""
+"""Searches that score plans for each request: greedy, beam, whole layers, brute force."""
 
 from __future__ import annotations
 
@@ -187,61 +187,6 @@ class ExactGreedyPerByte(GreedyPerByte):
 
     name = "greedy_per_byte-exact"
     exact = True
-
-
-@register
-class GreedySwaps(GreedyPerByte):
-    """Improves the plan of `GreedyPerByte` by swaps at equal bytes.
-
-    Every removed block is restored in turn, starting with the one whose return lowers the NLL
-    most. The plan without it, and with any other block removed instead, is scored where it
-    fits. The best of these is taken if it is better than the current plan, and the search
-    starts again. It ends when no swap helps, or when `extra_evaluations` are used up, beyond
-    those of the greedy search, for each request.
-    """
-
-    name = "greedy_swaps"
-    extra_evaluations = 500
-
-    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
-        plan = super()._choose(request, scores)
-        limit = scores.evaluations + self.extra_evaluations
-        while (better := self._improved(plan, scores, limit, request)) is not None:
-            plan = better
-        return plan
-
-    def _improved(
-        self, plan: Plan, scores: CountingScorer, limit: int, request: Request
-    ) -> Plan | None:
-        """Return a better plan one swap away; None if there is none within the limit."""
-        restored = [_restored(plan, index) for index in sorted(plan.removed)]
-        for fewer in sorted(_affordable(scores, restored, limit), key=scores.nll):
-            near = _affordable(scores, self._swaps(fewer, plan, request), limit)
-            if near and scores.nll(best := scores.best(near)) < scores.nll(plan):
-                return best
-        return None
-
-    def _swaps(self, fewer: Plan, plan: Plan, request: Request) -> list[Plan]:
-        """Return `fewer`, and `fewer` with any block removed that `plan` keeps, where they fit."""
-        blocks = range(self.memory.facts.num_blocks)
-        grown = [fewer.without(index) for index in blocks if index not in plan.removed]
-        return [near for near in (fewer, *grown) if self.fits(near, request)]
-
-
-def _restored(plan: Plan, index: int) -> Plan:
-    """A plan with a removed block restored, at its native level."""
-    return Plan(plan.removed - {index}, plan.weights, plan.caches, plan.embeddings)
-
-
-def _affordable(scores: CountingScorer, plans: Sequence[Plan], limit: int) -> list[Plan]:
-    """Score and return the first plans that keep the number of evaluations within a limit."""
-    left, chosen = limit - scores.evaluations, []
-    for plan in plans:
-        left -= not scores.has(plan)
-        if left >= 0:
-            chosen.append(plan)
-    scores.nll_many(chosen)
-    return chosen
 
 
 @register

@@ -15,14 +15,13 @@ from rap_env.request import Request
 from tests.agents.synthetic import SyntheticContext, facts, request_at
 from tests.policies.requests import SHAPES, fits, needing
 
-SEARCHES = {"greedy_per_byte", "greedy_per_byte-exact", "evolutionary", "beam", "greedy_swaps",
-            "oracle", "sleb"}  # fmt: skip
+SEARCHES = {"greedy_per_byte", "greedy_per_byte-exact", "evolutionary", "beam", "oracle", "sleb"}
 ELSEWHERE = {"uniform", "score_model"}
 """Methods that need more than a fake context has, as trained policies do."""
 MASKS = sorted(name for name in {*methods()} - ELSEWHERE if not name.startswith("rap"))
 ALSO_SERVED = {"dense", "knapsack"}
 """Policies that the server has too: they answer every request, also one that nothing fits."""
-NEVER_SURE = {"dense", "attention_only", "ffn_only"}
+NEVER_SURE = {"dense"}
 LADDER = ["uniform", "knapsack", "random", "greedy_per_byte", "greedy_per_byte-exact", "beam",
           "evolutionary", "gsi", "one_shot"]  # fmt: skip
 GRID = list(itertools.product([(1, 10), (1, 250), (8, 250)], [0.6, 0.8, 0.95]))
@@ -142,17 +141,6 @@ def test_gsi_follows_its_order_until_it_fits(context):
     assert chosen("gsi", context, needing(context, 5000)) == ("layer01.ffn", "layer03.ffn")
     three = ("layer01.ffn", "layer02.attn", "layer03.ffn")
     assert chosen("gsi", context, needing(context, 6500)) == three
-
-
-def test_methods_of_one_kind_remove_only_that_kind_and_may_not_fit(context):
-    modest, large = needing(context, 3500), needing(context, 7500)
-    only_attn = make_method("attention_only", context)
-    assert only_attn.choose(modest).count_removed("ffn") == 0
-    assert fits(context, only_attn.choose(modest), modest)
-    assert only_attn.choose(large) == Plan.removing(0, 2, 4, 6)
-    assert not fits(context, only_attn.choose(large), large)
-    only_ffn = make_method("ffn_only", context).choose(large)
-    assert only_ffn == Plan.removing("layer02.ffn", "layer03.ffn", "layer01.ffn")
 
 
 def test_random_depends_on_seed_and_request_only(context, ladder_context, ladder_bytes, between):

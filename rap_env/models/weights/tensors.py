@@ -190,13 +190,6 @@ class StoredTensor:
         part = replace(self, offset=offset, shape=(last - first, *self.shape[1:]))
         return part.read(torch.device("cpu"))
 
-    def pieces(self) -> Iterator[StoredTensor]:
-        """Its values in their order, in flat tensors of at most a few MiB."""
-        values = math.prod(self.shape)
-        for first in range(0, values, _PIECE_VALUES):
-            offset = self.offset + first * self.stored_dtype.itemsize
-            yield replace(self, offset=offset, shape=(min(_PIECE_VALUES, values - first),))
-
     def as_dtype(self, dtype: torch.dtype) -> StoredTensor:
         """The same tensor, to be read in another dtype."""
         return replace(self, dtype=dtype)
@@ -204,8 +197,10 @@ class StoredTensor:
 
 def pieces_of(tensors: Iterable[StoredTensor]) -> Iterator[torch.Tensor]:
     """The values of stored tensors, of which a few MiB are in memory at a time."""
-    cpu = torch.device("cpu")
-    return (piece.read(cpu) for stored in tensors for piece in stored.pieces())
+    for stored in tensors:
+        flat = replace(stored, shape=(math.prod(stored.shape),))
+        for first in range(0, flat.shape[0], _PIECE_VALUES):
+            yield flat[first : first + _PIECE_VALUES]
 
 
 def stored_tensors(folder: Path, pattern: str = "*.safetensors") -> dict[str, StoredTensor]:
