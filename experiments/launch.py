@@ -282,7 +282,7 @@ def read_by(program: str) -> tuple[str, ...]:
 
 
 def help_text(
-    names: Sequence[str], values: Mapping[str, Any], groups: Mapping[str, list[str]]
+    names: Sequence[str], values: dict[str, Any], groups: Mapping[str, list[str]]
 ) -> str:
     """Return the options of groups, and a line for each setting with its value.
 
