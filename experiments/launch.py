@@ -281,9 +281,7 @@ def read_by(program: str) -> tuple[str, ...]:
     return ("name", "runs_dir", "progress", "seed", *READS.get(program, (*MODEL, program)))
 
 
-def help_text(
-    names: Sequence[str], values: dict[str, Any], groups: Mapping[str, list[str]]
-) -> str:
+def help_text(names: Sequence[str], values: dict[str, Any], groups: Mapping[str, list[str]]) -> str:
     """Return the options of groups, and a line for each setting with its value.
 
     Args:
@@ -303,11 +301,12 @@ def help_text(
 def _choices(name: str) -> str:
     """The names that a setting may be, such as ``"   (gsi|one_shot|none)"``."""
     section: Any = Config
-    *path, last = name.split(".")
-    for part in path:
-        section = settings_of(section)[part].types[0]
-    is_section = isinstance(section, type) and is_dataclass(section)
-    text = "|".join(settings_of(section)[last].choices) if is_section else ""
+    for part in name.split("."):
+        if not (isinstance(section, type) and is_dataclass(section)):
+            return ""
+        found = settings_of(section)[part]
+        section = next(iter(found.types), None)
+    text = "|".join(found.choices)
     return f"   ({text})" if 0 < len(text) <= _LONGEST_VALUE else ""
 
 

@@ -42,7 +42,6 @@ class Policy(ABC):
         level_costs: The costs of levels from which it predicts; None without any.
         table: The measured plans that it looks up; None without any.
         kv_aware: Whether it counts the KV cache.
-        seeded: Whether its choices depend on a seed.
         evaluations: Passes over the calibration text that all choices so far needed, rounded
             up for each request. A stored score counts too: the number is what a server with
             an empty score store would have to run.
@@ -59,7 +58,6 @@ class Policy(ABC):
     level_costs: LevelCosts | None = None
     table: PlanTable | None = None
     kv_aware: bool = True
-    seeded: bool = False
     evaluations: int = 0
     setup_evaluations: int = 0
     table_sha256: str | None = None

@@ -51,7 +51,6 @@ class Evolutionary(Method):
     """
 
     name = "evolutionary"
-    seeded = True
     max_evaluations = 500
 
     def __init__(self, basis: Basis) -> None:

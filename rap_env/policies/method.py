@@ -124,10 +124,6 @@ class CountingScorer:
         """Passes over the whole text so far, rounded up; a part of the text counts as that part."""
         return len(self._nll) + -(-self._windows // self.num_windows)
 
-    def has(self, plan: Plan) -> bool:
-        """Whether a plan was scored on the whole text."""
-        return plan in self._nll
-
     def nll_many(self, plans: Sequence[Plan]) -> list[float]:
         """NLL of several plans, nats per token; prefixes that they share run once."""
         new = [plan for plan in dict.fromkeys(plans) if plan not in self._nll]

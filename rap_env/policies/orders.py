@@ -19,7 +19,6 @@ class Random(Method):
     """Lowers random items; the same seed and request give the same plan."""
 
     name = "random"
-    seeded = True
 
     def _choose(self, request: Request, scores: CountingScorer) -> Plan:
         rng = self.random(request)
