@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Self
 
 from rap_env.errors import ArtifactError, UnknownNameError
@@ -18,7 +18,7 @@ from rap_env.importance.profiles import OneShotProfile, Profile
 from rap_env.levels import GROUP_TOKENS, NATIVE_CACHE, SINK_GROUPS, WEIGHT_LEVELS, CacheLevel
 from rap_env.model_facts import HasFacts
 from rap_env.paths import COSTS_FILE, prepared_dir
-from rap_env.plan import Plan, block_name, cache_name, is_cache, item_names
+from rap_env.plan import EMBEDDINGS, Plan, block_name, cache_name, is_cache, item_names
 
 CACHE_LEVELS = (
     "int8",
@@ -62,6 +62,14 @@ def is_as_exact(item: str, exact: str, level: str) -> bool:
     if not is_cache(item):
         return WEIGHT_LEVELS.index(exact) <= WEIGHT_LEVELS.index(level)
     return CacheLevel.of(exact).lowest(CacheLevel.of(level)) == CacheLevel.of(level)
+
+
+def _exactness(item: str, level: str) -> tuple[float, int]:
+    """A key that puts the most exact level of an item first."""
+    if not is_cache(item):
+        return WEIGHT_LEVELS.index(level), 0
+    cache = CacheLevel.of(level)
+    return -(cache.window_tokens or float("inf")), -cache.bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,10 +203,10 @@ class LevelCosts(Profile):
     def sums_by_level(self) -> dict[str, dict[str, float]]:
         """Predicted rise in NLL if all items of a kind have a level, by kind and level."""
         sums: dict[str, dict[str, float]] = {}
-        for item, levels in self.costs.items():
+        for item in sorted(self.costs, key=lambda name: (name == EMBEDDINGS, is_cache(name), name)):
             kind = sums.setdefault(item.rpartition(".")[2], {})
-            for level, cost in levels.items():
-                kind[level] = kind.get(level, 0.0) + cost
+            for level in sorted(self.costs[item], key=partial(_exactness, item)):
+                kind[level] = kind.get(level, 0.0) + self.costs[item][level]
         return sums
 
     def predictions(self) -> list[dict[str, Any]]:

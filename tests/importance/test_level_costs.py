@@ -109,3 +109,19 @@ def test_artifacts_load_only_for_their_model(tmp_path):
         LevelCosts.load(path, SimpleNamespace(facts=other))
     with pytest.raises(ArtifactError, match="unquantised"):
         LevelCosts.load(path, SimpleNamespace(facts=facts()))
+
+
+def test_sums_by_level_go_from_the_most_to_the_least_exact_level():
+    made = replace(
+        costs(MADE),
+        costs={
+            "embeddings": {"int3": 0.5, "int8": 0.1},
+            "layer01.cache": {"int4-window128": 2.0, "int2": 1.0, "int4": 0.25, "int8": 0.0},
+            "layer00.ffn": {"removed": 3.0, "int2": 1.5, "int4-compact": 0.5},
+            "layer01.ffn": {"int2": 0.5},
+        },
+    )
+    sums = made.sums_by_level()
+    assert list(sums) == ["ffn", "cache", "embeddings"]
+    assert list(sums["ffn"].items()) == [("int4-compact", 0.5), ("int2", 2.0), ("removed", 3.0)]
+    assert list(sums["cache"]) == ["int8", "int4", "int2", "int4-window128"]

@@ -35,7 +35,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(preparation, "REMOVAL_EVERY", 1)
     monkeypatch.setattr(preparation, "COST_TOKENS", 32)
     monkeypatch.setattr(preparation, "_workers", lambda llm, memory_bytes: 1)
-    folder = tmp_path / "own-model"
+    folder = tmp_path / "own-model-1.5b"
     tiny_model("llama_wide", layers=3).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
@@ -132,7 +132,7 @@ def test_four_bits_need_no_levels_that_a_text_makes(folder):
 
 def test_the_file_of_a_prepared_model_is_found_beside_it(folder):
     costs, path = prepared(folder)
-    write_prepared(path, folder.with_suffix(".rap"))
+    write_prepared(path, folder.with_name("own-model-1.5b.rap"))
     made = sorted(file.name for file in cache_dir().glob("calibrated/*/*"))
     shutil.rmtree(cache_dir())
     llm = load_llm(folder, dtype="float32")
@@ -143,7 +143,7 @@ def test_the_file_of_a_prepared_model_is_found_beside_it(folder):
 
 
 def test_a_damaged_file_of_a_prepared_model(folder):
-    beside = folder.with_suffix(".rap")
+    beside = folder.with_name("own-model-1.5b.rap")
     beside.write_bytes(b"PK no archive")
     with pytest.raises(ArtifactError, match="is damaged or no file of a prepared model"):
         find_prepared(folder)

@@ -75,6 +75,8 @@ def _model_and_text(costs: bytes) -> tuple[str, str]:
 
 def find_prepared(model: str | os.PathLike[str]) -> None:
     """Read the file of a prepared model that is beside a model's own file or folder, if any."""
-    beside = Path(model).expanduser().with_suffix(SUFFIX)
-    if Path(model).expanduser().exists() and beside.is_file():
+    path = Path(model).expanduser()
+    name = path.stem if path.suffix == ".gguf" else path.name  # a folder may have a dot
+    beside = path.with_name(f"{name}{SUFFIX}")
+    if path.exists() and beside.is_file():
         read_prepared(beside)
