@@ -57,7 +57,12 @@ def register() -> None:
             store.store(group=group, name=name, node=node.get("_global_", node), package=package)
     store.store(name="rap_schema", node=Config)
     if not OmegaConf.has_resolver("rap_label"):
-        OmegaConf.register_new_resolver("rap_label", _run_label)
+
+        def label(stage: str, own: str | None, agent: str, *words: Any) -> str:
+            seed, overrides, mode = words
+            return run_label(stage, own or agent, seed, overrides, sweep=mode == RunMode.MULTIRUN)
+
+        OmegaConf.register_new_resolver("rap_label", label)
 
 
 def register_program(stage: str) -> None:
@@ -65,17 +70,6 @@ def register_program(stage: str) -> None:
     if not (CONF_DIR / f"{stage}.yaml").exists():
         node = {"defaults": ["config", "_self_"], "stage": stage, "hydra": {"job": {"name": stage}}}
         ConfigStore.instance().store(name=stage, node=node)
-
-
-def _run_label(
-    stage: str,
-    label: str | None,
-    agent: str,
-    seed: int | str,
-    overrides: str,
-    mode: RunMode | None = None,
-) -> str:
-    return run_label(stage, label or agent, seed, overrides, sweep=mode == RunMode.MULTIRUN)
 
 
 register()  # at import, so that the worker processes of a parallel sweep have them as well

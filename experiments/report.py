@@ -32,15 +32,6 @@ from rap_env.extras import require_extra
 
 TEMPLATE = Path(__file__).parent / "comparison" / "report.html.j2"
 
-ABSTRACT = [
-    "A language model in service has a memory budget that changes over time. What uses the "
-    "memory changes as well: for short requests it is the weights, most of them in the "
-    "feed-forward (FFN) blocks; for many long requests it is the KV cache, which belongs to "
-    "the attention blocks. This report compares methods that choose, for each request and "
-    "budget, the storage format of every item (weights of a block, KV cache, embeddings), down to "
-    "its removal, so that the model fits at the lowest loss of quality.",
-]
-
 
 def report(config: Config, folder: Path) -> Path:
     """Write the report of a comparison.
@@ -109,7 +100,6 @@ def content(title: str, data: Records, folder: Path) -> dict[str, Any]:
     return {
         "title": title,
         "subtitle": subtitle(data),
-        "abstract": ABSTRACT,
         "findings": findings(data),
         "draw": draw,
         "image": image,

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Self
+from typing import Self
 
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.importance.profiles import OneShotProfile, Profile
@@ -208,18 +208,6 @@ class LevelCosts(Profile):
             for level in sorted(self.costs[item], key=partial(_exactness, item)):
                 kind[level] = kind.get(level, 0.0) + self.costs[item][level]
         return sums
-
-    def predictions(self) -> list[dict[str, Any]]:
-        """Predicted and measured rise in NLL of every plan that was measured jointly."""
-        return [
-            {
-                "predicted": self.delta_nll(plan := Plan.from_json(text)),
-                "measured": measured,
-                "plan": str(plan),
-                "levels": plan.levels,
-            }
-            for text, measured in self.joint.items()
-        ]
 
 
 def _level_at(level: CacheLevel, tokens: int) -> CacheLevel:
