@@ -257,6 +257,8 @@ READS: dict[str, tuple[str, ...]] = {
     "export_scores": (*MODEL, "export", "env.id"),
     **dict.fromkeys(("ladder", "equal_bytes"), (*MODEL, "ladder", "evaluate.text")),
     "level_scan": MODEL,
+    "gradient_plans": ("model", "store", "threads", "env.levels", "evaluate.pinned",
+                       "gradient_plans"),
     "replay": ("model", "store", "threads", "replay", "budget"),
     "cgroup": ("model.name", "cgroup"),
 }  # fmt: skip

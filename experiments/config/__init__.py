@@ -56,6 +56,7 @@ class Config:
     evaluate: programs.EvaluateConfig = field(default_factory=programs.EvaluateConfig)
     tight_grid: programs.TightGridConfig = field(default_factory=programs.TightGridConfig)
     ladder: studies.LadderConfig = field(default_factory=studies.LadderConfig)
+    gradient_plans: studies.GradientPlansConfig = field(default_factory=studies.GradientPlansConfig)
     long_context: studies.LongContextConfig = field(default_factory=studies.LongContextConfig)
     budget: studies.BudgetConfig = field(default_factory=studies.BudgetConfig)
     replay: studies.ReplayConfig = field(default_factory=studies.ReplayConfig)

@@ -35,6 +35,21 @@ class LadderConfig:
 
 
 @dataclass
+class GradientPlansConfig:
+    """What ``experiments.studies.gradient_plans`` compares at pinned budgets."""
+
+    measured: str = "smollm2-135m-low-bits.native.json"
+    """Score table, in the package or a file, whose level costs were measured one by one."""
+    windows: int = setting(4, low=1)
+    """Windows of the text that gradients are of."""
+    window_tokens: int = setting(1024, low=2)
+    """Tokens of each."""
+    texts: list[TextConfig] = setting([])
+    """Held-out text with windows of `window_tokens`: files of data sets, named by their
+    folder, and files of Python's standard library, such as ``argparse.py``."""
+
+
+@dataclass
 class LengthsConfig:
     """A kind of generated task."""
 

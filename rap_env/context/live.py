@@ -202,11 +202,12 @@ class LiveContext(PruningContext):
         return costs if measured.issuperset(cache_levels) else None
 
     def _gradient_costs(self, cache_levels: tuple[str, ...]) -> LevelCosts:
-        from rap_env.importance.gradient_costs import gradient_costs
+        from rap_env.importance.gradient_costs import gradient_costs, item_levels
 
         def measure() -> LevelCosts:
             log.info("Computing costs of levels of %s (once)", self.llm.name)
-            return gradient_costs(self.llm, self.corpus, cache_levels, progress=self._progress)
+            levels = item_levels(self.llm.facts, cache_levels, self.corpus.tokens.shape[1])
+            return gradient_costs(self.llm, self.corpus, levels, progress=self._progress)
 
         return self._cached(f"gradient-{digest(cache_levels)[:8]}", LevelCosts, measure)
 

@@ -248,11 +248,11 @@ def scaled_costs(costs: Costs, measured: Mapping[tuple[str, str], tuple[Plan, fl
 def gradient_costs(
     llm: ElasticLLM,
     text: Corpus,
-    cache_levels: Sequence[str] = CACHE_LEVELS,
+    levels: Mapping[str, Sequence[str]] | None = None,
     *,
     progress: bool = True,
 ) -> LevelCosts:
-    """Costs of all levels of a live model on a text, in this process.
+    """Costs of the levels of a live model on a text, in this process.
 
     They are computed in float32. For a model of another dtype its files are read again, a
     layer at a time; without files it is done in its own dtype, in which small changes are
@@ -261,12 +261,13 @@ def gradient_costs(
     Args:
         llm: The model.
         text: The text; windows of caches cost nothing on windows of text that they hold.
-        cache_levels: Levels of caches.
+        levels: The levels of each item, as of `item_levels`; None for all weights and
+            `CACHE_LEVELS`.
         progress: Whether to show a progress bar.
     """
     started, windows = time.monotonic(), text.tokens.to(llm.device)
-    forward = PartialForward(_in_float32(llm), widen=True, gradients=True)
-    levels = item_levels(llm.facts, cache_levels, windows.shape[1])
+    levels = levels or item_levels(llm.facts, CACHE_LEVELS, windows.shape[1])
+    forward = PartialForward(_in_float32(llm, levels), widen=True, gradients=True)
     with progress_bar(progress, total=len(windows), desc="costs", unit="window") as bar:
         parts = []
         for number, window in enumerate(windows):
@@ -279,9 +280,10 @@ def gradient_costs(
     return replace(costs, seconds=time.monotonic() - started)
 
 
-def _in_float32(llm: ElasticLLM) -> ElasticLLM:
-    """A model in float32 with the levels of another one."""
-    if llm.absent_levels(PACKED_LEVELS) and llm.calibrator is not None:
+def _in_float32(llm: ElasticLLM, levels: Mapping[str, Sequence[str]]) -> ElasticLLM:
+    """A model in float32 with the levels of another one, which are made if they are used."""
+    used = [name for name in PACKED_LEVELS if any(name in names for names in levels.values())]
+    if llm.absent_levels(used) and llm.calibrator is not None:
         llm.calibrator(llm)
     if llm.dtype == torch.float32 or llm.folder is None:
         return llm
