@@ -42,7 +42,7 @@ def imports(name: str) -> frozenset[str]:
 
 
 def test_no_files_import_each_other_in_a_circle():
-    assert sum(len(imports(name)) for name in FILES) > 200, "imports are found"
+    assert sum(len(imports(name)) for name in FILES) > 150, "imports are found"
     try:
         TopologicalSorter({name: imports(name) for name in FILES}).prepare()
     except CycleError as error:
