@@ -102,7 +102,6 @@ class _Run:
         bits: Fewest bits of weights, 2, 3 or 4.
         text: Source of the text.
         threads: Threads of each process; None for torch's own number.
-        bounded: Whether memory is scarce, so that freed memory is not kept.
     """
 
     folder: Path
@@ -112,14 +111,12 @@ class _Run:
     bits: int
     text: str
     threads: int | None
-    bounded: bool
 
     def open(self, dtype: str, levels: _Files | None = None) -> ElasticLLM:
         """The model in a dtype, with its blocks in its files, and the files of their levels."""
         llm = load_llm(self.model, device=self.device, dtype=dtype, on_demand=True)
         llm.tokenizer = None  # a large one takes a hundred megabytes
-        if self.bounded:
-            free_memory_early()
+        free_memory_early()  # loading lets the heap keep up to a gigabyte
         for item, files in zip(llm._live.all_items, levels or (), strict=levels is not None):
             item.files.update(files)
         return llm
@@ -233,8 +230,7 @@ def prepare(
         kind = str(llm.dtype).removeprefix("torch.")
         threads = 1 if workers > 1 else None
         source = "mixture" if text is None else os.fspath(text)
-        bounded = memory_bytes is not None
-        run = _Run(folder, os.fspath(model), kind, str(llm.device), bits, source, threads, bounded)
+        run = _Run(folder, os.fspath(model), kind, str(llm.device), bits, source, threads)
         del llm
         _keep_usable(folder)
         with _progress(progress, bits) as note, _helpers(run, workers) as check:
