@@ -154,7 +154,7 @@ def own_plans(
             plans["uniform", f"FFN {level}"] = Plan.of(ffn)
             plans["uniform", level] = Plan.of(blocks)
     knapsack = named_policy(config.ladder.knapsack, context, memory)
-    if knapsack is None:
+    if knapsack is None or knapsack.level_costs is None:  # the rule without costs
         return plans
     for fraction in BUDGETS:
         request = Request.at_fraction(context.memory, *config.ladder.shapes[0], fraction)

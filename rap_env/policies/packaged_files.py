@@ -56,7 +56,7 @@ def default_facts(weights: str = "native") -> ModelFacts:
 
 
 def model_costs(memory: MemoryModel) -> LevelCosts:
-    """The costs of levels that a model was prepared with, or those of the default model.
+    """The costs of levels that a model was prepared with, or those of a model in the package.
 
     Raises:
         ArtifactError: The model is another one and was not prepared, or a file is damaged.
@@ -64,7 +64,7 @@ def model_costs(memory: MemoryModel) -> LevelCosts:
     if (prepared := prepared_costs(memory)) is not None:
         return prepared
     try:
-        return LevelCosts.load(packaged_file("levels.json"), memory)
+        return LevelCosts.load(packaged_file("costs.json"), memory)
     except (FileNotFoundError, ArtifactError):
         facts = memory.facts
         raise ArtifactError(

@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-MOST_LOWERED, MOST_ASKED, MOST_TRAINED = 35, 38, 66
-"""Most files on each of the ways."""
+MOST_LOWERED, MOST_ASKED, MOST_TRAINED = 39, 38, 66
+"""Most files on each of the ways; the first one makes levels, as the first fall of a limit does."""
 OURS = tuple(f"{ROOT / package}/" for package in ("rap_env", "agents", "experiments"))
 
 _entered: set[str] | None = None

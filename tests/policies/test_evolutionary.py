@@ -7,9 +7,15 @@ from rap_env.policies.loading import make_method
 from rap_env.policies.method import measure_choice
 from tests.agents.synthetic import SyntheticContext, request_at
 from tests.policies.requests import SHAPES, fits
-from tests.policies.test_searches import made
 
 REQUESTS = [(1, 10, 0.7), (8, 250, 0.8), (16, 1000, 0.6)]
+
+
+def evolution(context, ladder_bytes=None, **settings):
+    """The method with other settings than its own."""
+    method = make_method("evolutionary", context, ladder_bytes)
+    vars(method).update(settings)
+    return method
 
 
 @pytest.fixture
@@ -37,10 +43,7 @@ def test_it_improves_on_its_starts_within_its_evaluations(
     ladder_context, ladder_bytes, between, shape
 ):
     request = between(shape, 0.4)
-    few, many = (
-        made("evolutionary", ladder_context, ladder_bytes, max_evaluations=most)
-        for most in (4, 120)
-    )
+    few, many = (evolution(ladder_context, ladder_bytes, max_evaluations=most) for most in (4, 120))
     scorer = ladder_context.scorer
     found = [measure_choice(method, request, scorer) for method in (few, many)]
     losses = [scorer.nll(choice.plan) for choice in found]

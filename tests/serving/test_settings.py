@@ -160,7 +160,6 @@ def test_what_cannot_serve_is_named(folder, wrong, words):
     "right",
     [
         {}, {"policy": RAP}, {"policy": "frontier", "weights": "bf16"}, {"model": "{folder}"},
-        {"model": "some/hub-id", "policy": "rap-v0"}, {"weights": "int4", "policy": "rap-v0"},
         {"policy": "some.module:policy"},
     ],
 )  # fmt: skip

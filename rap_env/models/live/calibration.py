@@ -359,7 +359,8 @@ def _quantise(
             inputs, results = recorded(last.original), recorded(last.original, outputs=True)
             with inputs as changed, results as changed_outputs, item.in_place(level):
                 run(state)
-            for own, entered, left in zip(native, changed, changed_outputs, strict=False):
+            # The native ones come last: zip would take one more of those that come first.
+            for entered, left, own in zip(changed, changed_outputs, native, strict=False):
                 unequal = unequal or len(own) != len(left)  # an expert sees other tokens
                 if not unequal:
                     yield own.float() - left, entered

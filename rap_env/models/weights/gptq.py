@@ -158,9 +158,10 @@ def _damp_(matrix: torch.Tensor, damping: float) -> torch.Tensor:
 
 
 def _cholesky_(matrix: torch.Tensor) -> torch.Tensor:
-    """The lower factor of a symmetric matrix, in its memory: large ones take a tenth of a GiB."""
+    """The lower factor of a symmetric matrix, on a CPU in its memory, which may be 100 MiB."""
     by_columns = matrix.mT  # the order that LAPACK works on
-    lower: torch.Tensor = torch.linalg.cholesky(by_columns, out=by_columns)
+    in_place = {"out": by_columns} if matrix.device.type == "cpu" else {}
+    lower: torch.Tensor = torch.linalg.cholesky(by_columns, **in_place)
     return lower
 
 

@@ -191,7 +191,7 @@ def searched(
     shared = weights * share[:, None]
     square = (shared * weights).sum(dim=1)
     low, high = weights.amin(dim=1), weights.amax(dim=1)  # `aminmax` takes ten times as long
-    steps = groups.new_tensor(_WIDTHS[grid.bits])[:, None, None]
+    steps = torch.tensor(_WIDTHS[grid.bits], device=groups.device)[:, None, None]
     scale = (high - low) / steps  # (widths, groups, rows)
     centre = (low + high) / 2 + (grid.middle - grid.largest / 2) * scale
     # A range of no more steps than there are begins at the least weight.
