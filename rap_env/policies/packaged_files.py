@@ -30,7 +30,7 @@ KNAPSACKS = ("knapsack",)
 """Policies from level costs; for a model without any, `rap_env.policies.loading.load_policy`
 has a rule in their place."""
 
-_PREPARED_PER_MINUTE = 25e6  # parameters of blocks
+_PREPARED_PER_MINUTE = 18e6  # parameters of blocks
 
 FACTS_VERSION = 3
 """Format of the facts of the default model in the package."""
@@ -64,7 +64,7 @@ def model_costs(memory: MemoryModel) -> LevelCosts:
     if (prepared := prepared_costs(memory)) is not None:
         return prepared
     try:
-        return LevelCosts.load(packaged_file("costs.json"), memory)
+        return LevelCosts.load(packaged_file("levels.json"), memory)
     except (FileNotFoundError, ArtifactError):
         facts = memory.facts
         raise ArtifactError(

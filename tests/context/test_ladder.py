@@ -35,9 +35,9 @@ def computed(monkeypatch):
     """The levels of caches whose costs were computed, for each time."""
     levels, compute = [], gradient_costs.gradient_costs
 
-    def noted(llm, text, cache_levels, **options):
-        levels.append(tuple(cache_levels))
-        return compute(llm, text, cache_levels, **options)
+    def noted(llm, text, by_item, **options):
+        levels.append(tuple(by_item["layer00.cache"]))
+        return compute(llm, text, by_item, **options)
 
     monkeypatch.setattr(gradient_costs, "gradient_costs", noted)
     return levels
