@@ -179,11 +179,8 @@ class PruningContext(ABC):
         if self.importance == "one_shot":
             return ImportanceFeatures.from_one_shot(self.one_shot.delta_nll)
         if self.importance == "gradient":
-            costs, names = (
-                self.level_costs(()),
-                map(block_name, range(self.memory.facts.num_blocks)),
-            )
-            rises = np.array([costs.cost(name, "removed") for name in names])
+            costs, blocks = self.level_costs(()), range(self.memory.facts.num_blocks)
+            rises = np.array([costs.cost(block_name(index), "removed") for index in blocks])
             return ImportanceFeatures.from_one_shot(rises)
         gsi = self.gsi
         return ImportanceFeatures(gsi.first_pass, gsi.rank, gsi.marginal_delta_nll)

@@ -135,6 +135,14 @@ def window_costs(
     return WindowCosts(float(nll.double().sum()), sums, removed)
 
 
+def numbered_costs(
+    forward: PartialForward, windows: torch.Tensor, number: int, levels: Mapping[str, Sequence[str]]
+) -> WindowCosts:
+    """The `window_costs` of one window of a text, (windows, T), with removals for some of them."""
+    removals = number % REMOVAL_EVERY == 0
+    return window_costs(forward, windows[number, None], levels, removals=removals)
+
+
 def _layer_costs(
     forward: PartialForward,
     layer: Sequence[tuple[int, ...]],
@@ -270,14 +278,14 @@ def gradient_costs(
     forward = PartialForward(_in_float32(llm, levels), widen=True, gradients=True)
     with progress_bar(progress, total=len(windows), desc="costs", unit="window") as bar:
         parts = []
-        for number, window in enumerate(windows):
-            removals = number % REMOVAL_EVERY == 0
-            parts.append(window_costs(forward, window[None], levels, removals=removals))
+        for number in range(len(windows)):
+            parts.append(numbered_costs(forward, windows, number, levels))
             bar.update()
-    plans = joint_plans(mean_costs(parts, windows.shape[1]), levels)
+    costs = mean_costs(parts, windows.shape[1])
+    plans = joint_plans(costs, levels)
     nlls = [plan_nll(forward, windows, plan) for plan in (Plan(), *plans.values())]
-    costs = fitted_costs(llm.facts, parts, plans, nlls, text)
-    return replace(costs, seconds=time.monotonic() - started)
+    fitted = fitted_costs(llm.facts, costs, plans, nlls, text)
+    return replace(fitted, seconds=time.monotonic() - started)
 
 
 def _in_float32(llm: ElasticLLM, levels: Mapping[str, Sequence[str]]) -> ElasticLLM:
@@ -295,7 +303,7 @@ def _in_float32(llm: ElasticLLM, levels: Mapping[str, Sequence[str]]) -> Elastic
 
 def fitted_costs(
     facts: ModelFacts,
-    parts: Sequence[WindowCosts],
+    costs: Costs,
     plans: Mapping[tuple[str, str], Plan],
     nlls: Sequence[float],
     text: Corpus,
@@ -304,7 +312,7 @@ def fitted_costs(
 
     Args:
         facts: Facts about the model.
-        parts: What each window of the text tells.
+        costs: The `mean_costs` of the windows of the text.
         plans: The `joint_plans`.
         nlls: The NLL of the native model and of each of them, nats per token.
         text: The text.
@@ -312,12 +320,12 @@ def fitted_costs(
     native, *lowered = nlls
     rises = [nll - native for nll in lowered]
     measured = {pair: (plan, r) for (pair, plan), r in zip(plans.items(), rises, strict=True)}
-    tokens, evaluations = text.tokens.shape[1], len(nlls)
+    evaluations = len(nlls)
     return LevelCosts(
         num_layers=facts.num_layers,
-        window_tokens=tokens,
+        window_tokens=text.tokens.shape[1],
         native_nll=native,
-        costs=scaled_costs(mean_costs(parts, tokens), measured),
+        costs=scaled_costs(costs, measured),
         joint={plan.to_json(): rise for plan, rise in measured.values()},
         evaluations=evaluations,
         evaluations_run=evaluations,

@@ -33,14 +33,13 @@ import torch
 from rap_env.artifacts import digest, load_artifact, save_artifact
 from rap_env.errors import ArtifactError, InvalidRequestError, ModelNotAvailableError
 from rap_env.importance.gradient_costs import (
-    REMOVAL_EVERY,
     WindowCosts,
     fitted_costs,
     item_levels,
     joint_plans,
     mean_costs,
+    numbered_costs,
     plan_nll,
-    window_costs,
 )
 from rap_env.importance.level_costs import CACHE_LEVELS, LevelCosts
 from rap_env.model_facts import ModelFacts
@@ -384,10 +383,8 @@ def _work(
     """Do all tasks that no other process does, and return what follows from all results."""
     if run.threads is not None:
         torch.set_num_threads(run.threads)
-    tasks, texts = (
-        _Tasks(run.folder, check, note),
-        load_artifact(run.folder / _TEXT, _KIND, _FORMAT),
-    )
+    tasks = _Tasks(run.folder, check, note)
+    texts = load_artifact(run.folder / _TEXT, _KIND, _FORMAT)
     windows = torch.tensor(texts["costs"])
     facts, files = _levels(run, torch.tensor(texts["levels"]), tasks)
     levels = {
@@ -395,9 +392,10 @@ def _work(
         for item, names in item_levels(facts, CACHE_LEVELS, windows.shape[1]).items()
     }
     parts = _window_costs(run, windows, tasks, levels, files)
-    plans = joint_plans(mean_costs(parts, windows.shape[1]), levels)
+    costs = mean_costs(parts, windows.shape[1])
+    plans = joint_plans(costs, levels)
     nlls = _plan_nlls(run, windows, tasks, (Plan(), *plans.values()), files)
-    return fitted_costs(facts, parts, plans, nlls, Corpus.of_tokens(windows, source=run.text))
+    return fitted_costs(facts, costs, plans, nlls, Corpus.of_tokens(windows, source=run.text))
 
 
 def _levels(run: _Run, windows: torch.Tensor, tasks: _Tasks) -> tuple[ModelFacts, _Files]:
@@ -421,8 +419,7 @@ def _window_costs(
     forward = PartialForward(run.open("float32", files), widen=True, gradients=True)
 
     def do(number: int) -> dict[str, Any]:
-        removals = number % REMOVAL_EVERY == 0
-        return asdict(window_costs(forward, windows[number, None], levels, removals=removals))
+        return asdict(numbered_costs(forward, windows, number, levels))
 
     return [WindowCosts(**part) for part in tasks.run("costs", len(windows), do)]
 

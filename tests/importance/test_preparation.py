@@ -32,7 +32,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 def folder(tmp_path, monkeypatch):
     """A model with levels of few bits, prepared with little text in this process."""
     monkeypatch.setattr(preparation, "COST_WINDOWS", 2)
-    monkeypatch.setattr(preparation, "REMOVAL_EVERY", 1)
+    monkeypatch.setattr("rap_env.importance.gradient_costs.REMOVAL_EVERY", 1)
     monkeypatch.setattr(preparation, "COST_TOKENS", 32)
     monkeypatch.setattr(preparation, "_workers", lambda llm, memory_bytes: 1)
     folder = tmp_path / "own-model-1.5b"
@@ -53,9 +53,10 @@ def test_costs_are_those_of_the_model_in_memory_with_the_levels_that_were_made(f
     windows = mixed_windows(llm, 2, 32)
     forward = PartialForward(llm, widen=True, gradients=True)
     parts = [window_costs(forward, window[None], costs.costs) for window in windows]
-    plans = joint_plans(mean_costs(parts, 32), costs.costs)
+    gradient = mean_costs(parts, 32)
+    plans = joint_plans(gradient, costs.costs)
     nlls = [plan_nll(forward, windows, plan) for plan in (Plan(), *plans.values())]
-    expected = fitted_costs(llm.facts, parts, plans, nlls, Corpus.of_tokens(windows))
+    expected = fitted_costs(llm.facts, gradient, plans, nlls, Corpus.of_tokens(windows))
     assert set(costs.costs["layer00.ffn"]) == {"int8", "int4-compact", "int3", "int2", "removed"}
     for item, levels in costs.costs.items():
         for level, cost in levels.items():
