@@ -263,12 +263,12 @@ def warm_up(llm: ElasticLLM, tokens: int = 256) -> None:
     Files are mapped and code is loaded at first use: measured before that, the baseline would
     be too small, and the model would seem larger later. Products of a few rows and of many
     run in different code, so the prompt has more tokens than packed kernels multiply
-    themselves.
+    themselves. Layers are alike, so two of them suffice.
     """
     import rap_env.runtime.sampling  # noqa: F401  takes tens of megabytes
     from rap_env.models.live.live_batch import LiveBatch
 
-    with llm.exclusive():
+    with llm.exclusive(), llm.end_layers():
         for weight in llm.model.state_dict().values():
             if weight.device.type == "cpu" and weight.numel():
                 weight.detach().reshape(-1)[:: max(1, _PAGE_BYTES // weight.itemsize)].sum()

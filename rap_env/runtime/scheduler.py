@@ -120,17 +120,18 @@ class Scheduler:
             raise self.admission.misfit(shape, expected=True)
 
     def warm_up(self, tokens: int) -> None:
-        """Run a prompt of `tokens` dummies, so that the controller learns what steps take."""
+        """Run `tokens` dummies through two layers: the controller learns what steps take."""
         shape = BatchShape(1, tokens + 1)
         first = PassSize(tokens, tokens)
         if self.batch.sequences or not self._controller.admit(shape, next_pass=first):
             return
-        batch = self.batch.new_rows()
-        batch.prefill([[0] * tokens])
-        self._controller.observe(shape, "prefill")
-        batch.extend([0])
-        self._controller.observe(shape, "decode")
-        batch.close()
+        with self._llm.exclusive(), self._llm.end_layers():
+            batch = self.batch.new_rows()
+            batch.prefill([[0] * tokens])
+            self._controller.observe(shape, "prefill")
+            batch.extend([0])
+            self._controller.observe(shape, "decode")
+            batch.close()
 
     def drop_all(self) -> None:
         """Free all rows and drop their sequences."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import ipaddress
 import json
 import logging
@@ -53,14 +54,18 @@ def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
     check_before_loading(settings)
     with server_logging(settings), bind(settings.host, settings.port) as bound:
         check_address(bound, settings)
-        # These import torch, which takes seconds.
-        from rap_env.models.device import use_threads
-        from rap_env.serving.server import Server
-        from rap_env.serving.stack import build_stack, farewell, greeting
+        gc.disable()  # to search what imports make for garbage takes an eighth of the start
+        try:
+            # These import torch, which takes seconds.
+            from rap_env.models.device import use_threads
+            from rap_env.serving.server import Server
+            from rap_env.serving.stack import build_stack, farewell, greeting
 
-        if settings.threads is not None:
-            use_threads(settings.threads)
-        stack = build_stack(settings)
+            if settings.threads is not None:
+                use_threads(settings.threads)
+            stack = build_stack(settings)
+        finally:
+            gc.enable()
         try:
             text = greeting(stack, url_of(bound, tls=settings.ssl_certfile is not None))
             has_keys = settings.api_key_file or settings.admin_key_file

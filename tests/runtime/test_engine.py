@@ -219,6 +219,7 @@ def test_warm_up_teaches_the_margin_and_leaves_no_rows(harness):
     engine.warm_up()
     assert harness.controller.monitor.margin.bytes > 9 * 10**5
     assert harness.llm.held_bytes.kv_cache == 0
+    assert harness.llm.plan == engine.stats().plan == Plan()
     assert engine.stats().tokens == 0
 
 

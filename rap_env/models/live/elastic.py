@@ -192,16 +192,25 @@ class ElasticLLM:
         finally:
             self._live.set(before)
 
+    def end_layers(self) -> AbstractContextManager[None]:
+        """Run the first and the last layer alone, whose workspace is that of all layers."""
+        return self.without(frozenset(range(2, self.num_blocks - 2)))
+
     @property
     def residency(self) -> Residency:
         """Where weights are kept that are not in use; see `rap_env.models.weights.residency`."""
         return "resident" if self._live.store is None else self._live.store.residency
 
-    def set_residency(self, residency: Residency) -> None:
+    def set_residency(self, residency: Residency, *, as_stored: bool = False) -> None:
         """Select where weights are kept that the plan does not use, including those unused now.
 
         The first call with ``"offload"`` or ``"drop"`` copies every block's weights to a
         buffer and checks that they can be read again; this takes seconds per GB.
+
+        Args:
+            residency: The residency.
+            as_stored: The weights were just read from the model's files as they are there, so
+                nothing is copied or checked.
 
         Raises:
             UnknownNameError: There is no such residency.
@@ -214,15 +223,13 @@ class ElasticLLM:
                 return
             with self._live.without_store():
                 if residency != "resident":
-                    self._add_store(residency, self.fingerprint)
+                    self._add_store(residency, self.fingerprint, as_stored=as_stored)
         return_freed_memory(self.device)
 
-    def _add_store(
-        self, residency: Residency, fingerprint: str, *, unread: bool = False
-    ) -> WeightStore:
+    def _add_store(self, residency: Residency, fingerprint: str, **options: bool) -> WeightStore:
         blocks, items = [site.modules for site in self._live.sites], self._live.all_items
         self._live.store = store = WeightStore(
-            self.model, items, blocks, self.folder, residency, fingerprint, unread=unread
+            self.model, items, blocks, self.folder, residency, fingerprint, **options
         )
         _keep_in_place(self.model)
         return store

@@ -79,6 +79,8 @@ class WeightStore:
         residency: ``"offload"`` or ``"drop"``.
         fingerprint: Fingerprint of the model; names the files that have to be written, under
             ``"offload"``.
+        as_stored: All weights were just read from the folder's files, each tensor into memory of
+            its own (see `packed_folder.load_native`): they are neither compared nor copied.
         unread: The tensors of all items are placeholders (see `packed_folder.load_native`):
             they are evicted from the beginning. Blocks are read from the folder when a plan
             needs them; of native embeddings and head only some rows at a time are ever read.
@@ -93,6 +95,7 @@ class WeightStore:
         residency: Residency,
         fingerprint: str,
         *,
+        as_stored: bool = False,
         unread: bool = False,
     ) -> None:
         self.residency = residency
@@ -117,16 +120,14 @@ class WeightStore:
         self._made: dict[WeightItem, dict[PackedLevel, list[WeightGroup]]] = {i: {} for i in items}
         # Embeddings are rarely evicted: their files are found on demand.
         for item in items if unread else items[:-1]:
-            self._find_files(item, trusted=unread)
+            self._find_files(item, trusted=unread or as_stored)
         if unread:
             for item in items[:-1]:
                 self.release(item, "removed")
             self._read_by_rows(items[-1])
             return
-        for groups in self._native.values():
-            for group in groups:
-                group.pack()
-        for group in _groups(rest, ()):
+        native = itertools.chain.from_iterable(self._native.values())
+        for group in () if as_stored else itertools.chain(native, _groups(rest, ())):
             group.pack()
         for item in items:
             for level in item.made:

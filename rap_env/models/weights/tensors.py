@@ -16,6 +16,7 @@ from torch import nn
 
 from rap_env.artifacts import atomic_write, canonical_json
 from rap_env.errors import ChecksumError, ModelNotAvailableError
+from rap_env.models.device import own_pages
 from rap_env.models.weights.packed_modules import PackedModule
 
 # Entries of a config that do not affect what the model computes, or (dtype) that the tensors
@@ -156,7 +157,10 @@ class StoredTensor:
         The file is read, not mapped. Safetensors' own reader maps the whole file, and every
         page that was read would count as memory of the process.
         """
-        tensor = torch.empty(self.shape, dtype=self.dtype, device=device)
+        if device.type == "cpu" and self.nbytes:  # its pages are freed with it
+            tensor = own_pages(self.nbytes, huge=True).view(self.dtype).view(self.shape)
+        else:
+            tensor = torch.empty(self.shape, dtype=self.dtype, device=device)
         self.read_into(tensor)
         return tensor
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
+from tokenizers import pre_tokenizers
 
 from rap_env.errors import (
     ChecksumError,
@@ -17,6 +19,7 @@ from rap_env.models.caches.attention import attention_name
 from rap_env.models.files import loading
 from rap_env.models.files.loading import load_llm, shared_llm
 from rap_env.models.files.pruned_checkpoint import save_pruned
+from rap_env.models.files.weight_files import load_tokenizer
 from rap_env.plan import Plan
 from tests.models.states import saved
 from tests.tiny import tiny_llm, tiny_model, tiny_tokenizer
@@ -184,3 +187,31 @@ def test_a_forked_process_uses_its_parents_model(folder: Path) -> None:
         child.start()
     child.join(60)
     assert child.exitcode == 0
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_a_tokenizer_that_is_whole_in_json_is_the_one_of_transformers(family, tmp_path) -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<|endoftext|>", "<|im_end|>", *alphabet, "he", "Ã©"]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    made = tf.Qwen2Tokenizer(vocabulary, [("h", "e"), ("Ã", "©")], eos_token="<|im_end|>")
+    made.chat_template = "{{ messages[0]['content'] }}"
+    made.save_pretrained(tmp_path)
+    stated = {"qwen2": "Qwen2Tokenizer", "llama": "TokenizersBackend"}[family]
+    change_json(tmp_path / "tokenizer_config.json", tokenizer_class=stated)
+    change_json(tmp_path / "tokenizer.json", normalizer=None)  # as those of GGUF files are
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    whole, slow = load_tokenizer(tmp_path), tf.AutoTokenizer.from_pretrained(tmp_path)
+    text = "he sees e\u0301 and \u00e9<|im_end|>\n\n 12  <|endoftext|>"
+    assert type(whole) is tf.TokenizersBackend
+    assert whole(text).data == slow(text).data
+    assert whole.decode(whole(text).input_ids, skip_special_tokens=True) == slow.decode(
+        slow(text).input_ids, skip_special_tokens=True
+    )
+    for name in ("special_tokens_map", "all_special_ids", "added_tokens_decoder", "chat_template"):
+        assert getattr(whole, name) == getattr(slow, name)
+    assert whole.get_vocab() == slow.get_vocab()
+
+
+def change_json(path: Path, **entries: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))

@@ -162,3 +162,15 @@ def test_a_plan_is_restored_after_a_with_block() -> None:
         assert not torch.equal(logits(llm), before)
     assert llm.plan == PLAN
     assert torch.equal(logits(llm), before)
+
+
+def test_the_first_and_the_last_layer_run_alone() -> None:
+    llm = tiny_llm(layers=4)
+    llm.apply(Plan.removing(0))
+    before = logits(llm)
+    with llm.applied(Plan.removing(0, 2, 3, 4, 5)):
+        expected = logits(llm)
+    with llm.end_layers():
+        assert torch.equal(logits(llm), expected)
+    assert not torch.equal(expected, before)
+    assert torch.equal(logits(llm), before)

@@ -16,12 +16,15 @@ from rap_env.errors import (
     UnsupportedModelError,
 )
 from rap_env.models.device import return_freed_memory
+from rap_env.models.files.loading import load_llm
 from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.weights.tensors import weights_of
 from rap_env.paths import cache_dir
 from rap_env.plan import Plan
 from rap_env.serving.served_model import load_served_model
 from rap_env.serving.settings import ServerSettings
 from tests.models.states import apply_to, damage_file, logits, opened, saved, weights_hash
+from tests.models.tiny_gguf import write_tiny_gguf
 from tests.tiny import LAYERS, tiny_llm
 
 
@@ -38,6 +41,25 @@ def test_the_models_own_files_serve_and_nothing_is_written(tmp_path) -> None:
             llm.apply(Plan.removing(*range(2 * LAYERS)))
             llm.apply(Plan())
             assert weights_hash(llm.model) == before
+    assert not (cache_dir() / "offloaded").exists()
+
+
+@pytest.mark.parametrize("residency", ["offload", "drop"])
+def test_weights_as_stored_are_neither_copied_nor_hashed(residency, tmp_path, monkeypatch) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_tiny_gguf(path, kind="Q8_0", hidden=64, ffn=96)
+    llm = load_llm(path, device="cpu", dtype="float32", lean=True)
+    before = weights_hash(llm.model)
+    places = [tensor.data_ptr() for _, tensor in weights_of(llm.model)]
+    llm.fingerprint  # noqa: B018  it is remembered
+    monkeypatch.setattr("rap_env.models.weights.weight_groups._digest", None)
+    llm.set_residency(residency, as_stored=True)
+    assert [tensor.data_ptr() for _, tensor in weights_of(llm.model)] == places
+    held = llm.held_bytes.weights
+    llm.apply(Plan.removing(*range(llm.num_blocks)))
+    assert llm.held_bytes.weights < held
+    llm.apply(Plan())
+    assert weights_hash(llm.model) == before
     assert not (cache_dir() / "offloaded").exists()
 
 
