@@ -369,3 +369,12 @@ def layer_ranges(numbers: Sequence[int]) -> str:
         else:
             runs.append([number])
     return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+
+
+def with_lowest_caches(plan: Plan, rows_plan: Plan) -> Plan:
+    """A plan with attention removed and caches lowered where they are in another one, too."""
+    caches = dict(plan.caches) | {
+        layer: level.lowest(plan.cache_level(layer)) for layer, level in rows_plan.caches
+    }
+    removed = plan.removed | {index for index in rows_plan.removed if index % 2 == 0}
+    return replace(plan, caches=tuple(caches.items()), removed=removed)

@@ -90,6 +90,10 @@ _UNITS = {
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)")
 
 
+KEPT_DELTA_NLL = 0.005
+"""Default bound on how much worse than the plan what is kept may be, nats per token."""
+
+
 def parse_bytes(name: str, text: str | int) -> int:
     """Convert ``"2.5GiB"``, ``"800 MB"`` or ``"1048576"`` to a number of bytes.
 

@@ -175,9 +175,14 @@ def each_family(
     return pytest.mark.parametrize((argument, *choices), cases)
 
 
-def tiny_config(name: str = "llama", layers: int = LAYERS) -> Any:
+def tiny_config(name: str = "llama", layers: int = LAYERS, positions: int = 64) -> Any:
     """The config of a tiny model."""
-    return _CONFIGS[name](layers)
+    config = _CONFIGS[name](layers)
+    for text in (config, config.get_text_config()):
+        for field in ("max_position_embeddings", "n_positions"):
+            if field in text.to_dict():
+                setattr(text, field, positions)
+    return config
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> None:
@@ -191,10 +196,16 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
 
 
 def tiny_model(
-    name: str = "llama", *, layers: int = LAYERS, dtype: torch.dtype = torch.float32, seed: int = 0
+    name: str = "llama",
+    *,
+    layers: int = LAYERS,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    positions: int = 64,
 ) -> Any:
     """A random causal language model in evaluation mode."""
-    model = tf.AutoModelForCausalLM.from_config(tiny_config(name, layers), dtype=dtype)
+    config = tiny_config(name, layers, positions)
+    model = tf.AutoModelForCausalLM.from_config(config, dtype=dtype)
     randomise(model, seed)
     return model.eval()
 
@@ -206,9 +217,10 @@ def tiny_llm(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     tokenizer: Any = None,
+    positions: int = 64,
 ) -> ElasticLLM:
     """A random `ElasticLLM`; without a tokenizer unless one is given."""
-    model = tiny_model(name, layers=layers, dtype=dtype, seed=seed)
+    model = tiny_model(name, layers=layers, dtype=dtype, seed=seed, positions=positions)
     return ElasticLLM(model, tokenizer, name=f"tiny-{name}")
 
 

@@ -9,7 +9,6 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rap_env.errors import (
@@ -34,8 +33,8 @@ _STALLED_S = 0.25
 """Seconds without a pass, while requests wait, after which any of them that fits alone is
 tried."""
 _LONG_STALL_S = 1.0
-"""As `_STALLED_S`: then margin and caches kept in memory are given up, and the log says
-why."""
+"""As `_STALLED_S`: then the margin and all that is kept in memory are given up, and the log
+says why."""
 # Of a chunk, tried one after another: smaller passes take less memory.
 _CHUNK_PARTS = (1, 2, 4, 8)
 _ONE_TOKEN = BatchShape(1, 1)
@@ -171,7 +170,7 @@ class Admission:
             Whether one was admitted.
         """
         self._reject_late()
-        self._kept.drop_ended()
+        self._kept.release_ended()
         self._controller.note_waiting(len(self._queue))
         batch = self._batch
         if batch.prefilling is not None or len(batch.decoding) >= self.most_running:
@@ -190,8 +189,7 @@ class Admission:
         self._next_try_s = self._clock() + _STALLED_S
         if long := self.stalled_s >= _LONG_STALL_S:
             self._controller.forget_margin()
-            while self._kept.drop_newest():
-                pass
+            self._kept.free(self._kept.bytes)
         waiting = sorted(self._queue.waiting, key=lambda each: each.handle.final_tokens)
         chunks = [max(1, self._batch.chunk_tokens // parts) for parts in _CHUNK_PARTS]
         tries = [(sequence, size) for sequence in waiting[:1] for size in chunks]
@@ -213,16 +211,18 @@ class Admission:
     ) -> bool:
         """Begin to prefill a request if it fits with all that runs; reject one that never fits."""
         batch = self._batch
-        shape = batch.shape_with(sequence, chunk_tokens)
-        kept_tokens = self._kept.tokens(sequence)
-        tokens = min(sequence.known_tokens - kept_tokens, chunk_tokens)
+        kept_tokens = self._kept.match(sequence).tokens
+        unread = sequence.known_tokens - kept_tokens
+        shape = batch.shape_with(sequence, unread, chunk_tokens)
+        tokens = min(unread, chunk_tokens)
         first = PassSize(tokens, tokens + kept_tokens)
         if self._controller.admit(shape, batch.shape, first, stalled=stalled):
             self._queue.remove(sequence)
-            sequence.handle.emit(AdmitEvent(self._clock()))
-            batch.prefill(sequence, chunk_tokens, interrupt)
+            kept_tokens, levels = batch.prefill(sequence, chunk_tokens, interrupt)
+            self._output.counters.kept_tokens += kept_tokens
+            sequence.handle.emit(AdmitEvent(self._clock(), kept_tokens, levels))
             return True
-        if not batch.decoding and not self.could_ever_fit(replace(shape, kept_bytes=0)):
+        if not batch.decoding and not self.could_ever_fit(shape):
             self._queue.remove(sequence)
             error = self.misfit(shape, expected=True)
             self._output.reject(sequence, rejection_of(error), str(error))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rap_env.errors import InvalidRequestError
 from rap_env.memory import PREFILL_CHUNK_TOKENS
+from rap_env.plan import Plan
 from rap_env.policies.base import PolicyLike, as_policy
 from rap_env.runtime.memory_estimator import (
     EMPTY_BATCH,
@@ -79,6 +80,7 @@ class RuntimeController:
         monitor: Measures bytes.
         chooser: Chooses plans that fit.
         switcher: Applies plans.
+        free_kept: Frees so many bytes of what is kept beside the batch, which count as free.
         overhead_s: Seconds spent in the controller, switching and measuring included.
 
     Raises:
@@ -128,6 +130,8 @@ class RuntimeController:
             most_delta_nll=most_delta_nll,
         )
         self.switcher = PlanSwitcher(self.chooser, self.monitor, log, clock)
+        self.switcher.before_switch = self._leave_room
+        self.free_kept: Callable[[int], None] = lambda _bytes: None
         self.hold_s = hold_s
         self.overhead_s = 0.0
         self._waiting = 0
@@ -169,9 +173,12 @@ class RuntimeController:
         with self._timed():
             self.monitor.poll()
             self.chooser.follow_queue(self._waiting - 1, self.llm.plan, running, stalled=stalled)
-            return self._admit(shape, running, next_pass) or (
+            fits = self._admit(shape, running, next_pass) or (
                 stalled and self._fit_in_reserve(shape, "arrival", next_pass, running=False)
             )
+            if fits:
+                self._leave_room(self.llm.plan, shape, next_pass)
+            return fits
 
     def _admit(self, shape: BatchShape, running: BatchShape, next_pass: PassSize) -> bool:
         available = self.monitor.available_bytes(shape, next_pass) - self.monitor.borrowed_bytes
@@ -202,6 +209,7 @@ class RuntimeController:
             if not shape:
                 self.monitor.borrow(0)
                 self.monitor.observe_idle()
+            self._leave_room(self.llm.plan, shape, next_pass)
             self.chooser.follow_queue(self._waiting, self.llm.plan, shape)
             if self.switcher.retry():
                 self._rejected = {}
@@ -216,6 +224,34 @@ class RuntimeController:
                 else:
                     self._growth.before_step(shape, next_pass)
             return True
+
+    def room_for_kept(
+        self,
+        shape: BatchShape,
+        next_pass: PassSize = UNKNOWN_PASS,
+        plan: Plan | None = None,
+    ) -> int:
+        """Bytes that may be kept beside a batch, by default with the present plan.
+
+        That is what the batch at its largest leaves, and what the next pass leaves of what is
+        used now. May be negative.
+        """
+        monitor, plan = self.monitor, self.llm.plan if plan is None else plan
+        margin = monitor.margin.bytes_for(prefills=next_pass.prefills)
+        beside_batch = monitor.budget_bytes - margin - self.estimator.peak_bytes(plan, shape)
+        pass_bytes = self.estimator.pass_estimate(plan, shape, next_pass).total
+        used_bytes = monitor.meter.used_bytes() - self.llm.kept_bytes
+        return min(beside_batch, monitor.budget_bytes - used_bytes - pass_bytes)
+
+    def _leave_room(self, plan: Plan, shape: BatchShape, next_pass: PassSize) -> None:
+        """Free what is kept, as far as a batch with a plan needs the bytes."""
+        if self.llm.kept_bytes <= max(0, self.room_for_kept(shape, next_pass, plan)):
+            return
+        self.monitor.trim()
+        excess = self.llm.kept_bytes - max(0, self.room_for_kept(shape, next_pass, plan))
+        if excess > 0:
+            self.free_kept(excess)
+            self.monitor.trim()
 
     def has_room(self, shape: BatchShape, next_pass: PassSize) -> bool:
         """Whether the present plan fits a batch as it is."""

@@ -16,6 +16,7 @@ from rap_env.errors import (
     QueueFullError,
     check_name,
 )
+from rap_env.request import KEPT_DELTA_NLL
 from rap_env.runtime.admission import RequestQueue
 from rap_env.runtime.memory_estimator import BatchShape
 from rap_env.runtime.records import EngineStats
@@ -47,7 +48,7 @@ class Engine:
     no plan reaches even for it alone, or if nothing has run for a moment: then the shortest
     one that fits runs, and soon whatever margin was learned. If no plan fits the running
     batch, the newest request is preempted: it returns to the front of the queue with its
-    tokens and what it has cached (`KeptCaches`), and later goes on from there. Once memory is
+    tokens and what it has cached (`KeptSequences`), and later goes on from there. Once memory is
     back, lowered caches are read back from files, or refilled one at a time.
 
     As long as the plan is the same, a row's tokens depend on other rows only by rounding.
@@ -66,6 +67,10 @@ class Engine:
         queue_timeout_s: Longest that a request may wait; None for no limit.
         target_itl_s: Mean seconds between the tokens of an answer while prompts of others are
             read: as many decode steps follow each chunk as that takes; None for one.
+        keep: Whether prompts and answers that were read stay in memory that is free, so that
+            requests that begin as they do need not read them again (`KeptSequences`).
+        keep_delta_nll: Rise in NLL, nats per token, by which what is kept may be worse than
+            the plan.
         clock: Gives the time in seconds, for events and records. `step` never sleeps, so the
             clock may be virtual.
 
@@ -90,6 +95,8 @@ class Engine:
         restore: Restore = "refill",
         queue_timeout_s: float | None = None,
         target_itl_s: float | None = None,
+        keep: bool = True,
+        keep_delta_nll: float = KEPT_DELTA_NLL,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         check_name("restore mode", restore, RESTORES)
@@ -119,6 +126,8 @@ class Engine:
             restore=restore,
             queue_timeout_s=queue_timeout_s,
             target_itl_s=target_itl_s,
+            keep=keep,
+            keep_delta_nll=keep_delta_nll,
         )
         self.observers = self._scheduler.observers
         self._longest_lock = threading.Lock()
@@ -181,6 +190,7 @@ class Engine:
         listener: Listener | None = None,
         *,
         max_delta_nll: float | None = None,
+        owner: str = "",
     ) -> RequestHandle:
         """Add a request to the queue; from any thread.
 
@@ -192,6 +202,7 @@ class Engine:
             max_delta_nll: Floor of quality of this request, nats per token: no pass for it
                 runs with a plan whose predicted rise in NLL is above it. The controller's own
                 floor holds in any case.
+            owner: Only what was kept of requests of the same owner is used for it.
 
         Raises:
             InvalidRequestError: The prompt is empty or too long together with the answer; the
@@ -213,7 +224,7 @@ class Engine:
             listener=listener,
             on_cancel=self._wake.set,
         )
-        sequence = TokenSequence(handle)
+        sequence = TokenSequence(handle, owner)
         try:
             self._scheduler.check_feasible(sequence)
             self._queue.append(sequence)
@@ -297,6 +308,8 @@ class Engine:
             plan=self._scheduler.plan,
             stalled_s=self._scheduler.admission.stalled_s,
             lowered_rows=self._scheduler.batch.lowered_rows,
+            kept_sequences=self._scheduler.batch.kept.sequences,
+            kept_bytes=self._scheduler.batch.kept.bytes,
         )
 
     def _check_prompt(self, prompt_ids: Sequence[int], params: SamplingParams) -> tuple[int, ...]:

@@ -358,14 +358,19 @@ class MemoryMonitor:
         That is the budget less the margin, as long as what is used now fits with all that the
         pass may allocate on top. If not, freed memory is returned first; if that is not
         enough, the process holds more besides its tensors than the margin covers, and that is
-        counted instead.
+        counted instead. What is kept counts as free.
         """
         most = self._estimator.pass_estimate(self._llm.plan, shape, next_pass).total
-        if self.used_bytes + most > self.budget_bytes:
+        if self._needed_bytes + most > self.budget_bytes:
             self.trim()
-            if self.used_bytes + most > self.budget_bytes:
+            if self._needed_bytes + most > self.budget_bytes:
                 return self.available_after_trim_bytes(shape, next_pass)
         return self.budget_bytes - self.margin.bytes_for(prefills=next_pass.prefills)
+
+    @property
+    def _needed_bytes(self) -> int:
+        """Bytes as last measured without those that are kept."""
+        return self.used_bytes - self._llm.kept_bytes
 
     def trimmed_bytes(self, shape: BatchShape, next_pass: PassSize) -> int:
         """As `available_bytes`, after freed memory was returned to the system."""

@@ -8,12 +8,11 @@ import textwrap
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 
 from rap_env.errors import ChecksumError, ModelNotAvailableError, RapError
 from rap_env.levels import WEIGHT_LEVELS
 from rap_env.models.device import synchronise
-from rap_env.plan import Plan
+from rap_env.plan import Plan, with_lowest_caches
 from rap_env.runtime.memory_estimator import EMPTY_BATCH, BatchShape, PassSize
 from rap_env.runtime.memory_monitor import MemoryMonitor
 from rap_env.runtime.plan_chooser import PlanChoice, PlanChooser
@@ -26,15 +25,6 @@ RETRY_S = 5.0
 _UNREADABLE = (ChecksumError, ModelNotAvailableError)
 _ATTEMPTS = 4  # at making a plan fit by measured bytes
 _RECENT = 256
-
-
-def with_lowest_caches(plan: Plan, rows_plan: Plan) -> Plan:
-    """A plan with attention removed and caches lowered where they are in another one, too."""
-    caches = dict(plan.caches) | {
-        layer: level.lowest(plan.cache_level(layer)) for layer, level in rows_plan.caches
-    }
-    removed = plan.removed | {index for index in rows_plan.removed if index % 2 == 0}
-    return replace(plan, caches=tuple(caches.items()), removed=removed)
 
 
 def lowers_nothing(plan: Plan, before: Plan) -> bool:
@@ -57,6 +47,8 @@ class PlanSwitcher:
     Attributes:
         rows_plan: Gives the plan with the lowest levels that rows have of caches, which may
             be lower than the plan's.
+        before_switch: Called with a plan before it is applied, with the batch and its next
+            pass.
         unreadable: Why the weights of a chosen plan cannot be read; empty if they can. Until
             `retry` finds that they can again, the plan is not to be raised.
         switches: How often the plan changed.
@@ -78,6 +70,7 @@ class PlanSwitcher:
         self._decision_log = decision_log
         self._clock = clock
         self.rows_plan: Callable[[], Plan] = lambda: self._llm.plan
+        self.before_switch: Callable[[Plan, BatchShape, PassSize], None] = lambda *_: None
         self.unreadable = ""
         self._unreadable_plan = Plan()
         self._retry_at_s = 0.0
@@ -163,6 +156,7 @@ class PlanSwitcher:
         for _ in range(_ATTEMPTS):
             if choice is None:
                 return False
+            self.before_switch(choice.plan, shape, next_pass)
             readable = self._switch(choice, shape, trigger) and readable
             available = self._monitor.available_after_trim_bytes(shape, next_pass)
             if self._chooser.fits(self._llm.plan, shape, available):

@@ -59,6 +59,7 @@ class Counters:
         tokens: Tokens generated.
         prompt_tokens: Prefilled tokens, those prefilled again after a preemption included.
         repeated_tokens: Those of them that had been in a cache before the preemption.
+        kept_tokens: Tokens that were not prefilled, because they were kept.
         refilled_tokens: Tokens computed again at better levels of caches.
         preemptions: How often a request was preempted and restarted.
         interruptions: Prefill chunks that ended between two layers because the budget had
@@ -74,6 +75,7 @@ class Counters:
     tokens: int = 0
     prompt_tokens: int = 0
     repeated_tokens: int = 0
+    kept_tokens: int = 0
     refilled_tokens: int = 0
     preemptions: int = 0
     interruptions: int = 0
@@ -91,6 +93,8 @@ class EngineStats(Counters):
         plan: The plan of the last step.
         stalled_s: Seconds for which requests have waited while nothing ran.
         lowered_rows: Decoding requests whose caches have lower levels than the plan.
+        kept_sequences: Sequences that are kept beside those that run.
+        kept_bytes: Their bytes in memory.
     """
 
     queued: int
@@ -98,6 +102,8 @@ class EngineStats(Counters):
     plan: Plan
     stalled_s: float
     lowered_rows: int
+    kept_sequences: int = 0
+    kept_bytes: int = 0
 
 
 log = logging.getLogger(__name__)

@@ -37,9 +37,17 @@ _NATIVE = Plan()
 
 @dataclass(frozen=True)
 class AdmitEvent:
-    """A request left the queue; after a preemption it waits, and is admitted, once more."""
+    """A request left the queue; after a preemption it waits, and is admitted, once more.
+
+    Attributes:
+        kept_tokens: Its first tokens that were kept of earlier requests, or of itself before a
+            preemption, and are not read again.
+        kept_levels: The levels that their keys and values had, in words; empty without any.
+    """
 
     time_s: float
+    kept_tokens: int = 0
+    kept_levels: str = ""
 
 
 @dataclass(frozen=True)
@@ -124,6 +132,8 @@ class RequestHandle:
         reason: Why the request ended; None before its end.
         error: The error message, if the request failed.
         rejection: Why the engine rejected the request after it had waited, if it did.
+        kept_tokens: Tokens of its prompt that were kept of earlier requests.
+        kept_levels: The levels that their keys and values had, in words; empty without any.
         preemptions: How often the request was preempted and restarted from its tokens.
         cancelled: Whether cancellation was requested.
         paused: Whether it is not to run now; see `pause`.
@@ -155,6 +165,8 @@ class RequestHandle:
         self.reason: Reason | None = None
         self.error: str | None = None
         self.rejection: Rejection | None = None
+        self.kept_tokens = 0
+        self.kept_levels = ""
         self.preemptions = 0
         self.cancelled = False
         self.paused = False
@@ -224,7 +236,10 @@ class RequestHandle:
             elif isinstance(event, PlanEvent):
                 self.plan = event.plan
             elif isinstance(event, AdmitEvent):
-                self.admitted_s = event.time_s if self.admitted_s is None else self.admitted_s
+                if self.admitted_s is None:
+                    self.admitted_s = event.time_s
+                    self.kept_tokens = event.kept_tokens
+                    self.kept_levels = event.kept_levels
             elif isinstance(event, PromptEvent):
                 self.prompt_samples = event.samples
             else:

@@ -1,16 +1,15 @@
-"""What runs: the decoding requests, the one whose prompt is read, and caches of preempted ones."""
+"""What runs: the decoding requests, and the one whose prompt is read."""
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
+from rap_env.runtime.kept_sequences import KeptSequences
 from rap_env.runtime.memory_estimator import BatchShape, PassSize
 from rap_env.runtime.plan_chooser import PlanChooser
 from rap_env.runtime.sequence import PrefillingSequence, TokenSequence, shape_of
@@ -69,94 +68,10 @@ class Pace:
         self.decode_s += _NEW_SHARE * (seconds - self.decode_s) if self.decode_s else seconds
 
 
-log = logging.getLogger(__name__)
-
 Restore = Literal["refill", "next_request"]
 """What happens to the earlier tokens of a restored attention block, as for `Engine`."""
 
 RESTORES: tuple[Restore, ...] = get_args(Restore)
-
-
-class KeptCaches:
-    """Keeps what preempted sequences have cached, so that they need not be computed again.
-
-    Args:
-        folder: Where to write files; None if no disk may be used. Files have no name, so that
-            they go with the process.
-
-    Attributes:
-        folder: The folder; None if no disk may be used, or none any more.
-    """
-
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
-        self._batches: dict[TokenSequence, LiveBatch] = {}
-
-    @property
-    def bytes(self) -> int:
-        """Bytes in memory."""
-        return sum(batch.kv_bytes for batch in self._batches.values())
-
-    def bytes_beside(self, sequence: TokenSequence) -> int:
-        """Bytes in memory of all but one sequence."""
-        own = self._batches.get(sequence)
-        return self.bytes - (0 if own is None else own.kv_bytes)
-
-    def tokens(self, sequence: TokenSequence) -> int:
-        """Tokens of a sequence that are kept."""
-        batch = self._batches.get(sequence)
-        return 0 if batch is None else batch.length
-
-    def keep(self, sequence: TokenSequence, batch: LiveBatch) -> None:
-        """Keep the cache of a batch of one row, whose memory is free afterwards, or smaller."""
-        if not batch.kv_bytes or not sequence.resumable:
-            batch.close()
-            return
-        self._batches[sequence] = batch
-        if self.folder is not None:
-            try:
-                batch.offload(self.folder)
-            except OSError as error:
-                log.warning(
-                    "The caches of preempted requests stay in memory from now on: %s cannot be "
-                    "written to: %s.",
-                    self.folder,
-                    error,
-                )
-                self.folder = None
-        if self.folder is None:
-            batch.lower(4)
-
-    def take(self, sequence: TokenSequence) -> LiveBatch | None:
-        """What is kept of a sequence, in memory again, or None."""
-        batch = self._batches.pop(sequence, None)
-        try:
-            if batch is not None:
-                batch.load()
-        except OSError as error:
-            log.warning("A kept cache cannot be read, and is computed again: %s.", error)
-            return None
-        return batch
-
-    def drop_newest(self) -> bool:
-        """Free the last one that is in memory; whether there was one."""
-        for sequence, batch in reversed(self._batches.items()):
-            if batch.kv_bytes:
-                batch.close()
-                del self._batches[sequence]
-                return True
-        return False
-
-    def drop_ended(self) -> None:
-        """Free those of sequences that have ended."""
-        for sequence in [each for each in self._batches if each.handle.done]:
-            self._batches.pop(sequence).close()
-
-    def close(self) -> None:
-        """Free all."""
-        for batch in self._batches.values():
-            batch.close()
-        self._batches.clear()
 
 
 TOKEN_NATS = 0.001
@@ -178,7 +93,7 @@ class RunningBatch:
         restore: As for `Engine`.
         chunk_tokens: Most tokens of a prefill chunk.
         uniform: As for `BatchShape.of`.
-        kept: Caches of preempted sequences.
+        kept: Sequences that were read before, preempted ones included.
 
     Attributes:
         kept: As given; so is `chunk_tokens`.
@@ -192,7 +107,7 @@ class RunningBatch:
         llm: ElasticLLM,
         restore: Restore,
         chunk_tokens: int,
-        kept: KeptCaches,
+        kept: KeptSequences,
         *,
         uniform: bool,
     ) -> None:
@@ -239,9 +154,9 @@ class RunningBatch:
     @property
     def shape(self) -> BatchShape:
         """The largest batch that all sequences will form; an old cache that is refilled is kept."""
-        kept_bytes, refilling = self.kept.bytes, self.refilling
+        kept_bytes, refilling = 0, self.refilling
         if refilling is not None:
-            kept_bytes += self.rows.row_bytes(self.decoding.index(refilling.sequence))
+            kept_bytes = self.rows.row_bytes(self.decoding.index(refilling.sequence))
         if self._shape is None:
             joining, chunks = None, 0
             if self.prefilling is not None and refilling is None:
@@ -249,11 +164,10 @@ class RunningBatch:
             self._shape = shape_of(self.decoding, joining, chunks, uniform=self._uniform)
         return replace(self._shape, kept_bytes=kept_bytes) if kept_bytes else self._shape
 
-    def shape_with(self, sequence: TokenSequence, chunk_tokens: int) -> BatchShape:
-        """The largest batch with a sequence that joins after its tokens were read in chunks."""
-        chunks = -(-(sequence.known_tokens - self.kept.tokens(sequence)) // chunk_tokens)
-        shape = shape_of(self.decoding, sequence, chunks, uniform=self._uniform)
-        return replace(shape, kept_bytes=self.kept.bytes_beside(sequence))
+    def shape_with(self, sequence: TokenSequence, unread: int, chunk_tokens: int) -> BatchShape:
+        """The largest batch with a sequence that joins after `unread` tokens were read."""
+        chunks = -(-unread // chunk_tokens)
+        return shape_of(self.decoding, sequence, chunks, uniform=self._uniform)
 
     def shape_alone(self, sequence: TokenSequence) -> BatchShape:
         """The shape of a sequence with nothing else running."""
@@ -278,20 +192,21 @@ class RunningBatch:
         interrupt: Callable[[], bool] | None = None,
         *,
         refills: bool = False,
-    ) -> None:
-        """Begin to read a sequence's tokens, in chunks, or those of a decoding one again."""
-        self.prefilling = PrefillingSequence(
-            sequence,
-            self.new_rows(chunk_tokens, interrupt),
-            self._llm,
-            chunk_tokens,
-            refills=refills,
-            kept=None if refills else self.kept.take(sequence),
-        )
+    ) -> tuple[int, str]:
+        """Begin to read a sequence's tokens, in chunks, or those of a decoding one again.
+
+        Returns:
+            The number of tokens that are kept and not read, and the levels that they had.
+        """
+        batch = self.new_rows(chunk_tokens, interrupt)
         if refills or not self.decoding:  # else its cache will be copied into the batch's
-            in_batch = sum(sequence.progress(in_batch=refills))
-            self.prefilling.batch.reserve_tokens = in_batch
+            batch.reserve_tokens = sum(sequence.progress(in_batch=refills))
+        taken = (0, "") if refills else self.kept.take(sequence, batch)
+        self.prefilling = PrefillingSequence(
+            sequence, batch, self._llm, chunk_tokens, refills=refills
+        )
         self._shape = None
+        return taken
 
     def best_refill(self, chooser: PlanChooser) -> TokenSequence | None:
         """The decoding sequence that gains most by a refill, if one does."""
@@ -315,19 +230,25 @@ class RunningBatch:
             self.remove([sequence])
         self._reserve([*self.decoding, sequence])
         self.rows.join(prefilled.batch)
+        sequence.read = prefilled.read
         self.decoding.append(sequence)
         self._shape = None
 
     def preempt(self, sequence: TokenSequence) -> None:
-        """Remove a sequence, and keep what it has cached."""
-        if sequence in self.decoding:
-            batch = self.rows.take(self.decoding.index(sequence))
-            self.decoding.remove(sequence)
-        else:
-            assert self.prefilling is not None
-            batch, self.prefilling = self.prefilling.batch, None
+        """Remove a sequence that will continue, and keep what it has cached."""
+        self.keep(sequence, waiting=True)
         self.remove([sequence])
-        self.kept.keep(sequence, batch)
+
+    def keep(self, sequence: TokenSequence, *, waiting: bool = False) -> None:
+        """Keep what a sequence has cached; arguments as of `KeptSequences.put`."""
+        batch, row, read = self.rows, 0, sequence.read
+        prefilling = None if self.refilling else self.prefilling
+        if prefilling is not None and prefilling.sequence is sequence:
+            batch, read = prefilling.batch, prefilling.read
+        else:
+            row = self.decoding.index(sequence)
+        if batch.size:
+            self.kept.put(sequence, batch.cached_row(row), read, waiting=waiting)
 
     def remove(self, sequences: Collection[TokenSequence]) -> None:
         """Remove sequences, with a refill or a prefill of theirs."""

@@ -14,9 +14,10 @@ from rap_env.models.device import synchronise
 from rap_env.paths import cache_dir
 from rap_env.plan import Plan
 from rap_env.runtime.admission import Admission, RequestQueue
+from rap_env.runtime.kept_sequences import KeptSequences
 from rap_env.runtime.memory_estimator import BatchShape, PassSize
 from rap_env.runtime.records import Counters, StepKind, StepRecord
-from rap_env.runtime.running import KeptCaches, Pace, Restore, RunningBatch
+from rap_env.runtime.running import Pace, Restore, RunningBatch
 from rap_env.runtime.sequence import OutputProcessor, PrefillingSequence, TokenSequence
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class Scheduler:
         restore: Restore,
         queue_timeout_s: float | None,
         target_itl_s: float | None,
+        keep: bool,
+        keep_delta_nll: float,
     ) -> None:
         self._llm = llm
         self._controller = controller
@@ -64,7 +67,12 @@ class Scheduler:
         windows = controller.estimator.memory.facts.kv_window_tokens
         uniform = any(window is not None for window in windows)
         self._pace = Pace(target_itl_s)
-        self._kept = KeptCaches(cache_dir() if llm.residency == "offload" else None)
+        folder = cache_dir() if llm.residency == "offload" else None
+        self._kept = KeptSequences(
+            llm, controller.chooser, folder, keep=keep, max_rise=keep_delta_nll
+        )
+        self._kept.room_bytes = lambda: controller.room_for_kept(self.batch.shape)
+        controller.free_kept = self._kept.free
         self.batch = RunningBatch(llm, restore, chunk_tokens, self._kept, uniform=uniform)
         controller.switcher.rows_plan = lambda: self.batch.rows.lowest_plan
         self._next_refill_s = float("-inf")
@@ -180,10 +188,13 @@ class Scheduler:
         self._record(began, seconds, "prefill", 1, length, plan)
 
     def _end_prefill(self, prefilled: PrefillingSequence, logits: torch.Tensor) -> None:
-        """Let a prefilled sequence decode, unless its first token ends it."""
+        """Keep a prefilled sequence, and let it decode, unless its first token ends it."""
+        sequence = prefilled.sequence
         if not prefilled.refills:
             self.output.deliver_prompt(prefilled)
-            if not self.output.deliver([prefilled.sequence], logits, prefilled.batch.plans)[0]:
+            continues = self.output.deliver([sequence], logits, prefilled.batch.plans)[0]
+            self._keep([sequence])
+            if not continues:
                 self.batch.drop_prefill()
         self.batch.join()
 
@@ -219,13 +230,17 @@ class Scheduler:
                 synchronise(self._llm.device)
             seconds = time.perf_counter() - started
             length = batch.rows.length
-            for sequence in sequences:
+            plans = batch.rows.plans
+            for sequence, own in zip(sequences, plans, strict=True):
                 sequence.computed_tokens = max(sequence.computed_tokens, sequence.known_tokens)
-            continues = self.output.deliver(sequences, logits, batch.rows.plans)
+                sequence.read.note(sequence.known_tokens, own)
+            continues = self.output.deliver(sequences, logits, plans)
             if not all(continues):
                 self.admission.most_running = self._max_batch_size
                 pairs = zip(sequences, continues, strict=True)
-                batch.remove([sequence for sequence, stays in pairs if not stays])
+                ended = [sequence for sequence, stays in pairs if not stays]
+                self._keep(ended)
+                batch.remove(ended)
         except torch.OutOfMemoryError as error:
             self._start_again("decode", error)
             return
@@ -280,10 +295,9 @@ class Scheduler:
         """Move the newest request to the front of the queue; False if nothing runs."""
         if not self.batch.sequences:
             return False
-        if not self._kept.drop_newest():  # it has not helped enough
-            newest = self.batch.newest
-            self.batch.preempt(newest)
-            self._put_back([newest])
+        newest = self.batch.newest
+        self.batch.preempt(newest)
+        self._put_back([newest])
         self._controller.note_preemption()
         return True
 
@@ -350,9 +364,16 @@ class Scheduler:
             self.output.end(sequence, "cancelled")
         cancelled = [sequence for sequence in self.batch.sequences if sequence.handle.cancelled]
         if cancelled:
+            self._keep([each for each in cancelled if each in self.batch.decoding])
             self.batch.remove(cancelled)
             for sequence in cancelled:
                 self.output.end(sequence, "cancelled")
+
+    def _keep(self, sequences: Sequence[TokenSequence]) -> None:
+        """Keep what sequences have cached, unless their logits were not finite."""
+        for sequence in sequences:
+            if sequence.handle.reason != "error":
+                self.batch.keep(sequence)
 
 
 def _is_paused(sequence: TokenSequence) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -35,10 +36,36 @@ log = logging.getLogger(__name__)
 NOT_FINITE = "The model returned logits that are not finite."
 
 
+class ReadPlans:
+    """Under which plans the tokens of a cache were computed.
+
+    Args:
+        spans: For each span of tokens where it ends, and the plans of all tokens up to there.
+    """
+
+    def __init__(self, spans: Sequence[tuple[int, frozenset[Plan]]] = ()) -> None:
+        self._spans = list(spans)
+
+    def note(self, tokens: int, plan: Plan) -> None:
+        """Note that the cache has `tokens` tokens now, the last ones computed under a plan."""
+        before = self._spans[-1][1] if self._spans else frozenset()
+        if plan in before:
+            self._spans[-1] = tokens, before
+        else:
+            self._spans.append((tokens, before | {plan}))
+
+    def plans(self, tokens: int) -> frozenset[Plan]:
+        """The plans of the first so many tokens."""
+        index = bisect_left(self._spans, tokens, key=lambda span: span[0])
+        return self._spans[index][1]
+
+
 class TokenSequence:
     """The tokens of one request, and the sampler that draws the next ones.
 
     Attributes:
+        owner: Whose kept sequences it may use; see `KeptSequences`.
+        read: The plans under which its cache was computed.
         queued_since_s: When it last entered the queue, on the engine's clock.
         unfit_bytes: Bytes in which no plan above its own floor fitted it alone; 0 if not
             known.
@@ -46,8 +73,10 @@ class TokenSequence:
         refills: Whether its cache may be computed again at better levels.
     """
 
-    def __init__(self, handle: RequestHandle) -> None:
+    def __init__(self, handle: RequestHandle, owner: str = "") -> None:
         self.handle = handle
+        self.owner = owner
+        self.read = ReadPlans()
         self.sampler = RowSampler(handle.params)
         self.queued_since_s = handle.arrived_s
         self.unfit_bytes = 0
@@ -91,14 +120,14 @@ class PrefillingSequence:
 
     Args:
         sequence: The sequence.
-        batch: An empty batch for it.
+        batch: A batch for it: empty, or with what was kept of the beginning of its tokens.
         llm: The live model.
         chunk_tokens: Most tokens of a chunk.
         refills: Whether it decodes meanwhile, with another cache that this one will replace.
             Then its last token is left out, as decoding does.
-        kept: What was cached of the sequence before it was preempted.
 
     Attributes:
+        read: The plans under which the batch was computed.
         prompt_samples: Log-probabilities of the prompt's tokens so far, from the second one
             on, if the request asked for them and has not got them; else None.
     """
@@ -111,13 +140,11 @@ class PrefillingSequence:
         chunk_tokens: int,
         *,
         refills: bool = False,
-        kept: LiveBatch | None = None,
     ) -> None:
         self.sequence = sequence
         self.refills = refills
         self.batch = batch
-        if kept is not None:
-            self.batch.join(kept)
+        self.read = sequence.read if batch.size else ReadPlans()
         self._chunk_tokens = chunk_tokens
         self.prompt_samples: list[Sample] | None = None
         top_logprobs = sequence.handle.params.prompt_logprobs
@@ -156,6 +183,7 @@ class PrefillingSequence:
         recording = self._positions.recording if self.prompt_samples is not None else nullcontext
         with recording():
             logits = self._run(chunk)
+        self.read.note(self.batch.length, self.batch.plans[0])
         if self.prompt_samples is not None:
             self.prompt_samples += self._scored(chunk)
         return (None if self.tokens_left else logits), len(chunk)
@@ -180,11 +208,14 @@ class PrefillingSequence:
 
 
 class OutputProcessor:
-    """Samples tokens, delivers tokens and ends to request handles, and counts them."""
+    """Samples tokens, delivers tokens and ends to request handles, and counts them.
+
+    `counters` has the totals.
+    """
 
     def __init__(self, clock: Callable[[], float], counters: Counters) -> None:
         self._clock = clock
-        self._counters = counters
+        self.counters = counters
 
     def deliver(
         self, sequences: Sequence[TokenSequence], logits: torch.Tensor, plans: Sequence[Plan]
@@ -220,11 +251,11 @@ class OutputProcessor:
         """End a request, unless it has ended."""
         if not sequence.handle.done:
             if reason == "cancelled":
-                self._counters.cancelled += 1
+                self.counters.cancelled += 1
             elif reason == "error":
-                self._counters.failed += 1
+                self.counters.failed += 1
             else:
-                self._counters.served += 1
+                self.counters.served += 1
             end = EndEvent(reason, error, self._clock(), rejection, stop_token)
             sequence.handle.emit(end)
 
@@ -236,7 +267,7 @@ class OutputProcessor:
 
     def reject(self, sequence: TokenSequence, rejection: Rejection, error: str) -> None:
         """End a request that waits in the queue and cannot be admitted."""
-        self._counters.refused += 1
+        self.counters.refused += 1
         sequence.handle.emit(EndEvent("error", error, self._clock(), rejection))
 
     def fail(self, sequences: Iterable[TokenSequence], error: Exception) -> None:
@@ -261,7 +292,7 @@ class OutputProcessor:
             self.end(sequence, "stop", stop_token=sample)
             return False
         handle.emit(TokenEvent(sample.token_id, sample.logprob, now, plan, sample.top))
-        self._counters.tokens += 1
+        self.counters.tokens += 1
         if len(handle.token_ids) < params.max_new_tokens:
             return True
         self.end(sequence, "length")

@@ -174,6 +174,8 @@ class AnswerPlans:
         fingerprint: The API's ``system_fingerprint``: equal for equal `server` and equal
             plans.
         changed: Whether the plan changed from one pass to the next.
+        kept_tokens: Tokens of the prompts that were kept of earlier requests.
+        kept_levels: The levels that their keys and values had.
     """
 
     def __init__(self, predict: Callable[[Plan], float | None], server: str) -> None:
@@ -184,6 +186,8 @@ class AnswerPlans:
         self._delta_nll: float | None = 0.0
         self.fingerprint = ""
         self.changed = False
+        self.kept_tokens = 0
+        self.kept_levels = ""
 
     def add(self, plan: Plan) -> None:
         """Add the plan of the next pass."""
@@ -204,6 +208,8 @@ class AnswerPlans:
             "levels": self._reported.summary,
             "delta_nll": self._delta_nll,
             "plan_changed": self.changed,
+            "kept_tokens": self.kept_tokens,
+            "kept_levels": self.kept_levels or None,
         }
 
     def headers(self) -> dict[str, str]:

@@ -121,7 +121,7 @@ class Service:
             wait_s = self.limit.retry_after_s
             raise unavailable(problem, "insufficient_memory", retry_after_s=wait_s)
         body = validate(schema, await read_json(request, self.settings))
-        built = await asyncio.to_thread(self.builder.build, body)
+        built = await asyncio.to_thread(self.builder.build, body, request.state.owner)
         chooser = self.engine.controller.chooser
         predict = partial(chooser.delta_nll, seq_len_tokens=built.final_tokens)
         plans = AnswerPlans(predict, self._server)

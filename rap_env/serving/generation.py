@@ -121,6 +121,11 @@ class Generation:
         """Tokens generated so far, over all answers."""
         return sum(choice.tokens for choice in self._choices)
 
+    @property
+    def kept_tokens(self) -> int:
+        """Tokens of prompts, each counted once, that were kept of earlier requests."""
+        return self._plans.kept_tokens
+
     def log_fields(self) -> dict[str, Any]:
         """What a line of the log says: times and tokens so far, over all answers, and the plan."""
         timers = [choice.timer for choice in self._choices]
@@ -170,6 +175,7 @@ class Generation:
             self.request.params_of(number),
             listen,
             max_delta_nll=self.request.max_delta_nll,
+            owner=self.request.owner,
         )
 
     def _put(self, number: int, event: Event) -> None:
@@ -213,6 +219,10 @@ class Generation:
     def _delta_of(self, choice: _Choice, event: Event) -> OutputDelta | None:
         """Take in an event; return the new output, if there is any."""
         if isinstance(event, AdmitEvent):
+            handles = [choice.handle for choice in self._choices[:: self.request.n]]
+            self._plans.kept_tokens = sum(handle.kept_tokens for handle in handles)
+            levels = dict.fromkeys(h.kept_levels for h in handles if h.kept_tokens)
+            self._plans.kept_levels = "/".join(levels)
             return None
         if isinstance(event, PlanEvent):
             self._plans.add(event.plan)

@@ -212,7 +212,8 @@ class RequestGate:
 
     A client's own id is kept if it has 1 to 128 letters, digits or characters of
     ``._:/+=@-``. Requests without a valid key get status 401, except probes. Applications
-    find the id as ``request.state.request_id``, and may add to the line:
+    find the id as ``request.state.request_id``, what names its key as
+    ``request.state.owner``, and may add to the line:
     ``request.state.outcome``, ``request.state.reason`` (why it was not answered), and what
     the function ``request.state.log_fields`` returns.
 
@@ -239,6 +240,7 @@ class RequestGate:
         given = headers.get(REQUEST_ID_HEADER, "")
         request_id = given if _VALID_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = request_id
+        scope["state"]["owner"] = self._owner(headers.get("authorization", ""))
         started, status = time.monotonic(), CLIENT_CLOSED_REQUEST
 
         async def send_with_id(message: Message) -> None:
@@ -258,6 +260,11 @@ class RequestGate:
             raise
         finally:
             _log_request(scope, status, time.monotonic() - started)
+
+    def _owner(self, authorization: str) -> str:
+        """Names the key of a request; empty if none is needed."""
+        key = authorization.partition(" ")[2].strip()
+        return "" if self._keys is None else _digest(key).hex()
 
     def _refusal(self, path: str, authorization: str) -> ApiError | None:
         """The error for a request without a valid key; None if it has one, or needs none."""

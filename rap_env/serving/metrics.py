@@ -155,6 +155,7 @@ class _EngineState(Collector):
 
         # Memory
         held = {"weights": monitor.held.weights, "kv_cache": monitor.held.kv_cache}
+        held["kept"] = stats.kept_bytes
         yield gauge("memory_held_bytes[part]", "Bytes of tensors in memory.", held)
         whole, budget_bytes = monitor.source.process_bytes, max(0, monitor.budget_bytes)
         limit = {"model": budget_bytes} if whole is None else {"process": whole}
@@ -168,6 +169,9 @@ class _EngineState(Collector):
         if isinstance(monitor.meter, ResidentMeter):
             text = "Resident bytes of everything but the model."
             yield gauge("memory_other_bytes", text, monitor.meter.baseline_bytes)
+
+        text = "Sequences that are kept for later requests; their bytes are the part kept."
+        yield gauge("kept_sequences", text, stats.kept_sequences)
 
         # Answers
         text = "Whether requests can be served (1), as /readyz reports, or not (0)."
@@ -183,6 +187,7 @@ class _EngineState(Collector):
         tokens = {
             "prompt": stats.prompt_tokens,
             "repeated": stats.repeated_tokens,
+            "kept": stats.kept_tokens,
             "refilled": stats.refilled_tokens,
             "generated": stats.tokens,
         }

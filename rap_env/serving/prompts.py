@@ -42,6 +42,7 @@ class GenerationRequest:
         include_usage: Whether a stream ends with the numbers of tokens.
         max_delta_nll: Floor of quality of its answers, nats per token; None for the server's
             alone.
+        owner: Whose kept sequences may be used for it: those of its key and its salt.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -55,6 +56,7 @@ class GenerationRequest:
     stream: bool = False
     include_usage: bool = False
     max_delta_nll: float | None = None
+    owner: str = ""
 
     @property
     def size(self) -> int:
@@ -99,8 +101,8 @@ class RequestBuilder:
         self.grammars = grammars
         self._lock = threading.Lock()  # a tokenizer's settings are not thread-safe
 
-    def build(self, body: Body) -> GenerationRequest:
-        """Tokenize a body and check it against the limits. Long texts take a while.
+    def build(self, body: Body, owner: str = "") -> GenerationRequest:
+        """Tokenize a body of a client and check it against the limits. Long texts take a while.
 
         Raises:
             ApiError: The model is not the served one (404), or a limit is exceeded (400).
@@ -135,6 +137,7 @@ class RequestBuilder:
             stream=bool(body.stream),
             include_usage=bool(body.stream_options and body.stream_options.include_usage),
             max_delta_nll=body.max_delta_nll,
+            owner=f"{owner} {body.cache_salt or ''}",
         )
 
     def check_model(self, name: str | None) -> None:

@@ -41,7 +41,7 @@ class ResponseWriter:
         """Headers that say what produced the response, or the beginning of a stream."""
         return self._plans.headers()
 
-    def whole(self, deltas: Sequence[OutputDelta], usage: Mapping[str, int]) -> dict[str, Any]:
+    def whole(self, deltas: Sequence[OutputDelta], usage: Mapping[str, Any]) -> dict[str, Any]:
         """Body of the response without streaming, from all deltas of all answers."""
         by_answer: list[list[OutputDelta]] = [[] for _ in range(self._request.size)]
         for delta in deltas:
@@ -87,7 +87,7 @@ class ResponseWriter:
             events.append(self._chunk(delta.index, {"delta": {}}, [], delta.finish_reason))
         return events
 
-    def closing(self, usage: Mapping[str, int]) -> list[bytes]:
+    def closing(self, usage: Mapping[str, Any]) -> list[bytes]:
         """Last events of a stream."""
         if not self._request.include_usage:
             return [DONE]
@@ -161,13 +161,14 @@ def _token_json(token: str, logprob: float | None) -> dict[str, Any]:
     }
 
 
-def usage_of(generation: Generation) -> dict[str, int]:
+def usage_of(generation: Generation) -> dict[str, Any]:
     """Numbers of tokens in the format of the API."""
     prompt, completion = generation.request.prompt_tokens, generation.completion_tokens
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": generation.kept_tokens},
     }
 
 

@@ -33,6 +33,7 @@ Penalty = Annotated[Number, Field(ge=-2, le=2)]
 Bias = Annotated[Number, Field(ge=-100, le=100)]
 _MAX_SEED = 2**63 - 1
 _MAX_STOP_STRINGS, _MAX_STOP_CHARS, _MAX_MESSAGES = 4, 256, 1024
+_MAX_SALT_CHARS = 256
 _UNSUPPORTED_IN_MESSAGES = ("tool_calls", "function_call", "audio")
 
 
@@ -114,8 +115,9 @@ class BaseCompletionRequest(BaseModel):
 
     Not part of the OpenAI API are `top_k`, which 0 or -1 disables, `ignore_eos`, with which
     an end token does not end the answer, and `structured_outputs`, all of which vLLM's server
-    has too, as it has a `response_format` in plain completions; and `max_delta_nll`, the
-    request's floor of quality in nats per token.
+    has too, as it has `cache_salt` (only what was kept of requests with the same one is used)
+    and a `response_format` in plain completions; and `max_delta_nll`, the request's floor of
+    quality in nats per token.
     """
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -135,6 +137,7 @@ class BaseCompletionRequest(BaseModel):
     ) = None
     ignore_eos: bool | None = None
     max_delta_nll: Annotated[Number, Field(ge=0)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=_MAX_SALT_CHARS)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: dict[str, Bias] | None = None

@@ -11,7 +11,7 @@ from typing import Any
 
 from rap_env.errors import ServingSettingsError
 from rap_env.extras import require_extra
-from rap_env.request import parse_bytes
+from rap_env.request import KEPT_DELTA_NLL, parse_bytes
 from rap_env.specs import check, check_settings, setting, settings_of
 
 MEMORY_SOURCES = ("auto", "cgroup", "cuda")
@@ -98,6 +98,18 @@ class ServerSettings:
         "refill",
         "Whether restored attention computes the KV cache of earlier tokens again.",
         choices=("refill", "next_request"),
+    )
+    keep: str = setting(
+        "on",
+        "Whether prompts and answers stay in memory that is free, so that requests that begin as "
+        "they do are answered sooner.",
+        choices=("on", "off"),
+    )
+    keep_delta_nll: float = setting(
+        KEPT_DELTA_NLL,
+        "Rise in NLL, in nats per token, by which what is kept may be worse than the plan of a "
+        "request; 0 for only equal or better.",
+        low=0,
     )
     decisions: str | None = setting(
         None, "File to which each change of the plan is appended as a JSON line.", group="Log"

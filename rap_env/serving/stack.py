@@ -168,6 +168,8 @@ def _engine(
         restore=cast("Restore", settings.restore),
         queue_timeout_s=settings.queue_timeout_s,
         target_itl_s=settings.target_itl_s,
+        keep=settings.keep == "on",
+        keep_delta_nll=settings.keep_delta_nll,
     )
     if limit is not None:
         limit.attach(least_check(settings.model, controller), engine.nothing_fits)

@@ -19,11 +19,8 @@ def long_llm(
     name: str = "llama", *, dtype: torch.dtype = torch.float32, window: int | None = LONG_WINDOW
 ) -> ElasticLLM:
     """A random model of 256 positions; families with a sliding window get this one."""
-    config = tiny_config(name)
-    for part in {id(part): part for part in (config, config.get_text_config())}.values():
-        for size in ("max_position_embeddings", "n_positions"):
-            if hasattr(part, size):
-                setattr(part, size, POSITIONS)
+    config = tiny_config(name, positions=POSITIONS)
+    for part in (config, config.get_text_config()):
         if getattr(part, "sliding_window", None) and window:
             part.sliding_window = window
     model = tf.AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -55,9 +55,10 @@ class Harness:
         mask=Plan(),
         meter=NoisyMeter,
         clock=None,
+        positions=64,
         **settings,
     ) -> None:
-        self.llm = tiny_llm(name, layers=layers)
+        self.llm = tiny_llm(name, layers=layers, positions=positions)
         self.llm.set_residency(residency)
         self.llm.apply(mask)
         self.budget_bytes = budget

@@ -71,7 +71,7 @@ class FakeEngine:
                 budget_bytes=1000,
                 used_bytes=700,
                 margin=SimpleNamespace(bytes=30),
-                held=HeldBytes(weights=600, kv_cache=70),
+                held=HeldBytes(weights=600, kv_cache=70, kept=20),
             ),
         )
         self.llm = SimpleNamespace(
@@ -92,7 +92,7 @@ class FakeEngine:
         for handle in self.handles:
             handle.cancel()
 
-    def submit(self, prompt_ids, params, listener=None, *, max_delta_nll=None):
+    def submit(self, prompt_ids, params, listener=None, *, max_delta_nll=None, owner=""):
         if isinstance(self.end, Exception):
             raise self.end
         handle = RequestHandle(tuple(prompt_ids), params, self.clock(), listener=listener)
@@ -136,5 +136,5 @@ class FakeEngine:
             queued=1, running=2, served=10, refused=1, cancelled=2, failed=3, tokens=40,
             prompt_tokens=50, repeated_tokens=6, refilled_tokens=7, plan=PLAN, lowered_rows=1,
             preemptions=4, interruptions=1, stalled_s=2.5,
-            overhead_s=0.25, busy_s=9.0,
+            overhead_s=0.25, busy_s=9.0, kept_tokens=30, kept_sequences=4, kept_bytes=20,
         )  # fmt: skip

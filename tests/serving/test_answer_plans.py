@@ -46,7 +46,7 @@ def test_the_plan_with_the_largest_rise_is_reported():
     for plans in ((PLAN,), (NATIVE, PLAN), (PLAN, NATIVE)):
         assert plans_of(*plans).report() == {
             "plan": PLAN.digest, "levels": LEVELS, "delta_nll": rise,
-            "plan_changed": len(plans) > 1,
+            "plan_changed": len(plans) > 1, "kept_tokens": 0, "kept_levels": None,
         }  # fmt: skip
     unknown = plans_of(PLAN, UNKNOWN, NATIVE)
     assert unknown.report()["plan"] == UNKNOWN.digest
@@ -71,7 +71,7 @@ def test_an_answer_and_its_headers_have_the_plan(lowered, body, route):
     tokens = (PROMPT if body is CHAT else len("hi")) + 7
     assert found == {
         "plan": PLAN.digest, "levels": LEVELS, "delta_nll": delta_nll(PLAN, tokens),
-        "plan_changed": True,
+        "plan_changed": True, "kept_tokens": 0, "kept_levels": None,
     }  # fmt: skip
     headers = response.headers
     assert headers["x-rap-plan"] == PLAN.digest
@@ -81,6 +81,7 @@ def test_an_answer_and_its_headers_have_the_plan(lowered, body, route):
     first = post(lowered, {**body, "max_tokens": 2}, route)
     assert first.json()["rap"] == {
         "plan": NATIVE.digest, "levels": "native", "delta_nll": 0.0, "plan_changed": False,
+        "kept_tokens": 0, "kept_levels": None,
     }  # fmt: skip
     assert first.json()["system_fingerprint"] != response.json()["system_fingerprint"]
 

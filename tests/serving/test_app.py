@@ -64,6 +64,7 @@ def test_a_chat_answer_has_all_fields_of_the_api(server):
     prompt = len("user: hi\nassistant: ")
     assert body["usage"] == {
         "prompt_tokens": prompt, "completion_tokens": 11, "total_tokens": prompt + 11,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }  # fmt: skip
     (choice,) = post(server, {**CHAT, "max_completion_tokens": 5}).json()["choices"]
     assert (choice["message"]["content"], choice["finish_reason"]) == ("hello", "length")

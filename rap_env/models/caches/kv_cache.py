@@ -150,7 +150,9 @@ def evict(cache: Any, layers: AbstractSet[int]) -> None:
         if number not in layers or layer.keys.dtype == PLACEHOLDER_DTYPE:
             continue
         if isinstance(layer, GroupedLayer):
-            cache.layers[number] = _emptied(layer)
+            cache.layers[number] = placeholder_layer(
+                layer, len(layer.lengths), layer.get_seq_length(), layer.device
+            )
             continue
         row = placeholder_entries(layer.keys.shape[0], layer.keys.shape[-2], layer.keys.device)
         layer.keys, layer.values = row, row.clone()
@@ -167,15 +169,14 @@ def cache_bytes(cache: Any) -> int:
     return sum(storages.values())
 
 
-def _emptied(layer: GroupedLayer) -> Any:
-    """Placeholders for the columns of a layer, in transformers' own kind of layer."""
+def placeholder_layer(layer: Any, batch: int, columns: int, device: torch.device) -> Any:
+    """Placeholders for columns in place of a layer, in transformers' own kind of layer."""
     made = native_layer(layer)
-    columns = layer.get_seq_length()
     cached = columns
     if made.is_sliding:
         made.cumulative_length = columns
         cached = min(columns, made.sliding_window - 1)
-    row = placeholder_entries(len(layer.lengths), cached, layer.device)
+    row = placeholder_entries(batch, cached, device)
     made.lazy_initialization(row, row)
     made.keys, made.values = row, row.clone()
     return made

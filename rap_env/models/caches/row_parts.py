@@ -9,12 +9,10 @@ of a row, T columns so far, D channels of a head.
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,59 +23,13 @@ from rap_env.models.caches.grouped_cache import GroupedLayer
 from rap_env.models.caches.groups import Step, current_step, set_current_step
 from rap_env.models.caches.kv_cache import (
     Past,
-    filled_layers,
     levels_of,
-    lower,
     missing,
     note_rows,
-    tensors_of,
 )
 from rap_env.models.caches.layers import reserved_tokens, with_room
-from rap_env.models.caches.tensor_file import TensorFile
 from rap_env.models.device import send
 from rap_env.plan import Plan
-
-
-class StoredCache:
-    """Moves a cache to a file without a name, one tensor at a time.
-
-    Args:
-        cache: Its layers are empty afterwards, and become full again by `load`.
-        folder: Where the file is made; it ends with this object.
-
-    Raises:
-        OSError: The file cannot be written; the cache is as before.
-    """
-
-    def __init__(self, cache: Any, folder: Path) -> None:
-        self._cache = cache
-        self._file = TensorFile(folder)
-        tensors = [tensor for _, layer in filled_layers(cache) for tensor in tensors_of(layer)]
-        self._likes = [
-            (self._file.append(tensor), tensor.shape, tensor.dtype, tensor.device)
-            for tensor in tensors
-        ]
-        self._file.sync()
-        self._layers = [layer for _, layer in filled_layers(cache)]
-        for layer in self._layers:
-            _set_tensors(layer, [tensor.new_empty(0) for tensor in tensors_of(layer)])
-
-    def load(self) -> Any:
-        """The cache with its tensors.
-
-        Raises:
-            OSError: The file cannot be read.
-        """
-        likes = iter(self._likes)
-        for layer in self._layers:
-            _set_tensors(layer, [self._file.read(*next(likes)) for _ in tensors_of(layer)])
-        return self._cache
-
-
-def _set_tensors(layer: Any, tensors: list[torch.Tensor]) -> None:
-    layer.keys, layer.values, *groups = tensors
-    if isinstance(layer, GroupedLayer):
-        layer.groups = tuple(groups)
 
 
 @dataclass
@@ -86,13 +38,11 @@ class RowPart:
 
     Attributes:
         rows: Their tokens.
-        cache: Their cache; None if it has to be computed, or is stored.
-        stored: Their cache in a file.
+        cache: Their cache; None if it has to be computed.
     """
 
     rows: list[list[int]]
     cache: Any = None
-    stored: StoredCache | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -114,42 +64,6 @@ class RowPart:
         levels = levels_of(self.cache, lasting=lowest)
         return _at_levels(plan, levels, missing(self.cache), lowest)
 
-    def split(self, row: int, device: torch.device) -> RowPart:
-        """Move a row, which is not the only one, to a part of its own, one layer at a time."""
-        others = [other for other in range(len(self.rows)) if other != row]
-        length, cache, made = self.length, self.cache, RowPart([self.rows[row]])
-        self.rows, self.cache = [self.rows[other] for other in others], None
-        if cache is None:
-            return made
-        row_cache = copy.copy(cache)
-        row_cache.layers = [copy.copy(layer) for layer in cache.layers]
-        moves = [(made, row_cache, _index([row], device)), (self, cache, _index(others, device))]
-        for number in range(len(cache.layers)):
-            for part, own, index in moves:
-                _select_rows(own.layers[number], part.length, index, length - part.length)
-        for part, own, _ in moves:
-            part.cache = own
-            note_rows(own, part.lengths)
-        return made
-
-    def lower(self, bits: int) -> None:
-        """Bring the cache to at most so many bits a value."""
-        if self.cache is not None:
-            layers = range(len(self.cache.layers))
-            lower(self.cache, dict.fromkeys(layers, CacheLevel(bits)), self.lengths)
-
-    def store(self, folder: Path) -> None:
-        """Move the cache to a file without a name in a folder; raises `OSError`."""
-        if self.cache is not None:
-            self.stored, self.cache = StoredCache(self.cache, folder), None
-
-    def load(self) -> None:
-        """Bring the cache back from its file; raises `OSError`, and is without a cache then."""
-        stored, self.stored = self.stored, None
-        if stored is not None:
-            self.cache = stored.load()
-            note_rows(self.cache, self.lengths)
-
     def select(self, rows: Sequence[int], device: torch.device) -> None:
         """Keep some rows, in this order, and free the memory of the others and common padding."""
         if list(rows) == list(range(len(self.rows))):
@@ -160,7 +74,7 @@ class RowPart:
             return
         index = _index(rows, device)
         for layer in cache.layers:
-            _select_rows(layer, self.length, index, before - self.length)
+            select_rows(layer, self.length, index, before - self.length)
         self.cache = cache
         note_rows(cache, self.lengths)
 
@@ -168,12 +82,14 @@ class RowPart:
 def merged(parts: Sequence[RowPart], new: int = 0) -> list[RowPart]:
     """Parts in which neighbours with caches at equal levels, of the same layers, are one.
 
+    Those that copies can raise and those that they cannot stay apart.
+
     Args:
         parts: Parts with caches; they must not be used afterwards.
         new: Last tokens of each row that are not cached yet.
     """
     neighbours: list[RowPart] = []
-    for _, group in itertools.groupby(parts, key=lambda p: (levels_of(p.cache), missing(p.cache))):
+    for _, group in itertools.groupby(parts, key=_kind):
         first, *others = group
         for part in others:
             length = max(first.length, part.length) - new
@@ -183,6 +99,11 @@ def merged(parts: Sequence[RowPart], new: int = 0) -> list[RowPart]:
             note_rows(first.cache, [length - new for length in first.lengths])
         neighbours.append(first)
     return neighbours
+
+
+def _kind(part: RowPart) -> tuple[Any, ...]:
+    cache = part.cache
+    return levels_of(cache), levels_of(cache, lasting=True), missing(cache)
 
 
 def columns_of(rows: Sequence[Sequence[int]], first: int, end: int, device: torch.device) -> Past:
@@ -217,7 +138,7 @@ def _cached_tokens(layer: Any, length: int) -> int:
     return min(length, layer.sliding_window - 1) if layer.is_sliding else length
 
 
-def _select_rows(layer: Any, length: int, rows: torch.Tensor, cut: int) -> None:
+def select_rows(layer: Any, length: int, rows: torch.Tensor, cut: int) -> None:
     """Select rows of a layer, and cut off padding on the left that they do not need."""
     if layer.keys is None:
         return

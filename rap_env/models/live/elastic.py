@@ -61,6 +61,7 @@ class ElasticLLM:
             one.
         files_key: Names the files that hold exactly its weights, their state and its dtype;
             None for a model that was not loaded from files.
+        kept_bytes: Bytes of caches that are kept beside those in use; their owner counts them.
         calibrator: Makes them once they are needed and do not exist; None: `calibrate` first.
 
     Raises:
@@ -88,6 +89,7 @@ class ElasticLLM:
         self._live = LiveBlocks(sites, block_items(model, sites), embeddings_item(model))
         self.calibration = ""
         self.files_key: str | None = None
+        self.kept_bytes = 0
         self.calibrator: Callable[[ElasticLLM], object] | None = None
         self._unread: list[tuple[str, torch.Tensor | StoredTensor]] = []
         if unread:
@@ -240,7 +242,7 @@ class ElasticLLM:
         with self.exclusive():
             own, base = self._own_bytes
             weights = base + sum(own) + self._live.added_bytes
-            return HeldBytes(weights, self._live.kv_bytes())
+            return HeldBytes(weights, self._live.kv_bytes(), self.kept_bytes)
 
     def resident_bytes(self, plan: Plan) -> int:
         """Bytes of packed weights under a plan and of all used so far, if all stay in memory."""

@@ -16,6 +16,7 @@ import torch
 
 from rap_env.errors import InvalidRequestError
 from rap_env.memory import PREFILL_CHUNK_TOKENS
+from rap_env.models.caches.cache_blocks import CacheBlock, CachedRow, fill
 from rap_env.models.caches.kv_cache import (
     BatchCache,
     PassInterruptedError,
@@ -221,49 +222,33 @@ class LiveBatch:
                     kept.append(part)
             self._parts = kept
 
-    def take(self, row: int) -> LiveBatch:
-        """Move a row to a batch of its own, with its cache."""
-        single = LiveBatch(self._llm, most_tokens=self._most_tokens, copies=self._copies)
-        with self._llm.exclusive(), torch.inference_mode():
-            number, row = self._part_of(row)
-            part = self._parts[number]
-            alone = len(part.rows) == 1
-            own = self._parts.pop(number) if alone else part.split(row, self._llm.device)
-            self._llm.track_cache(own.cache)
-            single._parts = [own]
-        return single
+    def cached_row(self, row: int) -> CachedRow | None:
+        """A row and its cache, to cut blocks from until the next call; None without a cache."""
+        number, row = self._part_of(row)
+        part = self._parts[number]
+        if part.cache is None:
+            return None
+        return CachedRow(tuple(part.rows[row]), part.cache, row, part.length)
 
-    def lower(self, bits: int) -> None:
-        """Bring all caches to at most so many bits a value, whatever the plan is."""
-        with self._llm.exclusive(), torch.inference_mode():
-            for part in self._parts:
-                part.lower(bits)
+    def fill(self, tokens: Sequence[int], blocks: Sequence[CacheBlock]) -> None:
+        """Fill an empty batch with a row whose cache is put together from blocks.
 
-    def offload(self, folder: Path) -> None:
-        """Move the caches to files without names; only `close` may be called before `load`.
+        Layers have the plan's levels at once, except those of which blocks have less.
 
         Args:
-            folder: Where the files are made.
+            tokens: The row.
+            blocks: Blocks of a sequence that begins with these tokens.
 
         Raises:
-            OSError: They cannot be written; call `load` then, too.
-        """
-        with self._llm.exclusive():
-            for part in self._parts:
-                cache = part.cache
-                part.store(folder)
-                self._llm.forget_cache(cache)
-
-    def load(self) -> None:
-        """Bring the caches back into memory.
-
-        Raises:
-            OSError: A file cannot be read.
+            OSError: A block is in a file that cannot be read; the batch stays empty.
         """
         with self._llm.exclusive(), torch.inference_mode():
-            for part in self._parts:
-                part.load()
-                self._llm.track_cache(part.cache)
+            cache, plan = self._new_cache(), self._llm.plan
+            removed = self._llm.removed_attention
+            fill(cache, blocks, len(tokens), dict(plan.caches), removed, self._reserve_tokens)
+            self._llm.track_cache(cache)
+            self._parts = [RowPart([list(tokens)], cache)]
+            note_rows(cache, [len(tokens)])
 
     def join(self, other: LiveBatch) -> None:
         """Append the rows of another batch, which is empty afterwards.

@@ -25,15 +25,16 @@ from rap_env.plan import Plan
 
 @dataclass(frozen=True)
 class HeldBytes:
-    """Bytes in memory of the weights and of the KV caches in use."""
+    """Bytes in memory of the weights, of the KV caches in use, and of those that are kept."""
 
     weights: int
     kv_cache: int
+    kept: int = 0
 
     @property
     def total(self) -> int:
-        """Bytes of weights and KV caches."""
-        return self.weights + self.kv_cache
+        """All bytes."""
+        return self.weights + self.kv_cache + self.kept
 
 
 @dataclass

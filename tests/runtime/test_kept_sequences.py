@@ -1,0 +1,452 @@
+"""What was read is kept while there is room, found again by its tokens, and the first to go."""
+
+import random
+
+import pytest
+
+from rap_env.levels import GROUP_TOKENS
+from rap_env.memory import MemoryModel
+from rap_env.plan import Plan
+from rap_env.policies.knapsack import KnapsackPolicy
+from rap_env.runtime.memory_estimator import BatchShape
+from tests.policies.test_knapsack import costs
+from tests.runtime.harness import PLENTY, Harness, alone, greedy, prompt, steps
+from tests.runtime.test_sampling import reading
+from tests.tiny import tiny_llm
+
+LONG = 256
+
+
+def conversing(**settings):
+    """A harness with a long context, and its engine."""
+    engine_settings = {
+        name: settings.pop(name) for name in ("keep", "keep_delta_nll") if name in settings
+    }
+    harness = Harness(positions=LONG, **settings)
+    return harness, harness.engine(prefill_chunk_tokens=16, **engine_settings)
+
+
+def answer(harness, engine, prompt_ids, new=8, **settings):
+    handle = engine.submit(prompt_ids, greedy(new), **settings)
+    harness.run(engine)
+    assert handle.reason == "length"
+    return handle
+
+
+def kept_bytes(harness):
+    """Bytes of what is kept, which the model and the meter must count too."""
+    assert harness.llm.held_bytes.kept == harness.llm.kept_bytes
+    assert harness.llm.held_bytes.kv_cache == 0
+    return harness.llm.kept_bytes
+
+
+class TestBeginnings:
+    @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "mistral_sliding"])
+    def test_a_second_turn_reads_only_what_is_new(self, name):
+        harness, engine = conversing(name=name)
+        first = answer(harness, engine, prompt(50))
+        history = [*prompt(50), *first.token_ids, *prompt(9, 1)]
+        second = answer(harness, engine, history)
+        assert second.token_ids == alone(harness.llm, history, 8)
+        # The last token of an answer is not fed back.
+        assert second.kept_tokens == 57
+        assert engine.stats().prompt_tokens == 50 + 1 + 9
+        assert engine.stats().kept_tokens == 57
+
+    def test_a_branch_takes_over_the_common_beginning_to_the_token(self):
+        harness, engine = conversing()
+        answer(harness, engine, prompt(90))
+        for common in (1, 31, 32, 33, 70, 89, 90):
+            branch = [*prompt(90)[:common], *prompt(12, 2)]
+            handle = answer(harness, engine, branch)
+            assert handle.kept_tokens in (common, common + 1), common  # or luck
+            assert handle.token_ids == alone(harness.llm, branch, 8)
+
+    @pytest.mark.parametrize("name", ["gemma3", "mistral_sliding"])
+    def test_with_sliding_windows_only_whole_sequences_serve(self, name):
+        harness, engine = conversing(name=name)
+        answer(harness, engine, prompt(50))
+        branch = [*prompt(50)[:40], *prompt(12, 2)]
+        assert answer(harness, engine, branch).kept_tokens == 0
+        longer = [*prompt(50), *prompt(12, 3)]
+        handle = answer(harness, engine, longer)  # the prompt is an entry of its own
+        assert handle.kept_tokens == 50
+        assert handle.token_ids == alone(harness.llm, longer, 8)
+
+    def test_the_same_prompt_again_runs_its_last_token(self):
+        harness, engine = conversing()
+        first = answer(harness, engine, prompt(64))
+        again = answer(harness, engine, prompt(64))
+        assert (again.kept_tokens, again.token_ids) == (63, first.token_ids)
+
+    def test_answers_at_one_time_share_one_prompt(self):
+        harness, engine = conversing()
+        handles = [engine.submit(prompt(70), greedy(8)) for _ in range(4)]
+        harness.run(engine)
+        assert [handle.kept_tokens for handle in handles] == [0, 69, 69, 69]
+        assert {tuple(handle.token_ids) for handle in handles} == {(*handles[0].token_ids,)}
+        blocks = harness.estimator.memory.kv_bytes_by_layer(1, 64).sum()
+        assert blocks < kept_bytes(harness) < 2 * blocks  # stored once
+
+    def test_requests_for_probabilities_of_the_prompt_read_all_of_it(self):
+        harness, engine = conversing()
+        answer(harness, engine, prompt(40))
+        handle = engine.submit(prompt(40), reading(4))
+        harness.run(engine)
+        assert handle.kept_tokens == 0
+        assert len(handle.prompt_samples) == 39
+
+    def test_tokens_are_compared_and_not_their_hashes(self):
+        """Python's hash of -1 and -2 is the same, and so are those of tuples of them."""
+        harness, engine = conversing()
+        kept = engine._scheduler._kept
+        answer(harness, engine, prompt(40))
+        (root,) = kept._trees.values()
+        (tokens,) = root.children
+        child = root.children.pop(tokens)
+        child.tokens = (-1,) * GROUP_TOKENS
+        root.children[child.tokens] = child
+        assert hash((-2,) * GROUP_TOKENS) == hash(child.tokens)
+        assert root.children.get((-2,) * GROUP_TOKENS) is None
+        assert answer(harness, engine, prompt(40)).kept_tokens == 0
+
+
+class TestWhoseTheyAre:
+    def test_an_owner_finds_only_what_is_its_own(self):
+        harness, engine = conversing()
+        answer(harness, engine, prompt(40), owner="a")
+        assert answer(harness, engine, prompt(40), owner="b").kept_tokens == 0
+        assert answer(harness, engine, prompt(40)).kept_tokens == 0
+        assert answer(harness, engine, prompt(40), owner="a").kept_tokens == 39
+
+    def test_nothing_is_kept_where_that_is_switched_off(self):
+        harness, engine = conversing(keep=False)
+        answer(harness, engine, prompt(40))
+        assert kept_bytes(harness) == 0
+        assert answer(harness, engine, prompt(40)).kept_tokens == 0
+
+    def test_a_prompt_that_was_cancelled_or_failed_while_it_was_read_leaves_nothing(self):
+        harness, engine = conversing()
+        handle = engine.submit(prompt(60), greedy(4))
+        steps(engine, 2)
+        handle.cancel()
+        harness.run(engine)
+        assert kept_bytes(harness) == 0
+
+    def test_the_answer_of_a_cancelled_request_is_kept(self):
+        harness, engine = conversing()
+        handle = engine.submit(prompt(40), greedy(30))
+        while len(handle.token_ids) < 10:
+            engine.step()
+        handle.cancel()
+        harness.run(engine)
+        history = [*prompt(40), *handle.token_ids, 5]
+        assert answer(harness, engine, history).kept_tokens == 49
+
+    def test_closing_the_engine_frees_everything(self):
+        harness, engine = conversing()
+        answer(harness, engine, prompt(40))
+        assert kept_bytes(harness) > 0
+        engine.close()
+        assert kept_bytes(harness) == 0
+
+
+class TestRoom:
+    def test_what_is_kept_counts_as_used_and_goes_at_once_when_the_budget_falls(self):
+        harness, engine = conversing(guard_order=())
+        answer(harness, engine, prompt(100))
+        kept = kept_bytes(harness)
+        used = harness.meter.used_bytes()
+        assert used == harness.llm.held_bytes.total > kept > 0
+        harness.budget_bytes = harness.need(Plan(), BatchShape()) + kept // 2
+        engine.step()
+        assert 0 < kept_bytes(harness) <= kept // 2
+        assert harness.llm.plan == Plan()  # nothing that runs was lowered
+        harness.budget_bytes = harness.need(Plan(), BatchShape())
+        engine.step()
+        assert kept_bytes(harness) == 0
+
+    def test_it_does_not_keep_a_request_from_running(self):
+        harness, engine = conversing(guard_order=())
+        harness.budget_bytes = harness.need(Plan(), BatchShape(1, 120)) + 1
+        for number in range(6):
+            handle = answer(harness, engine, prompt(100, number), 20)
+            assert handle.token_ids == alone(harness.llm, prompt(100, number), 20)
+            assert harness.meter.used_bytes() <= harness.budget_bytes
+        assert engine.stats().preemptions == engine.controller.switcher.switches == 0
+
+    def test_what_was_used_least_recently_goes_first(self):
+        harness, engine = conversing(guard_order=())
+        for number in range(3):
+            answer(harness, engine, prompt(64, number))
+        answer(harness, engine, prompt(64, 0))
+        harness.budget_bytes = harness.need(Plan(), BatchShape()) + kept_bytes(harness) * 2 // 3
+        engine.step()
+        harness.budget_bytes = PLENTY
+        hits = [answer(harness, engine, prompt(64, number)).kept_tokens for number in (0, 2, 1)]
+        assert hits[:2] == [63, 63]
+        assert hits[2] < 63
+
+    def test_a_conversation_is_lowered_before_it_is_dropped_and_then_serves(self):
+        harness, engine, kept = lowering(1.5)
+        assert 0 < kept_bytes(harness) <= kept * 0.7
+        history = [*prompt(96), *prompt(9, 1)]
+        handle = answer(harness, engine, history)
+        assert handle.kept_tokens == 96
+        assert handle.kept_levels == "int8"
+
+    @pytest.mark.parametrize("max_rise", [0.0, 0.5])
+    def test_it_is_dropped_if_it_would_be_worse_than_the_bound(self, max_rise):
+        harness, engine, _ = lowering(max_rise)
+        levels = {node.block.levels for node in engine._scheduler._kept._order}
+        assert levels == {Plan()}
+        assert answer(harness, engine, prompt(96)).kept_levels in ("", "native")
+
+    def test_what_was_read_under_a_worse_plan_is_not_used(self):
+        harness, engine = conversing(policy=predicting(), keep_delta_nll=0.5)
+        lowered = Plan.uniform(3, weights="int4")
+        harness.llm.apply(lowered)
+        harness.controller._growth.at_arrival = lambda *_: None
+        harness.controller._growth.before_step = lambda *_: None
+        answer(harness, engine, prompt(40))
+        assert answer(harness, engine, prompt(40)).kept_tokens == 39  # equal plans
+        harness.llm.apply(Plan())
+        handle = answer(harness, engine, prompt(40))
+        assert handle.kept_tokens == 0
+        assert handle.token_ids == alone(harness.llm, prompt(40), 8)
+        assert answer(harness, engine, prompt(40)).kept_tokens == 39  # what was read anew
+
+    def test_a_request_with_a_floor_of_its_own_uses_nothing_below_it(self):
+        harness, engine, _ = lowering(1.5)
+        history = [*prompt(96), *prompt(9, 1)]
+        handle = answer(harness, engine, history, max_delta_nll=0.0)
+        assert handle.kept_tokens == 32  # which was not lowered
+        assert handle.kept_levels == "native"
+
+
+def predicting():
+    memory = MemoryModel(tiny_llm(layers=3, positions=LONG))
+    return KnapsackPolicy(memory, costs(memory.facts, caches=("int8", "int4")))
+
+
+def lowering(max_rise):
+    """An engine that has kept a sequence, for half of which there is room now."""
+    harness, engine = conversing(
+        policy=predicting(), guard_order=(), hold_s=1e9, keep_delta_nll=max_rise
+    )
+    answer(harness, engine, prompt(96), 1)
+    kept = kept_bytes(harness)
+    harness.budget_bytes = harness.need(Plan(), BatchShape()) + int(kept * 0.7)
+    engine.step()
+    harness.budget_bytes = PLENTY
+    engine.step()
+    return harness, engine, kept
+
+
+class Conversations:
+    """Random conversations with branches and cancellations, whose tokens are all checked."""
+
+    def __init__(self, seed: int, name: str = "llama", **settings) -> None:
+        self.draw = random.Random(seed)
+        self.harness, self.engine = conversing(name=name, guard_order=(), hold_s=0.0, **settings)
+        self.histories = [prompt(self.draw.randint(1, 60), number) for number in range(2)]
+
+    def run(self, requests: int) -> int:
+        """Run so many requests; returns the tokens that were taken over."""
+        draw, handles = self.draw, []
+        for _ in range(requests):
+            history = draw.choice(self.histories)
+            if draw.random() < 0.3:  # a branch
+                history = history[: draw.randint(1, len(history))]
+            new = prompt(draw.randint(1, 20), draw.randrange(99))
+            if len(history) + len(new) > LONG - 60:
+                history = []
+            handle = self.engine.submit([*history, *new], greedy(draw.randint(1, 40)))
+            handles.append(handle)
+            for _ in range(draw.randint(0, 30)):
+                self.turn()
+            if draw.random() < 0.3:
+                handle.cancel()
+            if draw.random() < 0.7:
+                self.finish(handles)
+        self.finish(handles)
+        for handle in handles:
+            expected = alone(self.harness.llm, handle.prompt_ids, len(handle.token_ids))
+            assert handle.token_ids == expected
+        return self.engine.stats().kept_tokens
+
+    def turn(self) -> None:
+        self.engine.step()
+        self.harness.time_s += 0.1
+
+    def finish(self, handles) -> None:
+        for _ in range(2000):
+            if all(handle.done for handle in handles):
+                break
+            self.turn()
+        assert all(handle.done for handle in handles)
+        self.histories += [[*h.prompt_ids, *h.token_ids] for h in handles[-2:]]
+
+
+class MovingLimit(Conversations):
+    """The same while the limit falls and rises; bytes are checked after each turn."""
+
+    def turn(self) -> None:
+        harness, draw = self.harness, self.draw
+        if draw.random() < 0.1:
+            least = harness.need(Plan(), BatchShape(1, LONG))
+            harness.budget_bytes = least + draw.choice([0, draw.randrange(least), PLENTY])
+        super().turn()
+        kept = self.engine._scheduler._kept
+        nodes = list(kept._order)
+        assert kept.bytes == harness.llm.kept_bytes == sum(n.block.bytes for n in nodes)
+        assert kept.sequences == sum(not node.children for node in nodes)
+        if kept.bytes:
+            assert harness.meter.used_bytes() <= harness.budget_bytes
+
+    def finish(self, handles) -> None:
+        self.harness.budget_bytes = PLENTY
+        super().finish(handles)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_the_tokens_of_random_conversations_are_those_without_keeping(name):
+    assert sum(Conversations(seed, name).run(10) for seed in range(3)) > 200
+
+
+def test_no_token_is_wrong_while_the_limit_falls_and_rises():
+    assert sum(MovingLimit(seed).run(8) for seed in range(6)) > 200
+
+
+@pytest.mark.slow
+def test_the_tokens_of_200_random_conversations_are_those_without_keeping():
+    assert sum(Conversations(seed).run(10) for seed in range(200)) > 20_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(10))
+def test_no_token_is_wrong_over_thousands_of_schedules(part):
+    names = ("llama", "gemma3", "mistral_sliding", "gpt2")
+    for seed in range(1000 * part, 1000 * part + 200):
+        MovingLimit(seed, names[seed % 4], residency="resident" if seed % 3 else "offload").run(5)
+
+
+# Preempted requests
+
+
+def squeezed(residency="offload", **settings):
+    """Two requests, of which the second one has just been preempted."""
+    harness = Harness(guard_order=(), residency=residency, hold_s=0.5)
+    engine = harness.engine(prefill_chunk_tokens=16, **settings)
+    first = engine.submit(prompt(36), greedy(16))
+    second = engine.submit(prompt(38, 1), greedy(16))
+    while len(second.token_ids) < 3:
+        engine.step()
+    harness.budget_bytes = harness.need(Plan(), BatchShape(1, 54))
+    engine.step()
+    assert (first.preemptions, second.preemptions) == (0, 1)
+    return harness, engine, (first, second)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_preempted_request_goes_on_from_a_file_without_computing_again(name, keep):
+    harness = Harness(name=name, guard_order=(), hold_s=0.5)
+    engine = harness.engine(prefill_chunk_tokens=16, keep=keep)
+    handles = [engine.submit(prompt(36 + 2 * n, n), greedy(16)) for n in range(2)]
+    while len(handles[1].token_ids) < 3:
+        engine.step()
+    harness.budget_bytes = harness.need(Plan(), BatchShape(1, 54))
+    engine.step()
+    assert handles[1].preemptions == 1
+    held = harness.llm.held_bytes
+    assert held.kept == 0  # nothing of it is in memory
+    assert held.kv_cache == engine._scheduler.batch.rows.kv_bytes
+    harness.budget_bytes = PLENTY
+    harness.run(engine)
+    stats = engine.stats()
+    assert (stats.preemptions, stats.repeated_tokens, stats.prompt_tokens) == (1, 0, 36 + 38 + 1)
+    for number, (length, handle) in enumerate(zip((36, 38), handles, strict=True)):
+        assert handle.token_ids == alone(harness.llm, prompt(length, number), 16)
+    assert harness.llm.held_bytes.kv_cache == 0
+    assert keep or not harness.llm.kept_bytes
+
+
+def test_without_a_disk_it_reads_again_what_had_no_room():
+    harness, engine, (_, second) = squeezed("resident")
+    assert harness.llm.kept_bytes == 0
+    harness.run(engine)
+    assert engine.stats().repeated_tokens > 38
+    assert second.token_ids == alone(harness.llm, prompt(38, 1), 16)
+
+
+def test_a_paused_request_stays_in_memory_while_there_is_room():
+    harness, engine = conversing(residency="resident")
+    handle = engine.submit(prompt(40), greedy(16))
+    while len(handle.token_ids) < 5:
+        engine.step()
+    handle.pause()
+    engine.step()
+    assert kept_bytes(harness) > 0
+    handle.pause(False)
+    harness.run(engine)
+    assert engine.stats().repeated_tokens == 0
+    assert handle.token_ids == alone(harness.llm, prompt(40), 16)
+
+
+def test_a_prompt_that_was_read_in_part_is_kept_and_one_whose_probabilities_are_asked_is_not():
+    for params, repeated in ((greedy(4), 0), (reading(4), 16)):
+        harness = Harness(guard_order=(), hold_s=0.0)
+        engine = harness.engine(prefill_chunk_tokens=16)
+        handle = engine.submit(prompt(40), params)
+        engine.step()
+        harness.budget_bytes = 10
+        engine.step()
+        assert handle.preemptions == 1
+        harness.budget_bytes = PLENTY
+        harness.run(engine)
+        assert engine.stats().repeated_tokens == repeated
+        assert handle.token_ids == alone(harness.llm, prompt(40), 4)
+        assert handle.prompt_samples is None or len(handle.prompt_samples) == 39
+
+
+def test_a_full_disk_is_logged_once_and_the_request_is_read_again(monkeypatch, caplog):
+    harness, engine, (_, second) = squeezed()
+
+    def full(*_args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("rap_env.models.caches.tensor_file.TensorFile.append", full)
+    harness.budget_bytes = PLENTY
+    harness.time_s += 1
+    steps(engine, 3)
+    harness.budget_bytes = harness.need(Plan(), BatchShape(1, 54))
+    steps(engine, 1)
+    assert second.preemptions == 2
+    assert "No space left" in caplog.text
+    harness.run(engine)
+    assert second.token_ids == alone(harness.llm, prompt(38, 1), 16)
+
+
+def test_a_file_that_cannot_be_read_is_logged_and_the_request_is_read_again(monkeypatch, caplog):
+    harness, engine, (_, second) = squeezed()
+
+    def lost(*_args):
+        raise OSError("Input/output error")
+
+    monkeypatch.setattr("rap_env.models.caches.tensor_file.TensorFile.read", lost)
+    harness.budget_bytes = PLENTY
+    harness.run(engine)
+    assert "Input/output error" in caplog.text
+    assert second.token_ids == alone(harness.llm, prompt(38, 1), 16)
+
+
+def test_files_of_a_cancelled_request_are_freed():
+    harness, engine, (_, second) = squeezed()
+    kept = engine._scheduler._kept
+    assert any(node.block.file is not None for node in kept._order)
+    second.cancel()
+    steps(engine, 2)
+    assert not any(node.block.file is not None for node in kept._order)
+    harness.run(engine)
+    assert harness.llm.held_bytes.kv_cache == 0

@@ -1,0 +1,98 @@
+"""Answers say what was kept of earlier requests, and each client finds only its own."""
+
+import httpx
+import pytest
+
+from tests.serving.conftest import client_of, dense_engine, served
+from tests.tiny import tiny_llm
+
+
+def engine(tokenizer, **settings):
+    return dense_engine(tiny_llm(tokenizer=tokenizer, positions=256), **settings)
+
+
+@pytest.fixture
+def keys(tmp_path):
+    path = tmp_path / "keys"
+    path.write_text("first\nsecond\n")
+    return {"api_key_file": str(path)}
+
+
+def complete(client, prompt, **body):
+    return client.completions.create(
+        model="tiny", prompt=prompt, max_tokens=4, temperature=0, extra_body=body
+    )
+
+
+def cached(answer):
+    return answer.usage.prompt_tokens_details.cached_tokens
+
+
+TEXT = "the same beginning, again and again. "
+
+
+def test_an_answer_says_how_many_tokens_of_its_prompt_were_kept(tokenizer):
+    with served(engine(tokenizer), tokenizer) as server, client_of(server) as client:
+        first = complete(client, TEXT)
+        second = complete(client, TEXT + "more")
+        assert (cached(first), cached(second)) == (0, first.usage.prompt_tokens)
+        reports = [answer.model_extra["rap"] for answer in (first, second)]
+        assert [report["kept_tokens"] for report in reports] == [0, cached(second)]
+        assert [report["kept_levels"] for report in reports] == [None, "native"]
+        metrics = httpx.get(f"{server.url}/metrics").text
+        assert f'rap_tokens_total{{part="kept"}} {cached(second)}.0' in metrics
+        assert "rap_kept_sequences 2.0" in metrics
+        assert 'rap_memory_held_bytes{part="kept"} 0.0' not in metrics
+
+
+def test_a_stream_says_it_too(tokenizer):
+    with served(engine(tokenizer), tokenizer) as server, client_of(server) as client:
+        complete(client, TEXT)
+        body = {"model": "tiny", "prompt": TEXT + "more", "max_tokens": 4}
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        *_, last = client.completions.create(**body, **options)
+        assert cached(last) == last.model_extra["rap"]["kept_tokens"] == len(TEXT)
+
+
+def test_answers_to_one_prompt_are_counted_once(tokenizer):
+    with served(engine(tokenizer), tokenizer) as server, client_of(server) as client:
+        first = complete(client, TEXT, n=3)
+        again = complete(client, TEXT, n=3)
+        assert (cached(first), cached(again)) == (0, first.usage.prompt_tokens - 1)
+
+
+def test_a_key_finds_only_what_is_its_own(tokenizer, keys):
+    with served(engine(tokenizer), tokenizer, **keys) as server:
+        counts = []
+        for key in ("first", "second", "first"):
+            with client_of(server, api_key=key) as client:
+                counts.append(cached(complete(client, TEXT)))
+        assert counts == [0, 0, len(TEXT) - 1]
+
+
+def test_a_salt_separates_further(tokenizer):
+    with served(engine(tokenizer), tokenizer) as server, client_of(server) as client:
+        salts = ("a", "b", None, "a")
+        counts = [cached(complete(client, TEXT, **({"cache_salt": s} if s else {}))) for s in salts]
+        assert counts == [0, 0, 0, len(TEXT) - 1]
+
+
+def test_what_was_refused_or_broken_leaves_nothing(tokenizer):
+    made = engine(tokenizer)
+    with served(made, tokenizer) as server:
+        url = f"{server.url}/v1/completions"
+        for content in (b'{"model": "tiny", "prompt": "' + TEXT.encode(), b"[]"):
+            response = httpx.post(
+                url, content=content, headers={"content-type": "application/json"}
+            )
+            assert response.status_code == 400
+        too_long = {"model": "tiny", "prompt": TEXT * 10}
+        assert httpx.post(url, json=too_long).status_code == 400
+        assert made.stats().kept_sequences == 0
+
+
+def test_it_can_be_switched_off(tokenizer):
+    made = engine(tokenizer, keep=False)
+    with served(made, tokenizer) as server, client_of(server) as client:
+        assert [cached(complete(client, TEXT)) for _ in range(2)] == [0, 0]
+        assert made.stats().kept_bytes == 0
