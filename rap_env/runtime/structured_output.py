@@ -6,6 +6,8 @@ The library is the extra ``structured``. Shapes: V entries of the model's vocabu
 from __future__ import annotations
 
 import contextlib
+import json
+import re
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -57,8 +59,8 @@ class GrammarCompiler:
     """Compiles grammars for one tokenizer; from any thread.
 
     The first grammar takes longer, a fifth of a second for a vocabulary of 49,152 tokens,
-    unless the vocabulary is loaded before: some 5 MiB of a byte-level tokenizer, 30 MiB of
-    another one.
+    unless the vocabulary is loaded before: some 5 MiB of a tokenizer that is byte-level or
+    has byte fallback, 30 MiB and more of another one.
 
     Args:
         tokenizer: A tokenizer of the library `tokenizers`, as most in transformers are.
@@ -135,7 +137,6 @@ class GrammarCompiler:
         require_extra("structured", "Structured output")
         import llguidance.hf
         from tokenizers.decoders import ByteLevel
-        from transformers import PreTrainedTokenizerFast
 
         if not self._stop_token_ids:
             raise UnsupportedModelError(
@@ -143,9 +144,11 @@ class GrammarCompiler:
             )
         tokenizer, stops = self._tokenizer, self._stop_token_ids
         sizes: dict[str, Any] = {"n_vocab": self._vocab_size, "eos_token": stops, "slices": []}
-        fast = isinstance(tokenizer, PreTrainedTokenizerFast)
-        if fast and isinstance(tokenizer.backend_tokenizer.decoder, ByteLevel):
-            tokens = _ByteLevelTokens(tokenizer.backend_tokenizer, stops[0])
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        decoder = getattr(backend, "decoder", None)
+        falls_back = decoder is not None and json.loads(decoder.__getstate__()) == _BYTE_FALLBACK
+        if isinstance(decoder, ByteLevel) or falls_back:
+            tokens = _Tokens(backend, stops[0], byte_level=not falls_back)
             return llguidance.LLTokenizer(llguidance.TokenizerWrapper(tokens), **sizes)
         try:
             return llguidance.hf.from_tokenizer(tokenizer, **sizes)
@@ -155,15 +158,29 @@ class GrammarCompiler:
             ) from None
 
 
-class _ByteLevelTokens:
-    """The tokens of a byte-level tokenizer as bytes; the library copies no tokenizer then.
+_BYTE_FALLBACK = {
+    "type": "Sequence",
+    "decoders": [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ],
+}
+"""The decoder of a tokenizer with tokens such as ``▁the`` and ``<0x0A>``."""
+_BYTE = re.compile("<0x([0-9A-F]{2})>")
+
+
+class _Tokens:
+    """The tokens of a tokenizer as bytes; the library copies no tokenizer then.
+
+    It is byte-level, or has `_BYTE_FALLBACK`.
 
     Attributes and calls are what ``llguidance.TokenizerWrapper`` asks for.
     """
 
     bos_token_id = None
 
-    def __init__(self, backend: Any, eos_token_id: int) -> None:
+    def __init__(self, backend: Any, eos_token_id: int, *, byte_level: bool) -> None:
         from transformers.convert_slow_tokenizer import bytes_to_unicode
 
         letters: dict[int, str] = bytes_to_unicode()  # type: ignore[no-untyped-call]
@@ -173,8 +190,15 @@ class _ByteLevelTokens:
         self._backend = backend
         self.eos_token_id = eos_token_id
         self.special_token_ids = [number for number, token in added.items() if token.special]
+
+        def bytes_of(text: str) -> bytes:
+            if byte_level:
+                return bytes(values[letter] for letter in text)
+            byte = _BYTE.fullmatch(text)
+            return bytes.fromhex(byte[1]) if byte else text.replace("▁", " ").encode()
+
         self.tokens = [
-            text.encode() if number in added else bytes(values[letter] for letter in text or "")
+            text.encode() if number in added else bytes_of(text or "")
             for number, text in enumerate(texts)
         ]
 

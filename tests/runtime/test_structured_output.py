@@ -6,8 +6,13 @@ import re
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, normalizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 pytest.importorskip("llguidance", reason="the extra structured is not installed")
+
+import llguidance.hf
 
 from rap_env.errors import InvalidGrammarError, UnsupportedModelError
 from rap_env.plan import Plan
@@ -94,6 +99,25 @@ def test_a_grammar_that_does_not_compile_is_rejected_with_the_reason(compiler, k
     with pytest.raises(InvalidGrammarError, match=reason) as found:
         compiler.compile(kind, text)
     assert "non-verbose" not in str(found.value)
+
+
+def test_tokens_with_byte_fallback_are_the_bytes_that_the_library_reads():
+    tokens = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "é", "▁a"]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    backend = Tokenizer(BPE(vocabulary, [("▁", "a")], unk_token="<unk>", byte_fallback=True))
+    replace, fallback = decoders.Replace("▁", " "), decoders.ByteFallback()
+    backend.decoder = decoders.Sequence([replace, fallback, decoders.Fuse()])
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    sizes = {"n_vocab": len(tokens) + 2, "eos_token": [1], "slices": []}
+    expected = llguidance.hf.from_tokenizer(tokenizer, **sizes)
+    compiler = GrammarCompiler(tokenizer, vocab_size=len(tokens) + 2, stop_token_ids=[1])
+    compiler.load()
+    for number in range(len(tokens)):
+        own, librarys = (t.decode_bytes([number]) for t in (compiler._vocabulary, expected))
+        assert own == librarys, tokens[number]
+    assert compiler._vocabulary.decode_bytes([vocabulary["▁a"], vocabulary["<0xC3>"]]) == b" a\xc3"
+    assert compiler._vocabulary.tokenize_str(" aaé") == expected.tokenize_str(" aaé")
 
 
 def test_a_tokenizer_that_the_library_does_not_read_is_named():

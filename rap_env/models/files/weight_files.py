@@ -114,7 +114,11 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-_WHOLE_IN_JSON = {("llama", "TokenizersBackend"), ("qwen2", "Qwen2Tokenizer")}
+_WHOLE_IN_JSON = {
+    ("gemma3_text", "GemmaTokenizer"),
+    ("llama", "TokenizersBackend"),
+    ("qwen2", "Qwen2Tokenizer"),
+}
 
 
 def _whole_in_json(folder: Path) -> str | None:
