@@ -30,16 +30,22 @@ class Detokenizer:
 
     Args:
         tokenizer: The model's tokenizer.
+        kept_id: A special token that the text keeps.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, kept_id: int | None = None) -> None:
         self._tokenizer = tokenizer
+        self._kept_id = kept_id
         self._window: list[int] = []
         self._context = 0  # leading tokens of the window whose text was returned
         self._given = 0  # characters of the window's text that were returned
 
     def add(self, token_id: int) -> str:
         """Add a token and return the text that is final now, often that of the token alone."""
+        if token_id == self._kept_id:
+            piece: str = self.finish() + self._tokenizer.decode([token_id])
+            self._window, self._context, self._given = [], 0, 0
+            return piece
         self._window.append(token_id)
         text = plain_text(self._tokenizer, self._window)
         waiting = min(len(text) - len(text.rstrip(UNFINISHED)), _MAX_UNFINISHED)
@@ -96,7 +102,7 @@ class StopStrings:
             self.matched = True
             self._waiting = ""
             return text[: min(starts)]
-        keep = self._partial_match(text)
+        keep = partial_match(text, self._strings)
         self._waiting = text[len(text) - keep :]
         return text[: len(text) - keep]
 
@@ -105,13 +111,14 @@ class StopStrings:
         text, self._waiting = self._waiting, ""
         return text
 
-    def _partial_match(self, text: str) -> int:
-        """Length of the longest suffix of `text` that is a prefix of a stop string."""
-        longest = min(len(text), max((len(string) - 1 for string in self._strings), default=0))
-        for length in range(longest, 0, -1):
-            if any(string.startswith(text[-length:]) for string in self._strings):
-                return length
-        return 0
+
+def partial_match(text: str, strings: Sequence[str]) -> int:
+    """Length of the longest suffix of a text that is a prefix, not all, of one of some strings."""
+    longest = min(len(text), max((len(string) - 1 for string in strings), default=0))
+    for length in range(longest, 0, -1):
+        if any(string.startswith(text[-length:]) for string in strings):
+            return length
+    return 0
 
 
 class AnswerTimer:

@@ -245,7 +245,7 @@ def _add_token_routes(app: FastAPI, service: Service) -> None:
             return builder.encode_text(body.prompt)
         if body.messages is None or body.prompt is not None:
             raise invalid("Give either 'prompt' or 'messages'.", "prompt")
-        return builder.encode_chat(body.messages)
+        return builder.encode_chat(body.messages, body.tools or [])
 
     def decode(tokens: list[int]) -> str:
         if tokens and max(tokens) >= len(tokenizer):

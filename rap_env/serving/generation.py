@@ -30,6 +30,7 @@ from rap_env.serving.answers import AnswerPlans, AnswerTimer, Detokenizer, StopS
 from rap_env.serving.http import ApiError, failed, invalid, unavailable
 from rap_env.serving.metrics import ServingMetrics
 from rap_env.serving.prompts import GenerationRequest
+from rap_env.serving.tool_calls import ToolCallParser
 
 if TYPE_CHECKING:
     from rap_env.runtime.engine import Engine
@@ -64,13 +65,15 @@ class TokenLogprob(NamedTuple):
 class OutputDelta:
     """New output of answer `index`, with the log probabilities of its tokens if requested.
 
-    The last one has a `finish_reason`: ``"stop"`` or ``"length"``.
+    The last one has a `finish_reason`, ``"stop"``, ``"length"`` or ``"tool_calls"``, and the
+    tool calls.
     """
 
     index: int
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: str | None = None
+    calls: Sequence[dict[str, Any]] = ()
 
 
 @dataclass
@@ -82,6 +85,7 @@ class _Choice:
     detokenizer: Detokenizer
     stops: StopStrings
     timer: AnswerTimer
+    call_parser: ToolCallParser | None
     echo: str = ""  # what the answer still has to begin with
     tokens: int = 0
     ended: bool = False
@@ -150,13 +154,15 @@ class Generation:
             for number in range(request.size):
                 prompt = request.prompts[number // request.n]
                 timer = AnswerTimer(self._metrics, len(prompt), self._engine.clock())
+                parser = request.call_parser() if request.call_parser else None
                 self._choices.append(
                     _Choice(
                         number,
                         self._submit(number, prompt, timer),
-                        Detokenizer(self._tokenizer),
+                        Detokenizer(self._tokenizer, parser.form.marker_id if parser else None),
                         StopStrings(request.stop_strings),
                         timer,
+                        parser,
                         echo=request.echo[number // request.n] if request.echo else "",
                     )
                 )
@@ -262,10 +268,14 @@ class Generation:
         return self._delta(choice, text, reason)
 
     def _delta(self, choice: _Choice, text: str, reason: str | None) -> OutputDelta:
-        """New output, with what the answer has to begin with."""
+        """New output, with what the answer has to begin with, and its tool calls."""
         text, choice.echo = choice.echo + text, ""
         logprobs, choice.pending = tuple(choice.pending), []
-        return OutputDelta(choice.index, text, logprobs, reason)
+        calls: Sequence[dict[str, Any]] = ()
+        if choice.call_parser is not None:
+            text, calls = choice.call_parser.add(text, ended=reason is not None)
+        reason = "tool_calls" if calls and reason == "stop" else reason
+        return OutputDelta(choice.index, text, logprobs, reason, calls)
 
     def _logprob(self, sample: Sample) -> TokenLogprob:
         token, *others = (

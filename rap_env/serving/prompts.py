@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from rap_env.errors import InvalidGrammarError, MissingDependencyError, UnsupportedModelError
 from rap_env.runtime.sampling import SamplingParams
-from rap_env.runtime.structured_output import GrammarCompiler, GrammarMatcher
+from rap_env.runtime.structured_output import GrammarCompiler, GrammarKind, GrammarMatcher
 from rap_env.serving.answers import plain_text
 from rap_env.serving.http import ApiError, invalid, shown
 from rap_env.serving.schemas import (
@@ -17,15 +18,18 @@ from rap_env.serving.schemas import (
     ChatCompletionRequest,
     ChatMessage,
     CompletionRequest,
+    Tool,
     grammar_of,
 )
 from rap_env.serving.settings import ServerSettings
+from rap_env.serving.tool_calls import CallForm, ToolCallParser
 
 if TYPE_CHECKING:
     from rap_env.runtime.engine import Engine
 
 Body = ChatCompletionRequest | CompletionRequest
 
+_TURN_FIELDS = {"role", "content", "tool_calls", "tool_call_id"}
 DEFAULT_COMPLETION_TOKENS = 16
 """Most tokens of a plain completion that does not set a number, as in the OpenAI API."""
 
@@ -43,6 +47,7 @@ class GenerationRequest:
         max_delta_nll: Floor of quality of its answers, nats per token; None for the server's
             alone.
         owner: Whose kept sequences may be used for it: those of its key and its salt.
+        call_parser: Makes what finds the tool calls of an answer; None if it may not call.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -57,6 +62,7 @@ class GenerationRequest:
     include_usage: bool = False
     max_delta_nll: float | None = None
     owner: str = ""
+    call_parser: Callable[[], ToolCallParser] | None = None
 
     @property
     def size(self) -> int:
@@ -113,8 +119,13 @@ class RequestBuilder:
         chat, n = isinstance(body, ChatCompletionRequest), body.n or 1
         self._check_choices(n, 1 if isinstance(body, ChatCompletionRequest) else len(body.prompt))
         echo: Sequence[str] = ()
+        call_parser = None
         if isinstance(body, ChatCompletionRequest):
-            prompts = [self.encode_chat(body.messages)]
+            prompts = [self.encode_chat(body.messages, body.offered_tools)]
+            if body.offered_tools:
+                names = [tool.function.name for tool in body.offered_tools]
+                single = body.parallel_tool_calls is False
+                call_parser = partial(ToolCallParser, self.call_form, names, single=single)
         else:
             prompts = [self._prompt(entry) for entry in body.prompt]
             if body.echo:
@@ -138,6 +149,7 @@ class RequestBuilder:
             include_usage=bool(body.stream_options and body.stream_options.include_usage),
             max_delta_nll=body.max_delta_nll,
             owner=f"{owner} {body.cache_salt or ''}",
+            call_parser=call_parser,
         )
 
     def check_model(self, name: str | None) -> None:
@@ -245,7 +257,12 @@ class RequestBuilder:
 
     def _constraint(self, body: Body) -> Callable[[], GrammarMatcher] | None:
         """Compile what the answers have to follow; errors are `ApiError` (400)."""
-        if (found := grammar_of(body)) is None:
+        found = grammar_of(body)
+        if isinstance(body, ChatCompletionRequest) and body.offered_tools:
+            if found is not None:
+                raise invalid(f"'{found[0]}' is not supported beside 'tools'.", found[0])
+            found = self._tool_grammar(body)
+        if found is None:
             return None
         field, kind, text = found
         try:
@@ -253,21 +270,42 @@ class RequestBuilder:
         except InvalidGrammarError as error:
             raise invalid(f"Invalid value for '{field}': {shown(str(error), 400)}", field) from None
         except (MissingDependencyError, UnsupportedModelError) as error:
-            raise invalid(
-                f"'{field}' is not supported with this server: {shown(str(error), 400)}",
-                field,
-                "unsupported_parameter",
-            ) from None
+            raise _unsupported(field, error) from None
+
+    def _tool_grammar(self, body: ChatCompletionRequest) -> tuple[str, GrammarKind, str] | None:
+        """The grammar of calls that must follow their schemas; None if no call must."""
+        chosen = body.chosen_function
+        required = body.tool_choice not in (None, "auto")
+        functions = [tool.function for tool in body.offered_tools]
+        if not required and not any(function.strict for function in functions):
+            return None
+        schemas = {f.name: f.parameters for f in functions if chosen in (None, f.name)}
+        single = chosen is not None or body.parallel_tool_calls is False
+        grammar = self.call_form.grammar(schemas, required=required, single=single)
+        return "tools", "grammar", grammar
+
+    @cached_property
+    def call_form(self) -> CallForm:
+        """How the model calls tools.
+
+        Raises:
+            ApiError: Its chat template has no place for tools, or an unknown form of calls (400).
+        """
+        try:
+            return CallForm.of_template(self._render, self._tokenizer)
+        except UnsupportedModelError as error:
+            raise _unsupported("tools", error) from None
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a text."""
         return self._encode(text, add_special_tokens=True)
 
-    def encode_chat(self, messages: list[ChatMessage]) -> list[int]:
+    def encode_chat(self, messages: list[ChatMessage], tools: Sequence[Tool] = ()) -> list[int]:
         """Token ids of messages in the model's chat template, which writes the special tokens.
 
         Raises:
-            ApiError: There is no chat template, or it rejects the messages (400).
+            ApiError: There is no chat template, it rejects the messages, or it does not know the
+                tools that they use, or the ones offered (400).
         """
         if not self._tokenizer.chat_template:
             raise invalid(
@@ -275,11 +313,11 @@ class RequestBuilder:
                 "messages",
                 "no_chat_template",
             )
+        if tools or any(message.tool_calls or message.role == "tool" for message in messages):
+            _ = self.call_form
+        offered = [tool.model_dump(exclude={"function": {"strict"}}) for tool in tools]
         try:
-            with self._lock:
-                text = self._tokenizer.apply_chat_template(
-                    template_turns(messages), tokenize=False, add_generation_prompt=True
-                )
+            text = self._render(template_turns(messages), offered)
         except ImportError:
             raise
         except Exception as error:  # a template is a program that may raise anything
@@ -288,6 +326,13 @@ class RequestBuilder:
                 "messages",
             ) from None
         return self._encode(text, add_special_tokens=False)
+
+    def _render(self, turns: list[dict[str, Any]], tools: list[dict[str, Any]]) -> str:
+        with self._lock:
+            text: str = self._tokenizer.apply_chat_template(
+                turns, tools=tools or None, tokenize=False, add_generation_prompt=True
+            )
+        return text
 
     def _prompt(self, entry: str | list[int]) -> list[int]:
         ids = self.encode_text(entry) if isinstance(entry, str) else entry
@@ -316,15 +361,24 @@ def _bias(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
     return tuple((int(token), bias) for token, bias in given.items())
 
 
-def template_turns(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
-    """Messages as a chat template reads them; it knows a developer as the system."""
-    return [
-        {
-            "role": "system" if message.role == "developer" else message.role,
-            "content": message.content,
-        }
-        for message in messages
-    ]
+def _unsupported(field: str, error: Exception) -> ApiError:
+    message = f"'{field}' is not supported with this server: {shown(str(error), 400)}"
+    return invalid(message, field, "unsupported_parameter")
+
+
+def template_turns(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """Messages as a chat template reads them; it knows a developer as the system.
+
+    A tool's message has the name of the function, by which some templates know it.
+    """
+    names = {call.id: call.function.name for m in messages for call in m.tool_calls or []}
+    turns = []
+    for message in messages:
+        turn = message.model_dump(include=_TURN_FIELDS, exclude_none=True)
+        if message.role == "tool":
+            turn["name"] = names.get(message.tool_call_id or "", "")
+        turns.append(turn | {"role": "system"} if message.role == "developer" else turn)
+    return turns
 
 
 def stop_tokens(llm: Any, tokenizer: Any) -> tuple[int, ...]:

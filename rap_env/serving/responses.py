@@ -58,7 +58,9 @@ class ResponseWriter:
     def _whole_choice(self, index: int, deltas: Sequence[OutputDelta]) -> dict[str, Any]:
         text = "".join(delta.text for delta in deltas)
         logprobs = [entry for delta in deltas for entry in delta.logprobs]
-        message = {"role": "assistant", "content": text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls := deltas[-1].calls:
+            message |= {"content": text or None, "tool_calls": calls}
         return {
             "index": index,
             "finish_reason": deltas[-1].finish_reason,
@@ -83,6 +85,9 @@ class ResponseWriter:
         if delta.text or delta.logprobs:
             content = {"delta": {"content": delta.text}}
             events.append(self._chunk(delta.index, content, delta.logprobs, None))
+        if delta.calls:
+            calls = [{"index": number, **call} for number, call in enumerate(delta.calls)]
+            events.append(self._chunk(delta.index, {"delta": {"tool_calls": calls}}, [], None))
         if delta.finish_reason:
             events.append(self._chunk(delta.index, {"delta": {}}, [], delta.finish_reason))
         return events

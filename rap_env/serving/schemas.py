@@ -16,6 +16,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    Json,
     StrictBool,
     StrictInt,
     TypeAdapter,
@@ -34,7 +35,7 @@ Bias = Annotated[Number, Field(ge=-100, le=100)]
 _MAX_SEED = 2**63 - 1
 _MAX_STOP_STRINGS, _MAX_STOP_CHARS, _MAX_MESSAGES = 4, 256, 1024
 _MAX_SALT_CHARS = 256
-_UNSUPPORTED_IN_MESSAGES = ("tool_calls", "function_call", "audio")
+_UNSUPPORTED_IN_MESSAGES = ("function_call", "audio")
 
 
 def _listed(stop: Any) -> Any:
@@ -91,13 +92,53 @@ class StreamOptions(BaseModel):
     include_usage: StrictBool | None = None
 
 
+class FunctionCall(BaseModel):
+    """Name and arguments of a call that an earlier answer made."""
+
+    name: str
+    arguments: Json[dict[str, Any]]
+
+
+class ToolCall(BaseModel):
+    """A call that an earlier answer made."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Function(BaseModel):
+    """A function that answers may call; `parameters` is a JSON schema."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    description: str = ""
+    parameters: dict[str, Any] = {"type": "object", "properties": {}}
+    strict: StrictBool | None = None
+
+
+class Tool(BaseModel):
+    """A tool that answers may use: a function."""
+
+    type: Literal["function"]
+    function: Function
+
+
 class ChatMessage(BaseModel):
-    """A message of a chat; its `content` is text alone."""
+    """A message of a chat; its `content` is text alone, empty beside calls without a text."""
 
     model_config = ConfigDict(extra="allow")
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str, BeforeValidator(_joined_parts)]
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _content_beside_calls(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("tool_calls") and given.get("content") is None:
+            return {**given, "content": ""}
+        return given
 
     @model_validator(mode="after")
     def _check_others(self) -> Self:
@@ -157,6 +198,19 @@ class ChatCompletionRequest(BaseCompletionRequest):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | Tool | None = None
+    parallel_tool_calls: bool | None = None
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """The tools that the answers may use."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def chosen_function(self) -> str | None:
+        """The one function that the answers must call."""
+        return self.tool_choice.function.name if isinstance(self.tool_choice, Tool) else None
 
     @property
     def new_tokens(self) -> int | None:
@@ -181,6 +235,7 @@ class TokenizeRequest(BaseModel):
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
+    tools: list[Tool] | None = None
 
 
 class DetokenizeRequest(BaseModel):
@@ -200,8 +255,13 @@ def validate(schema: type[BodyT], body: dict[str, Any]) -> BodyT:
     """Validate a parsed body; a missing, invalid or unsupported field is an `ApiError` (400)."""
     request = validate_fields(schema, body)
     _check_other_fields(request.model_extra or {}, chat=schema is ChatCompletionRequest)
-    if isinstance(request, ChatCompletionRequest) and request.top_logprobs and not request.logprobs:
-        raise invalid("'top_logprobs' is only allowed when 'logprobs' is true.", "top_logprobs")
+    if isinstance(request, ChatCompletionRequest):
+        if request.top_logprobs and not request.logprobs:
+            raise invalid("'top_logprobs' is only allowed when 'logprobs' is true.", "top_logprobs")
+        names = [tool.function.name for tool in request.offered_tools]
+        chosen = request.chosen_function
+        if (request.tool_choice == "required" and not names) or chosen not in (None, *names):
+            raise invalid("'tool_choice' needs a function that is in 'tools'.", "tool_choice")
     if isinstance(request, CompletionRequest) and request.max_tokens == 0 and not request.echo:
         raise invalid("'max_tokens' must be at least 1 unless 'echo' is true.", "max_tokens")
     if request.stream_options is not None and not request.stream:
@@ -224,6 +284,7 @@ def _first_error(error: ValidationError) -> ApiError:
     param = str(name) + "".join(
         f"[{part}]" if isinstance(part, int) else f".{part}" for part in inside
     )
+    param = param.partition(".literal[")[0]  # one of several types
     if details["type"] == "missing":
         return invalid(
             f"Missing required parameter: '{param}'.", param, "missing_required_parameter"

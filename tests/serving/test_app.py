@@ -163,9 +163,10 @@ def test_a_plain_stream_has_text_in_every_event(server):
         ({"temprature": 1}, "temprature", "unknown_parameter", "temprature"),
         ({"prompt": "hi"}, "prompt", "unknown_parameter", "prompt"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools",
-         "unsupported_parameter", "it calls no tools"),
-        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages[0]",
-         "invalid_value", "tool_calls"),
+         "unsupported_parameter", "writes no tool calls"),
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "a"}]}, "tools",
+         "unsupported_parameter", "writes no tool calls"),
+        ({"functions": [{"name": "f"}]}, "functions", "unsupported_parameter", "use 'tools'"),
         ("{}", "model", "missing_required_parameter", "model"),
         ('{"model": "tiny"}', "messages", "missing_required_parameter", "messages"),
         # Of plain completions.

@@ -10,6 +10,34 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
 
+_TOOL_TEMPLATE = (
+    "{% if tools %}{{ 'tools: ' + tools | tojson + '\\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{{ message.role + (' ' + message.name if message.role == 'tool' else '') + ': ' }}"
+    "{{ message.content }}{% if message.tool_calls %}CALLS{% endif %}{{ '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+_ONE_CALL = (
+    "{% if message.tool_calls | length > 1 %}{{ raise_exception('one call at a time') }}{% endif %}"
+    "{% set call = message.tool_calls[0].function %}"
+    """{{ '{"name": "' + call.name + '", "parameters": ' + call.arguments | tojson + '}' }}"""
+)
+_TAGGED_CALLS = (
+    "{% for call in message.tool_calls %}{{ '<tool_call>\\n' + call.function | tojson }}"
+    "{{ '\\n</tool_call>' }}{% endfor %}"
+)
+_LISTED_CALLS = (
+    "{{ '[TOOL_CALLS] [' }}{% for call in message.tool_calls %}"
+    "{% if call.id | length != 9 %}{{ raise_exception('ids have nine characters') }}{% endif %}"
+    """{{ (call.function | tojson)[:-1] + ', "id": "' + call.id + '"}' }}"""
+    "{% if not loop.last %}{{ ', ' }}{% endif %}{% endfor %}{{ ']</s>' }}"
+)
+TOOL_TEMPLATES = {
+    name: _TOOL_TEMPLATE.replace("CALLS", calls)
+    for name, calls in (("tagged", _TAGGED_CALLS), ("bare", _ONE_CALL), ("listed", _LISTED_CALLS))
+}
+"""Chat templates with tools, in the three forms of calls of Qwen and Hermes, Llama and Mistral."""
+
 
 def chat_tokenizer():
     """A token for each of a few characters, and a chat template."""
@@ -31,6 +59,17 @@ def byte_tokenizer():
     return tf.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
 
 
+def tool_tokenizer(form):
+    """The tokenizer of bytes with a chat template that knows tools, and its tokens for them."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TOOL_TEMPLATES[form]
+    if form == "tagged":
+        tokenizer.add_tokens(["<tool_call>", "</tool_call>"])
+    if form == "listed":
+        tokenizer.add_tokens(["[TOOL_CALLS]"], special_tokens=True)
+    return tokenizer
+
+
 def metaspace_tokenizer():
     """A token for each word, with its space as a mark that the first word of a text loses."""
     import transformers as tf
@@ -43,8 +82,8 @@ def metaspace_tokenizer():
     return tf.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
 
 
-def byte_llm(positions=512):
-    """A random model for `byte_tokenizer`, with more logits than the tokenizer has tokens."""
+def byte_llm(positions=512, tokenizer=None):
+    """A random model for a tokenizer of bytes, with more logits than the tokenizer has tokens."""
     import transformers as tf
 
     from rap_env.models.live.elastic import ElasticLLM
@@ -54,4 +93,4 @@ def byte_llm(positions=512):
     config.vocab_size, config.max_position_embeddings, config.eos_token_id = 300, positions, 0
     model = tf.AutoModelForCausalLM.from_config(config)
     randomise(model)
-    return ElasticLLM(model.eval(), byte_tokenizer(), name="tiny-bytes")
+    return ElasticLLM(model.eval(), tokenizer or byte_tokenizer(), name="tiny-bytes")
