@@ -1,6 +1,6 @@
 """Prepare a model of one's own: weights of few bits, and costs of levels, made once with a text.
 
-The work is a list of tasks, which processes share; the result of each is a file:
+The work is a list of tasks, which processes share (`importance.shared_tasks`):
 
 1. *Levels*, a task for each layer (`models.live.calibration`): its native outputs are passed on
    to the next layer, and its weights are rounded while another process goes on.
@@ -14,17 +14,13 @@ continues where it was, and a model counts as prepared only when the last task i
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
-import multiprocessing
 import os
-import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +38,16 @@ from rap_env.importance.gradient_costs import (
     plan_nll,
 )
 from rap_env.importance.level_costs import CACHE_LEVELS, LevelCosts
-from rap_env.model_facts import ModelFacts
-from rap_env.models.device import free_memory_early, return_freed_memory
+from rap_env.importance.shared_tasks import (
+    FORMAT,
+    KIND,
+    Check,
+    Note,
+    Tasks,
+    helpers,
+    keep_usable,
+)
+from rap_env.models.device import free_memory_early, resident_bytes
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.model_folder import locked
 from rap_env.models.live.calibration import (
@@ -55,9 +59,8 @@ from rap_env.models.live.calibration import (
     use_text,
 )
 from rap_env.models.live.calibration_text import (
-    LEVEL_TOKENS,
-    LEVEL_WINDOWS,
     calibration_windows,
+    level_windows,
     mixed_windows,
     user_windows,
 )
@@ -79,14 +82,8 @@ _FEWEST_LEVEL_WINDOWS = 16  # that a user's text must have
 _VERSION = 1
 """Part of a run's key: increase it when results change."""
 
-_KIND, _FORMAT = "part of a preparation", 1
 _SHARES = {"levels": 0.5, "costs": 0.3, "plans": 0.2}  # of the time, about
-_WAIT_S = 0.05
 _TEXT = "text.json"
-
-
-_Files = list[dict[PackedLevel, Path]]
-"""The files of the levels of each item."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +98,8 @@ class _Run:
         bits: Fewest bits of weights, 2, 3 or 4.
         text: Source of the text.
         threads: Threads of each process; None for torch's own number.
+        bounded: Whether freed memory returns to the system at once, with which preparing takes
+            half as much time again.
     """
 
     folder: Path
@@ -110,67 +109,14 @@ class _Run:
     bits: int
     text: str
     threads: int | None
+    bounded: bool
 
-    def open(self, dtype: str, levels: _Files | None = None) -> ElasticLLM:
-        """The model in a dtype, with its blocks in its files, and the files of their levels."""
-        llm = load_llm(self.model, device=self.device, dtype=dtype, on_demand=True)
-        llm.tokenizer = None  # a large one takes a hundred megabytes
-        free_memory_early()  # loading lets the heap keep up to a gigabyte
-        for item, files in zip(llm._live.all_items, levels or (), strict=levels is not None):
-            item.files.update(files)
+    def open(self, dtype: str) -> ElasticLLM:
+        """The model in a dtype, with its blocks in its files."""
+        llm = load_llm(self.model, device=self.device, dtype=dtype, on_demand=True, again=True)
+        if self.bounded:
+            free_memory_early()
         return llm
-
-
-class _Tasks:
-    """Tasks that processes share by files in a folder: one for a claim, one for a result.
-
-    Args:
-        folder: The folder.
-        check: Called while it waits; raises an error if other processes have ended.
-        note: Called with the results of a group of tasks that exist, and their number.
-    """
-
-    def __init__(
-        self, folder: Path, check: Callable[[], object], note: Callable[[str, float], object]
-    ) -> None:
-        self.folder, self._check, self._note = folder, check, note
-
-    def run(
-        self, group: str, count: int, do: Callable[[int], dict[str, Any]]
-    ) -> list[dict[str, Any]]:
-        """Do those tasks of a group that no other process has claimed; the results of all.
-
-        Args:
-            group: Name of the group.
-            count: Number of tasks, which are done in their order.
-            do: Returns the result of a task.
-        """
-        paths = [self.folder / f"{group}-{number:03d}.json" for number in range(count)]
-        for number, path in enumerate(paths):
-            self._check()
-            if not path.exists() and _claimed(path):
-                save_artifact(path, _KIND, _FORMAT, do(number))
-                return_freed_memory()
-            self._note(group, sum(path.exists() for path in paths) / count)
-        for path in paths:
-            self.wait(path)
-            self._note(group, sum(path.exists() for path in paths) / count)
-        return [load_artifact(path, _KIND, _FORMAT) for path in paths]
-
-    def wait(self, path: Path) -> None:
-        """Wait until another process has written a file."""
-        while not path.exists():
-            self._check()
-            time.sleep(_WAIT_S)
-
-
-def _claimed(path: Path) -> bool:
-    """Claim a task for this process, unless another one has it."""
-    try:
-        path.with_suffix(".claim").touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
 
 
 def prepare(
@@ -224,16 +170,23 @@ def prepare(
             return made, path
         folder.mkdir(parents=True, exist_ok=True)
         body = {name: tokens.tolist() for name, tokens in texts.items()}
-        save_artifact(folder / _TEXT, _KIND, _FORMAT, body)
+        save_artifact(folder / _TEXT, KIND, FORMAT, body)
         workers = _workers(llm, memory_bytes)
-        kind = str(llm.dtype).removeprefix("torch.")
-        threads = 1 if workers > 1 else None
-        source = "mixture" if text is None else os.fspath(text)
-        run = _Run(folder, os.fspath(model), kind, str(llm.device), bits, source, threads)
+        run = _Run(
+            folder,
+            os.fspath(model),
+            str(llm.dtype).removeprefix("torch."),
+            str(llm.device),
+            bits,
+            text="mixture" if text is None else os.fspath(text),
+            threads=1 if workers > 1 else None,
+            bounded=memory_bytes is not None,
+        )
         del llm
-        _keep_usable(folder)
-        with _progress(progress, bits) as note, _helpers(run, workers) as check:
-            costs = _work(run, check, note)
+        keep_usable(folder)
+        work = partial(_work, run)
+        with _progress(progress, bits) as note, helpers(folder, work, workers) as check:
+            costs = work(check, note)
         scoring = {**costs.provenance["scoring"], "preparation": key}
         costs = replace(
             costs,
@@ -261,53 +214,32 @@ def _texts(llm: ElasticLLM, text: str | Path | None) -> dict[str, torch.Tensor]:
     costs = COST_WINDOWS, min(COST_TOKENS, longest)
     if text is None:
         return {"costs": mixed_windows(llm, *costs), "levels": calibration_windows(llm)}
-    levels = LEVEL_WINDOWS, min(LEVEL_TOKENS, longest - 1)
     return {
-        "levels": user_windows(llm, text, *levels, fewest=_FEWEST_LEVEL_WINDOWS),
+        "levels": user_windows(llm, text, *level_windows(llm), fewest=_FEWEST_LEVEL_WINDOWS),
         "costs": user_windows(llm, text, *costs, fewest=1),
     }
 
 
 def _workers(llm: ElasticLLM, memory_bytes: int | None) -> int:
     """Processes that share the work: two on a CPU with two cores and enough memory."""
-    if llm.device.type != "cpu" or (os.cpu_count() or 1) < 2:
-        return 1
+    most = 2 if llm.device.type == "cpu" and (os.cpu_count() or 1) > 1 else 1
     if memory_bytes is None:
-        return 2
+        return most
     need = _process_bytes(llm)
     if need > memory_bytes:
         raise InvalidRequestError(
             f"memory is {human_bytes(memory_bytes)}, but preparing {llm.name} takes about "
             f"{human_bytes(need)}, with a layer at a time in memory; set memory to at least that."
         )
-    return 2 if 2 * need <= memory_bytes else 1
-
-
-def _keep_usable(folder: Path) -> None:
-    """Remove claims of a run that was ended, and results of layers that it cannot go on from."""
-    for claim in folder.glob("*.claim"):
-        claim.unlink()
-    states = {_number(path): path for path in folder.glob("states-*.safetensors")}
-    results = {_number(path): path for path in folder.glob("levels-*.json")}
-    first = next(number for number in itertools.count() if number not in results)
-    start = max((number for number in states if number <= first), default=0)
-    for number, path in results.items():
-        if number >= start:
-            path.unlink()
-    for number, path in states.items():
-        if number > start:
-            path.unlink()
-
-
-def _number(path: Path) -> int:
-    return int(path.stem.partition("-")[2])
+    return min(most, memory_bytes // need)
 
 
 def _process_bytes(llm: ElasticLLM) -> int:
     """About the most resident memory of a process that prepares a model, which is open in this one.
 
     For levels it is mostly five float32 matrices (n, n), for a matrix with n inputs; for
-    costs the states of a window in all layers and what the gradient of one layer needs.
+    costs the states of a window in all layers and what the gradient of one layer needs. On a
+    GPU these are in its own memory.
     """
     facts, shapes = llm.facts, [p.shapes for item in llm._live.items for p in item.places]
     most_inputs = max((shape[1] for each in shapes for shape in each), default=0)
@@ -316,12 +248,11 @@ def _process_bytes(llm: ElasticLLM) -> int:
     )
     states = facts.num_layers * facts.hidden_size + 12 * facts.ffn_width
     values = max(5 * most_inputs**2 + layer, COST_TOKENS * states + 2 * layer)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() + 4 * values
+    return resident_bytes()[1] + 4 * (values if llm.device.type == "cpu" else layer)
 
 
 @contextlib.contextmanager
-def _progress(shown: bool, bits: int) -> Iterator[Callable[[str, float], None]]:
+def _progress(shown: bool, bits: int) -> Iterator[Note]:
     """Yields what shows the share of a group of tasks that is done."""
     done: dict[str, float] = {}
     shares = {name: share for name, share in _SHARES.items() if bits < 4 or name != "levels"}
@@ -337,86 +268,42 @@ def _progress(shown: bool, bits: int) -> Iterator[Callable[[str, float], None]]:
         yield note
 
 
-@contextlib.contextmanager
-def _helpers(run: _Run, workers: int) -> Iterator[Callable[[], None]]:
-    """Start the other processes of a run; yields a check that raises their errors."""
-    stop = run.folder / "stop"
-    stop.unlink(missing_ok=True)
-    if workers == 1:
-        yield lambda: None
-        return
-    with ProcessPoolExecutor(workers - 1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(_help, run) for _ in range(workers - 1)]
-        try:
-            yield lambda: _raise_errors(futures)
-            _raise_errors(futures, wait=True)
-        except BrokenProcessPool:
-            raise ModelNotAvailableError(
-                "A process that prepares the model was ended from outside; is there enough memory? "
-                "Give --memory to bound it, and run the command again: it goes on where it was."
-            ) from None
-        finally:
-            with contextlib.suppress(OSError):
-                stop.touch()
-
-
-def _raise_errors(futures: Sequence[Future[None]], *, wait: bool = False) -> None:
-    for future in futures:
-        if wait or future.done():
-            future.result()
-
-
-def _help(run: _Run) -> None:
-    """What another process than the first one does."""
-    parent = multiprocessing.parent_process()
-
-    def check() -> None:
-        if (run.folder / "stop").exists() or parent is None or not parent.is_alive():
-            os._exit(1)  # an error would be sent to the parent, which no longer reads it
-
-    _work(run, check, lambda group, share: None)
-
-
-def _work(
-    run: _Run, check: Callable[[], object], note: Callable[[str, float], object]
-) -> LevelCosts:
+def _work(run: _Run, check: Check, note: Note) -> LevelCosts:
     """Do all tasks that no other process does, and return what follows from all results."""
     if run.threads is not None:
         torch.set_num_threads(run.threads)
-    tasks = _Tasks(run.folder, check, note)
-    texts = load_artifact(run.folder / _TEXT, _KIND, _FORMAT)
+    tasks = Tasks(run.folder, check, note)
+    texts = load_artifact(run.folder / _TEXT, KIND, FORMAT)
     windows = torch.tensor(texts["costs"])
-    facts, files = _levels(run, torch.tensor(texts["levels"]), tasks)
-    levels = {
-        item: names if is_cache(item) else _offered(names, run.bits)
-        for item, names in item_levels(facts, CACHE_LEVELS, windows.shape[1]).items()
-    }
-    parts = _window_costs(run, windows, tasks, levels, files)
-    costs = mean_costs(parts, windows.shape[1])
-    plans = joint_plans(costs, levels)
-    nlls = _plan_nlls(run, windows, tasks, (Plan(), *plans.values()), files)
-    return fitted_costs(facts, costs, plans, nlls, Corpus.of_tokens(windows, source=run.text))
-
-
-def _levels(run: _Run, windows: torch.Tensor, tasks: _Tasks) -> tuple[ModelFacts, _Files]:
-    """Facts about the model, and the files of each item's levels, all of which exist."""
     llm, made = run.open(run.dtype), _made_levels(run.bits)
     if made:
-        use_text(llm, windows, made)
-        _make_levels(llm, windows, tasks)
+        text = torch.tensor(texts["levels"])
+        use_text(llm, text, made)
+        _make_levels(llm, text, tasks)
         save_prepared_levels(llm, made)
-    return llm.facts, [item.files for item in llm._live.all_items]
+    levels = {
+        item: names if is_cache(item) else _offered(names, run.bits)
+        for item, names in item_levels(llm.facts, CACHE_LEVELS, windows.shape[1]).items()
+    }
+    parts = _window_costs(run, windows, tasks, levels, llm)
+    costs = mean_costs(parts, windows.shape[1])
+    plans = joint_plans(costs, levels)
+    nlls = _plan_nlls(llm, windows, tasks, (Plan(), *plans.values()))
+    return fitted_costs(llm.facts, costs, plans, nlls, Corpus.of_tokens(windows, source=run.text))
 
 
 def _window_costs(
     run: _Run,
     windows: torch.Tensor,
-    tasks: _Tasks,
+    tasks: Tasks,
     levels: Mapping[str, Sequence[str]],
-    files: _Files,
+    llm: ElasticLLM,
 ) -> list[WindowCosts]:
     """What each window tells: in float32, in which small changes are not lost to rounding."""
-    forward = PartialForward(run.open("float32", files), widen=True, gradients=True)
+    wide = run.open("float32")
+    for own, given in zip(wide._live.all_items, llm._live.all_items, strict=True):
+        own.files.update(given.files)
+    forward = PartialForward(wide, widen=True, gradients=True)
 
     def do(number: int) -> dict[str, Any]:
         return asdict(numbered_costs(forward, windows, number, levels))
@@ -425,10 +312,10 @@ def _window_costs(
 
 
 def _plan_nlls(
-    run: _Run, windows: torch.Tensor, tasks: _Tasks, plans: Sequence[Plan], files: _Files
+    llm: ElasticLLM, windows: torch.Tensor, tasks: Tasks, plans: Sequence[Plan]
 ) -> list[float]:
     """NLL of each plan in the dtype in which the model will be used, nats per token."""
-    forward = PartialForward(run.open(run.dtype, files), widen=True)
+    forward = PartialForward(llm, widen=True)
 
     def do(number: int) -> dict[str, Any]:
         return {"nll": plan_nll(forward, windows, plans[number])}
@@ -436,7 +323,7 @@ def _plan_nlls(
     return [result["nll"] for result in tasks.run("plans", len(plans), do)]
 
 
-def _make_levels(llm: ElasticLLM, windows: torch.Tensor, tasks: _Tasks) -> None:
+def _make_levels(llm: ElasticLLM, windows: torch.Tensor, tasks: Tasks) -> None:
     """Make the levels of all layers and of the head; each task passes its states on in a file."""
     forward, count = PartialForward(llm), len(llm._live.items) // 2
 

@@ -1,4 +1,4 @@
-"""Device, dtype and threads of a model, freed memory, and products of emulated bfloat16.
+"""Device, dtype and threads of a model, resident memory, and products of emulated bfloat16.
 
 A CPU without instructions for products of bfloat16 matrices emulates them at a fifth to a
 quarter of its speed in float32. Widening both factors, multiplying in float32 and rounding
@@ -25,7 +25,13 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from rap_env.errors import ForkedProcessError, InvalidRequestError, UnknownNameError, counted
+from rap_env.errors import (
+    ForkedProcessError,
+    InvalidRequestError,
+    MemorySourceError,
+    UnknownNameError,
+    counted,
+)
 
 log = logging.getLogger(__name__)
 
@@ -238,6 +244,27 @@ def return_freed_memory(device: torch.device | None = None) -> None:
         torch.cuda.empty_cache()  # of all devices
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def resident_bytes(process: Path = Path("/proc/self")) -> tuple[int, int]:
+    """Most resident bytes of a process (Linux) since it began or its mark was reset, and those now.
+
+    Raises:
+        MemorySourceError: The kernel does not report them.
+    """
+    try:
+        return mark_and_resident((process / "status").read_bytes())
+    except OSError as error:
+        raise MemorySourceError(f"The memory of this process cannot be read: {error}.") from error
+
+
+def mark_and_resident(status: bytes) -> tuple[int, int]:
+    """The high-water mark and the resident bytes in the text of a file ``status``."""
+    mark, now = (
+        int(status[status.index(name) + len(name) :].split(None, 1)[0]) * 1024
+        for name in (b"VmHWM:", b"VmRSS:")
+    )
+    return mark, now
 
 
 # How many are in float32 at a time: it bounds the memory, and a product of such pieces is as

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rap_env.errors import MemorySourceError
-from rap_env.models.device import free_memory_early, return_freed_memory
+from rap_env.models.device import free_memory_early, mark_and_resident, return_freed_memory
 from rap_env.models.weights.packed_layout import buffer_bytes
 from rap_env.plan import EMBEDDINGS, Plan
 from rap_env.policies.base import Policy
@@ -172,28 +172,7 @@ class ResidentMeter(Meter):
 
     def _read(self) -> tuple[int, int]:
         """The high-water mark and the resident bytes of the whole process."""
-        return _mark_and_resident(os.pread(self._status, 8192, 0))
-
-
-def resident_bytes(process: Path = Path("/proc/self")) -> tuple[int, int]:
-    """Most resident bytes of a process (Linux) since it began or its mark was reset, and those now.
-
-    Raises:
-        MemorySourceError: The kernel does not report them.
-    """
-    try:
-        return _mark_and_resident((process / "status").read_bytes())
-    except OSError as error:
-        raise MemorySourceError(f"The memory of this process cannot be read: {error}.") from error
-
-
-def _mark_and_resident(status: bytes) -> tuple[int, int]:
-    """The high-water mark and the resident bytes in the text of a file ``status``."""
-    mark, now = (
-        int(status[status.index(name) + len(name) :].split(None, 1)[0]) * 1024
-        for name in (b"VmHWM:", b"VmRSS:")
-    )
-    return mark, now
+        return mark_and_resident(os.pread(self._status, 8192, 0))
 
 
 class _PeakSampler:

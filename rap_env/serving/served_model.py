@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 from rap_env.errors import ServingSettingsError
 from rap_env.memory import MemoryModel
-from rap_env.models.device import drop_unused_pages
+from rap_env.models.device import drop_unused_pages, resident_bytes
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.model_folder import made_apart
 from rap_env.models.files.packed_folder import is_packed
@@ -19,7 +19,6 @@ from rap_env.models.weights.tensors import copy_to_memory
 from rap_env.policies.base import Policy
 from rap_env.policies.loading import load_policy
 from rap_env.request import Request
-from rap_env.runtime.memory_meter import resident_bytes
 from rap_env.runtime.plan_chooser import predicts
 from rap_env.serving.limits import LiveLimit, mebibytes
 from rap_env.serving.settings import ServerSettings

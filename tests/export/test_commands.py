@@ -180,7 +180,7 @@ def test_a_gguf_file_is_written_with_a_card_beside_it(rap, gguf_file, tmp_path):
 
 
 def test_the_answer_and_the_card_say_what_levels_of_few_bits_take(rap, tmp_path, monkeypatch):
-    monkeypatch.setattr(calibration_text, "LEVEL_WINDOWS", 4)
+    monkeypatch.setattr(calibration_text, "_LEVEL_WINDOWS", 4)
     write_tiny_gguf(tmp_path / "in.gguf", kind="Q4_1", hidden=64, ffn=128)
     plan = Plan.of({"layer00.ffn": "int3", "layer01.ffn": "int4-compact"})
     (tmp_path / "plan.json").write_text(plan.to_json())

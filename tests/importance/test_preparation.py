@@ -27,6 +27,8 @@ from rap_env.request import Request
 from rap_env.scoring.corpus import Corpus
 from tests.tiny import tiny_model, tiny_tokenizer
 
+workers = preparation._workers
+
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
@@ -114,6 +116,24 @@ def test_a_process_that_waited_for_another_does_not_prepare_again(folder, monkey
     monkeypatch.setattr(preparation, "load_llm", before_the_other_ended)
     monkeypatch.setattr(preparation, "_work", lambda *args: pytest.fail("it ran again"))
     assert prepared(folder) == (costs, path)
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_a_limit_of_memory_that_is_too_low(folder, monkeypatch, cores):
+    monkeypatch.setattr(preparation, "_workers", workers)
+    monkeypatch.setattr(preparation.os, "cpu_count", lambda: cores)
+    llm = load_llm(folder, dtype="float32")
+    need = preparation._process_bytes(llm)
+    with pytest.raises(InvalidRequestError, match="preparing own-model-1.5b takes about"):
+        prepared(folder, memory_bytes=need // 4)
+    assert workers(llm, None) == workers(llm, 3 * need) == cores
+    assert workers(llm, need + need // 2) == 1
+
+
+def test_loading_is_logged_once(folder, caplog):
+    with caplog.at_level("INFO"):
+        prepared(folder)
+    assert sum("Loading" in message for message in caplog.messages) == 1
 
 
 @pytest.mark.slow

@@ -10,10 +10,9 @@ from transformers.pytorch_utils import Conv1D
 
 from rap_env.errors import InvalidRequestError, UnknownNameError
 from rap_env.models import device
-from rap_env.models.device import choose_device, choose_dtype, use_threads
+from rap_env.models.device import choose_device, choose_dtype, resident_bytes, use_threads
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import Plan
-from rap_env.runtime.memory_meter import resident_bytes
 from rap_env.scoring.scorer import PlanScorer
 from tests.scoring.test_scorer import tokens
 from tests.tiny import tiny_model

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rap_env.memory import MemoryModel
+from rap_env.models.device import resident_bytes
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.models.weights.packed_layout import buffer_bytes
 from rap_env.plan import Plan
@@ -25,7 +26,6 @@ from rap_env.runtime.memory_meter import (
     TensorMeter,
     make_levels,
     process_meter,
-    resident_bytes,
 )
 from rap_env.runtime.memory_monitor import GivenMemory, MemoryMonitor, SafetyMargin
 from tests.runtime.harness import NoisyMeter, set_status

@@ -11,9 +11,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from rap_env.errors import ServingSettingsError
 from rap_env.memory import MemoryModel
-from rap_env.models.device import drop_unused_pages
+from rap_env.models.device import drop_unused_pages, resident_bytes
 from rap_env.models.files import loading
-from rap_env.runtime.memory_meter import TensorMeter, resident_bytes
+from rap_env.runtime.memory_meter import TensorMeter
 from rap_env.runtime.memory_monitor import GivenMemory
 from rap_env.runtime.memory_source import CgroupMemory
 from rap_env.serving import limits, stack

@@ -24,13 +24,13 @@ import torch
 
 from rap_env.memory import MemoryModel
 from rap_env.models.caches.kv_cache import cache_argument
-from rap_env.models.device import return_freed_memory
+from rap_env.models.device import resident_bytes, return_freed_memory
 from rap_env.models.files.loading import load_llm
 from rap_env.plan import Plan, block_name, cache_name
 from rap_env.policies.base import Policy
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_estimator import BatchShape
-from rap_env.runtime.memory_meter import TensorMeter, resident_bytes
+from rap_env.runtime.memory_meter import TensorMeter
 from rap_env.runtime.memory_monitor import GivenMemory
 from rap_env.runtime.request_handle import EndEvent, TokenEvent
 from rap_env.runtime.sampling import SamplingParams

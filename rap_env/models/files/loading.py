@@ -70,6 +70,7 @@ def load_llm(
     weights: str = "native",
     lean: bool = False,
     on_demand: bool = False,
+    again: bool = False,
     before_weights: Callable[[int], object] | None = None,
 ) -> ElasticLLM:
     """Load a causal language model, ready for masks: in evaluation mode, without gradients.
@@ -97,6 +98,8 @@ def load_llm(
             packed; else some of their rows are read at a time. Where files have other tensors
             than transformers' model, such as single experts, they are written once more to
             the cache. A pruned checkpoint is loaded whole.
+        again: Whether the model was loaded before and its tokenizer is not needed again:
+            nothing is logged, and there is none.
         before_weights: Called with an estimate of the bytes that loading (and
             `set_residency`) still takes at its peak, before the tokenizer is read and again,
             closer, before the weights are; an error that it raises ends the loading.
@@ -140,11 +143,14 @@ def load_llm(
     if before_weights is not None:
         size = unread_bytes(folder, kind) if on_demand else _stored_bytes(folder)
         before_weights(size + _tokenizer_bytes(folder))
-    tokenizer = load_tokenizer(folder)  # before the weights, because it takes twice its size
+    # Before the weights, because it takes twice its size.
+    tokenizer = None if again else load_tokenizer(folder)
     if before_weights is not None and not on_demand:
         before_weights(_loading_bytes(folder, kind, lean=config is not None))
     key = f"{files_key(folder)}-{str(kind).removeprefix('torch.')}-{transformers.__version__}"
-    log.info("Loading %s in %s on %s", source.name, kind, place)
+    log.log(
+        logging.DEBUG if again else logging.INFO, "Loading %s in %s on %s", source.name, kind, place
+    )
     if on_demand or config is not None or is_packed(folder):
         bare = None if config is None else LeanLlama(config, kind)
         loaded = load_native(folder, kind, bare, unread=place if on_demand else None)

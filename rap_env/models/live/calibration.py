@@ -58,7 +58,7 @@ hardly anything. At int3 all blocks of the default model lost 0.44 nats per toke
 on six windows of WikiText that no result is measured on, and 0.29 with it."""
 _CORRECTION_DAMPING = 0.3
 _EVERY = 2  # of the windows that it is fitted on; with 4, int3 lost 0.03 nats per token more
-_WINDOWS = 8  # that a block runs at a time; a multiple of `_EVERY`
+_WINDOWS = 8  # that a block runs at a time
 
 
 def use_packaged_text(llm: ElasticLLM) -> None:
@@ -214,7 +214,8 @@ class _NativePass:
         states: Their inputs.
         outputs: Their outputs.
         sums: Hessians of the inputs of matrices, by name (`hessians`).
-        last_outputs: Outputs of the last matrix of each block, of every second window.
+        last_outputs: Outputs of the last matrix of each block, of every second window, for each
+            entry of `states`.
     """
 
     step: tuple[int, ...]
@@ -340,36 +341,31 @@ def _quantise(
         item: The block.
         level: The level.
         quantisers: By place.
-        outputs: Native outputs of the last matrix, for every second window.
+        outputs: Native outputs of the last matrix, for every second window of each of them.
         states: Inputs of the block's step, for some windows each.
         run: Runs the step with the modules that are in their places.
     """
     last = item.places[-1]
-    fitted_on = [state[::_EVERY] for state in states]
-    if level not in _CORRECTED or last not in quantisers or len(outputs) < sum(map(len, fitted_on)):
+    if level not in _CORRECTED or last not in quantisers or len(outputs) < len(states):
         # A last matrix of an expert does not see all windows.
         item.quantise(level, quantisers)
         return
     item.quantise(level, quantisers, native=last)
-    native, unequal = iter(outputs), False
+    unequal = False
 
     def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         nonlocal unequal
-        for state in torch.split(torch.cat(fitted_on), _WINDOWS):
+        for state, native in zip(states, outputs, strict=True):
             inputs, results = recorded(last.original), recorded(last.original, outputs=True)
             with inputs as changed, results as changed_outputs, item.in_place(level):
-                run(state)
-            # The native ones come last: zip would take one more of those that come first.
-            for entered, left, own in zip(changed, changed_outputs, native, strict=False):
-                unequal = unequal or len(own) != len(left)  # an expert sees other tokens
+                run(state[::_EVERY])
+            for entered, left in zip(changed, changed_outputs, strict=True):
+                unequal = unequal or len(native) != len(left)  # an expert sees other tokens
                 if not unequal:
-                    yield own.float() - left, entered
+                    yield native.float() - left, entered
 
-    corrected_by = correction(pairs(), _CORRECTION_DAMPING)
-    quantiser = quantisers[last]
-    if corrected_by is not None and not unequal:
-        quantiser = partial(quantiser, corrected_by=corrected_by)
-    item.quantise_again(level, last, quantiser)
+    added = correction(pairs(), _CORRECTION_DAMPING)
+    item.quantise_again(level, last, quantisers[last], None if unequal else added)
 
 
 def _damping(uniform: bool) -> float:

@@ -47,8 +47,7 @@ TEMPERATURE, TOP_P = 0.9, 0.95
 
 _BATCH = 16  # sequences at a time
 
-LEVEL_WINDOWS, LEVEL_TOKENS = 48, 256
-"""Windows of the text that levels are made with, and the tokens of each."""
+_LEVEL_WINDOWS, _LEVEL_TOKENS = 48, 256
 _SEED = 0
 _TEXT_KIND, _TEXT_FORMAT = "calibration text", 1
 _DATE = "01 Jan 2025"
@@ -63,7 +62,12 @@ def calibration_windows(llm: ElasticLLM) -> torch.Tensor:
     """
     if (packaged := packaged_windows(llm)) is not None:
         return packaged
-    return mixed_windows(llm, LEVEL_WINDOWS, min(LEVEL_TOKENS, llm.adapter.max_positions - 1))
+    return mixed_windows(llm, *level_windows(llm))
+
+
+def level_windows(llm: ElasticLLM) -> tuple[int, int]:
+    """Windows of the text that levels are made with, and the tokens of each."""
+    return _LEVEL_WINDOWS, min(_LEVEL_TOKENS, llm.adapter.max_positions - 1)
 
 
 def packaged_windows(llm: ElasticLLM) -> torch.Tensor | None:

@@ -58,8 +58,7 @@ def hessians(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tensor
         if name not in sums:
             with torch.inference_mode(False):  # it is damped later, in place
                 sums[name] = torch.zeros(size, size, device=states.device)
-        for sequence in _sequences(states):
-            _add_upper(sums[name], sequence.float())
+        _add_upper(sums[name], states.detach().reshape(-1, size).float())
 
     with contextlib.ExitStack() as hooks:
         for name, layer in layers.items():
@@ -67,11 +66,6 @@ def hessians(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tensor
         yield sums
     for total in {id(total): total for total in sums.values()}.values():
         _mirror_(total)
-
-
-def _sequences(states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """States of a batch, (..., tokens, in), one sequence after the other, (tokens, in) each."""
-    return states.detach().reshape(-1, *states.shape[-2:]).unbind()
 
 
 def _add_upper(total: torch.Tensor, states: torch.Tensor) -> None:
@@ -101,13 +95,14 @@ def recorded(
         outputs: Whether outputs are kept.
 
     Yields:
-        Of each sequence, (tokens, in) or (tokens, out).
+        Of each call, (tokens, in) or (tokens, out), one sequence after the other.
     """
     kept: list[torch.Tensor] = []
 
     def keep(_layer: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        sequences = _sequences(output if outputs else args[0])[::every]
-        kept.extend(sequence.clone() for sequence in sequences)
+        states = (output if outputs else args[0]).detach()
+        sequences = states.reshape(-1, *states.shape[-2:])[::every]
+        kept.append(sequences.flatten(0, 1).clone())
 
     hook = layer.register_forward_hook(keep)
     try:
@@ -198,7 +193,6 @@ def quantise_gptq(
     weight: torch.Tensor,
     level: PackedLevel,
     hessian: DampedHessian,
-    corrected_by: torch.Tensor | None = None,
 ) -> PackedMatrix:
     """Pack a matrix with a small squared error of its outputs.
 
@@ -206,12 +200,9 @@ def quantise_gptq(
         weight: (out, in).
         level: A packed level below int8.
         hessian: Of the layer's inputs, on the same device.
-        corrected_by: A `correction`, (out, in).
     """
     weight = weight.detach()
     level = stored_level(level, (weight.shape[0], weight.shape[1]))
-    if corrected_by is not None:
-        weight = weight.float() + corrected_by
     parts = []
     for rows in torch.split(weight, _ROWS):
         columns = rows.float().T.contiguous()

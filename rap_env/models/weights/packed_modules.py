@@ -32,7 +32,6 @@ from rap_env.models.weights.packed_layout import (
     widening_buffer,
 )
 from rap_env.models.weights.packing import PackedMatrix
-from rap_env.models.weights.quantisers import Quantiser, quantise
 
 
 class PackedModule(nn.Module):
@@ -199,7 +198,7 @@ def packable(
 
 
 def is_packable(module: nn.Module) -> bool:
-    """Whether `packed` accepts a module. A linear layer with a single output (a gate) is left."""
+    """Whether a module can be packed. A linear layer with a single output (a gate) is left."""
     if isinstance(module, PackedModule):
         return False
     if isinstance(module, nn.Linear):
@@ -220,18 +219,6 @@ def matrices_of(module: nn.Module) -> dict[str, torch.Tensor]:
     if _is_conv1d(module):
         return {"weight": cast("torch.Tensor", module.weight).T}
     return {name: value.flatten(0, 1) for name, value in raw_weights(module).items()}
-
-
-def packed(child: nn.Module, level: PackedLevel, quantise: Quantiser = quantise) -> PackedModule:
-    """The packed module for a child of `packable`; it shares the child's bias.
-
-    Args:
-        child: A module with the model's own weights.
-        level: A packed level.
-        quantise: Packs one matrix.
-    """
-    matrices = {name: quantise(weight, level) for name, weight in matrices_of(child).items()}
-    return from_matrices(child, matrices)
 
 
 def from_matrices(child: nn.Module, matrices: Mapping[str, PackedMatrix]) -> PackedModule:

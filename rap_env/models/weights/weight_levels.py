@@ -38,7 +38,6 @@ from rap_env.models.weights.packed_modules import (
     matrices_of,
     module_widen_bytes,
     packable,
-    packed,
     skeleton,
 )
 from rap_env.models.weights.packing import PackedMatrix
@@ -99,7 +98,8 @@ class Place:
         self,
         level: PackedLevel,
         ahead: Mapping[Place, PackedModule],
-        quantiser: Quantiser | None = None,
+        quantiser: Quantiser = quantise,
+        added: torch.Tensor | None = None,
     ) -> PackedModule:
         """The module at a level, made from native weights.
 
@@ -107,6 +107,7 @@ class Place:
             level: The level.
             ahead: Modules of tied places.
             quantiser: By default weights are packed with the least squared error.
+            added: What is added to the weights of its only matrix first, (out, in).
         """
         if self.tied is not None:
             return from_matrices(self._skeleton, ahead[self.tied].matrices)
@@ -115,9 +116,12 @@ class Place:
         elif self.native is not self.original:
             matrices = {"weight": self.native.weight}
         else:
-            return packed(self.original, level, quantiser or quantise)
-        quantiser, device = quantiser or quantise, next(iter(self.weights.values())).device
-        made = {n: quantise_by_rows(m, level, quantiser, device) for n, m in matrices.items()}
+            matrices = matrices_of(self.original)
+        device = next(iter(self.weights.values())).device
+        made = {
+            name: quantise_by_rows(matrix, level, quantiser, device, added)
+            for name, matrix in matrices.items()
+        }
         return from_matrices(self._skeleton, made)
 
     def stored(
@@ -143,23 +147,29 @@ _VALUES_AT_ONCE = 2**22
 
 
 def quantise_by_rows(
-    weight: PackedMatrix | StoredTensor,
+    weight: PackedMatrix | StoredTensor | torch.Tensor,
     level: PackedLevel,
     quantiser: Quantiser,
     device: torch.device | str = "cpu",
+    added: torch.Tensor | None = None,
 ) -> PackedMatrix:
-    """Quantise a matrix (out, in) of which some rows at a time are on a device in full width."""
+    """Quantise a matrix (out, in) of which some rows at a time are on a device in full width.
+
+    `added`, (out, in), is added to it first.
+    """
     rows, inputs = weight.shape
     size = max(BLOCK, _VALUES_AT_ONCE // inputs // BLOCK * BLOCK)
     if rows % BLOCK and level != "int8":
         size = rows  # parts of it would have another layout
     shapes, joined = tensor_shapes(level, (rows, inputs)), dict[str, torch.Tensor]()
     for first in range(0, rows, size):
-        if isinstance(weight, StoredTensor):
-            wide = weight[first : first + size].to(device)
-        else:
+        if isinstance(weight, PackedMatrix):
             wide = torch.empty(min(size, rows - first), inputs, device=device)
             weight.widen(wide, first)
+        else:
+            wide = weight[first : first + size].to(device)
+        if added is not None:
+            wide = wide + added[first : first + size]
         for name, part in quantiser(wide, level).tensors.items():
             if name not in joined:
                 joined[name] = part.new_empty(shapes[name])
@@ -270,15 +280,21 @@ class WeightItem:
         made: dict[Place, PackedModule] = {}
         for place in self._changed(level):
             if place is not native:
-                made[place] = place.quantised(level, made, quantisers.get(place))
+                made[place] = place.quantised(level, made, quantisers.get(place, quantise))
         self._made[level] = made
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def quantise_again(self, level: PackedLevel, place: Place, quantiser: Quantiser) -> None:
-        """Make the module of one place of a level that was made."""
+    def quantise_again(
+        self,
+        level: PackedLevel,
+        place: Place,
+        quantiser: Quantiser,
+        added: torch.Tensor | None = None,
+    ) -> None:
+        """Make the module of one place of a level that was made; see `Place.quantised`."""
         made = self._made[level]
-        made[place] = place.quantised(level, made, quantiser)
+        made[place] = place.quantised(level, made, quantiser, added)
 
     def module(self, level: PackedLevel, place: Place) -> nn.Module:
         """The module in a place at a level that was made."""

@@ -19,8 +19,8 @@ from rap_env.models.weights.packed_modules import (
     from_tensors,
     matrices_of,
     packable,
-    packed,
 )
+from rap_env.models.weights.quantisers import quantise
 from rap_env.plan import Plan
 from rap_env.scoring.scorer import PlanScorer
 from tests.models.live.test_partial_forward import by_blocks
@@ -29,6 +29,12 @@ from tests.tiny import DISTINCT_FAMILIES, FAMILIES, LAYERS, VOCAB_SIZE, each_fam
 
 IDS = torch.randint(3, VOCAB_SIZE, (2, 7), generator=torch.Generator().manual_seed(0))
 Place = tuple[nn.Module, str, nn.Module]
+
+
+def packed(child: nn.Module, level: PackedLevel) -> PackedModule:
+    """The packed module for a child of `packable`."""
+    weights = matrices_of(child).items()
+    return from_matrices(child, {name: quantise(weight, level) for name, weight in weights})
 
 
 def _places(model: Any) -> list[Place]:

@@ -15,7 +15,7 @@ from experiments.studies.replay import cgroup
 from experiments.studies.replay.cgroup import STUDY, TrialRow, TrialRun, memory_group, started
 from experiments.study.console import ExperimentError
 from rap_env.errors import UnknownNameError
-from rap_env.runtime.memory_meter import resident_bytes
+from rap_env.models.device import resident_bytes
 
 
 def answer(asked_s, times_s, tokens=0, error=None):
