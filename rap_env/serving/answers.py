@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -119,6 +120,54 @@ def partial_match(text: str, strings: Sequence[str]) -> int:
         if any(string.startswith(text[-length:]) for string in strings):
             return length
     return 0
+
+
+class WrittenAnswers:
+    """The token ids of recent chat answers, by their text.
+
+    A tokenizer may encode the text of an answer in other tokens than the model wrote, so that
+    what was kept of a conversation would not be found. Any thread may call it.
+
+    Args:
+        most_tokens: Most tokens of all answers; the oldest are forgotten.
+    """
+
+    def __init__(self, most_tokens: int = 2**16) -> None:
+        self._most_tokens = most_tokens
+        self._ids: dict[tuple[str, str], tuple[int, ...]] = {}
+        self._lock = threading.Lock()
+
+    def add(self, owner: str, text: str, token_ids: Sequence[int]) -> None:
+        """Remember an answer that a client of an owner got."""
+        with self._lock:
+            self._ids.pop((owner, text), None)
+            self._ids[owner, text] = tuple(token_ids)
+            while sum(map(len, self._ids.values())) > self._most_tokens:
+                del self._ids[next(iter(self._ids))]
+
+    def encode(
+        self, owner: str, text: str, contents: Sequence[str], encode: Callable[[str], list[int]]
+    ) -> list[int]:
+        """Token ids of a text, with those of remembered answers where it has them.
+
+        Args:
+            owner: Only its own answers count.
+            text: The text of a chat.
+            contents: What its messages say, in order; some may not be in the text as they are.
+            encode: Gives the token ids of a text.
+        """
+        ids: list[int] = []
+        done = at = 0
+        for content in contents:
+            begin = text.find(content, at)
+            if begin < 0 or not content:
+                continue
+            at = begin + len(content)
+            known = self._ids.get((owner, content))
+            if known is not None:
+                ids += [*encode(text[done:begin]), *known]
+                done = at
+        return [*ids, *encode(text[done:])]
 
 
 class AnswerTimer:

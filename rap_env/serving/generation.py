@@ -87,6 +87,7 @@ class _Choice:
     timer: AnswerTimer
     call_parser: ToolCallParser | None
     echo: str = ""  # what the answer still has to begin with
+    text: str = ""
     tokens: int = 0
     ended: bool = False
     pending: list[TokenLogprob] = field(default_factory=list)
@@ -263,6 +264,10 @@ class Generation:
         text = choice.stops.add(choice.detokenizer.finish())
         reason = "stop" if choice.stops.matched else event.reason
         text += choice.stops.finish()
+        token_ids, written = choice.handle.token_ids, self.request.written
+        special = not self._special_ids.isdisjoint(token_ids)  # the text lacks them
+        if written is not None and not choice.stops.matched and not special:
+            written(choice.text + text, token_ids)
         if event.stop_token and self.request.logprobs and not self.request.chat:
             choice.pending.append(self._logprob(event.stop_token))
         return self._delta(choice, text, reason)
@@ -270,6 +275,7 @@ class Generation:
     def _delta(self, choice: _Choice, text: str, reason: str | None) -> OutputDelta:
         """New output, with what the answer has to begin with, and its tool calls."""
         text, choice.echo = choice.echo + text, ""
+        choice.text += text
         logprobs, choice.pending = tuple(choice.pending), []
         calls: Sequence[dict[str, Any]] = ()
         if choice.call_parser is not None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rap_env.errors import InvalidGrammarError, MissingDependencyError, UnsupportedModelError
 from rap_env.runtime.sampling import SamplingParams
 from rap_env.runtime.structured_output import GrammarCompiler, GrammarKind, GrammarMatcher
-from rap_env.serving.answers import plain_text
+from rap_env.serving.answers import WrittenAnswers, plain_text
 from rap_env.serving.http import ApiError, invalid, shown
 from rap_env.serving.schemas import (
     BaseCompletionRequest,
@@ -48,6 +48,7 @@ class GenerationRequest:
             alone.
         owner: Whose kept sequences may be used for it: those of its key and its salt.
         call_parser: Makes what finds the tool calls of an answer; None if it may not call.
+        written: Called with the text and the token ids of each answer that ended by itself.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -63,6 +64,7 @@ class GenerationRequest:
     max_delta_nll: float | None = None
     owner: str = ""
     call_parser: Callable[[], ToolCallParser] | None = None
+    written: Callable[[str, Sequence[int]], None] | None = None
 
     @property
     def size(self) -> int:
@@ -93,6 +95,7 @@ class RequestBuilder:
 
     Attributes:
         context_tokens: Most tokens of a prompt and its answer together.
+        answers: Chat answers of this server.
     """
 
     def __init__(
@@ -105,14 +108,18 @@ class RequestBuilder:
         self._tokenizer = tokenizer
         self.context_tokens = engine.max_seq_len_tokens
         self.grammars = grammars
+        self.answers = WrittenAnswers()
+        self._keeps = settings.keep == "on"
+        self._special_ids = frozenset(tokenizer.all_special_ids)
         self._lock = threading.Lock()  # a tokenizer's settings are not thread-safe
 
-    def build(self, body: Body, owner: str = "") -> GenerationRequest:
+    def build(self, body: Body, key: str = "") -> GenerationRequest:
         """Tokenize a body of a client and check it against the limits. Long texts take a while.
 
         Raises:
             ApiError: The model is not the served one (404), or a limit is exceeded (400).
         """
+        owner = f"{key} {body.cache_salt or ''}"
         self.check_model(body.model)
         self._check_floor(body.max_delta_nll)
         self._check_new_tokens(body.new_tokens)
@@ -121,7 +128,7 @@ class RequestBuilder:
         echo: Sequence[str] = ()
         call_parser = None
         if isinstance(body, ChatCompletionRequest):
-            prompts = [self.encode_chat(body.messages, body.offered_tools)]
+            prompts = [self.encode_chat(body.messages, body.offered_tools, owner)]
             if body.offered_tools:
                 names = [tool.function.name for tool in body.offered_tools]
                 single = body.parallel_tool_calls is False
@@ -148,8 +155,9 @@ class RequestBuilder:
             stream=bool(body.stream),
             include_usage=bool(body.stream_options and body.stream_options.include_usage),
             max_delta_nll=body.max_delta_nll,
-            owner=f"{owner} {body.cache_salt or ''}",
             call_parser=call_parser,
+            owner=owner,
+            written=partial(self.answers.add, owner) if chat and self._keeps else None,
         )
 
     def check_model(self, name: str | None) -> None:
@@ -300,8 +308,15 @@ class RequestBuilder:
         """Token ids of a text."""
         return self._encode(text, add_special_tokens=True)
 
-    def encode_chat(self, messages: list[ChatMessage], tools: Sequence[Tool] = ()) -> list[int]:
+    def encode_chat(
+        self,
+        messages: list[ChatMessage],
+        tools: Sequence[Tool] = (),
+        owner: str | None = None,
+    ) -> list[int]:
         """Token ids of messages in the model's chat template, which writes the special tokens.
+
+        Answers that this server gave to an owner have the tokens in which they were written.
 
         Raises:
             ApiError: There is no chat template, it rejects the messages, or it does not know the
@@ -325,7 +340,16 @@ class RequestBuilder:
                 f"The model's chat template rejects these messages: {shown(str(error))}.",
                 "messages",
             ) from None
-        return self._encode(text, add_special_tokens=False)
+        encode = partial(self._encode, add_special_tokens=False)
+        ids = encode(text)
+        if owner is None:
+            return ids
+        contents = [message.content for message in messages]
+        written = self.answers.encode(owner, text, contents, encode)
+        # A text such as "im_start" could be found inside of a special token.
+        special = self._special_ids
+        same = [i for i in ids if i in special] == [i for i in written if i in special]
+        return written if same else ids
 
     def _render(self, turns: list[dict[str, Any]], tools: list[dict[str, Any]]) -> str:
         with self._lock:

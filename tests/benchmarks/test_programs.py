@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import benchmarks
-from benchmarks import decide, levels, memory, scoring, step
+from benchmarks import conversations, decide, levels, memory, scoring, step
 from benchmarks.memory import measured_peak
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
@@ -116,6 +116,23 @@ def test_levels_are_compared_and_changed(folder, measured):
     )  # fmt: skip
     bounds = [target["at_most"] for target in records["levels-cpu"]["targets"]]
     assert bounds == [0.85, 1.0, 1.15, 1.3, 3.0]
+
+
+def test_conversations_read_only_what_is_new(measured, monkeypatch):
+    monkeypatch.setattr(conversations, "TURNS", 3)
+    monkeypatch.setattr(conversations, "FIRST_TOKENS", 60)
+    llm = tiny_llm(layers=LAYERS, positions=256)
+    monkeypatch.setattr("rap_env.serving.served_model.load_served_model", lambda _: llm)
+    records = measured(
+        conversations, conversations.ConversationSettings, users=3, system_tokens=100
+    )
+    record = records["conversations-cpu"]
+    turns, users = record["targets"]
+    assert (turns["at_most"], users["at_most"]) == (0.2, 0.15)
+    new = conversations.NEW_TOKENS + conversations.ANSWER_TOKENS
+    taken = (60 + 7) + (60 + new + 7) + 2 * 100
+    assert taken <= record["measured"]["kept_tokens"] <= taken + 2  # or luck
+    assert llm.kept_bytes == 0
 
 
 @pytest.mark.slow

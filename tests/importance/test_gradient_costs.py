@@ -93,17 +93,24 @@ def test_the_measured_nll_is_that_of_the_model_under_the_plan(family):
 
 
 @each_family("family")
-def test_removals_are_measured_on_the_first_tokens(family, monkeypatch):
+def test_removals_cost_their_divergence_from_the_native_predictions(family, monkeypatch):
     monkeypatch.setattr("rap_env.importance.gradient_costs.REMOVAL_TOKENS", 10)
+    monkeypatch.setattr("rap_env.importance.gradient_costs._HEAD_VALUES", 1)
     llm = tiny_llm(family)
-    forward = PartialForward(llm, widen=True, gradients=True)
     levels = item_levels(llm.facts, (), TOKENS.shape[1])
-    costs = window_costs(forward, TOKENS, levels)
-    first = TOKENS[:, :11]
-    native = plan_nll(forward, first, Plan())
+    costs = window_costs(PartialForward(llm, widen=True, gradients=True), TOKENS, levels)
+
+    def log_shares(plan):
+        with llm.applied(plan), torch.no_grad():
+            logits = llm.model(TOKENS[:, :10], use_cache=False).logits[0]
+        return logits[[1, 5, 9]].double().log_softmax(-1)
+
+    native = log_shares(Plan())
+    assert set(costs.removed) == {block_name(block) for block in range(llm.num_blocks)}
     for block in range(llm.num_blocks):
-        rise = 10 * (plan_nll(forward, first, Plan.removing(block)) - native)
-        assert costs.removed[block_name(block)] == pytest.approx(rise, rel=1e-3, abs=1e-4)
+        left = log_shares(Plan.removing(block))
+        expected = float(functional.kl_div(left, native, reduction="sum", log_target=True)) / 3
+        assert costs.removed[block_name(block)] == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize("family", ["llama_tied", "gemma2"])

@@ -34,7 +34,6 @@ workers = preparation._workers
 def folder(tmp_path, monkeypatch):
     """A model with levels of few bits, prepared with little text in this process."""
     monkeypatch.setattr(preparation, "COST_WINDOWS", 2)
-    monkeypatch.setattr("rap_env.importance.gradient_costs.REMOVAL_EVERY", 1)
     monkeypatch.setattr(preparation, "COST_TOKENS", 32)
     monkeypatch.setattr(preparation, "_workers", lambda llm, memory_bytes: 1)
     folder = tmp_path / "own-model-1.5b"

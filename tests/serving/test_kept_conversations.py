@@ -3,7 +3,9 @@
 import httpx
 import pytest
 
-from tests.serving.conftest import client_of, dense_engine, served
+from rap_env.serving.answers import WrittenAnswers
+from tests.serving.conftest import HI, chat, client_of, dense_engine, served
+from tests.serving.tokenizers import merging_tokenizer
 from tests.tiny import tiny_llm
 
 
@@ -96,3 +98,35 @@ def test_it_can_be_switched_off(tokenizer):
     with served(made, tokenizer) as server, client_of(server) as client:
         assert [cached(complete(client, TEXT)) for _ in range(2)] == [0, 0]
         assert made.stats().kept_bytes == 0
+
+
+def test_a_history_has_the_tokens_in_which_its_answers_were_written():
+    merging = merging_tokenizer()
+    letter = merging.convert_tokens_to_ids("a")
+    with served(engine(merging), merging) as server, client_of(server) as client:
+        first = chat(client, logit_bias={letter: 100})
+        text = first.choices[0].message.content
+        assert text == "a" * 10
+        assert len(merging.encode(text, add_special_tokens=False)) == 5
+        history = [*HI, {"role": "assistant", "content": text}, {"role": "user", "content": "on"}]
+        second = chat(client, messages=history)
+        # The last token of an answer is not fed back.
+        assert cached(second) == first.usage.prompt_tokens + 9
+        salted = chat(client, messages=history, extra_body={"cache_salt": "other"})
+        assert salted.usage.prompt_tokens == second.usage.prompt_tokens - 5
+
+
+def test_written_answers_stand_where_the_text_has_them():
+    answers = WrittenAnswers(most_tokens=12)
+    answers.add("me", "bb", [7, 7])
+
+    def encoded(owner, text, *contents):
+        return answers.encode(owner, text, contents, lambda part: [ord(letter) for letter in part])
+
+    a, b = map(ord, "ab")
+    assert encoded("me", "abba", "bb") == [a, 7, 7, a]
+    assert encoded("you", "abba", "bb") == [a, b, b, a]
+    assert encoded("me", "bbabb", "bba", "bb") == [b, b, a, 7, 7]  # in the order of messages
+    assert encoded("me", "aba", "", "bb") == [a, b, a]  # a template may change what it is given
+    answers.add("me", "a", [3] * 11)
+    assert encoded("me", "abba", "bb") == [a, b, b, a]  # the oldest are forgotten

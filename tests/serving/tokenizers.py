@@ -46,6 +46,17 @@ def chat_tokenizer():
     return tokenizer
 
 
+def merging_tokenizer():
+    """As `chat_tokenizer`, with a token for "aa", into which it encodes two "a" of a text."""
+    from tokenizers import Regex, Tokenizer, pre_tokenizers
+
+    tokenizer = chat_tokenizer()
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str().replace('"Z"', '"aa"'))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"aa|[\s\S]"), "isolated")
+    tokenizer._tokenizer = backend
+    return tokenizer
+
+
 def byte_tokenizer():
     """A token for each byte, as byte-level BPE has them, and </s>."""
     import transformers as tf
