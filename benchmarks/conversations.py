@@ -1,7 +1,8 @@
 """First tokens of conversations and of users of one system prompt, with and without keeping.
 
 ``python -m benchmarks.conversations``. Both sides are engines on one model in one process, in
-turn: each runs the same requests, of tokens that it has not seen before.
+turn: each runs the same requests, of tokens that it has not seen before. Times are those of
+the CPU, of one thread.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
     from rap_env.models.live.elastic import ElasticLLM
     from rap_env.runtime.engine import Engine
 
-TURNS, FIRST_TOKENS, NEW_TOKENS, ANSWER_TOKENS = 8, 200, 20, 8
+TURNS, FIRST_TOKENS, NEW_TOKENS, ANSWER_TOKENS = 8, 200, 20, 4
 """Turns of a conversation, tokens of its first prompt, and of each message and answer after."""
-_READ_USERS = 4
+_READ_USERS = 2
 """Users whose whole prompts are read; without keeping all of them take the same time."""
 _TURN_AT_MOST, _USER_AT_MOST = 0.2, 0.15
 
@@ -49,16 +50,16 @@ def engine_on(llm: ElasticLLM, *, keep: bool) -> Engine:
 
 
 def answered(engine: Engine, prompt: list[int]) -> tuple[float, list[int]]:
-    """Seconds to the first token of an answer, and its tokens."""
+    """CPU seconds to the first token of an answer, and its tokens."""
     from rap_env.runtime.sampling import SamplingParams
 
-    began = time.perf_counter()
+    began = time.process_time()
     handle = engine.submit(prompt, SamplingParams(max_new_tokens=ANSWER_TOKENS))
     first_s = None
     while not handle.done:
         engine.step()
         if first_s is None and handle.token_ids:
-            first_s = time.perf_counter() - began
+            first_s = time.process_time() - began
     return first_s or 0.0, handle.token_ids
 
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from rap_env.levels import GROUP_TOKENS
+from rap_env.levels import GROUP_TOKENS, CacheLevel
 from rap_env.models.caches.cache_blocks import CacheBlock, CachedRow
 from rap_env.models.caches.tensor_file import TensorFile
 from rap_env.plan import Plan, with_lowest_caches
@@ -30,9 +32,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_LOWERED_BITS = (8, 4)
 _LOWERING_S = 0.05
-"""Longest time in which blocks are lowered at once; what does not fit then is dropped."""
+"""Longest time for lowering after a fall of the limit or for a request."""
 
 _Tokens = tuple[int, ...]
 
@@ -118,6 +119,7 @@ class KeptSequences:
         self._trees: dict[_Tree, _Node] = {}
         # Least recently used first, and each block before the one that it follows.
         self._order: dict[_Node, None] = {}
+        self._useful_bits = lru_cache(maxsize=16)(self._find_useful_bits)
         self._waiting: dict[TokenSequence, tuple[_Node, ...]] = {}
 
     @property
@@ -161,17 +163,18 @@ class KeptSequences:
                 if tokens:
                     blocks = [node.block for node in path if node.block is not None]
                     batch.fill(sequence.tokens[:tokens], blocks)
-                    sequence.read = ReadPlans([(tokens, path[-1].plans)])
-                    sequence.refills = False
                     self._touch(path)
                     for block in blocks:
                         levels = with_lowest_caches(levels, block.levels)
+                    plans = {with_lowest_caches(each, levels) for each in path[-1].plans}
+                    sequence.read = ReadPlans([(tokens, frozenset(plans))])
+                    sequence.refills = False
         except OSError as error:
             log.warning("A kept cache cannot be read, and is computed again: %s.", error)
             tokens = 0
         self._release(sequence)
-        names = dict.fromkeys(level.name for _, level in levels.caches)
-        return tokens, "/".join(names) or "native" * bool(tokens)
+        names = {level.name for _, level in levels.caches}
+        return tokens, "/".join(sorted(names)) or "native" * bool(tokens)
 
     def _may_use(self, plans: frozenset[Plan], levels: Plan, sequence: TokenSequence) -> bool:
         plan, tokens = self._llm.plan, sequence.handle.final_tokens
@@ -220,14 +223,13 @@ class KeptSequences:
         node = self._trees.setdefault(tree, _Node(()))
         file = None if self.folder is None or not waiting else TensorFile(self.folder)
         path: list[_Node] = []
-        deadline_s = time.perf_counter() + _LOWERING_S
         for number, first in enumerate(range(0, len(row.tokens), GROUP_TOKENS)):
             tokens = row.tokens[first : first + GROUP_TOKENS]
             ends = bool(row.ending) and first + len(tokens) == len(row.tokens)
             plans = read.plans(first + len(tokens))
             child = self._child(node, tokens, plans, sequence, ends=ends)
             if child is None:
-                block = self._placed(row.block(number), path, file, deadline_s)
+                block = self._placed(row.block(number), path, file)
                 if block is None:
                     break
                 child = self._add(node, tokens, block, plans)
@@ -261,20 +263,16 @@ class KeptSequences:
         return None
 
     def _placed(
-        self,
-        block: CacheBlock,
-        path: Sequence[_Node],
-        file: TensorFile | None,
-        deadline_s: float,
+        self, block: CacheBlock, path: Sequence[_Node], file: TensorFile | None
     ) -> CacheBlock | None:
         """A block in memory, else with fewer bits, else in a file; None if there is no room."""
         need = self.bytes + block.bytes - self.room_bytes()
         if need > 0:
-            self.free(need, path, deadline_s)
+            self.free(need, path, most_s=math.inf)
         room = self.room_bytes() - self.bytes
         if block.bytes <= room:
             return block
-        for bits in self._useful_bits():
+        for bits in self._useful_bits(self._llm.plan):
             if block.lowered_bytes(bits) <= room:
                 return block.lowered(bits)
         return None if file is None else self._stored(block, file)
@@ -327,7 +325,7 @@ class KeptSequences:
     # Dropping
 
     def free(
-        self, need_bytes: int, beside: Collection[_Node] = (), deadline_s: float | None = None
+        self, need_bytes: int, beside: Collection[_Node] = (), *, most_s: float = _LOWERING_S
     ) -> None:
         """Free at least so many bytes, or all: lower what is still useful then, and drop.
 
@@ -337,15 +335,14 @@ class KeptSequences:
         Args:
             need_bytes: Bytes.
             beside: Blocks that stay.
-            deadline_s: When lowering ends, as `time.perf_counter` tells; by default after
-                `_LOWERING_S`.
+            most_s: Seconds after which the rest is dropped.
         """
-        deadline_s = deadline_s or time.perf_counter() + _LOWERING_S
+        deadline_s = time.perf_counter() + most_s
         most = self.bytes - need_bytes
-        useful = self._useful_bits() if most > 0 else ()
+        useful = self._useful_bits(self._llm.plan) if most > 0 else []
         stays = set(beside)
         nodes = [node for node in self._order if node.block is not None and node not in stays]
-        least = {n: n.block.lowered_bytes(min(useful)) for n in nodes if n.block and useful}
+        least = {n: n.block.lowered_bytes(useful[-1]) for n in nodes if n.block and useful}
         lowest = self.bytes - sum(n.block.bytes for n in least if n.block) + sum(least.values())
         for node, size in least.items():
             if lowest <= most:
@@ -363,19 +360,29 @@ class KeptSequences:
                 break
             self._drop(node)
 
-    def _useful_bits(self) -> tuple[int, ...]:
-        """Bits to which what was read under the present plan may be lowered and used."""
-        plan, layers = self._llm.plan, self._llm.adapter.num_layers
-        rise = self._chooser.rise
+    def _find_useful_bits(self, plan: Plan) -> list[dict[int, int]]:
+        """Bits of layers to which what is read under a plan may be lowered, and still serve it.
+
+        First int8 in all layers, then int4 in as many as the bound allows, those with the
+        least predicted rise first.
+        """
+        layers, useful = range(self._llm.adapter.num_layers), list[dict[int, int]]()
+        present = self._rise_at(plan, {})
+        extra = {n: self._rise_at(plan, {n: 4}) - self._rise_at(plan, {n: 8}) for n in layers}
+        bits = dict.fromkeys(layers, 8)
+        for layer in (None, *sorted(extra, key=extra.__getitem__)):
+            lowered = bits if layer is None else bits | {layer: 4}
+            if not self._rise_at(plan, lowered) <= present + self._max_rise:
+                break
+            useful, bits = [*useful[:1], lowered], lowered
+        return useful
+
+    def _rise_at(self, plan: Plan, bits: Mapping[int, int]) -> float:
+        """Rise in NLL of a plan with caches of so many bits; NaN without a prediction."""
+        lowered = Plan(caches=tuple((n, CacheLevel(b)) for n, b in bits.items()))
         tokens = self._llm.facts.max_positions
-        present = rise(plan, tokens)
-        if present is None:
-            return ()
-        lowered = {b: Plan.uniform(layers, caches=f"int{b}") for b in _LOWERED_BITS}
-        rises = {b: rise(with_lowest_caches(plan, own), tokens) for b, own in lowered.items()}
-        return tuple(
-            b for b, own in rises.items() if own is not None and own <= present + self._max_rise
-        )
+        rise = self._chooser.rise(with_lowest_caches(plan, lowered), tokens)
+        return math.nan if rise is None else rise
 
     def _drop(self, node: _Node) -> None:
         """Drop a block with all that follow it, or write to a file what a request needs."""

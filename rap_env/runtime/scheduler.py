@@ -371,9 +371,12 @@ class Scheduler:
 
     def _keep(self, sequences: Sequence[TokenSequence]) -> None:
         """Keep what sequences have cached, unless their logits were not finite."""
-        for sequence in sequences:
-            if sequence.handle.reason != "error":
-                self.batch.keep(sequence)
+        try:
+            for sequence in sequences:
+                if sequence.handle.reason != "error":
+                    self.batch.keep(sequence)
+        except Exception:
+            log.exception("What was read could not be kept.")
 
 
 def _is_paused(sequence: TokenSequence) -> bool:

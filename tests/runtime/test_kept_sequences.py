@@ -195,6 +195,18 @@ class TestRoom:
         handle = answer(harness, engine, history)
         assert handle.kept_tokens == 96
         assert handle.kept_levels == "int8"
+        # What was read after it knows that.
+        plans = {plan for node in engine._scheduler._kept._order for plan in node.plans}
+        assert Plan.uniform(3, caches="int8") in plans
+
+    def test_as_many_layers_have_int4_as_the_bound_allows(self):
+        harness, engine, _ = lowering(2.0, share=0.29)
+        kept, policy = engine._scheduler._kept, harness.policy
+        (levels,) = {node.block.levels for node in kept._order}
+        assert {level.bits for _, level in levels.caches} == {8, 4}
+        rises = [policy.delta_nll(plan, LONG) for plan in (levels, Plan.uniform(3, caches="int4"))]
+        assert rises[0] <= 2.0 < rises[1]
+        assert answer(harness, engine, prompt(97)).kept_levels == "int4/int8"
 
     @pytest.mark.parametrize("max_rise", [0.0, 0.5])
     def test_it_is_dropped_if_it_would_be_worse_than_the_bound(self, max_rise):
@@ -230,14 +242,14 @@ def predicting():
     return KnapsackPolicy(memory, costs(memory.facts, caches=("int8", "int4")))
 
 
-def lowering(max_rise):
-    """An engine that has kept a sequence, for half of which there is room now."""
+def lowering(max_rise, share=0.7):
+    """An engine that has kept a sequence, for a share of which there was room for a moment."""
     harness, engine = conversing(
         policy=predicting(), guard_order=(), hold_s=1e9, keep_delta_nll=max_rise
     )
     answer(harness, engine, prompt(96), 1)
     kept = kept_bytes(harness)
-    harness.budget_bytes = harness.need(Plan(), BatchShape()) + int(kept * 0.7)
+    harness.budget_bytes = harness.need(Plan(), BatchShape()) + int(kept * share)
     engine.step()
     harness.budget_bytes = PLENTY
     engine.step()

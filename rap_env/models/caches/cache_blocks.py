@@ -104,30 +104,35 @@ class CacheBlock:
         caches |= {n: end.level for n, end in self.ends.items() if isinstance(end, GroupedLayer)}
         return Plan(caches=tuple(caches.items()))
 
-    def lowered_bytes(self, bits: int) -> int:
-        """Bytes in memory once its values have at most so many bits."""
+    def lowered_bytes(self, bits: Mapping[int, int]) -> int:
+        """Bytes in memory once values have at most so many bits, by the number of the layer."""
         if self.file is not None:
             return 0
         freed = 0
         for stack in self.stacks:
-            heads, _, size = stack.groups[0].shape[1:]
-            group = CacheLevel(bits).group_bytes(heads, size, self.dtype.itemsize)
-            own_bytes = sum(tensor.nbytes for tensor in stack.groups)
-            freed += max(0, own_bytes - len(stack.layers) * group) if bits < stack.bits else 0
+            for target, layers in _by_bits(stack, bits).items():
+                freed += max(0, len(layers) * self._saved_bytes(stack, target))
         return self.bytes - freed
 
-    def lowered(self, bits: int) -> CacheBlock:
+    def lowered(self, bits: Mapping[int, int]) -> CacheBlock:
         """The block with at most so many bits a value, where that takes fewer bytes."""
         stacks = []
         for stack in self.stacks:
-            if bits < stack.bits:
-                native = LayerStack(
-                    stack.layers, 16, widen(stack.bits, stack.groups, self.dtype)
-                ).lowered(bits)
-                sizes = [sum(t.nbytes for t in each.groups) for each in (native, stack)]
-                stack = native if sizes[0] < sizes[1] else stack
-            stacks.append(stack)
+            for target, layers in _by_bits(stack, bits).items():
+                index = [stack.layers.index(layer) for layer in layers]
+                part = LayerStack(layers, stack.bits, tuple(t[index] for t in stack.groups))
+                if self._saved_bytes(stack, target) > 0:
+                    wide = widen(part.bits, part.groups, self.dtype)
+                    part = LayerStack(layers, 16, wide).lowered(target)
+                stacks.append(part)
         return CacheBlock(tuple(stacks), self.ends, self.dtype, self.device).in_own_pages()
+
+    def _saved_bytes(self, stack: LayerStack, bits: int) -> int:
+        """Bytes that a layer of a stack takes less with so many bits a value."""
+        heads, _, size = stack.groups[0].shape[1:]
+        own_bytes = sum(tensor.nbytes for tensor in stack.groups) // len(stack.layers)
+        group_bytes = CacheLevel(bits).group_bytes(heads, size, self.dtype.itemsize)
+        return own_bytes - group_bytes if bits < stack.bits else 0
 
     def in_own_pages(self) -> CacheBlock:
         """The block in memory that returns to the system once it is freed."""
@@ -199,6 +204,15 @@ class CacheBlock:
     def end_of(self, number: int) -> Any:
         """A copy of a layer that knows only the last tokens, for a row."""
         return _row_of(self.ends[number], 0, 0, 0)
+
+
+def _by_bits(stack: LayerStack, bits: Mapping[int, int]) -> dict[int, tuple[int, ...]]:
+    """The layers of a stack by the bits that they have if none has more than `bits`."""
+    layers: dict[int, tuple[int, ...]] = {}
+    for layer in stack.layers:
+        target = min(stack.bits, bits.get(layer, stack.bits))
+        layers[target] = (*layers.get(target, ()), layer)
+    return layers
 
 
 def _row_of(layer: Any, row: int, length: int, padding: int) -> Any:

@@ -8,12 +8,17 @@ from rap_env.models.caches.tensor_file import TensorFile
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
 from tests.models.grouped import LEVELS, long_llm, random_rows, uniform
+from tests.tiny import LAYERS
 
 
 def blocks_of(batch, row=0):
     cached = batch.cached_row(row)
     count = -(-len(cached.tokens) // GROUP_TOKENS)
     return list(cached.tokens), [cached.block(number) for number in range(count)]
+
+
+def all_at(bits):
+    return dict.fromkeys(range(LAYERS), bits)
 
 
 def filled(llm, tokens, blocks, reserve_tokens=0):
@@ -80,20 +85,22 @@ def test_lowered_blocks_take_the_bytes_that_are_predicted_and_come_close():
     expected = prefilled(llm, tokens).extend([3])
     errors = []
     for bits in (8, 4):
-        lowered = [block.lowered(bits) for block in blocks]
+        lowered = [block.lowered(all_at(bits)) for block in blocks]
         for block, before in zip(lowered, blocks, strict=True):
-            assert block.bytes - before.lowered_bytes(bits) in range(64 * 12)  # aligned tensors
+            assert block.bytes - before.lowered_bytes(all_at(bits)) in range(
+                64 * 12
+            )  # aligned tensors
             assert block.bytes < before.bytes or len(before.stacks[0].groups[0][0, 0]) < 8
         errors.append((filled(llm, tokens, lowered).extend([3]) - expected).std())
     assert 0 < errors[0] < errors[1] / 4
-    again = [block.lowered(8).lowered(4) for block in blocks]
+    again = [block.lowered(all_at(8)).lowered(all_at(4)) for block in blocks]
     assert filled(llm, tokens, again).extend([3]).shape == expected.shape
 
 
 def test_levels_that_differ_from_block_to_block_become_the_plan_s():
     llm, (tokens,) = long_llm(), random_rows(131)
     _, blocks = blocks_of(prefilled(llm, tokens))
-    mixed = [blocks[0].lowered(4), blocks[1].lowered(8), *blocks[2:]]
+    mixed = [blocks[0].lowered(all_at(4)), blocks[1].lowered({0: 8, 1: 4}), *blocks[2:]]
     batch = filled(llm, tokens, mixed)
     assert batch.plans == [Plan()]
     llm.apply(uniform("int8"))
