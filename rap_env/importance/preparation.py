@@ -34,8 +34,8 @@ from rap_env.importance.gradient_costs import (
     item_levels,
     joint_plans,
     mean_costs,
-    numbered_costs,
     plan_nll,
+    window_costs,
 )
 from rap_env.importance.level_costs import CACHE_LEVELS, LevelCosts
 from rap_env.importance.shared_tasks import (
@@ -306,7 +306,7 @@ def _window_costs(
     forward = PartialForward(wide, widen=True, gradients=True)
 
     def do(number: int) -> dict[str, Any]:
-        return asdict(numbered_costs(forward, windows, number, levels))
+        return asdict(window_costs(forward, windows[number, None], levels))
 
     return [WindowCosts(**part) for part in tasks.run("costs", len(windows), do)]
 

@@ -53,7 +53,7 @@ def test_costs_are_those_of_gradients_of_the_whole_model(family):
         last = plain.layer_steps[layer][-1]
         number = plain.steps.index(last)
         block = block_name(last[-1])
-        for level in levels[block]:
+        for level in costs.sums[block]:
             lowered = plain.run(last, states[number], Plan.of({block: level}))
             change = (lowered - states[number + 1]).double()
             expected = 0.5 * float((change * gradient.double()).sum(-1).square().sum())
@@ -75,7 +75,7 @@ def test_the_gradient_passes_through_feed_forward_blocks(family):
     logits = forward.logits(forward.leave(hidden)[0, :-1]).float()
     functional.cross_entropy(logits, TOKENS[0, 1:], reduction="sum").backward()
     for name in (block_name(0), cache_name(0)):
-        for level in levels.get(name, ()):
+        for level in sums[name]:
             change = forward.run(forward.steps[0], state, Plan.of({name: level})) - output
             expected = 0.5 * float((change * output.grad).sum(-1).double().square().sum())
             assert sums[name][level] == pytest.approx(expected, rel=1e-3, abs=1e-12), level
@@ -130,14 +130,18 @@ def test_the_head_in_parts_has_the_nll_and_gradient_of_the_whole(family, monkeyp
 
 def test_the_joint_plans_do_not_depend_on_the_order_of_levels():
     caches = {cache_name(n): {"int4-window128": 3.0, "int4-window512": 1.0} for n in range(2)}
-    blocks = {block_name(n): {"int2": 2.0, "int3": 1.0, "removed": n + 9.0} for n in range(8)}
+    blocks = {block_name(n): {"int2": 2.0, "int3": 1.0, "removed": n + 9.0} for n in range(16)}
     levels = {"embeddings": ["int3", "int8"]}
     plans = joint_plans({**blocks, **caches}, levels)
+    embeddings, names = ("embeddings",), tuple(blocks)
+    regions = [names[first : first + 4] for first in (0, 4, 8, 12)]
     assert set(plans) == {
-        ("embeddings", "int3"), ("embeddings", "int8"), ("block", "int3"), ("block", "int2"),
-        ("cache", "int4-window128"), ("block", "removed"),
+        (embeddings, "int3"), (embeddings, "int8"), (names, "int3"), (names, "int2"),
+        (tuple(caches), "int4-window128"), *((region, "removed") for region in regions),
     }  # fmt: skip
-    assert plans["block", "removed"] == Plan.removing(0)
+    assert [plans[region, "removed"] for region in regions] == [
+        Plan.removing(block) for block in (0, 4, 8, 12)
+    ]
 
 
 def test_costs_are_scaled_to_what_the_joint_plans_lose():
@@ -149,13 +153,14 @@ def test_costs_are_scaled_to_what_the_joint_plans_lose():
     uniform = Plan.of({block_name(0): "int3", block_name(1): "int3"})
     window = Plan.of({cache_name(0): "int4-window128"})
     rises = {
-        ("block", "int3"): (uniform, 2.0),
-        ("cache", "int4-window128"): (window, 0.25),
-        ("embeddings", "int8"): (Plan(embeddings="int8"), -0.1),
+        ((block_name(0), block_name(1)), "int3"): (uniform, 2.0),
+        ((block_name(1),), "removed"): (Plan.removing(1), 7.0),
+        ((cache_name(0),), "int4-window128"): (window, 0.25),
+        (("embeddings",), "int8"): (Plan(embeddings="int8"), -0.1),
     }
     scaled = scaled_costs(costs, rises)
     assert scaled[block_name(0)] == {"int8": 0.1, "int3": 0.5, "removed": 2.0}
-    assert scaled[block_name(1)] == {"int3": 1.5, "removed": 3.5}
+    assert scaled[block_name(1)] == {"int3": 1.5, "removed": 7.0}
     # A window never costs less than the same bits without it.
     assert scaled[cache_name(0)] == {"int4": 0.5, "int4-window128": 0.5}
     assert scaled["embeddings"] == {"int8": 0.0}
