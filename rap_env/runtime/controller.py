@@ -80,7 +80,8 @@ class RuntimeController:
         monitor: Measures bytes.
         chooser: Chooses plans that fit.
         switcher: Applies plans.
-        free_kept: Frees so many bytes of what is kept beside the batch, which count as free.
+        free_kept: Frees so many bytes of what is kept beside the batch, which count as free;
+            at once, or taking the time to lower it.
         overhead_s: Seconds spent in the controller, switching and measuring included.
 
     Raises:
@@ -131,7 +132,7 @@ class RuntimeController:
         )
         self.switcher = PlanSwitcher(self.chooser, self.monitor, log, clock)
         self.switcher.before_switch = self._leave_room
-        self.free_kept: Callable[[int], None] = lambda _bytes: None
+        self.free_kept: Callable[[int, bool], None] = lambda *_: None
         self.hold_s = hold_s
         self.overhead_s = 0.0
         self._waiting = 0
@@ -177,7 +178,7 @@ class RuntimeController:
                 stalled and self._fit_in_reserve(shape, "arrival", next_pass, running=False)
             )
             if fits:
-                self._leave_room(self.llm.plan, shape, next_pass)
+                self._leave_room(self.llm.plan, shape, next_pass, at_once=False)
             return fits
 
     def _admit(self, shape: BatchShape, running: BatchShape, next_pass: PassSize) -> bool:
@@ -243,14 +244,16 @@ class RuntimeController:
         used_bytes = monitor.meter.used_bytes() - self.llm.kept_bytes
         return min(beside_batch, monitor.budget_bytes - used_bytes - pass_bytes)
 
-    def _leave_room(self, plan: Plan, shape: BatchShape, next_pass: PassSize) -> None:
+    def _leave_room(
+        self, plan: Plan, shape: BatchShape, next_pass: PassSize, *, at_once: bool = True
+    ) -> None:
         """Free what is kept, as far as a batch with a plan needs the bytes."""
         if self.llm.kept_bytes <= max(0, self.room_for_kept(shape, next_pass, plan)):
             return
         self.monitor.trim()
         excess = self.llm.kept_bytes - max(0, self.room_for_kept(shape, next_pass, plan))
         if excess > 0:
-            self.free_kept(excess)
+            self.free_kept(excess, at_once)
             self.monitor.trim()
 
     def has_room(self, shape: BatchShape, next_pass: PassSize) -> bool:

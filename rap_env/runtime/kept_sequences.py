@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LOWERING_S = 0.05
-"""Longest time for lowering after a fall of the limit or for a request."""
+"""Longest time for lowering after a fall of the limit."""
 
 _Tokens = tuple[int, ...]
 
@@ -147,7 +147,8 @@ class KeptSequences:
         owner, removed = self._owner(sequence), self._llm.removed_attention
         for tree, root in self._trees.items():
             if tree.owner == owner and tree.absent <= removed:
-                best = max(best, _longest(root, tokens, may_use, bool(tree.ending)), key=_tokens_of)
+                found = _longest(root, tokens, may_use, bool(tree.ending))
+                best = max(best, found, key=lambda match: match.tokens)
         return best
 
     def take(self, sequence: TokenSequence, batch: LiveBatch) -> tuple[int, str]:
@@ -268,7 +269,7 @@ class KeptSequences:
         """A block in memory, else with fewer bits, else in a file; None if there is no room."""
         need = self.bytes + block.bytes - self.room_bytes()
         if need > 0:
-            self.free(need, path, most_s=math.inf)
+            self.free(need, path, at_once=False)
         room = self.room_bytes() - self.bytes
         if block.bytes <= room:
             return block
@@ -325,7 +326,7 @@ class KeptSequences:
     # Dropping
 
     def free(
-        self, need_bytes: int, beside: Collection[_Node] = (), *, most_s: float = _LOWERING_S
+        self, need_bytes: int, beside: Collection[_Node] = (), *, at_once: bool = True
     ) -> None:
         """Free at least so many bytes, or all: lower what is still useful then, and drop.
 
@@ -335,9 +336,9 @@ class KeptSequences:
         Args:
             need_bytes: Bytes.
             beside: Blocks that stay.
-            most_s: Seconds after which the rest is dropped.
+            at_once: Whether what `_LOWERING_S` of lowering do not free is dropped.
         """
-        deadline_s = time.perf_counter() + most_s
+        deadline_s = time.perf_counter() + (_LOWERING_S if at_once else math.inf)
         most = self.bytes - need_bytes
         useful = self._useful_bits(self._llm.plan) if most > 0 else []
         stays = set(beside)
@@ -433,10 +434,6 @@ class KeptSequences:
             for node in list(root.children.values()):
                 self._remove(node)
         self._trees.clear()
-
-
-def _tokens_of(match: Match) -> int:
-    return match.tokens
 
 
 def _longest(root: _Node, tokens: _Tokens, may_use: Callable[[_Node], bool], whole: bool) -> Match:

@@ -199,6 +199,16 @@ class TestRoom:
         plans = {plan for node in engine._scheduler._kept._order for plan in node.plans}
         assert Plan.uniform(3, caches="int8") in plans
 
+    def test_where_a_row_and_its_beginning_do_not_both_fit_the_latter_is_lowered(self):
+        harness, engine = conversing(policy=predicting(), guard_order=(), keep_delta_nll=1.5)
+        answer(harness, engine, prompt(96), 1)
+        room = int(0.6 * kept_bytes(harness))
+        harness.budget_bytes = harness.need(Plan(), BatchShape(1, 112)) + room
+        handle = answer(harness, engine, [*prompt(96), *prompt(9, 1)])
+        assert handle.kept_tokens == 96
+        assert set(handle.plans) == {Plan()}
+        assert handle.kept_levels == "int8"
+
     def test_as_many_layers_have_int4_as_the_bound_allows(self):
         harness, engine, _ = lowering(2.0, share=0.29)
         kept, policy = engine._scheduler._kept, harness.policy
