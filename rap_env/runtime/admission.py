@@ -33,8 +33,7 @@ _STALLED_S = 0.25
 """Seconds without a pass, while requests wait, after which any of them that fits alone is
 tried."""
 _LONG_STALL_S = 1.0
-"""As `_STALLED_S`: then the margin and all that is kept in memory are given up, and the log
-says why."""
+"""As `_STALLED_S`: then the margin is given up, and the log says why."""
 # Of a chunk, tried one after another: smaller passes take less memory.
 _CHUNK_PARTS = (1, 2, 4, 8)
 _ONE_TOKEN = BatchShape(1, 1)
@@ -189,7 +188,6 @@ class Admission:
         self._next_try_s = self._clock() + _STALLED_S
         if long := self.stalled_s >= _LONG_STALL_S:
             self._controller.forget_margin()
-            self._kept.free(self._kept.bytes)
         waiting = sorted(self._queue.waiting, key=lambda each: each.handle.final_tokens)
         chunks = [max(1, self._batch.chunk_tokens // parts) for parts in _CHUNK_PARTS]
         tries = [(sequence, size) for sequence in waiting[:1] for size in chunks]

@@ -247,9 +247,16 @@ class TestRoom:
         assert handle.kept_levels == "native"
 
 
-def predicting():
+class NativePolicy(KnapsackPolicy):
+    """It predicts the rise of any plan, and chooses the native one."""
+
+    def choose(self, request):
+        return Plan()
+
+
+def predicting(kind=KnapsackPolicy):
     memory = MemoryModel(tiny_llm(layers=3, positions=LONG))
-    return KnapsackPolicy(memory, costs(memory.facts, caches=("int8", "int4")))
+    return kind(memory, costs(memory.facts, caches=("int8", "int4")))
 
 
 def lowering(max_rise, share=0.7):
@@ -306,9 +313,12 @@ class Conversations:
             if draw.random() < 0.7:
                 self.finish(handles)
         self.finish(handles)
+        self.check(handles)
+        return self.engine.stats().kept_tokens
+
+    def check(self, handles) -> None:
         for handle in handles:
             assert handle.token_ids == likeliest(self.harness.llm, handle)
-        return self.engine.stats().kept_tokens
 
     def turn(self) -> None:
         self.engine.step()
@@ -329,8 +339,9 @@ class MovingLimit(Conversations):
     def turn(self) -> None:
         harness, draw = self.harness, self.draw
         if draw.random() < 0.1:
-            least = harness.need(Plan(), BatchShape(1, LONG))
-            harness.budget_bytes = least + draw.choice([0, draw.randrange(least), PLENTY])
+            least, most = (harness.need(Plan(), BatchShape(n, n * LONG)) for n in (0, 1))
+            room = draw.choice([0, *[draw.randrange(most - least)] * 3, PLENTY])
+            harness.budget_bytes = least + room
         super().turn()
         kept = self.engine._scheduler._kept
         nodes = list(kept._order)
@@ -344,6 +355,22 @@ class MovingLimit(Conversations):
         super().finish(handles)
 
 
+class LoweringLimit(MovingLimit):
+    """The same where what is kept is lowered, so that tokens may differ."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed, policy=predicting(NativePolicy), keep_delta_nll=2.0)
+        self.levels: set[str] = set()
+
+    def turn(self) -> None:
+        super().turn()
+        plans = {node.block.levels for node in self.engine._scheduler._kept._order}
+        self.levels |= {level.name for plan in plans for _, level in plan.caches}
+
+    def check(self, handles) -> None:
+        assert all(plan == Plan() for handle in handles for plan in handle.plans)
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
 def test_the_tokens_of_random_conversations_are_those_without_keeping(name):
     assert sum(Conversations(seed, name).run(10) for seed in range(3)) > 200
@@ -351,6 +378,15 @@ def test_the_tokens_of_random_conversations_are_those_without_keeping(name):
 
 def test_no_token_is_wrong_while_the_limit_falls_and_rises():
     assert sum(MovingLimit(seed).run(8) for seed in range(6)) > 200
+
+
+def test_bytes_stay_within_a_limit_that_falls_and_rises_while_blocks_are_lowered():
+    levels = set()
+    for seed in range(6):
+        conversations = LoweringLimit(seed)
+        conversations.run(8)
+        levels |= conversations.levels
+    assert "int8" in levels
 
 
 @pytest.mark.slow

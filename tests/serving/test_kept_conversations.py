@@ -3,8 +3,13 @@
 import httpx
 import pytest
 
+from rap_env.errors import RapError
+from rap_env.plan import Plan
+from rap_env.policies.loading import StaticPolicy
 from rap_env.serving.answers import WrittenAnswers
-from tests.serving.conftest import HI, chat, client_of, dense_engine, served
+from rap_env.serving.settings import ServerSettings
+from tests.serving.background import BackgroundServer
+from tests.serving.conftest import HI, chat, client_of, dense_engine, served, tiny_stack
 from tests.serving.tokenizers import merging_tokenizer
 from tests.tiny import tiny_llm
 
@@ -130,3 +135,18 @@ def test_written_answers_stand_where_the_text_has_them():
     assert encoded("me", "aba", "", "bb") == [a, b, a]  # a template may change what it is given
     answers.add("me", "a", [3] * 11)
     assert encoded("me", "abba", "bb") == [a, b, b, a]  # the oldest are forgotten
+
+
+def test_the_server_s_settings_reach_the_engine(tokenizer):
+    for keep in ("on", "off"):
+        stack = tiny_stack(
+            tokenizer, lambda _: StaticPolicy(Plan(), "dense"), lambda: 10**9,
+            max_delta_nll=None, keep=keep, keep_delta_nll=0.25,
+        )  # fmt: skip
+        with BackgroundServer(stack.app) as server, client_of(server) as client:
+            prompt = TEXT[:20]
+            counts = [cached(complete(client, prompt)) for _ in range(2)]
+        assert counts == [0, 19 if keep == "on" else 0]
+        assert stack.engine._scheduler._kept._max_rise == 0.25
+    with pytest.raises(RapError, match="keep"):
+        ServerSettings(keep="maybe")
