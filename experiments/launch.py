@@ -260,6 +260,7 @@ READS: dict[str, tuple[str, ...]] = {
     "gradient_plans": ("model", "store", "threads", "env.levels", "evaluate.pinned",
                        "gradient_plans"),
     "replay": ("model", "store", "threads", "replay", "budget"),
+    "conversations": ("model", "threads", "replay", "conversations"),
     "cgroup": ("model.name", "cgroup"),
 }  # fmt: skip
 """Sections and settings of each program beside the first four; a program that is not listed

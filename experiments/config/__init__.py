@@ -60,6 +60,7 @@ class Config:
     long_context: studies.LongContextConfig = field(default_factory=studies.LongContextConfig)
     budget: studies.BudgetConfig = field(default_factory=studies.BudgetConfig)
     replay: studies.ReplayConfig = field(default_factory=studies.ReplayConfig)
+    conversations: studies.ConversationsConfig = field(default_factory=studies.ConversationsConfig)
     cgroup: studies.CgroupConfig = field(default_factory=studies.CgroupConfig)
     demo: programs.DemoConfig = field(default_factory=programs.DemoConfig)
     report: dict[str, str] = setting({"title": "Runtime-adaptive pruning: report"})

@@ -142,6 +142,8 @@ class ReplayConfig:
     timing: str = setting("wall", choices=("wall", "cpu"))
     """Clock: ``wall`` time, or ``cpu`` time of the process, which other processes on the
     machine do not lengthen (CPU devices only)."""
+    meter: str = setting("process", choices=("process", "tensors"))
+    """What is measured: memory of the ``process``, or of weights and caches (``tensors``)."""
     mask_loss_windows: int = setting(2, low=1)
     """Windows of `text` on which ΔNLL of the used plans is measured."""
 
@@ -149,6 +151,35 @@ class ReplayConfig:
     def reference_shape(self) -> tuple[int, int]:
         """The reference as (batch size, sequence length in tokens)."""
         return parse_shape(self.reference)
+
+
+@dataclass
+class ConversationsConfig:
+    """What ``experiments.studies.replay.conversations`` serves, beside the trace of `replay`.
+
+    Numbers of turns and of tokens of a message or an answer are means of Poisson
+    distributions that begin at 1, seconds between turns those of an exponential one.
+    """
+
+    policy: str = "knapsack"
+    """What `rap_env.load_policy` takes."""
+    conversations: int = setting(10, low=1)
+    turns: int = setting(4, low=1)
+    system_tokens: int = setting(128, low=1)
+    """Tokens with which all conversations begin."""
+    message_tokens: int = setting(112, low=1)
+    answer_tokens: int = setting(16, low=1)
+    think_s: float = setting(30.0, above=0)
+    """Seconds from an answer to the next message."""
+    again_share: float = setting(0.15, low=0, high=1)
+    """Share of the answers that are generated again."""
+    held_share: float = setting(0.25, above=0)
+    """The memory limit has room for the native model with the longest request, and for this
+    share of all conversations natively."""
+    fall_s: float = setting(50.0, low=0)
+    """When the limit falls in a further run, to no room but that of the longest request."""
+    return_s: float = setting(90.0, low=0)
+    """When it returns."""
 
 
 @dataclass

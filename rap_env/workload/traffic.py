@@ -113,7 +113,7 @@ def trace_requests(
             header = tuple(reader.fieldnames or ())
             if not set(needed) <= set(header):
                 raise TraceError(
-                    f"The trace {path} needs the columns {', '.join(COLUMNS)}; its first line has "
+                    f"The trace {path} needs the columns {', '.join(needed)}; its first line has "
                     f"{', '.join(header) or 'nothing'}."
                 )
             for row in reader:

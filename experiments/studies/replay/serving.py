@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from bisect import insort
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from experiments.config.study_settings import ReplayConfig
 from experiments.studies.replay.workload import Budget, ReplayRequest
@@ -19,11 +22,10 @@ from rap_env.policies.base import Policy
 from rap_env.policies.loading import OrderPolicy, check_policy, load_policy
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.engine import Engine
-from rap_env.runtime.memory_meter import Meter, make_levels, process_meter
+from rap_env.runtime.memory_meter import Meter, TensorMeter, make_levels, process_meter
 from rap_env.runtime.memory_monitor import GivenMemory
 from rap_env.runtime.records import EngineStats, StepRecord
-from rap_env.runtime.request_handle import RequestHandle
-from rap_env.runtime.sampling import SamplingParams
+from rap_env.runtime.request_handle import EndEvent, Event, RequestHandle
 
 UNIFORM = "uniform_native_"
 """How the names of systems begin that have one level for all caches."""
@@ -41,12 +43,14 @@ class Interval:
     Attributes:
         peak_bytes: Maximum of the measured bytes.
         budget_bytes: The budget at the start.
+        kept_bytes: Bytes of kept sequences at the end.
     """
 
     time_s: float
     end_s: float
     peak_bytes: int
     budget_bytes: int
+    kept_bytes: int = 0
 
     @property
     def over_bytes(self) -> int:
@@ -89,21 +93,26 @@ class SystemRun:
     _meter: Meter
 
     def __init__(
-        self, settings: ReplayConfig, llm: ElasticLLM, requests: list[ReplayRequest], budget: Budget
+        self, settings: ReplayConfig, llm: ElasticLLM, load: Sequence[ReplayRequest], budget: Budget
     ) -> None:
-        self.settings, self.llm, self.requests, self.budget = settings, llm, requests, budget
+        self.settings, self.llm, self.requests, self.budget = settings, llm, list(load), budget
         self.handles: list[RequestHandle | None] = []
         self.intervals: list[Interval] = []
-        self.horizon_s = requests[-1].time_s + settings.queue_timeout_s
+        self.horizon_s = load[-1].time_s + settings.queue_timeout_s
         self._clock = ReplayClock(_STOPWATCHES[settings.timing])
 
-    def serve(self, policy: Policy) -> EngineStats:
-        """Serve all requests with a policy; return the engine's counters."""
+    def serve(self, policy: Policy, **options: Any) -> EngineStats:
+        """Serve all requests with a policy; return the engine's counters.
+
+        Args:
+            policy: The policy.
+            **options: More options of the `Engine`.
+        """
         settings, llm = self.settings, self.llm
         llm.set_residency("offload")
         make_levels(llm, policy)
         return_freed_memory()
-        self._meter = process_meter(llm)
+        self._meter = TensorMeter(llm) if settings.meter == "tensors" else process_meter(llm)
         most_bytes = max(self.budget.between(0.0, self.horizon_s))
         self.controller = RuntimeController(
             llm,
@@ -121,6 +130,7 @@ class SystemRun:
             prefill_chunk_tokens=settings.prefill_chunk_tokens,
             queue_timeout_s=settings.queue_timeout_s,
             clock=self._clock,
+            **options,
         )
         self._engine.warm_up()  # as `Engine.start` does
         self._engine.observers.append(self._on_step)
@@ -135,17 +145,27 @@ class SystemRun:
 
     def _on_step(self, step: StepRecord) -> None:
         self.intervals.append(
-            Interval(step.time_s, self._clock(), step.peak_bytes, step.budget_bytes)
+            Interval(step.time_s, self._clock(), step.peak_bytes, step.budget_bytes, step.held.kept)
         )
+
+    def _on_event(self, number: int, event: Event) -> None:
+        """Add the request that follows when the answer to one has ended."""
+        handle = self.handles[number]
+        if handle is not None and isinstance(event, EndEvent) and event.reason == "length":
+            following = self.requests[number].following(handle.token_ids, event.time_s)
+            if following is not None:
+                insort(self.requests, following, len(self.handles), key=lambda r: r.time_s)
+                self.horizon_s = self.requests[-1].time_s
 
     def _turn(self) -> bool:
         """Submit what has arrived, run a turn, or skip idle time; False at the end."""
         for request in self.requests[len(self.handles) :]:
             if request.time_s > self._clock():
                 break
-            params = SamplingParams(max_new_tokens=request.new_tokens)
+            listener = partial(self._on_event, len(self.handles))
             try:
-                self.handles.append(self._engine.submit(request.prompt_ids, params))
+                handle = self._engine.submit(request.prompt_ids, request.params, listener)
+                self.handles.append(handle)
             except (InfeasibleBudgetError, QueueFullError):
                 self.handles.append(None)
         began_s = self._clock()
@@ -157,7 +177,8 @@ class SystemRun:
             until_s = min(now_s + _IDLE_S, change_s, *arrivals_s)
             self._clock.jump_to(max(until_s, now_s + _MIN_IDLE_S))
             used_bytes, budget_bytes = self._meter.used_bytes(), self.budget.at(now_s)
-            self.intervals.append(Interval(now_s, self._clock(), used_bytes, budget_bytes))
+            end_s, kept_bytes = self._clock(), self.llm.kept_bytes
+            self.intervals.append(Interval(now_s, end_s, used_bytes, budget_bytes, kept_bytes))
         waiting = any(handle is not None and not handle.done for handle in self.handles)
         return waiting or now_s < self.horizon_s
 

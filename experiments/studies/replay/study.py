@@ -261,12 +261,14 @@ def held_out_delta_nll(config: Config, llm: ElasticLLM, plans: Sequence[Plan]) -
     return [nll - scorer.dense_nll for nll in scorer.nll_many(list(plans))]
 
 
-def _percentile(level: int, name: str, row: ReplayRow) -> str:
+def percentile(level: int, name: str, row: Record) -> str:
+    """Format a percentile of the seconds in a field of a row; a dash without any."""
     values = getattr(row, name)
     return seconds(np.percentile(values, level)) if values else "-"
 
 
-def _number(value: float | None, digits: int) -> str:
+def decimals(value: float | None, digits: int) -> str:
+    """Format a number with so many decimals; a dash for None."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
@@ -288,20 +290,20 @@ TABLES: dict[str, list[tuple[str, Callable[[ReplayRow], str]]]] = {
         ("Peak", lambda row: mebibytes(row.peak_bytes)),
     ],
     "Latency": [
-        ("TTFT p50", partial(_percentile, 50, "ttft_s")),
-        ("p95", partial(_percentile, 95, "ttft_s")),
-        ("p99", partial(_percentile, 99, "ttft_s")),
-        ("TPOT p50", partial(_percentile, 50, "tpot_s")),
-        ("p95", partial(_percentile, 95, "tpot_s")),
-        ("p99", partial(_percentile, 99, "tpot_s")),
+        ("TTFT p50", partial(percentile, 50, "ttft_s")),
+        ("p95", partial(percentile, 95, "ttft_s")),
+        ("p99", partial(percentile, 99, "ttft_s")),
+        ("TPOT p50", partial(percentile, 50, "tpot_s")),
+        ("p95", partial(percentile, 95, "tpot_s")),
+        ("p99", partial(percentile, 99, "tpot_s")),
         ("Tokens/s", lambda row: f"{row.tokens_per_s:.1f}"),
     ],
     "Quality": [
         ("ΔNLL of output", lambda row: str(bootstrap_mean(row.losses)) if row.losses else "-"),
-        ("ΔNLL of plans", lambda row: _number(row.mask_loss_mean, 3)),
+        ("ΔNLL of plans", lambda row: decimals(row.mask_loss_mean, 3)),
         ("Same", lambda row: percent(row.same_fraction, 0)),
-        ("Removed", lambda row: _number(row.removed_mean, 1)),
-        ("Lowered", lambda row: _number(row.lowered_mean, 1)),
+        ("Removed", lambda row: decimals(row.removed_mean, 1)),
+        ("Lowered", lambda row: decimals(row.lowered_mean, 1)),
     ],
     "Cost of adaptation": [
         ("Switches", lambda row: f"{row.switches}"),
