@@ -1,7 +1,7 @@
 """Generates what the documentation does not type: tables, environment pages, pictures.
 
-``python docs/generate.py`` writes the tables into the pages, between their markers, and the
-picture of README.md; both are committed. `docs/conf.py` makes the rest at each build, into
+``python docs/generate.py`` writes the tables into the pages, between their markers, and two
+pictures; all are committed. `docs/conf.py` makes the rest at each build, into
 ``docs/_generated`` and ``docs/results/details``. All numbers come from the records in
 ``results/``.
 """
@@ -33,6 +33,7 @@ from experiments.comparison.result_rows import ResultRow, rows_below
 from experiments.comparison.result_tables import tables_markdown
 from experiments.comparison.summaries import Comparison, Summary, compare_pair
 from experiments.config.program_settings import CompareConfig
+from experiments.studies.replay.conversations import memory_figure
 from experiments.study.harness import RESULTS, ROOT, Published, Study, write_changed, write_pages
 from experiments.study.plotting import FAINT, INK, Panel, look, panel_figure, save_png
 from experiments.study.table_format import columns_table, markdown, percent, seconds
@@ -335,9 +336,12 @@ def command_reference() -> str:
 
 
 def main() -> None:
-    """Write the committed tables and the picture."""
+    """Write the committed tables and the pictures."""
     write_pages(TABLES)
     save_png(decision_cost(), ROOT / "docs" / "images" / "decision_cost.png")
+    study, published = STUDIES["conversations"]
+    figure = memory_figure(study.read(published.folder))
+    save_png(figure, ROOT / "docs" / "images" / "kept_bytes.png")
 
 
 if __name__ == "__main__":

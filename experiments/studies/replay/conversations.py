@@ -22,11 +22,11 @@ from experiments.launch import launch
 from experiments.studies.replay.serving import SystemRun
 from experiments.studies.replay.study import decimals, outcome, percentile
 from experiments.studies.replay.workload import Budget, Turn, draw_conversations, prefix_requests
-from experiments.study.harness import Job, Study
+from experiments.study.harness import Job, Published, Study
 from experiments.study.json_records import Record
 from experiments.study.plotting import INK, LEVEL_COLOURS, Panel, panel_figure
 from experiments.study.statistics import mean_of_known
-from experiments.study.table_format import TitledTable, columns_table, mebibytes, percent
+from experiments.study.table_format import TitledTable, columns_table, percent
 from rap_env.artifacts import digest
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
@@ -41,12 +41,8 @@ Start = Callable[[], SystemRun]
 """Makes the run of a system that serves a workload."""
 
 DRAWN, TRACE, FALLING = "drawn", "trace", "falling"
-TITLES = {
-    DRAWN: "Drawn conversations",
-    TRACE: "Conversations of a trace",
-    FALLING: "Drawn conversations, while the limit falls and returns",
-}
-"""Titles of the workloads."""
+"""The workloads: drawn conversations, those of a trace, and drawn ones while the limit falls
+and returns."""
 SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
     "off": ("Nothing is kept", {"keep": False}),
     # So that nothing with fewer bits than the plan serves.
@@ -64,7 +60,7 @@ class ConversationRow(Record):
     """One system on one workload. Times are seconds of the replay's clock.
 
     Attributes:
-        workload: As in `TITLES`.
+        workload: `DRAWN`, `TRACE` or `FALLING`.
         system: As in `SYSTEMS`.
         outcomes: Number of requests by what became of them, as in `ReplayRow`.
         limit_bytes: Most bytes that the limit was.
@@ -73,8 +69,9 @@ class ConversationRow(Record):
         tokens_per_s: Tokens of served requests per second from first arrival to last token.
         first_token_s: Time to the first token of each served request from the second turn of
             its conversation on.
-        predicted_delta_nll: Predicted rise in NLL of the plans and cache levels with which
-            answers were generated, mean over tokens, nats per token; None without predictions.
+        predicted_delta_nll: Predicted rise in NLL of the plans with which answers were
+            generated, mean over tokens, nats per token; None without predictions. What kept
+            tokens with fewer bits lose in addition is at most ``keep_delta_nll``.
         time_series: Time, bytes of the limit, measured bytes, and those of them that are kept.
     """
 
@@ -154,13 +151,14 @@ def served(workload: str, system: str, start: Start, policy: Policy) -> Conversa
 
 
 def conversation_tables(rows: Sequence[ConversationRow]) -> list[TitledTable]:
-    """Each system by workload."""
+    """Each system on each workload."""
 
     def lowered(row: ConversationRow) -> str:
         kept = sum(row.kept_tokens.values())
         return percent(1 - row.kept_tokens.get("native", 0) / kept) if kept else "-"
 
     columns: dict[str, Callable[[ConversationRow], str]] = {
+        "Workload": lambda row: row.workload.capitalize(),
         "System": lambda row: SYSTEMS[row.system][0],
         "Served": lambda row: f"{row.outcomes['served']} of {sum(row.outcomes.values())}",
         "Prompt tokens kept": lambda r: percent(sum(r.kept_tokens.values()) / r.prompt_tokens),
@@ -168,14 +166,9 @@ def conversation_tables(rows: Sequence[ConversationRow]) -> list[TitledTable]:
         "Tokens/s": lambda row: f"{row.tokens_per_s:.1f}",
         "First token p50": partial(percentile, 50, "first_token_s"),
         "p95": partial(percentile, 95, "first_token_s"),
-        "ΔNLL predicted": lambda row: decimals(row.predicted_delta_nll, 4),
+        "ΔNLL of plans": lambda row: decimals(row.predicted_delta_nll, 4),
     }
-    by_workload = {name: [row for row in rows if row.workload == name] for name in TITLES}
-    return [
-        TitledTable(columns_table(own, columns), f"{TITLES[name]}, {mebibytes(own[0].limit_bytes)}")
-        for name, own in by_workload.items()
-        if own
-    ]
+    return [TitledTable(columns_table(rows, columns))]
 
 
 def memory_figure(rows: Sequence[ConversationRow]) -> Figure:
@@ -189,7 +182,6 @@ def memory_figure(rows: Sequence[ConversationRow]) -> Figure:
         heights = np.maximum(0, list(parts.values()))
         axis.stackplot(times_s, heights, labels=list(parts), colors=colours)
         axis.step(times_s, limit, where="post", color=INK, label="limit")
-        axis.margins(x=0)
 
     return panel_figure([Panel(draw, x="seconds", y="MiB")], height=3.2)
 
@@ -201,6 +193,7 @@ STUDY = Study(
     conversation_jobs,
     conversation_tables,
     frozen=("model", "seed", "replay", "conversations"),
+    published=[Published("conversations", "conversations")],
 )
 
 if __name__ == "__main__":

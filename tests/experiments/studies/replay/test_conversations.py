@@ -235,9 +235,10 @@ def test_keeping_spares_tokens_and_lowering_spares_more(rows):
     assert sum(lowered.kept_tokens.values()) > sum(native.kept_tokens.values()) > 0
 
 
-def test_the_predicted_loss_is_that_of_the_levels_that_answers_had(rows):
-    assert 0 < rows[DRAWN, "lowered"].predicted_delta_nll < 0.005
-    assert 0 <= rows[DRAWN, "native"].predicted_delta_nll < 0.005
+def test_the_predicted_loss_is_that_of_the_plans(rows):
+    made_costs_at_most = 0.005  # of all caches in int4 and all weights at their lowest level
+    for row in rows.values():
+        assert 0 <= row.predicted_delta_nll < made_costs_at_most
 
 
 def test_a_time_series_shows_that_kept_bytes_follow_the_limit(rows):
@@ -253,9 +254,15 @@ def test_a_time_series_shows_that_kept_bytes_follow_the_limit(rows):
     assert labels == ["model and running requests", "kept", "free", "limit"]
 
 
-def test_tables_have_a_row_for_each_system(rows, folder):
-    tables = STUDY.tables(list(rows.values()))
-    assert [len(table.table[1]) for table in tables] == [3, 3, 1]
+def test_the_table_has_a_row_for_each_system(rows, folder):
+    (table,) = STUDY.tables(list(rows.values()))
+    header, lines = table.table
+    assert [line[0] for line in lines] == [*["Drawn"] * 3, *["Trace"] * 3, "Falling"]
+    kept = [line[header.index("Prompt tokens kept")] for line in lines]
+    assert kept[0] == kept[3] == "0.0 %"
+    fewer = [line[header.index("of these with fewer bits")] for line in lines]
+    assert fewer[:2] == ["-", "0.0 %"]
+    assert float(fewer[2].split()[0]) > 0
     assert "Kept as it was read" in (folder / "tables.md").read_text()
 
 
