@@ -129,7 +129,7 @@ def test_trace_draws_at_random(memory, tmp_path):
     ("text", "message"),
     [
         ("", "first line has nothing"),
-        ("a,b\n1,2\n", "needs the columns TIMESTAMP, ContextTokens, GeneratedTokens; .* a, b"),
+        ("a,b\n1,2\n", "needs the columns ContextTokens, GeneratedTokens; .* a, b"),
         (HEADER, "has a header but no request"),
         (HEADER + "t,5,6\nt,x,6\n", "Line 3 of .* not 'x' and '6'"),
         (HEADER + "t,5\n", "Line 2 of .* not '5' and None"),
