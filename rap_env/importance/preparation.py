@@ -79,7 +79,7 @@ log = logging.getLogger(__name__)
 COST_WINDOWS, COST_TOKENS = 4, 1024
 """Windows of text for costs, and the tokens of each."""
 _FEWEST_LEVEL_WINDOWS = 16  # that a user's text must have
-_VERSION = 1
+_VERSION = 2
 """Part of a run's key: increase it when results change."""
 
 _SHARES = {"levels": 0.5, "costs": 0.3, "plans": 0.2}  # of the time, about
