@@ -153,6 +153,10 @@ class TestWhoseTheyAre:
 
 
 class TestRoom:
+    @pytest.fixture(autouse=True)
+    def _a_busy_machine_lowers_as_much_as_an_idle_one(self, monkeypatch):
+        monkeypatch.setattr("rap_env.runtime.kept_sequences._LOWERING_S", 60.0)
+
     def test_what_is_kept_counts_as_used_and_goes_at_once_when_the_budget_falls(self):
         harness, engine = conversing(guard_order=())
         answer(harness, engine, prompt(100))
