@@ -181,15 +181,15 @@ def _divergences(
         for number, each in enumerate(hidden):
             logits, _ = _capped(forward, each, weight, bias)
             totals[number] = torch.logaddexp(totals[number], logits.logsumexp(-1))
-    sums = [0.0] * len(hidden)
+    sums = [0.0] * len(states)
     for _, weight, bias in _head_parts(forward):
         expected = _capped(forward, hidden[0], weight, bias)[0] - totals[0][:, None]
         shares = expected.exp()
-        for number, each in enumerate(hidden):
+        for number, (each, total) in enumerate(zip(hidden[1:], totals[1:], strict=True)):
             logits, _ = _capped(forward, each, weight, bias)
-            lost = expected - logits.sub_(totals[number][:, None])
+            lost = expected - logits.sub_(total[:, None])
             sums[number] += float(lost.mul_(shares).sum(-1).double().mean())
-    return sums[1:]
+    return sums
 
 
 def _layer_costs(
