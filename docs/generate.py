@@ -38,7 +38,6 @@ from experiments.study.harness import RESULTS, ROOT, Published, Study, write_cha
 from experiments.study.plotting import FAINT, INK, Panel, look, panel_figure, save_png
 from experiments.study.table_format import columns_table, markdown, percent, seconds
 from rap_env.cli import cli
-from rap_env.errors import counted
 from rap_env.leaderboard.entries import Entry, predicted_test_delta_nll, published_entries
 from rap_env.leaderboard.tasks import pinned_tasks, tasks_of
 from rap_env.scoring.held_out import spearman
@@ -281,7 +280,7 @@ def decision_cost() -> Figure:
             look_of = {"fmt": shown.marker, "color": shown.colour, **style}
             axis.errorbar(x, y, yerr=yerr, xerr=xerr if few else None, **look_of)
             text = f"{shown.label}, {seconds(float(np.median([row.decision_s for row in own])))}"
-            text += f" ({counted(len(cells), 'pair')})" if few else ""
+            text += f" ({len(cells)} requests)" if few else ""
             words = {"xytext": _OFFSETS.get(method, (9, -3)), "textcoords": "offset points"}
             axis.annotate(text, (x, y), **words, fontsize=8, color=INK)
         axis.axhline(1, color=FAINT, linewidth=0.8, linestyle=":")

@@ -392,7 +392,7 @@ def _train(
 
 def _warm_start(config: Config, context: PruningContext) -> WarmStart | None:
     settings = config.warm_start
-    if settings.teacher == "none":
+    if settings.teacher in (None, "none"):
         return None
 
     def start(model: Any) -> None:
@@ -416,7 +416,7 @@ def demonstrations(config: Config, context: PruningContext) -> list[Demonstratio
     """
     settings, ladder_bytes = config.warm_start, make_ladder_bytes(config, context)
     requests = draw_requests(config, context, settings.requests, 1)
-    name = "greedy_per_byte" if settings.teacher == "greedy" else settings.teacher
+    name = "greedy_per_byte" if settings.teacher == "greedy" else str(settings.teacher)
     teacher = make_method(name, context, ladder_bytes, config.seed)
     return [Demonstration(request, teacher.choose(request)) for request in requests]
 

@@ -85,9 +85,9 @@ class AgentConfig:
 class WarmStartConfig:
     """Imitation learning before reinforcement learning."""
 
-    teacher: str = setting("none", choices=TEACHERS)
+    teacher: str | None = setting("none", choices=TEACHERS)
     """``frontier``: the table of the best known plans; ``greedy``: greedy searches per byte;
-    the others: the methods of these names."""
+    ``none`` or null: no teacher; the others: the methods of these names."""
     requests: int = setting(512, low=1)
     """Workload requests that the teacher answers."""
     updates: int = setting(600, low=1)

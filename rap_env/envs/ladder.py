@@ -29,7 +29,8 @@ class RAPLadderEnv(PruningEnv):
     not in multiples of 64, and in the packaged score tables, which were measured before there
     were fewer bits. A window keeps the first 32 and the last 512, 256 or 128 tokens. A
     removed attention block takes its cache with it. The argument `levels` chooses the ladder:
-    `"all"`, `"four-bits"` (`int8`, `int4` and removal: the ladder of the pinned tasks),
+    `"all"`, `"four-bits"` (weights in `int8`, `int4` or removed, embeddings in `int8` or
+    `int4`, and all levels of caches above, windows included: the ladder of the pinned tasks),
     `"caches"`, `"masks"` (weights native or removed: the episodes of `RAPPrune`), or lists,
     as in `{"weights": ["removed"], "caches": ["int8", "int4"], "embeddings": ["int4"]}`. An
     item with a single level is no item of the environment. Caches may also have `int2`, which
@@ -85,9 +86,9 @@ class RAPLadderEnv(PruningEnv):
 
     ## Action Space
     `Discrete(N)`: the item to lower by one level. An action on an item without a lower level
-    is *invalid*: it changes nothing and costs `invalid_action_penalty`. `action_masks()`
-    returns the valid actions as booleans. `env.unwrapped.ladder.items` has the names and
-    levels of the items.
+    is *invalid*: it changes nothing and costs `invalid_action_penalty`.
+    `env.get_wrapper_attr("action_masks")()` returns the valid actions as booleans, and
+    `env.unwrapped.ladder.items` has the names and levels of the items.
 
     - A level of a cache that needs no fewer bytes than the level above it for this request,
       such as a window that is longer than the sequence, is skipped.

@@ -63,9 +63,10 @@ class RAPPruneEnv(PruningEnv):
 
     ## Action Space
     `Discrete(2L)`: the index of the block to remove next. An action on a block that is
-    already removed is *invalid*: it changes nothing and costs `invalid_action_penalty`. The
-    method `action_masks()` returns the valid actions as booleans, as sb3-contrib's
-    MaskablePPO expects.
+    already removed is *invalid*: it changes nothing and costs `invalid_action_penalty`.
+    `env.get_wrapper_attr("action_masks")()` returns the valid actions as booleans; the method
+    `action_masks()` is that of the environment inside the wrappers of `gymnasium.make`, where
+    sb3-contrib's MaskablePPO finds it.
 
     ## Rewards
     With the default `reward="perplexity"`, the last step pays minus the ΔNLL of the final

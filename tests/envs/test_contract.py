@@ -36,6 +36,17 @@ def test_maskable_ppo_finds_the_masks(task):
     assert agent.rollout_buffer.rewards.min() > -1e5  # no invalid action was taken
 
 
+@pytest.mark.parametrize("version", ["RAPPrune-v0", "RAPLadder-v0"])
+def test_masks_are_found_through_the_wrappers_of_gymnasium(settings, version):
+    env = gym.make(version, **settings)
+    observation, _ = env.reset(seed=0)
+    action = observation["action_mask"].argmax()
+    while env.get_wrapper_attr("action_masks")()[action]:
+        observation, *_ = env.step(action)
+        valid = env.get_wrapper_attr("action_masks")()
+        assert valid.tolist() == (observation["action_mask"] > 0).tolist()
+
+
 def test_random_play_leaves_the_weights_as_they_were(task):
     llm = task.context.llm
     weights = llm.model.state_dict()

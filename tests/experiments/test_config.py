@@ -81,12 +81,21 @@ def test_some_files_were_found():
 
 @pytest.mark.parametrize(("program", "experiment"), PROGRAMS_AND_EXPERIMENTS)
 def test_every_program_and_experiment_composes_and_hands_on_workers(program, experiment):
-    asked = ("scoring.workers=3", "scoring.address=auto")
+    number = PROGRAMS_AND_EXPERIMENTS.index((program, experiment))
+    agent = tuple(ALGORITHMS)[number % len(ALGORITHMS)]
+    asked = ("scoring.workers=3", "scoring.address=auto", f"agent={agent}")
     config = composed(program, f"experiment={experiment}", *asked)
+    assert agent_config(config).name == agent
     assert config.stage == program
     assert config.name == experiment
     context = context_config(config)
     assert (context.workers, context.workers_address) == (3, "auto")
+
+
+def test_an_experiment_leaves_hyperparameters_to_the_file_of_the_agent():
+    """So that each experiment runs with each agent."""
+    for values in FOLDERS["experiment"].values():
+        assert "hyperparameters" not in values.get("agent", {})
 
 
 OLD_LADDER = (
@@ -117,7 +126,8 @@ def test_every_option_of_every_group_composes(number):
 
 def assert_has(section, values, group):
     values = values.get("_global_", {group: values})[group]  # an option may set other sections too
-    for key, value in values.items():
+    for key in values.keys() - {"defaults"}:
+        value = values[key]
         own = section[key] if isinstance(section, dict) else getattr(section, key)
         if value not in ("???", "auto", "${env.levels}") and not isinstance(value, dict):
             assert own == value
@@ -132,7 +142,11 @@ def test_missing_values_of_a_file_must_be_given(choice):
 
 
 def test_names_in_the_files_exist():
-    assert set(GROUPS["agent"]) == set(ALGORITHMS)
+    agents = {name: agent_config(composed("train", f"agent={name}")) for name in GROUPS["agent"]}
+    assert {agent.name for agent in agents.values()} == set(ALGORITHMS)
+    for name, agent in agents.items():
+        own = GROUPS["agent"][name]["hyperparameters"]
+        assert own.items() <= agent.hyperparameters.items(), "the file's values are used"
     assert {values["name"] for values in GROUPS["workload"].values()} == set(SAMPLERS)
     assert set(GROUPS["workload"]) >= set(SAMPLERS)
     for experiment in ("demo", "learning"):
