@@ -121,19 +121,60 @@ def test_levels_are_compared_and_changed(folder, measured):
 def test_conversations_read_only_what_is_new(measured, monkeypatch):
     monkeypatch.setattr(conversations, "TURNS", 3)
     monkeypatch.setattr(conversations, "FIRST_TOKENS", 60)
+    monkeypatch.setattr(conversations, "SPEED_NEW_TOKENS", 20)
+    monkeypatch.setattr(conversations, "SPEED_ANSWER_TOKENS", 4)
     llm = tiny_llm(layers=LAYERS, positions=256)
     monkeypatch.setattr("rap_env.serving.served_model.load_served_model", lambda _: llm)
     records = measured(
         conversations, conversations.ConversationSettings, users=3, system_tokens=100
     )
     record = records["conversations-cpu"]
-    turns, users = record["targets"]
-    assert (turns["at_most"], users["at_most"]) == (0.2, 0.15)
+    turns, users, speed = record["targets"]
+    assert (turns["at_most"], users["at_most"], speed["at_least"]) == (0.2, 0.15, 1.8)
     answer = conversations.ANSWER_TOKENS
     new = conversations.NEW_TOKENS + answer
     taken = (60 + answer - 1) + (60 + new + answer - 1) + 2 * 100
-    assert taken <= record["measured"]["kept_tokens"] <= taken + 2  # or luck
+    taken += 3 * 20 + 4 * sum(40 + turn * new + answer - 1 for turn in range(3))
+    assert taken <= record["measured"]["kept_tokens"] <= taken + 4  # or luck
     assert llm.kept_bytes == 0
+
+
+class FakeServer:
+    def __init__(self, command):
+        self.command, self.chats = command, []
+
+    def wait_until_ready(self):
+        pass
+
+    def close(self):
+        self.command = None
+
+    def chat(self, body):
+        self.chats.append([message["content"] for message in body["messages"]])
+        yield {"choices": [{"delta": {"content": None}}]}
+        yield {"choices": [{"delta": {"content": f"answer {len(self.chats)}"}}]}
+        yield {"choices": [], "usage": {"completion_tokens": 2}}
+
+
+def test_both_servers_get_the_same_chats_with_their_own_answers(measured, monkeypatch):
+    servers = []
+
+    def start(command):
+        servers.append(FakeServer(command))
+        return servers[-1]
+
+    monkeypatch.setattr(conversations, "Server", start)
+    monkeypatch.setattr(conversations, "llama_command", lambda program, *_: [program])
+    schema = conversations.ConversationSettings
+    (record,) = measured(conversations, schema, llama_server="llama-server", model="m").values()
+    assert record["benchmark"] == "conversations_llama_cpp"
+    assert record["targets"][0]["at_most"] == 0.9
+    rap, other = servers
+    assert rap.command is other.command is None  # both were closed
+    assert rap.chats == other.chats
+    *_, last = rap.chats
+    assert len(last) == 2 * conversations.TURNS - 1
+    assert last[1] == f"answer {len(rap.chats) - conversations.TURNS + 1}"
 
 
 @pytest.mark.slow

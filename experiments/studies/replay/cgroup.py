@@ -10,12 +10,10 @@ that of llama.cpp with an f16 cache for as many answers as there are clients.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import random
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -35,8 +33,8 @@ from experiments.launch import launch
 from experiments.study.console import ExperimentError
 from experiments.study.harness import Job, Published, Study, untitled
 from experiments.study.json_records import Record
+from experiments.study.servers import Server, end_process, llama_command, piece, rap_command
 from experiments.study.table_format import TitledTable, percent
-from rap_env.models.files.sources import gguf_source
 
 SYSTEMS = {
     "rap": "rap serve",
@@ -50,7 +48,6 @@ _ROOT = Path("/sys/fs/cgroup/memory")
 _LIMIT_MIB = 760
 _TENANT_MIB, _STEP_MIB = (50, 280), 60  # least, most and largest step of the tenant's walk
 _CLIENTS = 3
-_START_S = 300.0
 _ROW_TOKENS = 1024  # of an answer with its prompt, for llama.cpp
 _TURN_TOKENS = 256  # more of them for each later turn
 _PROMPT_CHARACTERS, _LATER_CHARACTERS = 1600, 400  # of the first message and of later ones
@@ -154,72 +151,37 @@ def memory_group() -> Iterator[Path]:
             part.rmdir()
 
 
-def started(group: Path, command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
-    """Start a process in a group."""
-    line = 'echo $$ > "$0"/cgroup.procs && exec "$@"'
-    return subprocess.Popen(["sh", "-c", line, str(group), *command], text=True, **options)
+def inside(group: Path, command: Sequence[str]) -> list[str]:
+    """The command that starts another one in a group."""
+    return ["sh", "-c", 'echo $$ > "$0"/cgroup.procs && exec "$@"', str(group), *command]
 
 
-def ended(process: subprocess.Popen[str]) -> None:
-    """End a process, and wait for it."""
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(30)
-    process.kill()
-    process.wait()
-
-
-def command_of(system: str, config: Config, port: int) -> list[str]:
-    """The command that starts a server.
+def command_of(system: str, config: Config) -> list[str]:
+    """The command that starts a server, but for its port.
 
     Raises:
         ExperimentError: llama.cpp cannot read the model.
     """
-    name, at = config.model.name, ["--port", str(port)]
     if system != "llama.cpp":
-        code = "import sys; from rap_env.cli import main; sys.exit(main())"
-        options = [*at, "--threads", "1", "--keep", "off" if system == "rap_keep_off" else "on"]
-        return [sys.executable, "-c", code, "serve", "--model", name, *options]
-    if (file := gguf_source(name)) is None:
-        raise ExperimentError(f"llama.cpp reads a GGUF file, and {name} comes from none.")
+        keep = "off" if system == "rap_keep_off" else "on"
+        return rap_command(config.model.name, "--keep", keep)
     row_tokens = _ROW_TOKENS + _TURN_TOKENS * (config.cgroup.turns - 1)
     rows = ["-np", str(_CLIENTS), "-c", str(_CLIENTS * row_tokens)]
-    options = [*rows, "-t", "1", "-cram", "0"]
-    return [config.cgroup.llama_server, "-m", str(file), *at, *options]
+    return llama_command(config.cgroup.llama_server, config.model.name, *rows, "-cram", "0")
 
 
 class TrialRun:
-    """A server in a group, and the clients that ask it.
+    """The clients that ask a server in a group.
 
     Attributes:
         answers: As `TrialRow.answers`.
-        server: The process of the server.
     """
 
-    def __init__(self, system: str, config: Config, group: Path, log: Any) -> None:
+    def __init__(self, server: Server, config: Config) -> None:
         self.answers: list[dict[str, Any]] = []
+        self._server = server
         self._seed, self._model, self._turns = config.seed, config.model.name, config.cgroup.turns
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
-        self._http = httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False)
-        command = command_of(system, config, port)
-        self._start = partial(started, group / "server", command, stdout=log, stderr=log)
-        self.server = self._start()
-        self._began_s, self._stop = time.monotonic(), threading.Event()
-
-    def wait_until_ready(self) -> None:
-        """Wait until the server answers.
-
-        Raises:
-            ExperimentError: It has ended, or does not answer in time.
-        """
-        while self._now_s() < _START_S and self.server.poll() is None:
-            with contextlib.suppress(httpx.HTTPError):
-                if self._http.get("/health").is_success:
-                    return
-            time.sleep(0.2)
-        raise ExperimentError(f"The server did not start within {_START_S:g} s; see its log.")
+        self._began_s, self._stop = 0.0, threading.Event()
 
     def run(self, tenant: subprocess.Popen[str], minutes: float) -> float:
         """Send requests and move the tenant's memory, until the time is over or the tenant killed.
@@ -238,8 +200,7 @@ class TrialRun:
         while self._now_s() < 60 * minutes and tenant.poll() is None:
             size = min(most, max(least, size + draw.randint(-_STEP_MIB, _STEP_MIB)))
             print(size, file=tenant.stdin, flush=True)
-            if self.server.poll() is not None:
-                self.server = self._start()
+            self._server.start_again()
             time.sleep(1)
         ended_s = self._now_s()
         self._stop.set()
@@ -267,8 +228,6 @@ class TrialRun:
                 "max_tokens": 128,
                 "temperature": 0.8,
                 "seed": draw.randrange(1000),
-                "stream": True,
-                "stream_options": {"include_usage": True},
             }
             now_s = self._now_s()
             answer = {"asked_s": now_s, "times_s": [], "tokens": 0, "error": None, "delta_nll": 0.0}
@@ -286,26 +245,18 @@ class TrialRun:
             time.sleep(1)
 
     def _read(self, answer: dict[str, Any], body: dict[str, Any]) -> str:
-        path, text = "/v1/chat/completions", ""
-        with self._http.stream("POST", path, json=body, timeout=300) as response:
-            for line in response.iter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                event = json.loads(line.removeprefix("data: "))
-                if "error" in event:
-                    raise RuntimeError(str(event["error"]))
-                if event["choices"]:
-                    answer["times_s"].append(round(self._now_s(), 3))
-                    text += event["choices"][0].get("delta", {}).get("content") or ""
-                if usage := event.get("usage"):
-                    answer["tokens"] = usage["completion_tokens"]
-                    if "turn" in answer:
-                        details = usage.get("prompt_tokens_details") or {}
-                        answer["prompt_tokens"] = usage["prompt_tokens"]
-                        answer["kept_tokens"] = details.get("cached_tokens", 0)
-                answer["delta_nll"] = (event.get("rap") or {}).get("delta_nll", answer["delta_nll"])
-            if not answer["tokens"]:  # they are counted at the end
-                raise RuntimeError(f"{response.status_code}: the answer has no end")
+        text = ""
+        for event in self._server.chat(body):
+            if event["choices"]:
+                answer["times_s"].append(round(self._now_s(), 3))
+                text += piece(event)
+            if usage := event.get("usage"):
+                answer["tokens"] = usage["completion_tokens"]
+                if "turn" in answer:
+                    details = usage.get("prompt_tokens_details") or {}
+                    answer["prompt_tokens"] = usage["prompt_tokens"]
+                    answer["kept_tokens"] = details.get("cached_tokens", 0)
+            answer["delta_nll"] = (event.get("rap") or {}).get("delta_nll", answer["delta_nll"])
         return text
 
 
@@ -315,11 +266,13 @@ def run_trial(system: str, config: Config, folder: Path) -> TrialRow:
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(log_file.open("w", encoding="utf-8"))
         group = stack.enter_context(memory_group())
-        trial = TrialRun(system, config, group, log)
-        stack.callback(lambda: ended(trial.server))
-        tenant = started(group / "tenant", [sys.executable, "-c", _TENANT], stdin=subprocess.PIPE)
-        stack.callback(ended, tenant)
-        trial.wait_until_ready()
+        server = Server(inside(group / "server", command_of(system, config)), log)
+        stack.callback(server.close)
+        command = inside(group / "tenant", [sys.executable, "-c", _TENANT])
+        tenant = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
+        stack.callback(end_process, tenant)
+        server.wait_until_ready()
+        trial = TrialRun(server, config)
         minutes = trial.run(tenant, config.cgroup.minutes)
         files = [file.read_text(encoding="ascii") for file in group.rglob("memory.oom_control")]
     kills = sum(int(count) for count in re.findall(r"^oom_kill (\d+)", "\n".join(files), re.M))

@@ -12,8 +12,10 @@ import pytest
 from experiments.config import Config
 from experiments.config.study_settings import CgroupConfig
 from experiments.studies.replay import cgroup
-from experiments.studies.replay.cgroup import STUDY, TrialRow, TrialRun, memory_group, started
+from experiments.studies.replay.cgroup import STUDY, TrialRow, inside, memory_group
+from experiments.study import servers
 from experiments.study.console import ExperimentError
+from experiments.study.servers import Server, end_process
 from rap_env.errors import UnknownNameError
 from rap_env.models.device import resident_bytes
 
@@ -44,13 +46,13 @@ def test_a_table_has_a_column_for_each_server():
 
 
 def test_each_server_has_its_command(monkeypatch):
-    monkeypatch.setattr(cgroup, "gguf_source", lambda _name: Path("model.gguf"))
+    monkeypatch.setattr(servers, "gguf_source", lambda _name: Path("model.gguf"))
     config = Config(stage="cgroup")
     kinds = ("rap", "rap_keep_off", "llama.cpp")
-    commands = [" ".join(cgroup.command_of(name, config, 80)) for name in kinds]
-    assert commands[0].endswith(" --port 80 --threads 1 --keep on")
-    assert commands[1].endswith(" --port 80 --threads 1 --keep off")
-    assert commands[2] == "llama-server -m model.gguf --port 80 -np 3 -c 3072 -t 1 -cram 0"
+    commands = [" ".join(cgroup.command_of(name, config)) for name in kinds]
+    assert commands[0].endswith(" --threads 1 --keep on")
+    assert commands[1].endswith(" --threads 1 --keep off")
+    assert commands[2] == "llama-server -m model.gguf -t 1 -np 3 -c 3072 -cram 0"
     with pytest.raises(UnknownNameError, match="vllm"):
         Config(stage="cgroup", cgroup=CgroupConfig(systems=["vllm"]))
 
@@ -67,8 +69,8 @@ def group(tmp_path, monkeypatch):
 
 def test_a_tenant_in_a_group_holds_what_it_is_told(group):
     assert (group / "memory.limit_in_bytes").read_text() == str(760 * 2**20)
-    command = [sys.executable, "-c", cgroup._TENANT]
-    tenant = started(group / "tenant", command, stdin=subprocess.PIPE)
+    command = inside(group / "tenant", [sys.executable, "-c", cgroup._TENANT])
+    tenant = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
     try:
         for size in (1, 60, 5):
             print(size, file=tenant.stdin, flush=True)
@@ -77,7 +79,7 @@ def test_a_tenant_in_a_group_holds_what_it_is_told(group):
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
     finally:
-        cgroup.ended(tenant)
+        end_process(tenant)
     assert (group / "tenant" / "cgroup.procs").read_text().strip() == str(tenant.pid)
 
 
@@ -91,8 +93,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         assert body["stream"] and body["max_tokens"] == 128
-        if os.path.exists(sys.argv[2]):
-            os.remove(sys.argv[2])
+        if os.path.exists(sys.argv[1]):
+            os.remove(sys.argv[1])
             os._exit(9)
         sent = len(body["messages"])
         assert all(m["content"] == "ab" for m in body["messages"] if m["role"] == "assistant")
@@ -110,17 +112,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *words):
         pass
 
-http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[3])), Handler).serve_forever()
 """
 
 
 @pytest.fixture
 def trial(group, tmp_path, monkeypatch):
     """Runs a trial of five seconds, with so many turns of a conversation."""
-    command = [sys.executable, "-c", _SERVER]
-    monkeypatch.setattr(
-        cgroup, "command_of", lambda _s, _c, port: [*command, str(port), str(tmp_path / "crash")]
-    )
+    command = [sys.executable, "-c", _SERVER, str(tmp_path / "crash")]
+    monkeypatch.setattr(cgroup, "command_of", lambda *_: command)
     monkeypatch.setattr(cgroup, "memory_group", lambda: nullcontext(group))
     (group / "server" / "memory.oom_control").write_text("under_oom 0\noom_kill 1\n")
 
@@ -157,11 +157,9 @@ def test_each_turn_of_a_conversation_sends_the_history(trial):
     assert "First token of a later turn, median" in values
 
 
-def test_a_server_that_ends_at_its_start_is_an_error(group, monkeypatch):
-    monkeypatch.setattr(cgroup, "command_of", lambda *_: [sys.executable, "-c", ""])
-    run = TrialRun("rap", Config(stage="cgroup"), group, None)
+def test_a_server_that_ends_at_its_start_is_an_error():
     with pytest.raises(ExperimentError, match="did not start"):
-        run.wait_until_ready()
+        Server([sys.executable, "-c", ""]).wait_until_ready()
 
 
 def test_without_such_groups_one_sentence_says_what_to_do(tmp_path, monkeypatch):
