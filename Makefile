@@ -10,7 +10,7 @@ GPU_BENCHMARKS := scoring levels memory
 # Some containers turn compiled modules off; then each process of a test compiles all it imports.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo test test-all test-network gpu bench soak lint format type docs lock clean
+.PHONY: help setup demo test test-all test-network gpu bench soak lint format type docs dist lock clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' Makefile | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -59,6 +59,9 @@ type: setup  ## Check the types.
 
 docs: setup  ## Build the documentation site in docs/_build/html; warnings are errors.
 	@$(RUN) -m sphinx -W -b html docs docs/_build/html
+
+dist:  ## Build sdist and wheel in dist/, and try both in an empty environment.
+	@sh tools/dist.sh $(PYTHON)
 
 lock: setup  ## Write the installed versions into constraints.txt.
 	@sh tools/lock.sh $(VENV)

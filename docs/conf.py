@@ -18,7 +18,6 @@ author = "the RAP contributors"
 copyright = author
 release = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build", "_generated"]
 html_theme = "furo"
 html_title = f"RAP {release}"
@@ -28,11 +27,9 @@ myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]  # included tables begin below the page's first level
 autodoc_member_order = "bysource"
-autodoc_typehints = "signature"
 autodoc_class_signature = "mixed"
 napoleon_use_rtype = False
 napoleon_use_ivar = True
-nitpicky = False
 
 
 def _replace_environment_docstring(
