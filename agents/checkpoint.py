@@ -41,13 +41,6 @@ _REPLAY_FIELDS = ("actions", "rewards", "dones", "timeouts")
 
 Json = dict[str, Any]
 
-_BLOCKS: Json = {
-    "layout": "blocks",
-    "levels": {"weights": ["removed"], "caches": [], "embeddings": []},
-    "together": [],
-}
-"""What agents observe in `RAPPrune-v0`; checkpoints of older versions have None for it."""
-
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -73,8 +66,8 @@ class Checkpoint:
     @property
     def observed(self) -> Json:
         """What the agent observes: `ObservationEncoder.spec` of the environments."""
-        spec: Json | None = self.body["ladder"]
-        return _BLOCKS if spec is None else {"layout": "ladder", **spec}
+        spec: Json = self.body["ladder"]
+        return spec
 
     def load_model(self, venv: VecEnv | None = None) -> BaseAlgorithm:
         """Load the model; with environments also the state from which training continues."""

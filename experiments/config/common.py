@@ -80,8 +80,8 @@ class ModelConfig:
     """``auto`` (the shortest that the processor has instructions for), ``bfloat16``,
     ``float16`` or ``float32``."""
     weights: str = "auto"
-    """``bf16``: unquantised, in `dtype`; ``native``: as the model's file has them; ``int8``
-    or ``int4``; ``auto``: native if ``env.id`` is ``RAPLadder-v0``, else bf16."""
+    """``bf16``: unquantised, in `dtype`; ``native``: as the model's file has them; ``auto``:
+    native if ``env.id`` is ``RAPLadder-v0``, else bf16."""
 
 
 @dataclass

@@ -22,7 +22,6 @@ import numpy.typing as npt
 from experiments.study.statistics import Estimate, bootstrap_mean
 from rap_env.artifacts import atomic_write, digest, disk_errors, remove_incomplete_line
 from rap_env.errors import ArtifactError
-from rap_env.model_facts import reject_stubs
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +71,8 @@ class Record:
         """Restore what `to_record` returned.
 
         Raises:
-            ArtifactError: Keys are missing or unknown, or its model had stubs.
+            ArtifactError: Keys are missing or unknown.
         """
-        reject_stubs(record.get("provenance", {}).get("depends_on", {}), cls.record_name)
         known = fields(cls)
         required = {f.name for f in known if f.default is MISSING}
         wrong = sorted((required - record.keys()) | (record.keys() - {f.name for f in known}))

@@ -208,7 +208,7 @@ def exportable(name: str, gguf_file: Path | None) -> GgufModel:
         raise UnsupportedModelError(
             f"A file for llama.cpp is made from a GGUF file, and {name} is no model from one: "
             "convert it with llama.cpp's convert_hf_to_gguf.py first, and give that file as the "
-            "model (of the default model, smollm2-135m@pypi is one)."
+            "model (the default model, smollm2-135m, is one)."
         )
     return GgufModel.of_file(gguf_file)
 

@@ -95,7 +95,7 @@ class PlanTable:
 
         Raises:
             FileNotFoundError: There is no such file.
-            ArtifactError: It is truncated, altered, of another model, or of one with stubs.
+            ArtifactError: It is truncated, altered, or of another model.
         """
         body = load_profile(path, cls.KIND, _FORMAT, model)
         plans = map(Plan.of, body.pop("plans"))

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from rap_env.artifacts import load_artifact, save_artifact, with_tuples
 from rap_env.errors import ArtifactError
-from rap_env.model_facts import HasFacts, reject_stubs
+from rap_env.model_facts import HasFacts
 from rap_env.plan import block_index, block_name
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Profile:
 
         Raises:
             FileNotFoundError: There is no such file.
-            ArtifactError: It is truncated, altered, of another model, or of one with stubs.
+            ArtifactError: It is truncated, altered, or of another model.
         """
         return cls(**load_profile(path, cls.KIND, cls.FORMAT, model))
 
@@ -202,7 +202,7 @@ def load_profile(
 
     Raises:
         FileNotFoundError: There is no such file.
-        ArtifactError: It is truncated, altered, or made from other weights or with stubs.
+        ArtifactError: It is truncated, altered, or made from other weights.
     """
     body = load_artifact(path, kind, version)
     check_measured(path, body["provenance"], model)
@@ -215,7 +215,7 @@ def check_measured(
     """Check that what a file holds was measured on a model, by the provenance in the file.
 
     Raises:
-        ArtifactError: It was measured with other weights or with stubs.
+        ArtifactError: It was measured with other weights.
     """
     if provenance["fingerprint"] != model.facts.fingerprint:
         raise ArtifactError(
@@ -223,4 +223,3 @@ def check_measured(
             f"dtype than the {model.facts.name} ({model.facts.dtype}) that is loaded; profile "
             "this model, or load the other one."
         )
-    reject_stubs(provenance["scoring"], os.fspath(path))

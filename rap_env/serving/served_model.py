@@ -12,9 +12,7 @@ from rap_env.memory import MemoryModel
 from rap_env.models.device import drop_unused_pages, resident_bytes
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.model_folder import made_apart
-from rap_env.models.files.packed_folder import is_packed
 from rap_env.models.live.elastic import ElasticLLM
-from rap_env.models.live.lean_llama import LeanLlama
 from rap_env.models.weights.tensors import copy_to_memory
 from rap_env.policies.base import Policy
 from rap_env.policies.loading import load_policy
@@ -58,10 +56,7 @@ def load_served_model(settings: ServerSettings, limit: LiveLimit | None = None) 
         )
     if settings.residency == "resident":  # else weights are copied in any case
         copy_to_memory(llm.model)
-    lean, on_cpu = isinstance(llm.model, LeanLlama), llm.device.type == "cpu"
-    # Those weights that `load_native` has read.
-    as_stored = lean or (on_cpu and llm.folder is not None and is_packed(llm.folder))
-    llm.set_residency(cast("Residency", settings.residency), as_stored=as_stored)
+    llm.set_residency(cast("Residency", settings.residency))
     return llm
 
 

@@ -76,7 +76,6 @@ def environment(tmp_path_factory):
     variables = {
         **os.environ,
         "RAP_CACHE_DIR": str(base / "cache"),
-        "RAP_MODEL_SOURCE": "pypi",
         "RAP_OFFLINE": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(ROOT),

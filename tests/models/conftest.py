@@ -9,7 +9,6 @@ def lonely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine with empty caches, no hub and no package index; gives the project's cache."""
     cache = tmp_path / "cache"
     monkeypatch.setenv("RAP_CACHE_DIR", str(cache))
-    monkeypatch.delenv("RAP_MODEL_SOURCE", raising=False)
     monkeypatch.delenv("RAP_OFFLINE", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

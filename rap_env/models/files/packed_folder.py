@@ -1,4 +1,4 @@
-"""Folders with packed weights: loaded without widening, and made once from unquantised models.
+"""Model folders that are read tensor by tensor: those with packed weights, without widening.
 
 Beside config and tokenizer such a folder has one safetensors file. A packed matrix has codes
 and scales there (``model.layers.0.mlp.up_proj.weight_codes`` and ``..._scales``, see
@@ -24,19 +24,10 @@ import torch
 from torch import nn
 
 from rap_env.errors import ModelNotAvailableError, UnsupportedModelError
-from rap_env.levels import WeightLevel
 from rap_env.models.families.adapter import FamilyAdapter, adapter_for, read_config
 from rap_env.models.files.hub import has_all_weights
 from rap_env.models.files.model_folder import MANIFEST, file_states, made_once, models_dir
-from rap_env.models.files.weight_files import (
-    load_complete,
-    load_tokenizer,
-    load_weights,
-    reject_other_shapes,
-)
-from rap_env.models.live.calibration import calibrate
-from rap_env.models.live.calibration_text import generate_windows, start_token
-from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.files.weight_files import load_complete, reject_other_shapes
 from rap_env.models.progress import transformers_bars
 from rap_env.models.weights.packed_layout import PackedLevel
 from rap_env.models.weights.packed_modules import from_matrices, from_tensors
@@ -45,9 +36,7 @@ from rap_env.models.weights.tensors import (
     check_lengths,
     stored_dtype,
     stored_tensors,
-    weights_of,
 )
-from rap_env.plan import EMBEDDINGS, Plan
 
 PACKED_FILE = "packed.safetensors"
 """The file that makes a model folder a packed one."""
@@ -199,7 +188,8 @@ def _rename(source: Path, folder: Path) -> dict[str, Any]:
     return {"file": source.name}
 
 
-_SHARD = "256MB"
+_SHARD, _VERSION = "256MB", 1
+_OTHER_FILES = (".json", ".txt", ".model", ".jinja")
 
 
 def model_without_weights(config: Any, dtype: torch.dtype) -> Any:
@@ -253,67 +243,11 @@ def has_all(model: Any, folder: Path) -> bool:
     return False
 
 
-_VERSION = 1
-"""Part of a folder's name: increase it when quantisers give other values."""
-
-_DURATIONS = {"int8": "a few seconds", "int4": "minutes: the model writes text to calibrate on"}
-_CALIBRATION_TOKENS, _WINDOW_TOKENS, _SEED = 10_240, 256, 0
-_EMBEDDINGS: WeightLevel = "int8"  # at 4 bits they cost more than all blocks together
-_OTHER_FILES = (".json", ".txt", ".model", ".jinja")
-
-
-def quantised_folder(source: Path, level: PackedLevel) -> Path:
-    """The packed folder of a model, for `load_native`; made at the first call.
-
-    All blocks are at `level`, and embeddings with head at int8. Int4 weights are calibrated
-    on text that the model writes itself.
-
-    Args:
-        source: The folder of the unquantised model.
-        level: ``"int8"`` or ``"int4"``.
-    """
-    return made_once(
-        models_dir() / f"{level}-{files_key(source)}-v{_VERSION}",
-        functools.partial(_fill, source, level),
-        f"Quantising {source} to {level} (once; {_DURATIONS[level]})",
-        logging.WARNING,
-    )
-
-
-def _fill(source: Path, level: PackedLevel, folder: Path) -> dict[str, Any]:
-    llm = _quantised(source, level)
-    _save(llm.model, source, folder)
-    return {"file": source.name, "level": level}
-
-
 def files_key(source: Path) -> str:
     """Names the present state of the config and the weights in a model folder."""
     weights = [*source.glob("*.safetensors"), *source.glob("*.bin")]
     files = sorted([source / "config.json", *weights])
     return file_states(*files)
-
-
-def _quantised(source: Path, level: PackedLevel) -> ElasticLLM:
-    tokenizer = load_tokenizer(source)
-    llm = ElasticLLM(load_weights(source, stored_dtype(source)), tokenizer, name=source.name)
-    if level == "int4" and start_token(llm) is not None:
-        tokens = min(_WINDOW_TOKENS, llm.adapter.max_positions - 1)
-        windows = generate_windows(llm, _CALIBRATION_TOKENS // tokens, tokens, _SEED)
-        calibrate(llm, windows, [level], uniform=True)
-    facts = llm.facts
-    levels = facts.blocks_at(level)
-    if _EMBEDDINGS in facts.embedding_levels:
-        levels[EMBEDDINGS] = _EMBEDDINGS
-    llm.apply(Plan.of(levels))
-    return llm
-
-
-def _save(model: Any, source: Path, folder: Path) -> None:
-    from safetensors.torch import save_file
-
-    stored = {name: tensor.detach().contiguous() for name, tensor in weights_of(model)}
-    save_file(stored, folder / PACKED_FILE, {"format": "pt"})
-    _copy_others(source, folder)
 
 
 def _copy_others(source: Path, folder: Path) -> None:

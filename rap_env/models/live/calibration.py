@@ -25,7 +25,6 @@ from rap_env.models.live.calibration_text import calibration_windows, packaged_w
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.weights.gptq import (
-    DAMPING,
     DampedHessian,
     correction,
     hessians,
@@ -48,8 +47,8 @@ _VERSION = 4
 
 _PREPARED_KIND, _PREPARED_FORMAT = "prepared levels", 1
 
-_OWN_TEXT_DAMPING = 0.1
-"""Ten times the usual: with 0.01, FFN blocks at int3 made with text of the default model's
+_DAMPING = 0.1
+"""Ten times the usual of GPTQ: with 0.01, FFN blocks at int3 made with text of the default model's
 own lost 0.38 nats per token on WikiText, with 0.1 and 0.3 they lost 0.25."""
 
 _CORRECTED: tuple[PackedLevel, ...] = ("int3", "int2")
@@ -96,8 +95,6 @@ def use_text(
     llm: ElasticLLM,
     windows: torch.Tensor,
     levels: Collection[PackedLevel] = _LEVELS,
-    *,
-    uniform: bool = False,
 ) -> None:
     """Name the text that the levels of a model's blocks are made with, without making them.
 
@@ -108,10 +105,9 @@ def use_text(
         windows: Token ids, (windows, tokens); ten thousand tokens are enough for good
             weights.
         levels: Packed levels below int8.
-        uniform: As for `calibrate`.
     """
     text = hashlib.sha256(windows.cpu().contiguous().numpy().tobytes())
-    text.update(f"{tuple(windows.shape)} {uniform} {_damping(uniform)} v{_VERSION}".encode())
+    text.update(f"{tuple(windows.shape)} False {_DAMPING} v{_VERSION}".encode())
     digest = text.hexdigest()
     _use_files(llm, digest, levels)
 
@@ -147,8 +143,6 @@ def calibrate(
     llm: ElasticLLM,
     windows: torch.Tensor,
     levels: Collection[PackedLevel] = _LEVELS,
-    *,
-    uniform: bool = False,
 ) -> None:
     """Make levels of all blocks and of the head with a text, as far as they have these levels.
 
@@ -160,13 +154,11 @@ def calibrate(
         llm: As for `use_text`.
         windows: See there.
         levels: See there.
-        uniform: All blocks will have the only level of `levels`: each is made for the inputs
-            that the lowered blocks before it give, so that it makes up for their errors.
 
     Raises:
         StorageFullError: No space for the files.
     """
-    use_text(llm, windows, levels, uniform=uniform)
+    use_text(llm, windows, levels)
     items = llm._live.all_items
     folders = {path.parent for item in items for path in item.files.values()}
     with llm.exclusive(), llm.applied(Plan()), contextlib.ExitStack() as locks:
@@ -178,7 +170,7 @@ def calibrate(
         log.warning("Making weights of %s: %s (once; minutes)", llm.name, ", ".join(made))
         residency = llm.residency
         llm.set_residency("resident")
-        _make(llm, windows, uniform)
+        _make(llm, windows)
         llm.set_residency(residency)
 
 
@@ -190,14 +182,14 @@ def _intact(path: Path) -> bool:
     return True
 
 
-def _make(llm: ElasticLLM, windows: torch.Tensor, uniform: bool) -> None:
+def _make(llm: ElasticLLM, windows: torch.Tensor) -> None:
     """Write the files of all blocks and of the head that are missing or damaged."""
     forward = PartialForward(llm)
     states = enter(forward, windows)
     for number, layer in enumerate(forward.layer_steps):
-        states = make_layer(llm, forward, layer, states, uniform=uniform)
+        states = make_layer(llm, forward, layer, states)
         log.info("Levels of layer %d of %d are made", number + 1, len(forward.layer_steps))
-    make_head(llm, forward, states, uniform=uniform)
+    make_head(llm, forward, states)
 
 
 def enter(forward: PartialForward, windows: torch.Tensor) -> list[torch.Tensor]:
@@ -231,7 +223,6 @@ def make_layer(
     layer: Sequence[tuple[int, ...]],
     states: list[torch.Tensor],
     *,
-    uniform: bool = False,
     pass_on: Callable[[list[torch.Tensor]], object] = lambda states: None,
 ) -> list[torch.Tensor]:
     """Write the files of a layer's levels that are missing or damaged.
@@ -241,7 +232,6 @@ def make_layer(
         forward: Its steps.
         layer: The steps of the layer, whose weights are in memory.
         states: Native inputs of the layer, as of `enter`.
-        uniform: As for `calibrate`.
         pass_on: Called with the inputs of the next layer before any weights are rounded.
 
     Returns:
@@ -249,41 +239,28 @@ def make_layer(
     """
     passes = []
     for step in layer:
-        native = _run_natively(llm, forward, step, states)
-        states = native.outputs
-        if uniform:
-            _round(llm, forward, native, DAMPING)
-            levels = [(index, level) for index in step for level in llm._live.items[index].files]
-            states = [
-                forward.run(step, some, Plan(weights=tuple(levels))) for some in native.states
-            ]
-            for index, level in levels:
-                llm._live.items[index].forget(level)
-        else:
-            passes.append(native)
+        passes.append(_run_natively(llm, forward, step, states))
+        states = passes[-1].outputs
     pass_on(states)
     for native in passes:
-        _round(llm, forward, native, _OWN_TEXT_DAMPING)
+        _round(llm, forward, native)
     return states
 
 
-def make_head(
-    llm: ElasticLLM, forward: PartialForward, states: list[torch.Tensor], *, uniform: bool = False
-) -> None:
+def make_head(llm: ElasticLLM, forward: PartialForward, states: list[torch.Tensor]) -> None:
     """Write the files of the head's levels that are missing or damaged.
 
     Args:
         llm: The model.
         forward: Its steps.
         states: Outputs of the last layer.
-        uniform: As for `calibrate`.
     """
     item = llm._live.embeddings
     if not (levels := _missing(item)):
         return
     hidden = [window.float() for state in states for window in forward.leave(state)]
     total = sum((part.T @ part for part in hidden[1:]), hidden[0].T @ hidden[0])
-    head, hessian = item.places[-1], DampedHessian.of(total, _damping(uniform))
+    head, hessian = item.places[-1], DampedHessian.of(total, _DAMPING)
     for level in levels:
         item.quantise(level, {head.tied or head: partial(quantise_gptq, hessian=hessian)})
         _write(item, level)
@@ -311,9 +288,9 @@ def _run_natively(
     return _NativePass(step, states, outputs, sums, last_outputs)
 
 
-def _round(llm: ElasticLLM, forward: PartialForward, native: _NativePass, damping: float) -> None:
+def _round(llm: ElasticLLM, forward: PartialForward, native: _NativePass) -> None:
     """Write the missing levels of the blocks of a step."""
-    damped = {id(total): DampedHessian.of(total, damping) for total in native.sums.values()}
+    damped = {id(total): DampedHessian.of(total, _DAMPING) for total in native.sums.values()}
     for index, outputs in native.last_outputs.items():
         item = llm._live.items[index]
         quantisers = {
@@ -366,10 +343,6 @@ def _quantise(
 
     added = correction(pairs(), _CORRECTION_DAMPING)
     item.quantise_again(level, last, quantisers[last], None if unequal else added)
-
-
-def _damping(uniform: bool) -> float:
-    return DAMPING if uniform else _OWN_TEXT_DAMPING
 
 
 def _missing(item: WeightItem) -> list[PackedLevel]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
@@ -61,6 +60,8 @@ class ElasticLLM:
             one.
         files_key: Names the files that hold exactly its weights, their state and its dtype;
             None for a model that was not loaded from files.
+        as_stored: Whether its weights are those of the folder's files, each tensor in memory of
+            its own: a residency then needs neither a copy nor a check of them.
         kept_bytes: Bytes of caches that are kept beside those in use; their owner counts them.
         calibrator: Makes them once they are needed and do not exist; None: `calibrate` first.
 
@@ -89,6 +90,7 @@ class ElasticLLM:
         self._live = LiveBlocks(sites, block_items(model, sites), embeddings_item(model))
         self.calibration = ""
         self.files_key: str | None = None
+        self.as_stored = False
         self.kept_bytes = 0
         self.calibrator: Callable[[ElasticLLM], object] | None = None
         self._unread: list[tuple[str, torch.Tensor | StoredTensor]] = []
@@ -175,11 +177,6 @@ class ElasticLLM:
             finally:
                 self._live.set(before, evict=True)
 
-    def masked(self, plan: Plan) -> AbstractContextManager[ElasticLLM]:
-        """The old name of `applied`."""
-        warnings.warn("masked is now applied", DeprecationWarning, stacklevel=2)
-        return self.applied(plan)
-
     def exclusive(self) -> AbstractContextManager[object]:
         """Keep other threads from running the model or changing its plan; may be nested."""
         return self._live.lock
@@ -203,16 +200,15 @@ class ElasticLLM:
         """Where weights are kept that are not in use; see `rap_env.models.weights.residency`."""
         return "resident" if self._live.store is None else self._live.store.residency
 
-    def set_residency(self, residency: Residency, *, as_stored: bool = False) -> None:
+    def set_residency(self, residency: Residency) -> None:
         """Select where weights are kept that the plan does not use, including those unused now.
 
         The first call with ``"offload"`` or ``"drop"`` copies every block's weights to a
-        buffer and checks that they can be read again; this takes seconds per GB.
+        buffer and checks that they can be read again, unless they are `as_stored`; this takes
+        seconds per GB.
 
         Args:
             residency: The residency.
-            as_stored: The weights were just read from the model's files as they are there, so
-                nothing is copied or checked.
 
         Raises:
             UnknownNameError: There is no such residency.
@@ -225,7 +221,7 @@ class ElasticLLM:
                 return
             with self._live.without_store():
                 if residency != "resident":
-                    self._add_store(residency, self.fingerprint, as_stored=as_stored)
+                    self._add_store(residency, self.fingerprint, as_stored=self.as_stored)
         return_freed_memory(self.device)
 
     def _add_store(self, residency: Residency, fingerprint: str, **options: bool) -> WeightStore:
@@ -253,11 +249,6 @@ class ElasticLLM:
         """Let a `BatchCache` follow the plans that `apply` sets, until it is deleted."""
         if cache is not None:
             self._live.caches.add(cache)
-
-    def forget_cache(self, cache: Any) -> None:
-        """No longer change a KV cache, nor count its bytes."""
-        if cache is not None:
-            self._live.caches.discard(cache)
 
     @property
     def removed_attention(self) -> frozenset[int]:
@@ -363,8 +354,8 @@ def _check_one_device(model: Any, name: str) -> None:
         raise UnsupportedModelError(
             f"The weights of {name} are on several devices ({', '.join(sorted(places))}), but a "
             "model must be on one GPU or on the CPU: load it without a device_map, or with "
-            "rap_env's load_llm(device=...). If it is too large, weights='int4' takes a quarter of "
-            "the bytes."
+            "rap_env's load_llm(device=...). If it is too large, load it with on_demand=True, and "
+            "apply a plan with weights at int4, which takes a quarter of the bytes."
         )
 
 

@@ -27,9 +27,6 @@ from rap_env.models.weights.quantisers import CodedRows, Grid, concatenated, non
 _ROWS = 4096  # of a matrix that are quantised at a time, to bound temporary memory
 _PANEL = 256  # rows of a symmetric matrix that are computed at a time, from the diagonal on
 
-DAMPING = 0.01
-"""Part of a Hessian's mean diagonal that is added to its diagonal, by default."""
-
 
 @contextlib.contextmanager
 def hessians(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tensor]]:
@@ -173,7 +170,7 @@ class DampedHessian:
     factor: torch.Tensor
 
     @classmethod
-    def of(cls, hessian: torch.Tensor, damping: float = DAMPING) -> DampedHessian:
+    def of(cls, hessian: torch.Tensor, damping: float) -> DampedHessian:
         """Damp the sum of ``x.T x`` over calibration inputs, (in, in).
 
         Args:

@@ -1,5 +1,4 @@
 import json
-import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -9,8 +8,8 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from rap_env.errors import ChecksumError, ModelNotAvailableError, UnsupportedModelError
-from rap_env.models.files import hub, sources
+from rap_env.errors import ModelNotAvailableError, UnsupportedModelError
+from rap_env.models.files import hub
 from rap_env.models.files.loading import load_llm
 from tests.models.fake_hub import COMMIT, FakeHub
 from tests.models.states import saved
@@ -156,24 +155,3 @@ def test_a_name_that_is_never_resolved_times_out(lonely: Path, monkeypatch) -> N
     finally:
         ended.set()
     assert "hub.example" in map(str, asked)
-
-
-def test_the_default_model_from_the_hub_must_have_the_right_weights(serve, monkeypatch) -> None:
-    monkeypatch.setattr(sources, "HUB_REVISION", COMMIT)
-    fake = serve(sources.HUB_ID)
-    for _ in range(2):  # the wrong file is thrown away, not believed the next time
-        with pytest.raises(ChecksumError, match=r"model\.safetensors from the hub has SHA-256"):
-            load_llm("smollm2-135m@hub")
-    assert fake.served.count("model.safetensors") == 2
-
-
-def test_the_default_model_from_the_hub(serve, checkpoint, monkeypatch) -> None:
-    monkeypatch.setattr(sources, "HUB_REVISION", COMMIT)
-    weights = checkpoint / "model.safetensors"
-    monkeypatch.setattr(sources, "HUB_SHA256", sources.file_sha256(weights))
-    fake = serve(sources.HUB_ID)
-    llm = load_llm("smollm2-135m", device="cpu")
-    assert llm.name == "smollm2-135m@hub"
-    fake.close()
-    shutil.rmtree(checkpoint)
-    assert load_llm("smollm2-135m", device="cpu").fingerprint == llm.fingerprint

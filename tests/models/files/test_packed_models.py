@@ -1,4 +1,4 @@
-"""Models whose own weights are packed: loaded in a format, masked, lowered, evicted, restored."""
+"""Models whose own weights are packed: loaded, masked, lowered, evicted, restored."""
 
 from pathlib import Path
 
@@ -7,41 +7,36 @@ import torch
 
 from rap_env.errors import UnknownNameError, UnsupportedModelError
 from rap_env.memory import MemoryModel
-from rap_env.models.files import packed_folder
 from rap_env.models.files.loading import load_llm
-from rap_env.models.files.packed_folder import is_packed
 from rap_env.models.files.pruned_checkpoint import save_pruned
-from rap_env.models.live.calibration import calibrate
-from rap_env.models.live.calibration_text import generate_windows
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.paths import cache_dir
 from rap_env.plan import Plan
 from rap_env.request import Request
-from tests.models.states import logits, saved, tensor_bytes, weights_hash
-from tests.tiny import DISTINCT_FAMILIES, FAMILIES, LAYERS, each_family, tiny_model
+from tests.models.states import (
+    logits,
+    opened,
+    saved,
+    saved_packed,
+    tensor_bytes,
+    weights_hash,
+)
+from tests.tiny import DISTINCT_FAMILIES, FAMILIES, LAYERS, each_family
 
 REQUEST = Request(1, 8, 1)
-CALIBRATION_TOKENS = 630
 
 
-@pytest.fixture(autouse=True)
-def short_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_folder, "_CALIBRATION_TOKENS", CALIBRATION_TOKENS)
-
-
-def loaded(tmp_path: Path, name: str, weights: str, dtype: str = "float32") -> ElasticLLM:
-    return load_llm(saved(tmp_path / "model", name), device="cpu", dtype=dtype, weights=weights)
+def loaded(tmp_path: Path, name: str, level: str) -> ElasticLLM:
+    return load_llm(saved_packed(tmp_path / "model", name, level), device="cpu", dtype="float32")
 
 
 @each_family("name", DISTINCT_FAMILIES, level=["int8", "int4"], dtype=["float32", "bfloat16"])
-def test_a_format_equals_the_level_of_a_live_model(tmp_path, name, level, dtype) -> None:
+def test_packed_weights_equal_the_level_of_a_live_model(tmp_path, name, level, dtype) -> None:
     stored = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    folder = saved(tmp_path / "model", name, stored)
-    packed = load_llm(folder, device="cpu", dtype=dtype, weights=level)
-    live = load_llm(folder, device="cpu", dtype=dtype)
-    if level == "int4":
-        text = generate_windows(live, CALIBRATION_TOKENS // 63, 63, seed=0)
-        calibrate(live, text, ["int4"], uniform=True)
+    live = opened(saved(tmp_path / "model", name, stored), stored)
+    packed = load_llm(
+        saved_packed(tmp_path / "packed", name, level, stored), device="cpu", dtype=dtype
+    )
     live.apply(Plan.uniform(LAYERS, weights=level, embeddings="int8"))
     assert torch.equal(logits(packed), logits(live))
     assert packed.dtype == live.dtype
@@ -96,29 +91,13 @@ def test_int4_weights_have_no_level_but_removed(tmp_path: Path, name: str) -> No
     assert not (cache_dir() / "offloaded").exists()
 
 
-def test_it_is_quantised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = saved(tmp_path / "model")
-    first = load_llm(folder, device="cpu", weights="int4")
-    with monkeypatch.context() as patched:
-        patched.setattr(packed_folder, "_quantised", None)
-        again = load_llm(folder, device="cpu", weights="int4")
-    assert again.fingerprint == first.fingerprint
-    assert again.name == first.name == "model"
-    assert again.tokenizer("abc").input_ids == first.tokenizer("abc").input_ids
-    assert again.folder is not None
-    assert is_packed(again.folder)
-    with pytest.raises(UnsupportedModelError, match="only packed weights"):
-        load_llm(again.folder, device="cpu", weights="bf16")
-    assert load_llm(again.folder, device="cpu").fingerprint == first.fingerprint
-    tiny_model("llama", seed=1).save_pretrained(folder)  # changed weights are quantised again
-    other = load_llm(folder, device="cpu", weights="int4")
-    assert other.fingerprint != first.fingerprint
-
-
 def test_packed_weights_are_rejected_where_unquantised_ones_are_needed(tmp_path: Path) -> None:
     llm = loaded(tmp_path, "llama", "int8")
     with pytest.raises(UnsupportedModelError, match="weights='bf16'"):
         save_pruned(llm, Plan.removing(0), tmp_path / "pruned")
-    save_pruned(load_llm(tmp_path / "model", device="cpu"), Plan.removing(0), tmp_path / "pruned")
-    with pytest.raises(UnsupportedModelError, match="pruned checkpoint"):
-        load_llm(tmp_path / "pruned", device="cpu", weights="int8")
+    with pytest.raises(UnsupportedModelError, match="only packed weights"):
+        load_llm(tmp_path / "model", device="cpu", weights="bf16")
+    with pytest.raises(
+        UnknownNameError, match="format of weights 'int4'; known are 'bf16', 'native'"
+    ):
+        load_llm(tmp_path / "model", device="cpu", weights="int4")

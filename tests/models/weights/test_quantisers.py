@@ -18,7 +18,7 @@ from rap_env.models.weights.quantisers import quantise
 
 
 def _gptq(weight: torch.Tensor, states: torch.Tensor, level: PackedLevel = "int4") -> PackedMatrix:
-    return quantise_gptq(weight, level, DampedHessian.of(states.T @ states))
+    return quantise_gptq(weight, level, DampedHessian.of(states.T @ states, 0.01))
 
 
 def _random(shape: tuple[int, int]) -> torch.Tensor:
@@ -164,7 +164,7 @@ def test_corrected_weights_make_up_for_changed_inputs() -> None:
     ]
     assert errors[0] < 0.1 * errors[1]
     gptq = [
-        quantise_gptq(own, "int3", DampedHessian.of(native.T @ native))
+        quantise_gptq(own, "int3", DampedHessian.of(native.T @ native, 0.01))
         for own in (weight + corrected_by, weight)
     ]
     outputs = [changed @ matrix.widened(torch.float32).T for matrix in gptq]
