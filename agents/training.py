@@ -49,7 +49,6 @@ class TrainResult:
     """Result of a training. Counts and times include those before a resume.
 
     Attributes:
-        run_dir: The run's folder; the policy is in the newest of ``checkpoints``.
         episodes: Finished episodes.
         evaluations: Plans whose score was needed, stored scores included.
         seconds: Wall time.
@@ -58,7 +57,6 @@ class TrainResult:
             budget, nats per token; NaN if there are none.
     """
 
-    run_dir: Path
     timesteps: int
     episodes: int
     evaluations: int
@@ -120,7 +118,6 @@ def train(
     finally:
         venv.close()
     return TrainResult(
-        run_dir=run_dir,
         timesteps=model.num_timesteps,
         resumed_from=None if checkpoint is None else checkpoint.step,
         recent_delta_nll=recorder.recent_delta_nll,

@@ -1,9 +1,9 @@
 """Levels that a running model has and changes to: ``python -m benchmarks.levels``.
 
-Decode steps and prefills of the model with packed weights and of the same model unquantised
-run in turn; so do those with and without FFN blocks at three bits, and decode steps with a
-quantised and an unquantised cache. Then all levels of a running batch change at once: from
-native to int4 weights and caches, in place, once all levels have been in use.
+Decode steps and prefills of the model with the packed weights of its file and of the same
+model unquantised run in turn; so do those with and without FFN blocks at three bits, and decode
+steps with a quantised and an unquantised cache. Then all levels of a running batch change at
+once: from native to int4 weights and caches, in place, once all levels have been in use.
 """
 
 from __future__ import annotations
@@ -36,9 +36,6 @@ Call = Callable[[], object]
 class LevelsSettings(ModelSettings):
     """Settings of this benchmark."""
 
-    packed: str = "native"
-    """Format of the packed weights: ``native`` (of a 4-bit GGUF file), ``int4`` or
-    ``int8``."""
     context_tokens: int = 512
     """Tokens in the cache of the decode steps, of the changed batch, and of the prefill."""
     cache_tokens: int = 2048
@@ -50,7 +47,7 @@ class LevelsSettings(ModelSettings):
 def main(settings: LevelsSettings) -> None:
     """Measure, and write the record."""
     wide = open_model(settings)
-    packed, lowered = (open_model(settings, settings.packed) for _ in range(2))
+    packed, lowered = (open_model(settings, "native") for _ in range(2))
     few_bits = lowered.facts.blocks_at("int3")
     lowered.apply(Plan.of({name: n for name, n in few_bits.items() if name.endswith("ffn")}))
     tokens, steps, dtype = settings.context_tokens, settings.steps, wide.facts.dtype
@@ -112,7 +109,7 @@ def cached_steps(settings: LevelsSettings, cache: str) -> Call:
 
     Unquantised caches have room for all tokens, as those of the server, and are not copied.
     """
-    llm, room = open_model(settings, settings.packed), settings.steps * (settings.repeats + 1)
+    llm, room = open_model(settings, "native"), settings.steps * (settings.repeats + 1)
     llm.apply(Plan.uniform(llm.facts.num_layers, caches=cache))
     before = max(1, settings.cache_tokens - room // 2)
     reserved = settings.cache_tokens + room if cache == "native" else 0

@@ -83,9 +83,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the an
 def facts_of(model: str, device: str, dtype: str, weights: str) -> ModelFacts:
     """Facts of a model; the weights of any but the default one are read once, for a fingerprint."""
     if weights in ("native", "bf16"):
-        from rap_env.policies.packaged_files import (
-            default_facts,  # loads more than `rap fetch` needs
-        )
+        from rap_env.policies.packaged_files import default_facts
 
         facts = default_facts(weights)
         if model in (facts.name, facts.name.partition("@")[0]) and dtype in ("auto", facts.dtype):

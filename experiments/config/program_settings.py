@@ -8,13 +8,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from experiments.config.common import (
-    Pinned,
-    TasksConfig,
-    TextConfig,
-    parse_pinned,
-    parse_shape,
-)
+from experiments.config.common import Pinned, TasksConfig, TextConfig, parse_pinned, parse_shape
 from experiments.study.console import ExperimentError
 from rap_env.envs.config import ENVIRONMENTS
 from rap_env.envs.config import EnvConfig as TaskConfig

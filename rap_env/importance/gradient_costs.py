@@ -18,13 +18,12 @@ layer's weights and one window's states are in memory.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, cast
+from typing import cast
 
 import torch
-from torch import nn
 
 from rap_env.importance.level_costs import (
     CACHE_LEVELS,
@@ -37,19 +36,18 @@ from rap_env.levels import CacheLevel
 from rap_env.model_facts import ModelFacts
 from rap_env.models.files.loading import load_llm
 from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.live.head_parts import head_divergences, head_nll
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.progress import progress_bar
-from rap_env.models.weights.packed_layout import BLOCK, LOW_BIT_FORMATS, PACKED_LEVELS
-from rap_env.models.weights.packed_modules import PackedModule
+from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS, PACKED_LEVELS
 from rap_env.plan import EMBEDDINGS, Plan, block_name, cache_name, is_cache
 from rap_env.scoring.corpus import Corpus
 
 REMOVAL_TOKENS, _REMOVAL_STEP = 128, 4
 """The removal of each block is measured on every fourth of so many tokens of a window.
 
-On the default model, the divergence there ranks removals of attention as their rise in NLL
-on four times as many tokens does (rank correlation 0.95; 0.84 for the rise in NLL on the same
-tokens, in which the noise of the text remains).
+The divergence from the native predictions needs fewer tokens than the rise in NLL: it depends
+on all probabilities, not on those of the tokens that the text happens to have.
 """
 
 _STATES_AT_ONCE = 8  # states that run through a layer together
@@ -59,9 +57,6 @@ _REGIONS = 4  # parts of the layers, each with a scale of removals of its own
 
 Scaled = tuple[tuple[str, ...], str]
 """Names of items, and the level whose costs are scaled together."""
-
-_HEAD_VALUES = 2**23
-"""Entries of the head's weights that are in memory at a time, in float32."""
 
 
 def item_levels(
@@ -142,7 +137,12 @@ def _removals(
                         without[block_name(index)] = left.detach()
                 state = forward.run(step, state).detach()
         forward.forget(layer)
-    costs = _divergences(forward, state, list(without.values()))
+    start = (ids.shape[1] - 1) % _REMOVAL_STEP  # so that the last token is among them
+
+    def decoded(state: torch.Tensor) -> torch.Tensor:
+        return forward.leave(state).detach()[0, start::_REMOVAL_STEP]
+
+    costs = head_divergences(forward, decoded(state), list(map(decoded, without.values())))
     return dict(zip(without, costs, strict=True))
 
 
@@ -155,41 +155,6 @@ def _through(
         some = torch.cat(inputs[first : first + _STATES_AT_ONCE])
         outputs += torch.split(forward.run(step, some).detach(), 1)
     return dict(zip(states, outputs, strict=True))
-
-
-def _divergences(
-    forward: PartialForward, native: torch.Tensor, states: Sequence[torch.Tensor]
-) -> list[float]:
-    """KL divergence of the predictions for states from those for native ones.
-
-    Args:
-        forward: Has the head.
-        native: The output of the last layer, (1, T, H).
-        states: The same under plans.
-
-    Returns:
-        Nats per token, on average over every `_REMOVAL_STEP`-th token up to the last one.
-    """
-    start = (native.shape[1] - 1) % _REMOVAL_STEP
-
-    def decoded(state: torch.Tensor) -> torch.Tensor:
-        return forward.leave(state).detach()[0, start::_REMOVAL_STEP].float()
-
-    hidden = [decoded(native), *map(decoded, states)]
-    totals = [torch.full_like(each[:, 0], -torch.inf) for each in hidden]
-    for _, weight, bias in _head_parts(forward):
-        for number, each in enumerate(hidden):
-            logits, _ = _capped(forward, each, weight, bias)
-            totals[number] = torch.logaddexp(totals[number], logits.logsumexp(-1))
-    sums = [0.0] * len(states)
-    for _, weight, bias in _head_parts(forward):
-        expected = _capped(forward, hidden[0], weight, bias)[0] - totals[0][:, None]
-        shares = expected.exp()
-        for number, (each, total) in enumerate(zip(hidden[1:], totals[1:], strict=True)):
-            logits, _ = _capped(forward, each, weight, bias)
-            lost = expected - logits.sub_(total[:, None])
-            sums[number] += float(lost.mul_(shares).sum(-1).double().mean())
-    return sums
 
 
 def _layer_costs(
@@ -413,76 +378,3 @@ def plan_nll(forward: PartialForward, windows: torch.Tensor, plan: Plan) -> floa
             for state, window in zip(states, windows, strict=True)
         ]
     return float(torch.cat(nlls).double().mean())
-
-
-@torch.no_grad()
-def head_nll(
-    forward: PartialForward, hidden: torch.Tensor, targets: torch.Tensor, *, gradient: bool = False
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """NLL of each target, (N,), and the gradient of their sum with respect to `hidden`, (N, H).
-
-    The weights of the head are widened in parts, so that neither they nor all logits are in
-    memory as a whole.
-
-    Args:
-        forward: Has the head.
-        hidden: The decoder's output, (N, H).
-        targets: The tokens to predict, (N,).
-        gradient: Whether the gradient is computed.
-    """
-    hidden = hidden.float()
-    total = hidden.new_full((len(hidden),), -torch.inf)
-    target_logits, targets = torch.empty_like(total), targets.to(hidden.device)
-    for first, weight, bias in _head_parts(forward):
-        logits, _ = _capped(forward, hidden, weight, bias)
-        total = torch.logaddexp(total, logits.logsumexp(-1))
-        rows, columns = _within(targets, first, len(weight))
-        target_logits[rows] = logits[rows, columns]
-    nll = total - target_logits
-    if not gradient:
-        return nll, None
-    slope = torch.zeros_like(hidden)
-    for first, weight, bias in _head_parts(forward):
-        logits, steepness = _capped(forward, hidden, weight, bias)
-        errors = logits.sub_(total[:, None]).exp_()
-        rows, columns = _within(targets, first, len(weight))
-        errors[rows, columns] -= 1
-        slope.addmm_(errors if steepness is None else errors.mul_(steepness), weight)
-    return nll, slope
-
-
-def _head_parts(
-    forward: PartialForward,
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
-    """Parts of the head's rows in float32: the first row, weights (rows, H), and biases (rows,)."""
-    head: Any = forward.model.get_output_embeddings()
-    matrix = head.matrices["weight"] if isinstance(head, PackedModule) else None
-    shape = head.weight.shape if matrix is None else matrix.shape
-    size = max(BLOCK, _HEAD_VALUES // shape[1] // BLOCK * BLOCK)
-    for first in range(0, shape[0], size):
-        part = slice(first, min(first + size, shape[0]))
-        if matrix is None:
-            weight = head.weight[part].to(forward.model.device).float()
-        else:
-            weight = torch.empty(part.stop - first, shape[1], device=matrix.device)
-            matrix.widen(weight, first)
-        yield first, weight, None if head.bias is None else head.bias[part].float()
-
-
-def _capped(
-    forward: PartialForward, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Logits of a part of the vocabulary, (N, rows), and their slope under Gemma's soft cap."""
-    logits = nn.functional.linear(hidden, weight, bias)
-    with torch.enable_grad():
-        inner = logits.detach().requires_grad_()
-        capped = forward.adapter.cap_logits(inner)
-        if capped is inner:
-            return inner.detach(), None
-        return capped.detach(), torch.autograd.grad(capped.sum(), inner)[0]
-
-
-def _within(targets: torch.Tensor, first: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The positions of targets in a part of the vocabulary, and their places there."""
-    rows = ((targets >= first) & (targets < first + size)).nonzero()[:, 0]
-    return rows, targets[rows] - first

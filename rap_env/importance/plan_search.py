@@ -23,26 +23,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rap_env.importance.level_costs import LevelCosts
-from rap_env.importance.orders import greedy_order
+from rap_env.importance.orders import greedy_order, one_shot_costs
 from rap_env.importance.plan_table import KnownPlans, PlanTable
-from rap_env.ladder.items import Counts
+from rap_env.ladder.items import Counts, Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.state import LadderCosts
 from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.scoring.interface import OnScore
-from rap_env.scoring.predictor import Floats
-from rap_env.scoring.predictor_fit import necessary_plans
+from rap_env.scoring.predictor import Features, Floats, ScoreModel
+from rap_env.scoring.predictor_fit import fit_scores, necessary_plans
 from rap_env.specs import check, setting
 
 if TYPE_CHECKING:  # a search with a predictor loads no torch
     from rap_env.scoring.scorer import PlanScorer
-
-
-from rap_env.importance.orders import one_shot_costs
-from rap_env.ladder.items import Ladder
-from rap_env.scoring.predictor import Features, ScoreModel
-from rap_env.scoring.predictor_fit import fit_scores
 
 _MOST_STEPS = 40
 _PESSIMISM = (1.0, 2.0, 4.0)  # of the rounds, in turn

@@ -38,15 +38,7 @@ from rap_env.importance.gradient_costs import (
     window_costs,
 )
 from rap_env.importance.level_costs import CACHE_LEVELS, LevelCosts
-from rap_env.importance.shared_tasks import (
-    FORMAT,
-    KIND,
-    Check,
-    Note,
-    Tasks,
-    helpers,
-    keep_usable,
-)
+from rap_env.importance.shared_tasks import FORMAT, KIND, Check, Note, Tasks, helpers, keep_usable
 from rap_env.models.device import free_memory_early, resident_bytes
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.model_folder import locked

@@ -138,8 +138,8 @@ def free_bytes(device: torch.device) -> int:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def use_threads(number: int) -> int:
-    """Set the number of torch threads of this process, log and return it.
+def use_threads(number: int) -> None:
+    """Set the number of torch threads of this process, and log it.
 
     The library itself never calls it: torch's default (one thread per core) is used until you
     do. Threads that spin while they wait for each other can make a busy machine slower.
@@ -153,7 +153,6 @@ def use_threads(number: int) -> int:
         raise InvalidRequestError(f"The number of threads must be at least 1, not {number}.")
     torch.set_num_threads(number)
     log.info("torch uses %s.", counted(number, "thread"))
-    return number
 
 
 def keep_freed_memory() -> None:

@@ -20,13 +20,7 @@ from rap_env.errors import ArtifactError
 from rap_env.ladder.features import BYTES_OVER, bytes_over
 from rap_env.ladder.observation import ObservationEncoder, ObservedState
 from rap_env.plan import Plan
-from rap_env.policies.network_rows import (
-    MOST_SPREADS,
-    OVER_FLOOR,
-    ROWS,
-    SPREAD_FLOOR,
-    RowSpec,
-)
+from rap_env.policies.network_rows import MOST_SPREADS, OVER_FLOOR, ROWS, SPREAD_FLOOR, RowSpec
 from rap_env.request import Request
 
 Floats = npt.NDArray[np.float32]

@@ -31,12 +31,7 @@ from rap_env.models.files.weight_files import load_complete, reject_other_shapes
 from rap_env.models.progress import transformers_bars
 from rap_env.models.weights.packed_layout import PackedLevel
 from rap_env.models.weights.packed_modules import from_matrices, from_tensors
-from rap_env.models.weights.tensors import (
-    StoredTensor,
-    check_lengths,
-    stored_dtype,
-    stored_tensors,
-)
+from rap_env.models.weights.tensors import StoredTensor, check_lengths, stored_dtype, stored_tensors
 
 PACKED_FILE = "packed.safetensors"
 """The file that makes a model folder a packed one."""

@@ -24,13 +24,7 @@ from rap_env.models.files.model_folder import locked
 from rap_env.models.live.calibration_text import calibration_windows, packaged_windows
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
-from rap_env.models.weights.gptq import (
-    DampedHessian,
-    correction,
-    hessians,
-    quantise_gptq,
-    recorded,
-)
+from rap_env.models.weights.gptq import DampedHessian, correction, hessians, quantise_gptq, recorded
 from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS, PACKED_LEVELS, PackedLevel
 from rap_env.models.weights.packed_modules import raw_weights
 from rap_env.models.weights.packing import PackedMatrix

@@ -42,12 +42,7 @@ from rap_env.models.weights.packed_modules import (
 )
 from rap_env.models.weights.packing import PackedMatrix
 from rap_env.models.weights.quantisers import Quantiser, quantise
-from rap_env.models.weights.tensors import (
-    StoredTensor,
-    named_weights,
-    tensor_key,
-    verified_tensors,
-)
+from rap_env.models.weights.tensors import StoredTensor, named_weights, tensor_key, verified_tensors
 from rap_env.plan import EMBEDDINGS
 
 T = TypeVar("T")
