@@ -1,12 +1,15 @@
 """The memory limit: checked early, reported, and changed by a file or an administrator."""
 
 import logging
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
 
 import httpx
 import pytest
+import torch
+import transformers
 from prometheus_client.parser import text_string_to_metric_families
 
 from rap_env.errors import ServingSettingsError
@@ -27,7 +30,7 @@ from tests.serving.background import BackgroundServer
 from tests.serving.fake_engine import FakeEngine
 from tests.serving.test_app import PLAIN, error_of, post
 from tests.serving.test_policies import knapsack_of
-from tests.tiny import tiny_llm, tiny_model
+from tests.tiny import tiny_config, tiny_llm, tiny_model
 
 MIB = 2**20
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -62,6 +65,44 @@ def test_a_process_that_cannot_start_within_its_limit_does_not_read_the_weights(
         build_stack(ServerSettings(model=folder, memory="1MiB", policy="dense"))
     stated = int(str(found.value).partition("needs ")[2].partition("MiB")[0])
     assert stated * MIB > need
+
+
+START = """
+import re, sys
+from rap_env.errors import ServingSettingsError
+from rap_env.models.device import resident_bytes
+from rap_env.serving.settings import ServerSettings
+from rap_env.serving.stack import build_stack
+
+memory_mib, started = 1, None
+while started is None:
+    memory = f"{memory_mib}MiB"
+    settings = ServerSettings(model=sys.argv[1], memory=memory, policy="dense", dtype="float32")
+    try:
+        started = build_stack(settings)
+    except ServingSettingsError as error:
+        memory_mib = int(re.search(r"needs (\\d+)MiB", str(error))[1])
+print(memory_mib, resident_bytes()[0] / 2**20)
+"""
+
+
+@linux
+@pytest.mark.parametrize("family", ["llama", pytest.param("opt", marks=pytest.mark.slow)])
+def test_a_process_starts_with_the_memory_that_it_asks_for_and_needs_nearly_all_of_it(
+    family, tmp_path, tokenizer
+):
+    """Of a model that is loaded tensor by tensor, and of one that transformers loads."""
+    config = tiny_config(family, layers=12)
+    wide = {"hidden_size": 512, "word_embed_proj_dim": 512, "head_dim": 128}
+    wide |= {"intermediate_size": 2048, "ffn_dim": 2048}
+    config.update({name: size for name, size in wide.items() if hasattr(config, name)})
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    command = [sys.executable, "-c", START, str(tmp_path)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    stated_mib, taken_mib = map(float, output.split())
+    assert taken_mib <= stated_mib < 1.1 * taken_mib
 
 
 @linux

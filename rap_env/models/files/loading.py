@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from rap_env.models.files.packed_folder import (
     is_packed,
     load_native,
     model_without_weights,
+    tensors_to_read,
     unread_bytes,
     with_own_names,
 )
@@ -49,7 +50,7 @@ from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.lean_llama import LeanLlama, lean_config
 from rap_env.models.weights.packed_modules import PackedModule, from_matrices, skeleton
 from rap_env.models.weights.packing import choose_packed_dtype
-from rap_env.models.weights.tensors import read_header
+from rap_env.models.weights.tensors import StoredTensor, stored_tensors
 from rap_env.paths import cache_dir
 
 WEIGHTS = ("native", "bf16")
@@ -127,7 +128,7 @@ def load_llm(
         if on_demand:
             log.warning("%s is loaded whole, because it is a pruned checkpoint", source.name)
         if before_weights is not None:
-            before_weights(2 * _stored_bytes(folder))
+            before_weights(2 * _bytes_of(stored_tensors(folder)))
         return load_pruned(folder, device=str(place), dtype=None if dtype == "auto" else kind)
     config = lean_config(folder) if lean and place.type == "cpu" else None
     if config is None:
@@ -137,12 +138,16 @@ def load_llm(
     if on_demand and not packed:
         folder = with_own_names(folder)
     if before_weights is not None:
-        size = unread_bytes(folder, kind) if on_demand else _stored_bytes(folder)
+        lean = config is not None
+        size = unread_bytes(folder, kind) if on_demand else _loading_bytes(folder, kind, lean=lean)
         before_weights(size + _tokenizer_bytes(folder))
     # Before the weights, because it takes twice its size.
     tokenizer = None if again else load_tokenizer(folder)
     if before_weights is not None and not on_demand:
-        before_weights(_loading_bytes(folder, kind, lean=config is not None))
+        if not lean:  # it imports all of transformers' modules, but takes no memory for weights
+            model_without_weights(read_config(folder), kind)
+        return_freed_memory()
+        before_weights(size)
     key = f"{files_key(folder)}-{str(kind).removeprefix('torch.')}-{transformers.__version__}"
     log.log(
         logging.DEBUG if again else logging.INFO, "Loading %s in %s on %s", source.name, kind, place
@@ -193,28 +198,21 @@ def _moved(model: Any, place: torch.device) -> Any:
 
 
 def _loading_bytes(folder: Path, dtype: torch.dtype, *, lean: bool) -> int:
-    """Bytes that loading a folder's weights takes; imports what it needs before.
+    """Bytes that loading a folder's weights takes.
 
     Transformers maps unpacked files into memory beside the tensors that it makes of them.
     """
-    more = 0
-    if not lean:  # without memory for weights, but with all of transformers' modules
-        bare = model_without_weights(read_config(folder), dtype)
-        if not is_packed(folder):
-            more = sum(parameter.nbytes for parameter in bare.parameters())
-    return_freed_memory()
-    return _stored_bytes(folder) + more
+    mapped = 0 if lean or is_packed(folder) else _bytes_of(stored_tensors(folder))
+    return _bytes_of(tensors_to_read(folder, dtype)) + mapped
 
 
-def _stored_bytes(folder: Path) -> int:
-    """Bytes of all weights in a folder's files, and of the largest one once more.
+def _bytes_of(tensors: Mapping[str, StoredTensor]) -> int:
+    """Bytes of all tensors, and of the largest one once more.
 
     `ElasticLLM.set_residency` copies each tensor.
     """
-    tables = (read_header(path) for path in folder.glob("*.safetensors"))
-    ranges = (entry["data_offsets"] for table in tables for entry in table.values())
-    sizes = [end - begin for begin, end in ranges]
-    return int(sum(sizes) + max(sizes, default=0))
+    sizes = [tensor.nbytes for tensor in tensors.values()]
+    return sum(sizes) + max(sizes, default=0)
 
 
 def _tokenizer_bytes(folder: Path) -> int:

@@ -12,11 +12,12 @@ from rap_env.models.files.pruned_checkpoint import save_pruned
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.plan import Plan
-from tests.models.states import logits, saved, tensor_bytes
+from tests.models.states import logits, saved, saved_packed, tensor_bytes
 from tests.tiny import each_family, tiny_llm, tiny_model, tiny_tokenizer
 
 IDS = torch.tensor([[5, 9, 33, 4, 17, 2]])
 NOTHING = Plan.removing(0, 1, 2, 3)
+SAVE = {"unquantised": saved, "packed": saved_packed}
 
 
 def loaded(folder: Path, **options: Any) -> ElasticLLM:
@@ -45,11 +46,11 @@ def rest_bytes(llm: ElasticLLM) -> int:
     return llm.facts.base_bytes - unread * llm._live.embeddings.native_bytes
 
 
-@each_family("family", weights=["native", "int8"], dtype=["float32", "bfloat16"])
-def test_it_computes_what_the_whole_model_does(tmp_path, family, weights, dtype) -> None:
-    folder = saved(tmp_path / "m", family)
-    whole = load_llm(folder, device="cpu", dtype=dtype, weights=weights)
-    llm = loaded(folder, dtype=dtype, weights=weights)
+@each_family("family", save=SAVE, dtype=["float32", "bfloat16"])
+def test_it_computes_what_the_whole_model_does(tmp_path, family, save, dtype) -> None:
+    folder = save(tmp_path / "m", family)
+    whole = load_llm(folder, device="cpu", dtype=dtype)
+    llm = loaded(folder, dtype=dtype)
     assert llm.plan == NOTHING
     assert llm.residency == "drop"
     assert llm.fingerprint == whole.fingerprint
@@ -91,11 +92,11 @@ def test_a_block_reads_only_itself(tmp_path) -> None:
         assert llm.plan == Plan(NOTHING.removed, embeddings="int8")
 
 
-@each_family("family", weights=["native", "int8"])
-def test_levels_of_embeddings_and_other_residencies(tmp_path, family, weights) -> None:
-    folder = saved(tmp_path / "m", family)
-    whole = load_llm(folder, device="cpu", dtype="float32", weights=weights)
-    llm = loaded(folder, weights=weights)
+@each_family("family", save=SAVE)
+def test_levels_of_embeddings_and_other_residencies(tmp_path, family, save) -> None:
+    folder = save(tmp_path / "m", family)
+    whole = load_llm(folder, device="cpu", dtype="float32")
+    llm = loaded(folder)
     facts = whole.facts
     for level in facts.embedding_levels:
         results = []
