@@ -67,10 +67,6 @@ VARIANTS: dict[str, dict[str, list[dict[str, Any]]]] = {
             {"infeasible": "clip", "info": "arrays", "importance": "one_shot"},
             {"importance": "none", "max_steps": 12},
         ],
-        "score_table:small-unequal": [
-            {"workload": "grid", "infeasible": "clip"},
-            {"workload": "grid", "infeasible": "clip", "max_invalid_actions": 2},
-        ],
         "made": [
             {"infeasible": "clip", "max_invalid_actions": 1},
             {"infeasible": "clip", "max_steps": 4, "info": "arrays"},

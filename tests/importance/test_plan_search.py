@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 
-from rap_env.artifacts import with_tuples
-from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.orders import greedy_order, one_shot_costs
 from rap_env.importance.plan_search import (
     PlanPredictor,
@@ -14,14 +12,11 @@ from rap_env.importance.plan_search import (
     lowered_plans,
 )
 from rap_env.importance.plan_table import PlanTable
-from rap_env.importance.profiles import OneShotProfile
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
-from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.scoring.predictor_fit import feature_matrix, fit_score_model, lowered_costs
-from rap_env.scoring.score_table import ScoreTable, TableScorer, table_path
 from tests.envs.tiny_contexts import make_ladder_context
 
 CACHES = ("int8", "int4", "int4-window32")
@@ -168,42 +163,3 @@ def test_a_text_that_is_shorter_than_the_windows_of_the_ladder_can_be_searched_o
     assert with_windows
     for plan in with_windows:
         assert found.scores[plan] == short.scorer.nll(plan)
-
-
-class ScorerOfEveryMask(TableScorer):
-    """Every mask of a small trained model was measured."""
-
-    @property
-    def provenance(self):
-        return {"text": {}, "scoring": {}}
-
-
-@pytest.mark.parametrize("name", ["small-uniform", "small-unequal"])
-def test_a_search_over_masks_is_near_optimal(name):
-    table = ScoreTable.load(table_path(f"score_table:{name}"))
-    memory, rng = MemoryModel(table.facts), np.random.default_rng(0)
-    costs = LevelCosts.of_removals(OneShotProfile(**with_tuples(table.one_shot)))
-    asked = [
-        Request.at_fraction(
-            memory, int(rng.choice([1, 4, 16])), int(rng.choice([64, 256])), rng.uniform(0.4, 0.95)
-        )
-        for _ in range(128)
-    ]
-    ladder_bytes = LadderBytes(memory, Ladder.of(table.facts, "masks"))
-    config = PlanSearchConfig(evaluations=150, requests=32, members=3)
-    found = build_plan_table(ScorerOfEveryMask(table), costs, ladder_bytes, asked, config)
-    assert found.evaluations <= 150
-    known, order = found.on(ladder_bytes.ladder), greedy_order(costs, ladder_bytes).steps
-    every_position = np.array([ladder_bytes.ladder.positions(mask) for mask in table.scores])
-    nlls, chosen, best, followed = list(table.scores.values()), [], [], []
-    for request in asked[:24]:
-        shape = request.batch_size, request.seq_len_tokens
-        bytes_of = ladder_bytes.costs(*shape)
-        peaks = bytes_of.peaks(every_position)
-        fits = [nll for nll, peak in zip(nlls, peaks, strict=True) if peak <= request.budget_bytes]
-        if fits:
-            chosen.append(table.scores[known.best(bytes_of, request.budget_bytes)])
-            best.append(min(fits))
-            followed.append(table.scores[bytes_of.lower_until_fits(order, request.budget_bytes)])
-    gained = (np.mean(followed) - np.mean(chosen)) / (np.mean(followed) - np.mean(best))
-    assert 0.9 < gained <= 1

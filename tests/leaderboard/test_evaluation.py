@@ -24,9 +24,8 @@ from rap_env.scoring.corpus_loading import load_corpus
 from tests.tiny import tiny_llm, tiny_tokenizer
 
 V0, V1 = "RAPPrune/SmolLM2-Table-v1", "RAPLadder/SmolLM2-Table-v1"
-SMALL = ["RAPPrune/SmallUniform-Table-v1", "RAPPrune/SmallUnequal-Table-v1"]
 LOW_BITS = "RAPLadder/SmolLM2-LowBits-Table-v0"
-TABLES = [V0, V1, LOW_BITS, "RAPLadder/Gemma3-270M-Table-v1", *SMALL]
+TABLES = [V0, V1, LOW_BITS, "RAPLadder/Gemma3-270M-Table-v1"]
 
 
 def first_valid(observation):
