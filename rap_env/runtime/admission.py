@@ -216,9 +216,9 @@ class Admission:
         first = PassSize(tokens, tokens + kept_tokens)
         if self._controller.admit(shape, batch.shape, first, stalled=stalled):
             self._queue.remove(sequence)
-            kept_tokens, levels = batch.prefill(sequence, chunk_tokens, interrupt)
-            self._output.counters.kept_tokens += kept_tokens
-            sequence.handle.emit(AdmitEvent(self._clock(), kept_tokens, levels))
+            taken = batch.prefill(sequence, chunk_tokens, interrupt)
+            self._output.counters.kept_tokens += taken.tokens
+            sequence.handle.emit(AdmitEvent(self._clock(), *taken))
             return True
         if not batch.decoding and not self.could_ever_fit(shape):
             self._queue.remove(sequence)

@@ -78,6 +78,20 @@ class Match(NamedTuple):
     tokens: int = 0
 
 
+class Taken(NamedTuple):
+    """What a sequence took over.
+
+    Attributes:
+        tokens: Number of its first tokens.
+        levels: The levels that their keys and values had, in words.
+        plans: The plans under which they were read, with those levels.
+    """
+
+    tokens: int = 0
+    levels: str = ""
+    plans: frozenset[Plan] = frozenset()
+
+
 class KeptSequences:
     """Keeps sequences that were read, and finds those that begin as another one does.
 
@@ -151,13 +165,9 @@ class KeptSequences:
                 best = max(best, found, key=lambda match: match.tokens)
         return best
 
-    def take(self, sequence: TokenSequence, batch: LiveBatch) -> tuple[int, str]:
-        """Fill an empty batch with the kept beginning of a sequence.
-
-        Returns:
-            The number of its tokens, and the levels that they had, in words.
-        """
-        tokens, levels = 0, Plan()
+    def take(self, sequence: TokenSequence, batch: LiveBatch) -> Taken:
+        """Fill an empty batch with the kept beginning of a sequence."""
+        taken = Taken()
         try:
             with self._llm.exclusive():
                 path, tokens = self.match(sequence)
@@ -165,17 +175,18 @@ class KeptSequences:
                     blocks = [node.block for node in path if node.block is not None]
                     batch.fill(sequence.tokens[:tokens], blocks)
                     self._touch(path)
+                    levels = Plan()
                     for block in blocks:
                         levels = with_lowest_caches(levels, block.levels)
-                    plans = {with_lowest_caches(each, levels) for each in path[-1].plans}
-                    sequence.read = ReadPlans([(tokens, frozenset(plans))])
+                    names = {level.name for _, level in levels.caches}
+                    plans = frozenset(with_lowest_caches(each, levels) for each in path[-1].plans)
+                    taken = Taken(tokens, "/".join(sorted(names)) or "native", plans)
+                    sequence.read = ReadPlans([(tokens, plans)])
                     sequence.refills = False
         except OSError as error:
             log.warning("A kept cache cannot be read, and is computed again: %s.", error)
-            tokens = 0
         self._release(sequence)
-        names = {level.name for _, level in levels.caches}
-        return tokens, "/".join(sorted(names)) or "native" * bool(tokens)
+        return taken
 
     def _may_use(self, plans: frozenset[Plan], levels: Plan, sequence: TokenSequence) -> bool:
         plan, tokens = self._llm.plan, sequence.handle.final_tokens

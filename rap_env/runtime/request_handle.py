@@ -43,11 +43,13 @@ class AdmitEvent:
         kept_tokens: Its first tokens that were kept of earlier requests, or of itself before a
             preemption, and are not read again.
         kept_levels: The levels that their keys and values had, in words; empty without any.
+        kept_plans: The plans under which they were read, with those levels.
     """
 
     time_s: float
     kept_tokens: int = 0
     kept_levels: str = ""
+    kept_plans: frozenset[Plan] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,8 @@ class RequestHandle:
         rejection: Why the engine rejected the request after it had waited, if it did.
         kept_tokens: Tokens of its prompt that were kept of earlier requests.
         kept_levels: The levels that their keys and values had, in words; empty without any.
+        kept_plans: The plans under which tokens that it took over were read, with the levels
+            that they had, also after preemptions. Its own tokens depend on them.
         preemptions: How often the request was preempted and restarted from its tokens.
         cancelled: Whether cancellation was requested.
         paused: Whether it is not to run now; see `pause`.
@@ -167,6 +171,7 @@ class RequestHandle:
         self.rejection: Rejection | None = None
         self.kept_tokens = 0
         self.kept_levels = ""
+        self.kept_plans: frozenset[Plan] = frozenset()
         self.preemptions = 0
         self.cancelled = False
         self.paused = False
@@ -236,6 +241,7 @@ class RequestHandle:
             elif isinstance(event, PlanEvent):
                 self.plan = event.plan
             elif isinstance(event, AdmitEvent):
+                self.kept_plans |= event.kept_plans
                 if self.admitted_s is None:
                     self.admitted_s = event.time_s
                     self.kept_tokens = event.kept_tokens

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
-from rap_env.runtime.kept_sequences import KeptSequences
+from rap_env.runtime.kept_sequences import KeptSequences, Taken
 from rap_env.runtime.memory_estimator import BatchShape, PassSize
 from rap_env.runtime.plan_chooser import PlanChooser
 from rap_env.runtime.sequence import PrefillingSequence, TokenSequence, shape_of
@@ -192,16 +192,16 @@ class RunningBatch:
         interrupt: Callable[[], bool] | None = None,
         *,
         refills: bool = False,
-    ) -> tuple[int, str]:
+    ) -> Taken:
         """Begin to read a sequence's tokens, in chunks, or those of a decoding one again.
 
         Returns:
-            The number of tokens that are kept and not read, and the levels that they had.
+            What is kept of them and not read.
         """
         batch = self.new_rows(chunk_tokens, interrupt)
         if refills or not self.decoding:  # else its cache will be copied into the batch's
             batch.reserve_tokens = sum(sequence.progress(in_batch=refills))
-        taken = (0, "") if refills else self.kept.take(sequence, batch)
+        taken = Taken() if refills else self.kept.take(sequence, batch)
         self.prefilling = PrefillingSequence(
             sequence, batch, self._llm, chunk_tokens, refills=refills
         )

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rap_env.plan import Plan
@@ -123,10 +123,11 @@ def partial_match(text: str, strings: Sequence[str]) -> int:
 
 
 class WrittenAnswers:
-    """The token ids of recent chat answers, by their text.
+    """The text and token ids of recent chat answers, by the messages that clients got.
 
-    A tokenizer may encode the text of an answer in other tokens than the model wrote, so that
-    what was kept of a conversation would not be found. Any thread may call it.
+    A tokenizer may encode the text of an answer in other tokens than the model wrote, and a
+    template may write tool calls in other words, so that what was kept of a conversation would
+    not be found. Any thread may call it.
 
     Args:
         most_tokens: Most tokens of all answers; the oldest are forgotten.
@@ -134,40 +135,46 @@ class WrittenAnswers:
 
     def __init__(self, most_tokens: int = 2**16) -> None:
         self._most_tokens = most_tokens
-        self._ids: dict[tuple[str, str], tuple[int, ...]] = {}
+        self._answers: dict[tuple[str, str], tuple[str, tuple[int, ...]]] = {}
         self._lock = threading.Lock()
 
-    def add(self, owner: str, text: str, token_ids: Sequence[int]) -> None:
-        """Remember an answer that a client of an owner got."""
+    def add(self, owner: str, message: str, text: str, token_ids: Sequence[int]) -> None:
+        """Remember an answer that a client of an owner got as a message."""
         with self._lock:
-            self._ids.pop((owner, text), None)
-            self._ids[owner, text] = tuple(token_ids)
-            while sum(map(len, self._ids.values())) > self._most_tokens:
-                del self._ids[next(iter(self._ids))]
+            self._answers.pop((owner, message), None)
+            self._answers[owner, message] = text, tuple(token_ids)
+            while sum(len(ids) for _, ids in self._answers.values()) > self._most_tokens:
+                del self._answers[next(iter(self._answers))]
 
-    def encode(
-        self, owner: str, text: str, contents: Sequence[str], encode: Callable[[str], list[int]]
-    ) -> list[int]:
-        """Token ids of a text, with those of remembered answers where it has them.
+    def get(self, owner: str, message: str) -> tuple[str, tuple[int, ...]] | None:
+        """Text and token ids of an answer of an owner; None if it is not known."""
+        return self._answers.get((owner, message))
 
-        Args:
-            owner: Only its own answers count.
-            text: The text of a chat.
-            contents: What its messages say, in order; some may not be in the text as they are.
-            encode: Gives the token ids of a text.
-        """
-        ids: list[int] = []
-        done = at = 0
-        for content in contents:
-            begin = text.find(content, at)
-            if begin < 0 or not content:
-                continue
-            at = begin + len(content)
-            known = self._ids.get((owner, content))
-            if known is not None:
-                ids += [*encode(text[done:begin]), *known]
-                done = at
-        return [*ids, *encode(text[done:])]
+
+def encode_parts(
+    text: str,
+    parts: Iterable[tuple[str, Sequence[int] | None]],
+    encode: Callable[[str], list[int]],
+) -> list[int]:
+    """Token ids of a text of which some parts have known ones.
+
+    Args:
+        text: The text of a chat.
+        parts: What its messages say, in order, with the token ids where they are known; some
+            may not be in the text as they are.
+        encode: Gives the token ids of a text.
+    """
+    ids: list[int] = []
+    done = at = 0
+    for part, known in parts:
+        begin = text.find(part, at)
+        if begin < 0 or not part:
+            continue
+        at = begin + len(part)
+        if known is not None:
+            ids += [*encode(text[done:begin]), *known]
+            done = at
+    return [*ids, *encode(text[done:])]
 
 
 class AnswerTimer:
@@ -218,9 +225,9 @@ class AnswerTimer:
 class AnswerPlans:
     """The plans that computed the answers to one request, in the order of their passes.
 
-    What is reported describes one of them: the plan with the largest predicted rise in NLL. A
-    plan without a prediction counts as larger than any other, and of equal ones the last is
-    reported.
+    What is reported describes one of them, or of the plans under which tokens were read that
+    were kept: the plan with the largest predicted rise in NLL. A plan without a prediction
+    counts as larger than any other, and of equal ones the last is reported.
 
     Args:
         predict: Gives the rise in NLL of a plan in nats per token, None without a prediction.
@@ -238,7 +245,7 @@ class AnswerPlans:
         self._predict = predict
         self._digest = server
         self._last: Plan | None = None
-        self._reported = Plan()
+        self._reported: Plan | None = None
         self._delta_nll: float | None = 0.0
         self.fingerprint = ""
         self.changed = False
@@ -249,19 +256,25 @@ class AnswerPlans:
         """Add the plan of the next pass."""
         if plan == self._last:
             return
-        rise = self._predict(plan)
-        if self._last is None or _order(rise) >= _order(self._delta_nll):
-            self._reported, self._delta_nll = plan, rise
+        self.add_kept([plan])
         self.changed = self._last is not None
         self._last = plan
         self._digest = hashlib.sha256(f"{self._digest} {plan.digest}".encode()).hexdigest()
         self.fingerprint = f"fp_{self._digest[:10]}"
 
+    def add_kept(self, plans: Iterable[Plan]) -> None:
+        """Add the plans under which tokens were read that are kept; they are no passes."""
+        for plan in plans:
+            rise = self._predict(plan)
+            if self._reported is None or _order(rise) >= _order(self._delta_nll):
+                self._reported, self._delta_nll = plan, rise
+
     def report(self) -> dict[str, Any]:
         """The object ``rap`` of a response; ``delta_nll`` is in nats per token."""
+        plan = self._reported or Plan()
         return {
-            "plan": self._reported.digest,
-            "levels": self._reported.summary,
+            "plan": plan.digest,
+            "levels": plan.summary,
             "delta_nll": self._delta_nll,
             "plan_changed": self.changed,
             "kept_tokens": self.kept_tokens,

@@ -87,7 +87,8 @@ class _Choice:
     timer: AnswerTimer
     call_parser: ToolCallParser | None
     echo: str = ""  # what the answer still has to begin with
-    text: str = ""
+    text: str = ""  # as it was generated
+    content: str = ""  # of it what is no tool call
     tokens: int = 0
     ended: bool = False
     pending: list[TokenLogprob] = field(default_factory=list)
@@ -226,6 +227,7 @@ class Generation:
     def _delta_of(self, choice: _Choice, event: Event) -> OutputDelta | None:
         """Take in an event; return the new output, if there is any."""
         if isinstance(event, AdmitEvent):
+            self._plans.add_kept(event.kept_plans)
             handles = [choice.handle for choice in self._choices[:: self.request.n]]
             self._plans.kept_tokens = sum(handle.kept_tokens for handle in handles)
             levels = dict.fromkeys(h.kept_levels for h in handles if h.kept_tokens)
@@ -264,13 +266,14 @@ class Generation:
         text = choice.stops.add(choice.detokenizer.finish())
         reason = "stop" if choice.stops.matched else event.reason
         text += choice.stops.finish()
+        if event.stop_token and self.request.logprobs and not self.request.chat:
+            choice.pending.append(self._logprob(event.stop_token))
+        delta = self._delta(choice, text, reason)
         token_ids, written = choice.handle.token_ids, self.request.written
         special = not self._special_ids.isdisjoint(token_ids)  # the text lacks them
         if written is not None and not choice.stops.matched and not special:
-            written(choice.text + text, token_ids)
-        if event.stop_token and self.request.logprobs and not self.request.chat:
-            choice.pending.append(self._logprob(event.stop_token))
-        return self._delta(choice, text, reason)
+            written(choice.content, delta.calls, choice.text, token_ids)
+        return delta
 
     def _delta(self, choice: _Choice, text: str, reason: str | None) -> OutputDelta:
         """New output, with what the answer has to begin with, and its tool calls."""
@@ -280,6 +283,7 @@ class Generation:
         calls: Sequence[dict[str, Any]] = ()
         if choice.call_parser is not None:
             text, calls = choice.call_parser.add(text, ended=reason is not None)
+        choice.content += text
         reason = "tool_calls" if calls and reason == "stop" else reason
         return OutputDelta(choice.index, text, logprobs, reason, calls)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rap_env.errors import InvalidGrammarError, MissingDependencyError, UnsupportedModelError
 from rap_env.runtime.sampling import SamplingParams
 from rap_env.runtime.structured_output import GrammarCompiler, GrammarKind, GrammarMatcher
-from rap_env.serving.answers import WrittenAnswers, plain_text
+from rap_env.serving.answers import WrittenAnswers, encode_parts, plain_text
 from rap_env.serving.http import ApiError, invalid, shown
 from rap_env.serving.schemas import (
     BaseCompletionRequest,
@@ -48,7 +49,8 @@ class GenerationRequest:
             alone.
         owner: Whose kept sequences may be used for it: those of its key and its salt.
         call_parser: Makes what finds the tool calls of an answer; None if it may not call.
-        written: Called with the text and the token ids of each answer that ended by itself.
+        written: Called with content and tool calls of each answer that ended by itself, the text
+            as it was generated, and its token ids.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -64,7 +66,7 @@ class GenerationRequest:
     max_delta_nll: float | None = None
     owner: str = ""
     call_parser: Callable[[], ToolCallParser] | None = None
-    written: Callable[[str, Sequence[int]], None] | None = None
+    written: Callable[[str, Sequence[Any], str, Sequence[int]], None] | None = None
 
     @property
     def size(self) -> int:
@@ -157,8 +159,15 @@ class RequestBuilder:
             max_delta_nll=body.max_delta_nll,
             call_parser=call_parser,
             owner=owner,
-            written=partial(self.answers.add, owner) if chat and self._keeps else None,
+            written=partial(self._note_written, owner) if chat and self._keeps else None,
         )
+
+    def _note_written(
+        self, owner: str, content: str, calls: Sequence[Any], text: str, token_ids: Sequence[int]
+    ) -> None:
+        given = {"role": "assistant", "content": content, "tool_calls": list(calls) or None}
+        message = ChatMessage.model_validate(given)
+        self.answers.add(owner, _answer_key(message), text, token_ids)
 
     def check_model(self, name: str | None) -> None:
         """Raise an `ApiError` (404) unless a name is that of the served model, or not given."""
@@ -265,31 +274,41 @@ class RequestBuilder:
 
     def _constraint(self, body: Body) -> Callable[[], GrammarMatcher] | None:
         """Compile what the answers have to follow; errors are `ApiError` (400)."""
-        found = grammar_of(body)
+        grammars = [grammar_of(body)]
         if isinstance(body, ChatCompletionRequest) and body.offered_tools:
-            if found is not None:
-                raise invalid(f"'{found[0]}' is not supported beside 'tools'.", found[0])
-            found = self._tool_grammar(body)
-        if found is None:
-            return None
-        field, kind, text = found
-        try:
-            return self.grammars.compile(kind, text)
-        except InvalidGrammarError as error:
-            raise invalid(f"Invalid value for '{field}': {shown(str(error), 400)}", field) from None
-        except (MissingDependencyError, UnsupportedModelError) as error:
-            raise _unsupported(field, error) from None
+            field, _, text = grammars[0] or ("response_format", "", "null")
+            if field != "response_format":
+                raise invalid(f"'{field}' is not supported beside 'tools'.", field)
+            grammars.append(self._tool_grammar(body, json.loads(text)))
+        constraint = None
+        for field, kind, text in filter(None, grammars):
+            try:
+                constraint = self.grammars.compile(kind, text)
+            except InvalidGrammarError as error:
+                message = f"Invalid value for '{field}': {shown(str(error), 400)}"
+                raise invalid(message, field) from None
+            except (MissingDependencyError, UnsupportedModelError) as error:
+                raise _unsupported(field, error) from None
+        return constraint
 
-    def _tool_grammar(self, body: ChatCompletionRequest) -> tuple[str, GrammarKind, str] | None:
-        """The grammar of calls that must follow their schemas; None if no call must."""
+    def _tool_grammar(
+        self, body: ChatCompletionRequest, answer: dict[str, Any] | None
+    ) -> tuple[str, GrammarKind, str] | None:
+        """The grammar of calls that must follow their schemas; None if no call must.
+
+        Args:
+            body: The request.
+            answer: The JSON schema of an answer without calls, if it has one.
+        """
         chosen = body.chosen_function
         required = body.tool_choice not in (None, "auto")
         functions = [tool.function for tool in body.offered_tools]
-        if not required and not any(function.strict for function in functions):
+        strict = any(function.strict for function in functions)
+        if not required and not strict and answer is None:
             return None
         schemas = {f.name: f.parameters for f in functions if chosen in (None, f.name)}
         single = chosen is not None or body.parallel_tool_calls is False
-        grammar = self.call_form.grammar(schemas, required=required, single=single)
+        grammar = self.call_form.grammar(schemas, required=required, single=single, answer=answer)
         return "tools", "grammar", grammar
 
     @cached_property
@@ -344,8 +363,19 @@ class RequestBuilder:
         ids = encode(text)
         if owner is None:
             return ids
-        contents = [message.content for message in messages]
-        written = self.answers.encode(owner, text, contents, encode)
+        turns, parts = template_turns(messages), list[tuple[str, Sequence[int] | None]]()
+        for place, message in enumerate(messages):
+            content, known = message.content, None
+            if message.role == "assistant":
+                key = _answer_key(message)
+                content, known = self.answers.get(owner, key) or (content, None)
+                if known and message.tool_calls:
+                    turns[place] = {"role": "assistant", "content": content}
+            parts.append((content, known))
+        try:
+            written = encode_parts(self._render(turns, offered), parts, encode)
+        except Exception:  # the template takes no results without calls
+            return ids
         # A text such as "im_start" could be found inside of a special token.
         special = self._special_ids
         same = [i for i in ids if i in special] == [i for i in written if i in special]
@@ -403,6 +433,11 @@ def template_turns(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
             turn["name"] = names.get(message.tool_call_id or "", "")
         turns.append(turn | {"role": "system"} if message.role == "developer" else turn)
     return turns
+
+
+def _answer_key(message: ChatMessage) -> str:
+    """Content and tool calls of a message, by which an answer is known again."""
+    return message.model_dump_json(include={"content", "tool_calls"})
 
 
 def stop_tokens(llm: Any, tokenizer: Any) -> tuple[int, ...]:

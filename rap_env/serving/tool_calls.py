@@ -72,30 +72,38 @@ class CallForm:
         special_ids = {token.content: number for number, token in added if token.special}
         return cls(**call.groupdict(), marker_id=special_ids.get(call["marker"]))
 
-    def grammar(self, schemas: Mapping[str, Any], *, required: bool, single: bool) -> str:
+    def grammar(
+        self, schemas: Mapping[str, Any], *, required: bool, single: bool, answer: Any = None
+    ) -> str:
         """A grammar of answers, in Lark's form.
 
         Args:
             schemas: The JSON schema of the arguments of each function.
             required: Whether an answer must call; otherwise it may be, or begin with, any text.
             single: Whether it makes at most one call.
+            answer: The JSON schema of an answer that does not call; None for any text.
         """
+        begins = not required and answer is None  # with text
         marker, bracket, closing = map(_literal, (self.marker, self.bracket, self.closing))
         marker = marker if self.marker_id is None else f"<[{self.marker_id}]>"
         again = '", "' if "[" in self.bracket else f'{closing} "\\n" {marker} {bracket}'
         more = f"({again} call)*" if marker and not single else ""
-        lazy = "" if required or self.marker_id is not None else "[lazy]"
+        lazy = "[lazy]" if begins and self.marker_id is None else ""
         rules = [
             "%llguidance {}",
-            f"start: calls{'' if required else ' | TEXT'}",
+            f"start: calls{'' if required else ' | answer'}",
+            f"answer: {'TEXT' if answer is None else f'%json {json.dumps(_OBJECT | answer)}'}",
             f"calls: begin {bracket} call {more} {closing}",
-            f"begin{lazy}: {'' if required else 'TEXT'} {marker}" if marker else "begin:",
+            f"begin{lazy}: {'TEXT' if begins else ''} {marker}" if marker else "begin:",
             f"TEXT: {_ANY_TEXT if marker else _NO_JSON}",
             f"call: {' | '.join(f'call{number}' for number in range(len(schemas)))}",
         ]
         for number, (name, schema) in enumerate(schemas.items()):
-            head = json.dumps(f'{{"name": "{name}", "{self.key}": ')
-            rules.append(f'call{number}: {head} %json {json.dumps(_OBJECT | schema)} "}}"')
+            properties = {"name": {"const": name}, self.key: _OBJECT | schema}
+            call = _OBJECT | {"properties": properties, "required": [*properties]}
+            rules.append(
+                f"call{number}: %json {json.dumps(call | {'additionalProperties': False})}"
+            )
         return "\n".join(rules)
 
 

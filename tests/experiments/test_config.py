@@ -35,7 +35,7 @@ GROUPS = {**CHOICES, "agent": FOLDERS["agent"]}
 """Options of each group that sets the section of its name, with their values."""
 PROGRAMS = (
     "profile", "train", "evaluate", "report", "demo", "live", "export_scores", "replay",
-    "cgroup", "tight_grid",
+    "cgroup", "conversations", "tight_grid",
 )  # fmt: skip
 PROGRAMS_AND_EXPERIMENTS = [
     (PROGRAMS[number % len(PROGRAMS)], name)

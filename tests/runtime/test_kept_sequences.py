@@ -199,6 +199,8 @@ class TestRoom:
         handle = answer(harness, engine, history)
         assert handle.kept_tokens == 96
         assert handle.kept_levels == "int8"
+        assert set(handle.plans) == {Plan()}
+        assert handle.kept_plans == {Plan.uniform(3, caches="int8")}
         # What was read after it knows that.
         plans = {plan for node in engine._scheduler._kept._order for plan in node.plans}
         assert Plan.uniform(3, caches="int8") in plans

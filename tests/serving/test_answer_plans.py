@@ -48,6 +48,12 @@ def test_the_plan_with_the_largest_rise_is_reported():
             "plan": PLAN.digest, "levels": LEVELS, "delta_nll": rise,
             "plan_changed": len(plans) > 1, "kept_tokens": 0, "kept_levels": None,
         }  # fmt: skip
+    kept = AnswerPlans(lambda plan: delta_nll(plan, 100), "server")
+    kept.add_kept({PLAN})
+    kept.add(NATIVE)
+    report = kept.report()
+    assert (report["plan"], report["delta_nll"], kept.changed) == (PLAN.digest, rise, False)
+    assert kept.fingerprint == plans_of(NATIVE).fingerprint  # they are no passes
     unknown = plans_of(PLAN, UNKNOWN, NATIVE)
     assert unknown.report()["plan"] == UNKNOWN.digest
     assert unknown.report()["delta_nll"] is None

@@ -6,11 +6,11 @@ import pytest
 from rap_env.errors import RapError
 from rap_env.plan import Plan
 from rap_env.policies.loading import StaticPolicy
-from rap_env.serving.answers import WrittenAnswers
+from rap_env.serving.answers import WrittenAnswers, encode_parts
 from rap_env.serving.settings import ServerSettings
 from tests.serving.background import BackgroundServer
 from tests.serving.conftest import HI, chat, client_of, dense_engine, served, tiny_stack
-from tests.serving.tokenizers import merging_tokenizer
+from tests.serving.tokenizers import byte_llm, merging_tokenizer, tool_tokenizer
 from tests.tiny import tiny_llm
 
 
@@ -122,19 +122,45 @@ def test_a_history_has_the_tokens_in_which_its_answers_were_written():
 
 
 def test_written_answers_stand_where_the_text_has_them():
+    def encoded(text, *parts):
+        return encode_parts(text, parts, lambda part: [ord(letter) for letter in part])
+
+    a, b, known = ord("a"), ord("b"), ("bb", [7, 7])
+    assert encoded("abba", known) == [a, 7, 7, a]
+    assert encoded("abba", ("bb", None)) == [a, b, b, a]
+    assert encoded("bbabb", ("bba", None), known) == [b, b, a, 7, 7]  # in their order
+    assert encoded("aba", ("", None), known) == [a, b, a]  # a template may change what it is given
+
+
+def test_the_oldest_answers_are_forgotten():
     answers = WrittenAnswers(most_tokens=12)
-    answers.add("me", "bb", [7, 7])
+    answers.add("me", "key", "bb", [7, 7])
+    assert answers.get("me", "key") == ("bb", (7, 7))
+    assert answers.get("you", "key") is None
+    answers.add("me", "other", "a", [3] * 11)
+    assert answers.get("me", "key") is None
 
-    def encoded(owner, text, *contents):
-        return answers.encode(owner, text, contents, lambda part: [ord(letter) for letter in part])
 
-    a, b = map(ord, "ab")
-    assert encoded("me", "abba", "bb") == [a, 7, 7, a]
-    assert encoded("you", "abba", "bb") == [a, b, b, a]
-    assert encoded("me", "bbabb", "bba", "bb") == [b, b, a, 7, 7]  # in the order of messages
-    assert encoded("me", "aba", "", "bb") == [a, b, a]  # a template may change what it is given
-    answers.add("me", "a", [3] * 11)
-    assert encoded("me", "abba", "bb") == [a, b, b, a]  # the oldest are forgotten
+@pytest.mark.parametrize("form", ["tagged", "bare"])
+def test_calls_in_a_history_have_the_tokens_in_which_they_were_written(form):
+    pytest.importorskip("llguidance", reason="the extra structured is not installed")
+    llm = byte_llm(4096, tool_tokenizer(form))
+    words = {"type": "string", "enum": ["R\u00f6m"]}  # a template writes it with its code
+    schema = {"properties": {"city": words}, "required": ["city"], "additionalProperties": False}
+    function = {"name": "weather", "parameters": {"type": "object", **schema}}
+    ask = {"tools": [{"type": "function", "function": function}], "max_tokens": 300}
+    ask |= {"tool_choice": "required", "parallel_tool_calls": False}
+    with served(dense_engine(llm), llm.tokenizer) as server, client_of(server) as client:
+        first = chat(client, **ask)
+        message = first.choices[0].message
+        (call,) = message.tool_calls
+        result = {"role": "tool", "tool_call_id": call.id, "content": "12"}
+        messages = [*HI, message, result]
+        count = first.usage.prompt_tokens + first.usage.completion_tokens - 1
+        assert abs(cached(chat(client, messages=messages, **ask)) - count) <= 1
+        call.function.arguments = '{"city": "Oslo"}'  # no answer of this server
+        changed = cached(chat(client, messages=messages, **ask))
+        assert changed < count - 10
 
 
 def test_the_server_s_settings_reach_the_engine(tokenizer):

@@ -293,6 +293,32 @@ def test_a_strict_function_is_called_by_its_schema_or_not_at_all():
             assert not follows(make(), llm.tokenizer, answer), (form, answer)
 
 
+def test_a_format_holds_for_answers_that_do_not_call():
+    pytest.importorskip("llguidance", reason="the extra structured is not installed")
+    for form in TOOL_TEMPLATES:
+        llm = byte_llm(tokenizer=tool_tokenizer(form))
+        grammar = form_of(llm.tokenizer).grammar
+        text = grammar({"weather": CITY}, required=False, single=False, answer=CITY)
+        make = served_grammars(llm).compile("grammar", text)
+        for answer in ('{"city": "Oslo"}', written(form, ROME)):
+            assert follows(make(), llm.tokenizer, answer), (form, answer)
+        for answer in ("", "hello", "hello " + written(form, ROME), '{"city": "London"}'):
+            assert not follows(make(), llm.tokenizer, answer), (form, answer)
+
+
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_an_answer_beside_tools_is_a_call_or_has_the_format(live, choice):
+    schema = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
+    ask = {"tools": [tool()], "max_tokens": 300, "temperature": 1, "response_format": schema}
+    calls = 0
+    for seed in range(2):
+        (answer,) = chat(live[1], **ask, tool_choice=choice, seed=seed).choices
+        calls += bool(answer.message.tool_calls)
+        if not answer.message.tool_calls:
+            assert json.loads(answer.message.content)["city"] in ("Rome", "Oslo")
+    assert calls == 2 or choice == "auto"
+
+
 def served_grammars(llm):
     from rap_env.serving.prompts import grammar_compiler
 
@@ -320,8 +346,10 @@ CALLED = {"role": "assistant", "tool_calls": [
         ({"tool_choice": "required"}, "tool_choice", "in 'tools'"),
         ({"tools": [tool()], "tool_choice": "always"}, "tool_choice", "'required'"),
         ({"tools": [tool()], "tool_choice": tool("other")}, "tool_choice", "in 'tools'"),
-        ({"tools": [tool()], "response_format": {"type": "json_object"}}, "response_format",
-         "beside 'tools'"),
+        ({"tools": [tool()], "extra_body": {"structured_outputs": {"regex": "a"}}},
+         "structured_outputs", "beside 'tools'"),
+        ({"tools": [tool()], "response_format": {"type": "json_schema", "json_schema":
+         {"name": "a", "schema": {"type": "foo"}}}}, "response_format", "foo"),
         ({"tools": [tool(parameters={"type": "foo"})], "tool_choice": "required"}, "tools",
          "foo"),
         ({"messages": [CALLED]}, "messages[0].tool_calls[0].function.arguments", "JSON"),

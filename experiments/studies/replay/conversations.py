@@ -7,6 +7,7 @@ holds a part of all conversations.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -70,8 +71,8 @@ class ConversationRow(Record):
         first_token_s: Time to the first token of each served request from the second turn of
             its conversation on.
         predicted_delta_nll: Predicted rise in NLL of the plans with which answers were
-            generated, mean over tokens, nats per token; None without predictions. What kept
-            tokens with fewer bits lose in addition is at most ``keep_delta_nll``.
+            generated, or, if that is larger, with which kept tokens were read, with the levels
+            that they had; mean over tokens, nats per token; None without predictions.
         time_series: Time, bytes of the limit, measured bytes, and those of them that are kept.
     """
 
@@ -128,7 +129,14 @@ def served(workload: str, system: str, start: Start, policy: Policy) -> Conversa
     pairs = zip(run.requests, run.handles, strict=True)
     turns = [(r, h) for r, h in pairs if isinstance(r, Turn) and h and outcome(h) == "served"]
     rise, kept = run.controller.chooser.rise, Counter[str]()
-    rises = [rise(plan, handle.final_tokens) for _, handle in turns for plan in handle.plans]
+    rises = [
+        max(
+            (rise(each, handle.final_tokens) for each in (plan, *handle.kept_plans)),
+            key=lambda value: math.inf if value is None else value,
+        )
+        for _, handle in turns
+        for plan in handle.plans
+    ]
     for _, handle in turns:
         kept[handle.kept_levels] += handle.kept_tokens
     later = [(turn, handle) for turn, handle in turns if turn.turn or turn.again]
