@@ -51,3 +51,14 @@ def test_files_that_are_mounted_exist():
     assert scrape["static_configs"] == [{"targets": ["rap:8000"]}]
     secret = scrape["authorization"]["credentials_file"]
     assert f"--api-key-file={secret}" in SERVICES["rap"]["command"]
+
+
+def test_the_systemd_unit_starts_a_server_within_its_memory_limit():
+    unit = (OPERATIONS / "rap.service").read_text()
+    program, command, *arguments = re.findall(r"^ExecStart=(.*)$", unit, re.MULTILINE)[0].split()
+    assert (Path(program).name, command) == ("rap", "serve")
+    assert {argument for argument in arguments if argument[:2] == "--"} <= OPTIONS
+    assert arguments[arguments.index("--memory") + 1] == "auto"
+    assert re.search(r"^MemoryMax=\d+[MG]$", unit, re.MULTILINE)
+    folder = re.findall(r"^Environment=RAP_CACHE_DIR=/var/cache/(.*)$", unit, re.MULTILINE)
+    assert re.findall(r"^CacheDirectory=(.*)$", unit, re.MULTILINE) == folder
