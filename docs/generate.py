@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -38,7 +39,7 @@ from experiments.study.harness import RESULTS, ROOT, Published, Study, write_cha
 from experiments.study.plotting import FAINT, INK, Panel, look, panel_figure, save_png
 from experiments.study.table_format import columns_table, markdown, percent, seconds
 from rap_env.cli import cli
-from rap_env.leaderboard.entries import Entry, predicted_test_delta_nll, published_entries
+from rap_env.leaderboard.entries import Entry, TableValues, published_entries, table_values
 from rap_env.leaderboard.tasks import pinned_tasks, tasks_of
 from rap_env.scoring.held_out import spearman
 
@@ -155,25 +156,51 @@ def beside_text(name: str) -> str:
     return shown_tables(tables_markdown(Comparison(rows)), titles)
 
 
+def greyed(text: str) -> str:
+    """A predicted value, which the style sheet sets in grey."""
+    return f'<span class="predicted">{text}</span>'
+
+
 def leaderboard_table(comparison: str) -> str:
-    """The published entries of a comparison, the best on held-out text first."""
+    """The published entries of a comparison, the best on held-out text first.
+
+    An entry whose plans were not all measured has no rank: it comes last.
+    """
     names = ", ".join(f"`{task.name}`" for task in tasks_of(comparison))
-    entries, predicted = published_entries(comparison), predicted_test_delta_nll(comparison)
-    measured = {entry.name: float(entry.scores("test").mean()) for entry in entries}
+    entries, by_table = published_entries(comparison), table_values(comparison)
+
+    def measured(entry: Entry, split: str) -> float:
+        return float(entry.scores(split).mean()) if entry.measured_on(split) else math.inf
+
+    def shown(entry: Entry, split: str) -> str:
+        return f"{measured(entry, split):.3f}" if entry.measured_on(split) else "-"
+
+    def by_table_alone(entry: Entry, show: Callable[[TableValues], str]) -> str:
+        return show(by_table[entry.name]) if entry.name in by_table else "-"
+
     columns: dict[str, Callable[[Entry], str]] = {
         "Method": lambda e: e.name,
-        "ΔNLL, test": lambda e: f"{measured[e.name]:.3f}",
-        "Predicted": lambda e: f"{predicted[e.name]:.3f}" if e.name in predicted else "-",
-        "ΔNLL, calibration": lambda e: f"{e.scores('calibration').mean():.3f}",
+        "ΔNLL, test": lambda e: shown(e, "test"),
+        "Predicted": lambda e: by_table_alone(e, lambda v: greyed(f"{v.test:.3f}")),
+        "ΔNLL, calibration": lambda e: shown(e, "calibration"),
+        "Predicted (plans)": lambda e: by_table_alone(
+            e,
+            lambda v: (
+                greyed(f"{v.calibration:.3f} ({v.num_predicted})") if v.num_predicted else "-"
+            ),
+        ),
+        "Nested": lambda e: by_table_alone(e, lambda v: f"{100 * v.nested_share:.0f} %"),
         "Seeds": lambda e: str(len(e.runs)),
         "Evaluations": lambda e: f"{e.evaluations:,.0f} + {e.setup_evaluations:,}",
         "Time": lambda e: seconds(e.decision_s),
     }
-    table = markdown(columns_table(sorted(entries, key=lambda e: measured[e.name]), columns))
-    correlation = spearman(*np.array([(p, measured[name]) for name, p in predicted.items()]).T)
+    ranked = sorted(entries, key=lambda e: measured(e, "test"))
+    table = markdown(columns_table(ranked, columns))
+    known = [e for e in entries if e.name in by_table and e.measured_on("test")]
+    pairs = np.array([(by_table[e.name].test, measured(e, "test")) for e in known])
     return (
         f"### {names}\n\n{table}\nRank correlation of *Predicted* and *ΔNLL, test* over the "
-        f"{len(predicted)} methods: {correlation:.2f}.\n"
+        f"{len(known)} methods: {spearman(*pairs.T):.2f}.\n"
     )
 
 

@@ -2,56 +2,48 @@
 
     python examples/leaderboard_entry.py
 
-Anything with `choose(request)` can be evaluated; it may use the table of the task, as the
-published searches did. The search starts from the best measured plan and raises one item
-while it lowers another.
+A method has the context of the task: its score table, the byte arithmetic of the model and the
+items of the ladder. The search starts from the best measured plan and raises one item while it
+lowers another. Where the task's table has not measured its plans, `measure=True` runs the model.
 """
 
 from __future__ import annotations
 
-import gymnasium as gym
 import numpy as np
 
 import rap_env
 from rap_env.plan import Plan
+from rap_env.policies.method import CountingScorer, Method
 
 TASK = "RAPLadder/SmolLM2-Table-v1"
 
 
-class LocalSearch:
+class LocalSearch(Method):
     """Improves the best measured plan by exchanging levels, as long as the prediction falls."""
 
-    def __init__(self, tries: int = 300, seed: int = 0) -> None:
-        self.env = gym.make(TASK).unwrapped
-        self.memory, self.scorer = self.env.memory, self.env.context.scorer
-        self.tries = tries
-        self.rng = np.random.default_rng(seed)
+    name = "local_search"
+    tries = 300
 
-    def choose(self, request: rap_env.Request) -> Plan:
-        """The best plan that was found."""
-        best = self.env.context.best_measured(request)
+    def _choose(self, request: rap_env.Request, scores: CountingScorer) -> Plan:
+        rng, best = self.random(request), self.context.best_measured(request)
         for _ in range(self.tries):
-            other = self.exchanged(best)
-            if self.fits(other, request) and self.scorer.nll(other) < self.scorer.nll(best):
+            other = self.exchanged(best, rng)
+            if self.fits(other, request) and scores.nll(other) < scores.nll(best):
                 best = other
         return best
 
-    def fits(self, plan: Plan, request: rap_env.Request) -> bool:
-        """Whether a plan is within the budget."""
-        return self.memory.peak_bytes(plan, request) <= request.budget_bytes
-
-    def exchanged(self, plan: Plan) -> Plan:
+    def exchanged(self, plan: Plan, rng: np.random.Generator) -> Plan:
         """The plan with one lowered item back at its native level and another one lowered."""
-        items, levels = self.env.ladder.items, dict(plan.levels)
+        items, levels = self.ladder.items, dict(plan.levels)
         if levels:
-            levels.pop(str(self.rng.choice(sorted(levels))))
-        item = items[self.rng.integers(len(items))]
-        levels[item.name] = str(self.rng.choice(item.levels[1:]))
+            levels.pop(str(rng.choice(sorted(levels))))
+        item = items[rng.integers(len(items))]
+        levels[item.name] = str(rng.choice(item.levels[1:]))
         return Plan.of(levels)
 
 
 if __name__ == "__main__":
-    result = rap_env.evaluate(LocalSearch(), TASK, "test", name="local search")
+    result = rap_env.evaluate(LocalSearch, TASK, "test", name="local search")
     print(result)
     path = result.entry("Exchanges levels on predicted losses.").save("runs/local_search.json")
     print(f"Check it with: python -m experiments.leaderboard check {path}")

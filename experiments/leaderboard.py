@@ -1,12 +1,13 @@
-"""``python -m experiments.leaderboard``: check entries of the leaderboard, or judge trainings.
+"""``python -m experiments.leaderboard``: check or publish entries, or judge trainings.
 
-``check FILE`` replays the plans of an entry on the real model and on held-out text, and
-refuses numbers that do not reproduce. ``judge TASK FOLDER`` evaluates the policies of a
-training sweep.
+``check FILE`` replays the plans of an entry on the real model, and refuses numbers that do
+not reproduce. ``judge TASK FOLDER`` evaluates the policies of a training sweep. ``publish
+TASK METHOD...`` writes the entries of methods, such as the controls in ``examples/``.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,13 +20,14 @@ from experiments.comparison.run_records import TrainingRun, training_dirs
 from experiments.study.console import ExperimentError, fail, say
 from experiments.study.json_records import write_records
 from rap_env.errors import RapError
-from rap_env.leaderboard.entries import Entry
+from rap_env.leaderboard.entries import ENTRIES, Entry
 from rap_env.leaderboard.evaluation import Evaluation
-from rap_env.leaderboard.tasks import SPLITS, PinnedTask, pinned_task, tasks_of
+from rap_env.leaderboard.measuring import TaskLosses
+from rap_env.leaderboard.tasks import SPLITS, pinned_task, tasks_of
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
+from rap_env.plugins import find_plugin
 from rap_env.request import Request
-from rap_env.scoring.corpus import CorpusConfig
 
 if TYPE_CHECKING:
     from rap_env.scoring.scorer import PlanScorer
@@ -82,15 +84,11 @@ def check_entry(
     return wrong
 
 
-def check_file(
-    file: Path, text: str | None, text_field: str, every: int, threads: int
-) -> list[str]:
+def check_file(file: Path, every: int, threads: int) -> list[str]:
     """Replay the plans of an entry's file on the real model.
 
     Args:
         file: The entry.
-        text: The file of the held-out text; None checks the calibration text only.
-        text_field: Its field with the text.
         every: Check each n-th request only.
         threads: Threads of torch.
 
@@ -98,51 +96,56 @@ def check_file(
         What does not reproduce, one sentence each.
 
     Raises:
-        ExperimentError: The comparison has no task with the real model.
-        CorpusError: The text gives other tokens.
+        RapError: The file is no entry, or the model or a text cannot be loaded.
     """
     import torch
 
     from rap_env.models.progress import progress_bar
-    from rap_env.scoring.corpus_loading import load_corpus
-    from rap_env.scoring.scorer import PlanScorer
 
     torch.set_num_threads(threads)
     entry = Entry.load(file)
-    task = task_of(entry.comparison)
-    if not task.live:
-        raise ExperimentError(
-            f"The comparison {entry.comparison} has no task with the real model, so its entries "
-            "cannot be replayed here."
-        )
-    # Plans are replayed, not chosen, so that no importance has to be measured.
-    context = task.make(importance="none").unwrapped.context  # type: ignore[attr-defined]
-    scorers = {"calibration": context.scorer}
-    if text is not None:
-        corpus = load_corpus(held_out_text(task, text, text_field), context.llm)
-        scorers["test"] = PlanScorer(context.llm, corpus, context.store)
+    task = tasks_of(entry.comparison)[0]
+    env: Any = task.make().unwrapped
+    losses = TaskLosses(task, env.context)
+    scorers = {split: losses.scorer(split) for split in SPLITS if entry.measured_on(split)}
     total = len(entry.runs) * len(range(0, len(task.requests), every))
     with progress_bar(True, total=total, desc="replay", unit="plan") as bar:
         return check_entry(
-            entry, context.memory, task.requests, scorers, every=every, on_plan=bar.update
+            entry, env.memory, task.requests, scorers, every=every, on_plan=bar.update
         )
 
 
-def task_of(comparison: str) -> PinnedTask:
-    """Return the task of a comparison with the real model, or that with its score table."""
-    return max(tasks_of(comparison), key=lambda task: task.live)
+def publish_method(task: str, method: str, measure: bool) -> Path:
+    """Write the entry of a method into the package.
+
+    Args:
+        task: Name of a pinned task on a score table.
+        method: Its class as ``package.module:Class``. The first line of its docstring
+            describes it.
+        measure: Whether to run the model for plans that the table has not measured. Without,
+            the entry is not ranked.
+
+    Returns:
+        The entry's file.
+
+    Raises:
+        RapError: As finding the class and evaluating it do.
+    """
+    found = find_plugin("policy", method, [], "Give package.module:Class.").load()
+    name = found.name.replace("_", " ").capitalize()
+    result = rap_env.evaluate(found, task, "test", name=name, measure=measure)
+    say(str(result))
+    description = (inspect.getdoc(found) or name).partition("\n")[0].rstrip(".")
+    entry = result.entry(description, method=found.name, source=method)
+    return entry.save(ENTRIES / result.task.comparison / f"{found.name}.json.gz")
 
 
-def held_out_text(task: PinnedTask, text: str, text_field: str) -> CorpusConfig:
-    """Return the test text of a task, from a file; other text is refused when it is read."""
-    settings = {name: task.test_text[name] for name in ("windows", "window_tokens", "seed", "role")}
-    return CorpusConfig(text, field=text_field, **settings, sha256=task.test_text["sha256"])
-
-
-def judge_runs(task: str, root: Path, split: str) -> Iterator[tuple[TrainingRun, Evaluation]]:
+def judge_runs(
+    task: str, root: Path, split: str, measure: bool = False
+) -> Iterator[tuple[TrainingRun, Evaluation]]:
     """Evaluate the finished training runs below ``root/train`` on a pinned task with a score table.
 
-    Yields each run with its result; all rows replace
+    `measure` is as in `rap_env.evaluate`. Yields each run with its result; all rows replace
     ``root/evaluate/TASK-SPLIT/results.jsonl`` at the end.
 
     Raises:
@@ -161,7 +164,9 @@ def judge_runs(task: str, root: Path, split: str) -> Iterator[tuple[TrainingRun,
     rows = []
     for run in map(TrainingRun, folders):
         policy = TrainedPolicy.load(run.path, env.context)
-        result = rap_env.evaluate(policy, task, split, name=run.method, seed=run.seed)
+        result = rap_env.evaluate(
+            policy, task, split, name=run.method, seed=run.seed, measure=measure
+        )
         yield run, result
         for row in result.rows():
             row["provenance"]["depends_on"]["method"] = {"run": run.label}
@@ -173,19 +178,22 @@ def judge_runs(task: str, root: Path, split: str) -> Iterator[tuple[TrainingRun,
 
 @click.group()
 def main() -> None:
-    """Check entries of the leaderboard, or evaluate trained policies."""
+    """Check and write entries of the leaderboard, or evaluate trained policies."""
+
+
+_MEASURE = click.option(
+    "--measure", is_flag=True, help="Run the model for plans that the table has not measured."
+)
 
 
 @main.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--text", type=click.Path(exists=True), help="The file of the held-out text.")
-@click.option("--text-field", default="page", show_default=True)
 @click.option("--every", default=1, show_default=True, help="Check each n-th request only.")
 @click.option("--threads", default=1, show_default=True)
-def check(file: Path, text: str | None, text_field: str, every: int, threads: int) -> None:
+def check(file: Path, every: int, threads: int) -> None:
     """Replay the plans of FILE on the real model, and refuse what does not reproduce."""
     try:
-        wrong = check_file(file, text, text_field, every, threads)
+        wrong = check_file(file, every, threads)
     except RapError as error:
         fail(str(error))
     for line in wrong:
@@ -199,17 +207,36 @@ def check(file: Path, text: str | None, text_field: str, every: int, threads: in
 @click.argument("task")
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--split", type=click.Choice(SPLITS), default="test", show_default=True)
-def judge(task: str, folder: Path, split: str) -> None:
+@_MEASURE
+def judge(task: str, folder: Path, split: str, measure: bool) -> None:
     """Evaluate the training runs of a comparison's FOLDER on the pinned TASK.
 
     The rows, in FOLDER/evaluate, are those that experiments.compare reads.
     """
     try:
-        for run, result in judge_runs(task, folder, split):
+        for run, result in judge_runs(task, folder, split, measure):
             say(
                 f"{run.label}: ΔNLL {result.mean_delta_nll:.4f} nats per token "
                 f"({result.num_predicted} of {len(result.cells)} predicted)"
             )
+    except RapError as error:
+        fail(str(error))
+
+
+@main.command()
+@click.argument("task")
+@click.argument("methods", nargs=-1, required=True)
+@_MEASURE
+@click.option("--threads", default=1, show_default=True)
+def publish(task: str, methods: tuple[str, ...], measure: bool, threads: int) -> None:
+    """Write the entries of METHODS (package.module:Class) on the pinned TASK into the package."""
+    try:
+        if measure:
+            import torch
+
+            torch.set_num_threads(threads)
+        for method in methods:
+            say(f"Wrote {publish_method(task, method, measure)}.")
     except RapError as error:
         fail(str(error))
 

@@ -19,7 +19,13 @@ from agents.checkpoint import latest_checkpoint
 from agents.trained_policy import TrainedPolicy
 from agents.training import TrainResult
 from experiments.config import Config
-from experiments.contexts import build_context, evaluation_cells, held_out_scorer, make_ladder_bytes
+from experiments.contexts import (
+    EvaluationCell,
+    build_context,
+    evaluation_cells,
+    held_out_scorer,
+    make_ladder_bytes,
+)
 from experiments.launch import launch, swept_settings
 from experiments.score_model import learn
 from experiments.study.console import say
@@ -28,8 +34,8 @@ from experiments.study.loggers import open_loggers
 from experiments.study.run_folder import RunFolder
 from rap_env.context.base import PruningContext
 from rap_env.leaderboard.tasks import pinned_tasks
-from rap_env.plan import Plan
 from rap_env.policies.packaged_files import DEFAULT_MODEL
+from rap_env.reward import plan_scores
 from rap_env.scoring.score_table import PREFIX
 
 log = logging.getLogger(__name__)
@@ -73,7 +79,7 @@ def train(config: Config, folder: Path, *, swept: dict[str, Any] | None = None) 
     with open_loggers(config, folder, job="train", step=step) as loggers:
         facts = facts_of(learn(config, agent, context, folder, loggers.log))
         policy = TrainedPolicy.load(folder, context)
-        facts |= scorer.facts([policy.choose(cell.request) for cell in cells])
+        facts |= scorer.facts(policy, cells)
         loggers.log({"objective": facts["objective"]}, facts["timesteps"])
     run.finish(started, **facts)
     log.info("Training: %s is finished (%d steps).", folder.name, facts["timesteps"])
@@ -102,7 +108,9 @@ def facts_of(result: TrainResult) -> dict[str, Any]:
 
 
 class ObjectiveScorer:
-    """Computes a sweep's objective: mean ΔNLL of the chosen plans on the selection text.
+    """Computes a sweep's objective: what the chosen plans count as on the selection text.
+
+    They count as on the leaderboard (`plan_scores`), so that one poor plan hides no other.
 
     The selection text is ``evaluate.selection``, or the calibration text where none is given.
 
@@ -114,25 +122,32 @@ class ObjectiveScorer:
     def __init__(self, config: Config, context: PruningContext) -> None:
         self._on = measured_on(config)
         self._scorer = context.scorer
+        self._memory = context.memory
         selection = config.evaluate.selection_text
         if selection is not None:
             self._scorer = held_out_scorer(selection, "selection", context)
 
-    def facts(self, plans: Sequence[Plan]) -> dict[str, Any]:
-        """Return the mean ΔNLL over the grid, nats per token, and what it was measured on."""
-        dense_nll = self._scorer.dense_nll
-        losses = [self._scorer.nll(plan) - dense_nll for plan in plans]
-        return {"objective": sum(losses) / len(losses), "objective_on": self._on}
+    def facts(self, policy: TrainedPolicy, cells: Sequence[EvaluationCell]) -> dict[str, Any]:
+        """Return what a policy's plans count as, mean in nats per token, and on which text."""
+        plans = [policy.choose(cell.request) for cell in cells]
+        delta_nll = [self._scorer.nll(plan) - self._scorer.dense_nll for plan in plans]
+        fits = [
+            self._memory.peak_bytes(plan, cell.request) <= cell.request.budget_bytes
+            for plan, cell in zip(plans, cells, strict=True)
+        ]
+        scores = plan_scores(delta_nll, fits, self._memory.facts.vocab_size)
+        return {"objective": float(scores.mean()), "objective_on": self._on}
 
 
 def measured_on(config: Config) -> dict[str, Any]:
-    """Return the text and the grid that an objective is measured on."""
+    """Return the text and the grid that an objective is measured on, and how plans count."""
     selection = config.evaluate.selection_text
     pinned = {"pinned": list(config.evaluate.pinned)} if config.evaluate.pinned else {}
     return {
         "text": asdict(selection) if selection is not None else "calibration",
         "requests": list(config.evaluate.requests),
         "budgets": list(config.evaluate.budgets),
+        "scores": "capped",
         **pinned,
     }
 
@@ -145,7 +160,7 @@ def objective(config: Config, folder: Path) -> float:
         context = build_context(config)
         cells = evaluation_cells(config.evaluate, make_ladder_bytes(config, context))
         scorer, policy = ObjectiveScorer(config, context), TrainedPolicy.load(folder, context)
-        record = scorer.facts([policy.choose(cell.request) for cell in cells])
+        record = scorer.facts(policy, cells)
         run.finish(started, **record)
     return float(record["objective"])
 

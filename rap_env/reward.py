@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from numbers import Real
 from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from rap_env.errors import InvalidRequestError, check_name
 from rap_env.plan import Plan
@@ -260,6 +263,24 @@ def ceiling_nll(vocab_size: int) -> float:
 def over_budget_nll(ceiling: float) -> float:
     """Nats per token that a plan over its budget counts as: more than a plan that fits can cost."""
     return 2 * ceiling
+
+
+def plan_scores(
+    delta_nll: Sequence[float], fits: Sequence[bool], vocab_size: int
+) -> npt.NDArray[np.float64]:
+    """What plans count as, nats per token, so that each that fits ranks above all that do not.
+
+    A plan that fits counts as its ΔNLL, at most `ceiling_nll`. One over its budget counts as
+    twice the ceiling, whatever its ΔNLL.
+
+    Args:
+        delta_nll: The ΔNLL of each plan, nats per token.
+        fits: Whether each plan is within its budget.
+        vocab_size: Entries of the model's vocabulary.
+    """
+    ceiling = ceiling_nll(vocab_size)
+    counted = np.minimum(np.asarray(delta_nll, dtype=np.float64), ceiling)
+    return np.where(fits, counted, over_budget_nll(ceiling))
 
 
 def make_reward(

@@ -150,7 +150,8 @@ LAST_EPISODES = 50
 LEARNING_CAPTION = (
     f"Final ΔNLL: mean over the last {LAST_EPISODES} training episodes (sampled actions, "
     "calibration text, nats per token) and seeds, with the lowest and the highest seed. Objective: "
-    "mean ΔNLL of the policy's choices on the evaluation's grid, which a search minimises."
+    "what the policy's choices on the evaluation's grid count as, mean in nats per token, which a "
+    "search minimises."
 )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,9 +20,9 @@ from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.state import LadderCosts, LadderState
 from rap_env.ladder.steps import LevelSteps
 
-REFERENCE_BATCH_SIZE, REFERENCE_TOKENS = 4, 1024
-"""The request at which an order weighs costs against bytes; fewer tokens for shorter
-models."""
+REFERENCE_SHAPE = 4, 1024
+"""Batch size and tokens at which an order weighs costs against bytes; fewer tokens for
+shorter models."""
 
 Step = tuple[int, int]
 """The number of an item, and the position of the level that it gets."""
@@ -108,15 +110,20 @@ class PricedState(LadderState):
         return sum(values[moved][p] - values[moved][self.positions[moved]] for moved, p in moves)
 
 
-def reference_costs(ladder_bytes: LadderBytes) -> LadderCosts:
-    """Bytes of `REFERENCE_BATCH_SIZE` x `REFERENCE_TOKENS` tokens; steps skip no level."""
-    tokens = min(REFERENCE_TOKENS, ladder_bytes.memory.facts.max_positions)
-    costs = ladder_bytes.costs(REFERENCE_BATCH_SIZE, tokens)
+def reference_costs(
+    ladder_bytes: LadderBytes, shape: tuple[int, int] = REFERENCE_SHAPE
+) -> LadderCosts:
+    """Bytes of a batch size and tokens of each sequence; steps skip no level."""
+    batch_size, tokens = shape
+    costs = ladder_bytes.costs(batch_size, min(tokens, ladder_bytes.memory.facts.max_positions))
     return replace(costs, steps=LevelSteps.every(ladder_bytes.ladder))
 
 
 def greedy_order(
-    costs: LevelCosts, ladder_bytes: LadderBytes, measured: GSIProfile | None = None
+    costs: LevelCosts,
+    ladder_bytes: LadderBytes,
+    measured: GSIProfile | None = None,
+    shape: tuple[int, int] = REFERENCE_SHAPE,
 ) -> LadderOrder:
     """Start with native levels, and repeatedly take the step of the least cost per freed byte.
 
@@ -129,13 +136,14 @@ def greedy_order(
         ladder_bytes: The ladder and its bytes.
         measured: A GSI order with which the order begins. The ΔNLL of steps that are taken
             together is divided in proportion to their predicted ones.
+        shape: Batch size and tokens of the request whose bytes count.
 
     Raises:
         ArtifactError: The GSI order is of another ladder.
     """
     ladder = ladder_bytes.ladder
     one_shot = one_shot_costs(costs, ladder)
-    state = PricedState(reference_costs(ladder_bytes), one_shot)
+    state = PricedState(reference_costs(ladder_bytes, shape), one_shot)
     ordered = [] if measured is None else _measured_steps(state, measured)
     prices: dict[int, float] = {}
     changed: Iterable[int] = range(len(ladder))
@@ -151,6 +159,16 @@ def greedy_order(
         changed = state.lower(cheapest)
     steps, rises = zip(*ordered, strict=True)
     return LadderOrder(ladder, one_shot, steps, tuple(max(0.0, rise) for rise in rises))
+
+
+def by_level(steps: Iterable[Step]) -> list[Step]:
+    """An order of steps in which those of each item go from its highest level down.
+
+    Each item keeps the places that its steps have.
+    """
+    steps = [*steps]
+    own = {item: iter([*group]) for item, group in groupby(sorted(steps), key=itemgetter(0))}
+    return [next(own[item]) for item, _ in steps]
 
 
 def _measured_steps(state: PricedState, profile: GSIProfile) -> list[tuple[Step, float]]:

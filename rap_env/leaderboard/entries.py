@@ -18,12 +18,14 @@ import numpy as np
 
 from rap_env.artifacts import digest, load_artifact, save_artifact
 from rap_env.errors import ArtifactError
+from rap_env.ladder.items import Ladder
 from rap_env.leaderboard.tasks import SPLITS, Floats, tasks_of
 from rap_env.plan import Plan
+from rap_env.request import Request
 from rap_env.scoring.held_out import HeldOutLosses
 
 ENTRIES = Path(__file__).parent / "published"
-"""Folder of the published entries, ``COMPARISON/NAME.json`` each."""
+"""Folder of the published entries, ``COMPARISON/NAME.json.gz`` each."""
 
 _KIND, _FORMAT = "leaderboard entry", 1
 
@@ -35,7 +37,8 @@ class Run:
     Attributes:
         seed: Training seed; None without one.
         plans: For each request, the levels of all lowered items by name.
-        delta_nll: For each split that was measured, ΔNLL of each plan, nats per token.
+        delta_nll: For each split on whose text the model ran all plans that fit, ΔNLL of each
+            plan, nats per token.
         fits: For each request, whether the plan is within the budget.
     """
 
@@ -87,10 +90,11 @@ class Entry:
         runs = [task.scores(run.delta_nll[split], run.fits) for run in self.runs]
         return np.asarray(np.mean(runs, axis=0))
 
-    def save(self, path: str | os.PathLike[str], *, compress: bool = False) -> Path:
-        """Write it as a checked JSON artifact, as gzip with `compress`; return the path."""
-        save_artifact(path, _KIND, _FORMAT, asdict(self), compress=compress)
-        return Path(path)
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write it as a checked JSON artifact, as gzip if its name ends so; return the path."""
+        path = Path(path)
+        save_artifact(path, _KIND, _FORMAT, asdict(self), compress=path.suffix == ".gz")
+        return path
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -129,19 +133,34 @@ lowest."""
 
 def published_entries(comparison: str) -> Sequence[Entry]:
     """The published entries of a comparison."""
-    return [Entry.load(path) for path in sorted((ENTRIES / comparison).glob("*.json"))]
+    return [Entry.load(path) for path in sorted((ENTRIES / comparison).glob("*.json.gz"))]
 
 
-def predicted_test_delta_nll(comparison: str) -> dict[str, float]:
-    """Return what the table of a comparison predicts for each published method on held-out text.
+@dataclass(frozen=True)
+class TableValues:
+    """What the table of a comparison says of a published method without running the model.
 
-    The prediction for a method is fitted without its plans, as if the method were new.
+    Attributes:
+        calibration: Mean ΔNLL on the calibration text, nats per token.
+        test: Mean ΔNLL on the test text, predicted without the method's own plans, as if the
+            method were new, nats per token.
+        num_predicted: Plans, of all seeds, that fit and that the table has not measured on
+            the calibration text.
+        nested_share: Share of the pairs of budgets for one shape at which the plan for the
+            smaller budget keeps nothing that the other one lowers; mean over seeds.
+    """
+
+    calibration: float
+    test: float
+    num_predicted: int
+    nested_share: float
+
+
+def table_values(comparison: str) -> dict[str, TableValues]:
+    """What the table of a comparison says of each published method that chooses, by its name.
 
     Args:
         comparison: Name of a pinned comparison.
-
-    Returns:
-        Mean predicted ΔNLL by the name of the method, nats per token.
 
     Raises:
         ArtifactError: Too few plans were measured on held-out text without one of the
@@ -149,20 +168,47 @@ def predicted_test_delta_nll(comparison: str) -> dict[str, float]:
     """
     task = next(task for task in tasks_of(comparison) if not task.live)
     env: Any = task.make()
-    context = env.unwrapped.context
-    measured: HeldOutLosses = context.table.held_out
-    dense_nll = context.scorer.dense_nll
-    calibration = {plan: context.scorer.nll(plan) - dense_nll for plan in measured.measured}
-    by_method = {}
+    scorer, ladder = env.unwrapped.context.scorer, env.unwrapped.ladder
+    held_out: HeldOutLosses = env.unwrapped.context.table.held_out
+    calibration = {plan: scorer.nll(plan) - scorer.dense_nll for plan in held_out.measured}
+    values = {}
     for entry in published_entries(comparison):
         if entry.origin["method"] in UNCHOSEN:
             continue
-        plans = [Plan.of(plan) for run in entry.runs for plan in run.plans]
-        values = itertools.chain(*(run.delta_nll["calibration"] for run in entry.runs))
+        by_run = [[*map(Plan.of, run.plans)] for run in entry.runs]
+        plans, own = [*itertools.chain(*by_run)], {*itertools.chain(*by_run)}
         fits = [*itertools.chain(*(run.fits for run in entry.runs))]
-        own = set(plans)
-        others = {plan: value for plan, value in measured.measured.items() if plan not in own}
-        losses = HeldOutLosses.fitted(measured.text, others, calibration, measured.num_blocks)
-        predicted = [*map(losses.delta_nll, plans, values)]
-        by_method[entry.name] = float(task.scores(predicted, fits).mean())
-    return by_method
+        others = {plan: value for plan, value in held_out.measured.items() if plan not in own}
+        losses = HeldOutLosses.fitted(held_out.text, others, calibration, held_out.num_blocks)
+        on_calibration = [scorer.nll(plan) - scorer.dense_nll for plan in plans]
+        on_test = [*map(losses.delta_nll, plans, on_calibration)]
+        values[entry.name] = TableValues(
+            calibration=float(task.scores(on_calibration, fits).mean()),
+            test=float(task.scores(on_test, fits).mean()),
+            num_predicted=sum(map(scorer.is_predicted, itertools.compress(plans, fits))),
+            nested_share=float(
+                np.mean([nested_share(task.requests, run, ladder) for run in by_run])
+            ),
+        )
+    return values
+
+
+def nested_share(requests: Sequence[Request], plans: Sequence[Plan], ladder: Ladder) -> float:
+    """Share of pairs of budgets for one shape whose plans are nested.
+
+    They are if the plan for the smaller budget has no item at a higher level than the plan
+    for the larger one.
+
+    Args:
+        requests: The requests, some of which differ in their budget alone.
+        plans: The plan for each request.
+        ladder: The items and the order of their levels.
+    """
+    pairs = []
+    chosen = [*zip(requests, map(ladder.positions, plans), strict=True)]
+    for (first, above), (second, below) in itertools.permutations(chosen, 2):
+        same_shape = first.batch_size == second.batch_size
+        same_shape &= first.seq_len_tokens == second.seq_len_tokens
+        if same_shape and first.budget_bytes > second.budget_bytes:
+            pairs.append(bool(np.all(np.array(above) <= np.array(below))))
+    return float(np.mean(pairs))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
+import math
 import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -16,14 +18,16 @@ import numpy as np
 
 from rap_env.artifacts import digest, disk_errors
 from rap_env.context.base import PruningContext
-from rap_env.context.table import TableContext
-from rap_env.errors import ArtifactError, InvalidRequestError, check_name
-from rap_env.leaderboard.entries import Entry, Run, predicted_test_delta_nll, published_entries
+from rap_env.errors import InvalidRequestError, check_name
+from rap_env.leaderboard.entries import Entry, Run, published_entries, table_values
+from rap_env.leaderboard.measuring import Loss, TaskLosses
 from rap_env.leaderboard.tasks import SPLITS, Floats, PinnedTask, pinned_task
 from rap_env.plan import Plan
+from rap_env.policies.base import Policy
+from rap_env.policies.loading import make_method
+from rap_env.policies.method import Basis, Method
 from rap_env.request import Request
 from rap_env.reward import over_budget_nll
-from rap_env.scoring.corpus import CorpusConfig
 from rap_env.version import __version__
 
 Decision = tuple[Plan, bool]
@@ -55,9 +59,9 @@ class CellResult:
         plan: The plan.
         peak_bytes: Its peak bytes.
         budget_fraction: The budget as a share of the native model's peak bytes.
-        delta_nll: Its ΔNLL on the split's text, nats per token, whether it fits or not.
-        calibration_delta_nll: The same on the calibration text.
-        predicted: Whether ΔNLL was predicted, because the table has not measured the plan.
+        loss: Its ΔNLL on the split's text, whether it fits or not.
+        calibration: The same on the calibration text.
+        evaluations: Plans that the policy scored for the request; 0 if it does not count them.
         decision_s: Seconds until the plan was known.
         truncated: Whether invalid actions ended the episode.
     """
@@ -66,9 +70,9 @@ class CellResult:
     plan: Plan
     peak_bytes: int
     budget_fraction: float
-    delta_nll: float
-    calibration_delta_nll: float
-    predicted: bool
+    loss: Loss
+    calibration: Loss
+    evaluations: int
     decision_s: float
     truncated: bool
 
@@ -90,6 +94,7 @@ class Evaluation:
         seed: The seed of the episodes.
         text_sha256: Hash of the tokens that ΔNLL is of.
         model_sha256: Fingerprint of the weights.
+        setup_evaluations: Plans that the policy scored before the first request.
         entries: The published entries that were measured on the same text.
     """
 
@@ -100,13 +105,13 @@ class Evaluation:
     seed: int
     text_sha256: str
     model_sha256: str
+    setup_evaluations: int
     entries: tuple[Entry, ...]
 
     @property
     def scores(self) -> Floats:
         """What the plans count as at each request, nats per token: see `PinnedTask.scores`."""
-        cells = self.cells
-        return self.task.scores([cell.delta_nll for cell in cells], [cell.fits for cell in cells])
+        return self._counted([cell.loss.delta_nll for cell in self.cells])
 
     @property
     def mean_delta_nll(self) -> float:
@@ -116,7 +121,22 @@ class Evaluation:
     @property
     def num_predicted(self) -> int:
         """How many of `scores` are predicted: plans over their budget count as a constant."""
-        return sum(cell.predicted and cell.fits for cell in self.cells)
+        return sum(cell.loss.measured is None and cell.fits for cell in self.cells)
+
+    @property
+    def num_unknown(self) -> int:
+        """Plans that fit and that the task's table has not measured."""
+        return sum(cell.loss.predicted is not None and cell.fits for cell in self.cells)
+
+    @property
+    def predicted_delta_nll(self) -> float:
+        """What `mean_delta_nll` is by the task's table alone, nats per token."""
+        losses = [cell.loss for cell in self.cells]
+        known = [x.delta_nll if x.predicted is None else x.predicted for x in losses]
+        return float(self._counted(known).mean())
+
+    def _counted(self, delta_nll: Sequence[float]) -> Floats:
+        return self.task.scores(delta_nll, [cell.fits for cell in self.cells])
 
     @cached_property
     def digest(self) -> str:
@@ -137,25 +157,32 @@ class Evaluation:
         return float(difference.mean()), float(low), float(high)
 
     def __str__(self) -> str:
-        """A text table, from the least mean ΔNLL up."""
-        own = f"{self.name} (this)"
-        has_predictions = self.split == "test" and self.num_predicted
-        as_new = predicted_test_delta_nll(self.task.comparison) if has_predictions else {}
-        column = "  predicted" if as_new else ""
-        rows = [(self.mean_delta_nll, own, "")]
+        """A text table, from the least measured mean ΔNLL up; a predicted one is not ranked."""
+        own, ranked = f"{self.name} (this)", not self.num_predicted
+        as_new = {}
+        if self.entries and self.split == "test" and self.num_unknown:
+            by_table = table_values(self.task.comparison)
+            as_new = {name: values.test for name, values in by_table.items()}
+        column = "  predicted" if self.num_unknown else ""
+        predicted = f"{self.predicted_delta_nll:.4f}"
+        rows = [(self.mean_delta_nll if ranked else math.inf, own, predicted, "")]
         for entry in self.entries:
             mean, low, high = self.against(entry)
             predicted = f"{as_new[entry.name]:.4f}" if entry.name in as_new else ""
-            against = f"{predicted:>{len(column)}}  {mean:+.4f} [{low:+.4f}, {high:+.4f}]"
-            rows.append((float(entry.scores(self.split).mean()), entry.name, against))
+            against = f"  {mean:+.4f} [{low:+.4f}, {high:+.4f}]" if ranked else ""
+            rows.append((float(entry.scores(self.split).mean()), entry.name, predicted, against))
         rows.sort(key=lambda row: row[0])
-        width = max(len(name) for _, name, _ in rows)
+        width = max(len(name) for _, name, *_ in rows)
+        versus = f"  {own} minus it [95 % interval over requests]" if ranked else ""
         lines = [
             f"{self.task.name}, {self.split} text, {len(self.cells)} requests: mean ΔNLL in nats "
             "per token (less is better)",
-            f"{'':{width}}  {'ΔNLL':>8}{column}  {own} minus it [95 % interval over requests]",
-            *(f"{name:{width}}  {mean:8.4f}{against}" for mean, name, against in rows),
+            f"{'':{width}}  {'ΔNLL':>8}{column}{versus}",
         ]
+        for mean, name, predicted, against in rows:
+            value = f"{mean:8.4f}" if math.isfinite(mean) else f"{'-':>8}"
+            shown = f"{predicted:>{len(column)}}" if column else ""
+            lines.append(f"{name:{width}}  {value}{shown}{against}".rstrip())
         if missed := sum(not cell.fits for cell in self.cells):
             ceiling = self.task.ceiling_nll
             lines.append(
@@ -168,8 +195,8 @@ class Evaluation:
         if self.num_predicted:
             lines.append(
                 f"{self.num_predicted} of {len(self.cells)} values of {own} are predicted: the "
-                "table has not measured these plans.\nIntervals leave out the error of prediction"
-                + ("; 'predicted' counts the others as unmeasured." if as_new else ".")
+                "table has not measured these plans.\nIt is not ranked until the model has run "
+                "them: evaluate(..., measure=True)."
             )
         return "\n".join(lines)
 
@@ -178,7 +205,7 @@ class Evaluation:
         return [self._row(cell) for cell in self.cells]
 
     def _row(self, cell: CellResult) -> dict[str, Any]:
-        plan, request = cell.plan, cell.request
+        plan, request, delta_nll = cell.plan, cell.request, cell.loss.delta_nll
         depends_on = {
             "task": self.task.name,
             "split": self.split,
@@ -201,16 +228,14 @@ class Evaluation:
             "attn_removed": plan.count_removed("attn"),
             "ffn_removed": plan.count_removed("ffn"),
             "mask": list(plan.removed_names),
-            "calibration_delta_nll": cell.calibration_delta_nll,
-            "delta_nll": cell.delta_nll,
-            "delta_nll_ci_low": cell.delta_nll,
-            "delta_nll_ci_high": cell.delta_nll,
-            "window_delta_nll": [cell.delta_nll],
+            "calibration_delta_nll": cell.calibration.delta_nll,
+            **dict.fromkeys(("delta_nll", "delta_nll_ci_low", "delta_nll_ci_high"), delta_nll),
+            "window_delta_nll": [delta_nll],
             "accuracies": {},
             "decision_s": cell.decision_s,
-            "evaluations": 0,
-            "setup_evaluations": 0,
-            "provenance": {"depends_on": depends_on, "predicted": cell.predicted},
+            "evaluations": cell.evaluations,
+            "setup_evaluations": self.setup_evaluations,
+            "provenance": {"depends_on": depends_on, "predicted": cell.loss.measured is None},
             "levels": plan.levels,
         }
 
@@ -229,23 +254,31 @@ class Evaluation:
         return path
 
     def entry(self, description: str, **origin: Any) -> Entry:
-        """The plans as an entry for the leaderboard.
+        """The plans as an entry, with their ΔNLL on each text on which all that fit are measured.
 
         Args:
             description: One sentence: what the method is.
             **origin: Who made it and how, such as ``url="https://..."``.
         """
-        run = Run(
-            seed=None,
-            plans=tuple(cell.plan.levels for cell in self.cells),
-            delta_nll={self.split: tuple(cell.delta_nll for cell in self.cells)},
-            fits=tuple(cell.fits for cell in self.cells),
-        )
+        fits = tuple(cell.fits for cell in self.cells)
+        losses = {
+            "calibration": [cell.calibration for cell in self.cells],
+            self.split: [cell.loss for cell in self.cells],
+        }
+        delta_nll = {
+            split: tuple(loss.delta_nll for loss in of)
+            for split, of in losses.items()
+            if all(loss.measured is not None for loss in itertools.compress(of, fits))
+        }
+        plans = tuple(cell.plan.levels for cell in self.cells)
+        run = Run(seed=None, plans=plans, delta_nll=delta_nll, fits=fits)
         return Entry(
             name=self.name,
             comparison=self.task.comparison,
             description=description,
             runs=(run,),
+            evaluations=float(np.median([cell.evaluations for cell in self.cells])),
+            setup_evaluations=self.setup_evaluations,
             decision_s=float(np.median([cell.decision_s for cell in self.cells])),
             origin=origin,
         )
@@ -258,46 +291,76 @@ def evaluate(
     *,
     name: str,
     seed: int = 0,
-    text: CorpusConfig | None = None,
+    measure: bool = False,
 ) -> Evaluation:
     """Evaluate a policy at the requests of a pinned task.
 
     Args:
-        policy: What decides: an object with ``choose(request)`` that returns a plan; a
-            stable-baselines3 model (``predict``; it gets the action mask if it takes one, and
-            acts deterministically); or a function from an observation to an action.
+        policy: What decides: an object with ``choose(request)`` that returns a plan; the name
+            or class of a method (`rap_env.policies.method.Method`), which is made on the
+            task's scores; a stable-baselines3 model (``predict``; it gets the action mask if it
+            takes one, and acts deterministically); or a function from an observation to an
+            action.
         task: Name of a pinned task, such as ``"RAPLadder/SmolLM2-Table-v1"``.
         split: ``"calibration"``, the text that the rewards of the task come from, or
             ``"test"``, text that no published method has used.
         name: The name of the policy in the result.
-        seed: Seed of the episodes, for policies that draw.
-        text: The text of ``split="test"`` for a task with a live model; the published methods
-            are shown beside it only if it has the tokens of their test text.
+        seed: Seed of the episodes, for policies that draw, and of a method.
+        measure: Whether to run the model for the plans within their budget that the task's
+            table has not measured, on the calibration text and on the split's. That takes
+            seconds to a minute a plan, and goes on where it was if it is started again. Later
+            evaluations use the values; the table stays as it is.
 
     Returns:
         The plans, what they lose, and the published methods on the same requests and text.
 
     Raises:
-        UnknownNameError: There is no such task or split.
-        InvalidRequestError: The policy has none of the three forms, what it chooses is no
-            plan, or the live task needs a text.
-        ArtifactError: The task's table has no losses on held-out text.
+        UnknownNameError: There is no such task, split or method.
+        InvalidRequestError: The policy has none of these forms, or what it chooses is no plan.
+        ArtifactError: The task's table has no losses on held-out text, or the model that
+            `measure` loads is another one than the table's.
         RapError: As the environment does.
     """
     pinned = pinned_task(task)
     check_name("split", split, SPLITS)
-    decide = _decider(policy)
     env: Any = pinned.make()
     context: PruningContext = env.unwrapped.context
-    text_sha256, judge = _judge(pinned, context, split, text)
+    policy = _made(policy, pinned, env.unwrapped, seed)
+    decide = _decider(policy)
+    published = published_entries(pinned.comparison)
+    losses = TaskLosses(pinned, context, published)
+    text_sha256 = losses.text_sha256(split)
     cells = []
     for number, request in enumerate(pinned.requests):
-        began = time.perf_counter()
-        decision = decide(env, request, seed + number)
+        scored, began = _scored(policy)[0], time.perf_counter()
+        plan, truncated = decide(env, request, seed + number)
         decision_s = time.perf_counter() - began
-        cells.append(_cell(context, judge, request, decision, decision_s))
+        cell = CellResult(
+            request=request,
+            plan=plan,
+            peak_bytes=context.memory.peak_bytes(plan, request),
+            budget_fraction=request.budget_bytes
+            / context.memory.dense_peak_bytes(request.batch_size, request.seq_len_tokens),
+            loss=losses.of(plan, split),
+            calibration=losses.of(plan, "calibration"),
+            evaluations=_scored(policy)[0] - scored,
+            decision_s=decision_s,
+            truncated=truncated,
+        )
+        cells.append(cell)
     env.close()
-    entries = [e for e in published_entries(pinned.comparison) if e.measured_on(split)]
+    if measure:
+        for of_split in dict.fromkeys(("calibration", split)):
+            losses.measure([cell.plan for cell in cells if cell.fits], of_split)
+        cells = [
+            replace(
+                cell,
+                loss=losses.of(cell.plan, split),
+                calibration=losses.of(cell.plan, "calibration"),
+            )
+            for cell in cells
+        ]
+    entries = [entry for entry in published if entry.measured_on(split)]
     return Evaluation(
         name=name,
         task=pinned,
@@ -306,31 +369,24 @@ def evaluate(
         seed=seed,
         text_sha256=text_sha256,
         model_sha256=context.memory.facts.fingerprint,
+        setup_evaluations=_scored(policy)[1],
         entries=tuple(entries) if text_sha256 == pinned.sha256_of(split) else (),
     )
 
 
-def _cell(
-    context: PruningContext, judge: Judge, request: Request, decision: Decision, decision_s: float
-) -> CellResult:
-    """The result of one request."""
-    plan, truncated = decision
-    memory, scorer = context.memory, context.scorer
-    peak_bytes = memory.peak_bytes(plan, request)
-    calibration = scorer.nll(plan) - scorer.dense_nll
-    delta_nll, predicted = judge(plan, calibration)
-    return CellResult(
-        request=request,
-        plan=plan,
-        peak_bytes=peak_bytes,
-        budget_fraction=request.budget_bytes
-        / memory.dense_peak_bytes(request.batch_size, request.seq_len_tokens),
-        delta_nll=delta_nll,
-        calibration_delta_nll=calibration,
-        predicted=predicted,
-        decision_s=decision_s,
-        truncated=truncated,
-    )
+def _made(policy: Any, task: PinnedTask, env: Any, seed: int) -> Any:
+    """The policy; a method that is given by its name or class is made on the task's scores."""
+    basis = Basis(env.context, env.encoder.ladder_bytes, seed, task.arguments["workload"])
+    if isinstance(policy, str):
+        return make_method(policy, *basis)
+    return policy(basis) if isinstance(policy, type) and issubclass(policy, Method) else policy
+
+
+def _scored(policy: Any) -> tuple[int, int]:
+    """Plans that a policy has scored so far: for requests, and before the first one."""
+    if isinstance(policy, Policy):
+        return policy.evaluations, policy.setup_evaluations
+    return 0, 0
 
 
 def _decider(policy: Any) -> Callable[[Any, Request, int], Decision]:
@@ -369,44 +425,3 @@ def _decider(policy: Any) -> Callable[[Any, Request, int], Decision]:
         return env.unwrapped.plan, truncated  # tasks limit no steps
 
     return played
-
-
-Judge = Callable[[Plan, float], tuple[float, bool]]
-"""Takes a plan and its ΔNLL on the calibration text; returns that on the split's text, and
-whether it is predicted."""
-
-
-def _judge(
-    task: PinnedTask, context: PruningContext, split: str, text: CorpusConfig | None
-) -> tuple[str, Judge]:
-    """The hash of the tokens of a split's text, and what measures ΔNLL on it."""
-    if text is not None and (split != "test" or not task.live):
-        raise InvalidRequestError(
-            f"text is for split='test' of a task with a live model; {task.name} with "
-            f"split={split!r} has its own."
-        )
-    table = context.table if isinstance(context, TableContext) else None
-    if split == "calibration":
-        sha256 = context.corpus.sha256 if table is None else str(table.text["sha256"])
-        return sha256, lambda plan, value: (value, context.scorer.is_predicted(plan))
-    if table is not None:
-        held_out = table.held_out
-        if held_out is None:
-            raise ArtifactError(
-                f"The table of {task.name} has no losses on held-out text; use split='calibration'."
-            )
-        return held_out.text["sha256"], lambda plan, value: (
-            held_out.delta_nll(plan, value),
-            held_out.is_predicted(plan),
-        )
-    if text is None:
-        raise InvalidRequestError(
-            f"{task.name} runs the model, so split='test' needs a text. Published results are on "
-            f"{dict(task.test_text)}; pass text=CorpusConfig(..., role='report')."
-        )
-    from rap_env.scoring.corpus_loading import load_corpus
-    from rap_env.scoring.scorer import PlanScorer
-
-    corpus = load_corpus(text, context.llm)
-    live = PlanScorer(context.llm, corpus, context.store)
-    return corpus.sha256, lambda plan, _: (live.nll(plan) - live.dense_nll, False)

@@ -13,7 +13,8 @@ import numpy.typing as npt
 from rap_env.artifacts import package_json
 from rap_env.errors import check_name
 from rap_env.request import Request
-from rap_env.reward import ceiling_nll, over_budget_nll
+from rap_env.reward import ceiling_nll, plan_scores
+from rap_env.scoring.corpus import CorpusConfig
 
 if TYPE_CHECKING:
     import gymnasium
@@ -64,21 +65,18 @@ class PinnedTask:
         return ceiling_nll(self.vocab_size)
 
     def scores(self, delta_nll: Sequence[float], fits: Sequence[bool]) -> Floats:
-        """What plans count as, nats per token, so that each that fits ranks above all that do not.
-
-        A plan that fits counts as its ΔNLL, at most `ceiling_nll`. One over its budget counts
-        as twice the ceiling, whatever its ΔNLL.
-
-        Args:
-            delta_nll: The ΔNLL of each plan, nats per token.
-            fits: Whether each plan is within its budget.
-        """
-        counted = np.minimum(np.asarray(delta_nll, dtype=np.float64), self.ceiling_nll)
-        return np.where(fits, counted, over_budget_nll(self.ceiling_nll))
+        """What plans count as, nats per token; `rap_env.reward.plan_scores` has the rule."""
+        return plan_scores(delta_nll, fits, self.vocab_size)
 
     def sha256_of(self, split: str) -> str:
         """Hash of the tokens of a split's text, in hex."""
         return self.calibration_sha256 if split == "calibration" else self.test_text["sha256"]
+
+    @property
+    def test_text_config(self) -> CorpusConfig:
+        """The text of the split ``"test"``; the package has its tokens."""
+        names = ("source", "windows", "window_tokens", "seed", "role", "sha256")
+        return CorpusConfig(**{name: self.test_text[name] for name in names})
 
     def make(self, **arguments: Any) -> gymnasium.Env[Any, Any]:
         """The environment; `arguments` such as ``render_mode`` are added to the fixed ones."""

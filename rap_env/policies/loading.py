@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from rap_env.artifacts import artifact_kind
 from rap_env.context.base import PruningContext
@@ -143,7 +144,11 @@ def load_policy(
 
 
 def make_method(
-    name: str, context: PruningContext, ladder_bytes: LadderBytes | None = None, seed: int = 0
+    name: str,
+    context: PruningContext,
+    ladder_bytes: LadderBytes | None = None,
+    seed: int = 0,
+    workload: str | Mapping[str, Any] = "tight",
 ) -> Policy:
     """Make a policy for a comparison, on the scores and importance of a context.
 
@@ -153,6 +158,7 @@ def make_method(
             loaded.
         ladder_bytes: The ladder over which it chooses; None removes blocks only.
         seed: Seed of everything random in a method.
+        workload: Requests that a method tunes on, see `Basis`.
 
     Raises:
         UnknownNameError: There is no such policy.
@@ -161,7 +167,7 @@ def make_method(
         PluginError: The policy of another package cannot be loaded or made.
     """
     ladder_bytes = mask_bytes(context.memory) if ladder_bytes is None else ladder_bytes
-    return _make(name, context.memory, Basis(context, ladder_bytes, seed))
+    return _make(name, context.memory, Basis(context, ladder_bytes, seed, workload))
 
 
 def _make(name: str, memory: MemoryModel, basis: Basis | None) -> Policy:

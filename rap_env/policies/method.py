@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 import time
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -36,11 +36,13 @@ class Basis(NamedTuple):
         context: Memory arithmetic, scorer and importance of the model.
         ladder_bytes: The ladder over which it chooses, with its bytes.
         seed: Seed of everything random in it.
+        workload: Requests to tune on, as `rap_env.workload.make_sampler` takes it.
     """
 
     context: PruningContext
     ladder_bytes: LadderBytes
     seed: int = 0
+    workload: str | Mapping[str, Any] = "tight"
 
 
 class Method(Policy):
@@ -57,7 +59,7 @@ class Method(Policy):
     """
 
     def __init__(self, basis: Basis) -> None:
-        self.context, self.ladder_bytes, self.seed = basis
+        self.context, self.ladder_bytes, self.seed, _ = basis
         self.memory = self.context.memory
         self.ladder = self.ladder_bytes.ladder
         self.weight_levels = self.ladder.weight_levels

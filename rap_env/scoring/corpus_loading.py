@@ -39,6 +39,10 @@ log = logging.getLogger(__name__)
 TEXTS = Path(__file__).parent / "texts"
 """Folder of the generated texts in the package, named after what determines them."""
 
+WIKITEXT = TEXTS / "wikitext.json"
+"""Token ids of the texts of pinned tasks that come from WikiText, by the hash of the tokens,
+with licence and attribution."""
+
 _FORMAT = 1
 _MORE_TOKENS = 64  # generated and cut off: a text of facts may be a piece of filler shorter
 
@@ -53,7 +57,7 @@ def load_corpus(config: CorpusConfig, llm: ElasticLLM, *, progress: bool = True)
             than ``config.sha256``, or the model has no start token to generate from.
         MissingDependencyError: A hub data set without the `datasets` package.
     """
-    corpus = _corpus(config, llm, progress)
+    corpus = _packaged_text(config) or _corpus(config, llm, progress)
     if config.sha256 is not None and corpus.sha256 != config.sha256:
         raise CorpusError(
             f"{config.source} gives other tokens (SHA-256 {corpus.sha256[:12]}) than asked for "
@@ -61,6 +65,17 @@ def load_corpus(config: CorpusConfig, llm: ElasticLLM, *, progress: bool = True)
             "from, or no sha256."
         )
     return corpus
+
+
+def _packaged_text(config: CorpusConfig) -> Corpus | None:
+    """The text of a pinned task from `WIKITEXT`, if it is the one that is asked for."""
+    if config.sha256 is None:
+        return None
+    text = load_artifact(WIKITEXT, "token ids", _FORMAT)["texts"].get(config.sha256)
+    if text is None or not config.source.endswith(text["source"]):
+        return None
+    tokens, _ = torch.tensor(text.pop("token_ids")), text.pop("tokenizer")
+    return Corpus.of_tokens(tokens, **text)
 
 
 def _corpus(config: CorpusConfig, llm: ElasticLLM, progress: bool) -> Corpus:

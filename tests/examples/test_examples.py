@@ -15,10 +15,14 @@ from click.testing import CliRunner
 
 import rap_env
 from rap_env.cli import cli
-from rap_env.leaderboard.entries import Entry
+from rap_env.leaderboard.entries import Entry, nested_share
+from rap_env.leaderboard.tasks import pinned_task
 from rap_env.models.families.families import FAMILIES
+from rap_env.policies.loading import make_method
+from rap_env.policies.method import Basis
 from tests.examples.notebooks import run
 
+REMOVALS = "RAPPrune/SmolLM2-Table-v1"
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -81,8 +85,8 @@ def test_first_steps():
 def test_custom_method():
     module = example("custom_method")
     found = {
-        name: rap_env.evaluate(method, module.TASK, name=name).mean_delta_nll
-        for name, method in module.methods((*module.ASKED, module.NAME)).items()
+        name: rap_env.evaluate(name, module.TASK, name=name).mean_delta_nll
+        for name in (*module.ASKED, module.NAME)
     }
     assert found[module.NAME] < min(found[name] for name in module.ASKED)
     request = ["--batch", "8", "--seq", "1024", "--budget", "120MiB", "--json"]
@@ -93,7 +97,8 @@ def test_custom_method():
     script = [sys.executable, str(EXAMPLES / "custom_method.py")]
     ran = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
     assert f"{module.NAME:38} mean ΔNLL {found[module.NAME]:.4f}" in ran.stdout, ran.stderr
-    asked = module.methods(module.ASKED).values()
+    env = gym.make(module.TASK).unwrapped
+    asked = [make_method(name, env.context, env.encoder.ladder_bytes) for name in module.ASKED]
     plans = [method.choose(rap_env.Request(8, 1024, 120 * 2**20)) for method in asked]
     assert chosen["levels"] in [plan.levels for plan in plans]
 
@@ -132,17 +137,46 @@ def test_custom_workload():
 
 
 @pytest.mark.slow
-def test_leaderboard_entry(tmp_path):
+def test_leaderboard_entry(tmp_path, monkeypatch):
     module = example("leaderboard_entry")
-    found = {
-        tries: rap_env.evaluate(module.LocalSearch(tries), module.TASK, name="local search")
-        for tries in (0, 20)
-    }
+    found = {}
+    for tries in (0, 20):
+        monkeypatch.setattr(module.LocalSearch, "tries", tries)
+        found[tries] = rap_env.evaluate(module.LocalSearch, module.TASK, name="local search")
     assert found[20].mean_delta_nll <= found[0].mean_delta_nll
     best = min(float(e.scores("calibration").mean()) for e in found[0].entries)
     assert found[0].mean_delta_nll < best + 1e-9, "measured plans include the published ones"
-    found[20].entry("Exchanges levels.").save(tmp_path / "mine.json")
-    assert Entry.load(tmp_path / "mine.json").name == "local search"
+    found[0].entry("Best measured plans.").save(tmp_path / "mine.json")
+    assert Entry.load(tmp_path / "mine.json").measured_on("calibration")
+
+
+def test_noisy_orders_lose_less_than_random_ones(monkeypatch):
+    module = example("control_orders")
+    monkeypatch.setattr(module, "ORDERS", 8)
+    mean = {
+        method: rap_env.evaluate(method, REMOVALS, name=method.name)
+        for method in (module.RandomOrders, module.NoisyOrders)
+    }
+    random, noisy = mean.values()
+    assert all(cell.fits and 0 < cell.evaluations <= 8 for cell in (*random.cells, *noisy.cells))
+    assert noisy.mean_delta_nll < 0.7 * random.mean_delta_nll
+
+
+def test_a_tuned_list_loses_less_where_it_was_tuned_and_all_plans_of_a_list_are_nested(monkeypatch):
+    module = example("control_lists")
+    monkeypatch.setattr(module, "MOVES", 60)
+    monkeypatch.setattr(module, "TUNED_ON", 8)
+    env = gym.make(REMOVALS).unwrapped
+    workload = pinned_task(REMOVALS).arguments["workload"]
+    basis = Basis(env.context, env.encoder.ladder_bytes, 0, workload)
+    fixed, tuned = module.FixedList(basis), module.TunedList(basis)
+    fixed.requests = tuned.requests
+    assert tuned.mean_nll(tuned.steps) < fixed.mean_nll(fixed.steps)
+    assert sorted(tuned.steps) == sorted(fixed.steps)
+    requests = pinned_task(REMOVALS).requests
+    for method in (fixed, tuned):
+        plans = [method.choose(request) for request in requests]
+        assert nested_share(requests, plans, env.ladder) == 1.0
 
 
 @pytest.fixture(scope="module")

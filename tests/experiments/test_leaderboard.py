@@ -8,6 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from experiments import leaderboard
 from experiments.compare import compare
 from experiments.comparison.result_rows import ResultRow, rows_below
 from experiments.config import Config
@@ -15,12 +16,14 @@ from experiments.config.common import ImportanceConfig, ModelConfig, TextConfig
 from experiments.config.program_settings import AgentConfig, CompareConfig
 from experiments.leaderboard import check_entry, main
 from experiments.train import train
+from rap_env.ladder.items import Ladder
 from rap_env.leaderboard.entries import (
     ENTRIES,
     Entry,
     Run,
-    predicted_test_delta_nll,
+    nested_share,
     published_entries,
+    table_values,
 )
 from rap_env.leaderboard.tasks import pinned_task, tasks_of
 from rap_env.memory import MemoryModel
@@ -35,7 +38,8 @@ RESULTS = Path(__file__).parents[2] / "results"
 
 @pytest.mark.parametrize("comparison", sorted(folder.name for folder in ENTRIES.iterdir()))
 def test_published_entries_are_what_the_records_say(comparison):
-    task, entries = tasks_of(comparison)[0], published_entries(comparison)
+    task = tasks_of(comparison)[0]
+    entries = [e for e in published_entries(comparison) if "records" in e.origin]
     (name,) = {Path(entry.origin["records"]).name for entry in entries}
     rows = rows_below(RESULTS / name / "evaluate")
     rows += ResultRow.read(RESULTS / "leaderboard" / f"{comparison}.jsonl")
@@ -101,18 +105,46 @@ def test_wrong_numbers_are_found(replayed):
 def test_new_methods_are_ranked_by_what_the_table_predicts():
     """Each method is predicted without its plans: the ranks agree, unlike plans included."""
     for name, methods, least in (("SmolLM2-v0", 12, 0.93), ("SmolLM2-v1", 8, 0.95)):
-        predicted = predicted_test_delta_nll(name)
-        assert len(predicted) == methods
+        values = table_values(name)
         measured = {
             entry.name: float(entry.scores("test").mean())
-            for entry in map(Entry.load, (ENTRIES / name).glob("*.json"))
-            if entry.name not in ("Do nothing", "Remove everything")
+            for entry in published_entries(name)
+            if "records" in entry.origin and entry.name in values
         }
-        assert predicted.keys() == measured.keys()
-        pairs = np.array([(predicted[method], measured[method]) for method in predicted])
+        assert len(measured) == methods
+        predicted = {method: values[method].test for method in measured}
+        pairs = np.array([(predicted[method], measured[method]) for method in measured])
         assert spearman(*pairs.T) > least
+        for entry in published_entries(name):
+            if entry.name in measured:  # the table has measured the plans of these
+                calibration = float(entry.scores("calibration").mean())
+                assert values[entry.name].calibration == pytest.approx(calibration)
+                assert values[entry.name].num_predicted == 0
     assert all(0.8 < predicted[name] / measured[name] < 1.2 for name in measured)
     assert not set(predicted.values()) & set(measured.values())
+
+
+def test_plans_are_nested_if_a_smaller_budget_lowers_all_that_a_larger_one_lowers():
+    ladder = Ladder.of(tiny_llm(layers=2).facts, "masks")
+    requests = [Request(1, 16, 100), Request(1, 16, 90), Request(1, 16, 80), Request(2, 16, 70)]
+    plans = [Plan.removing(1), Plan.removing(1, 2), Plan.removing(2, 3), Plan()]
+    assert nested_share(requests, plans, ladder) == pytest.approx(1 / 3)
+    assert nested_share(requests, [*plans[:2], Plan.removing(0, 1, 2), Plan()], ladder) == 1.0
+
+
+def test_a_method_is_published_with_a_rank_only_if_its_plans_were_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(leaderboard, "ENTRIES", tmp_path)
+    method = "rap_env.policies.orders:Random"
+    ran = CliRunner().invoke(main, ["publish", "RAPLadder/SmolLM2-Table-v1", method])
+    assert ran.exit_code == 0, ran.output
+    entry = Entry.load(tmp_path / "SmolLM2-v1" / "random.json.gz")
+    assert entry.name == "Random"
+    assert entry.description == "Lowers random items; the same seed and request give the same plan"
+    assert len(entry.runs[0].plans) == 30
+    assert set(entry.runs[0].delta_nll) == {"calibration", "test"}, "a published method: measured"
+    wrong = CliRunner().invoke(main, ["publish", "RAPLadder/SmolLM2-Table-v1", "x.y:Z"])
+    assert wrong.exit_code != 0
+    assert "x.y" in wrong.output
 
 
 def test_trained_policies_are_judged_on_a_pinned_task(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rap_env.importance.orders import REFERENCE_BATCH_SIZE, greedy_order, one_shot_costs
+from rap_env.importance.orders import REFERENCE_SHAPE, greedy_order, one_shot_costs
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
@@ -38,7 +38,7 @@ def test_the_steps_lead_from_native_levels_to_the_lowest(packed, together):
 def test_each_step_has_the_least_cost_per_freed_byte():
     found, ladder_bytes = made()
     order, ladder = greedy_order(found, ladder_bytes), ladder_bytes.ladder
-    costs_there = ladder_bytes.costs(REFERENCE_BATCH_SIZE, 1024)
+    costs_there = ladder_bytes.costs(*REFERENCE_SHAPE)
     state = costs_there.state()
 
     def price(item: int) -> float:

@@ -20,7 +20,7 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 from rap_env.version import __version__
 
 ROOT = Path(__file__).parents[2]
-DATA_SUFFIXES = {".pyi", ".json", ".jsonl", ".txt", ".safetensors", ".typed", ".html", ".j2"}
+DATA_SUFFIXES = {".pyi", ".json", ".gz", ".jsonl", ".txt", ".safetensors", ".typed", ".html", ".j2"}
 
 
 @pytest.fixture(scope="module")
