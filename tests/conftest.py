@@ -1,6 +1,7 @@
 """Fixtures of every test: no network, and a separate cache folder."""
 
 import gc
+import itertools
 import os
 import zlib
 
@@ -14,11 +15,18 @@ AGENTS = ("ppo", "maskable_ppo", "dqn", "masked_dqn")
 gc.disable()  # until all tests are collected: what an import makes, stays
 
 
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory):
+    """Names of new folders; pytest's own way to find one looks through all earlier ones."""
+    folder = tmp_path_factory.mktemp("caches")
+    return (str(folder / str(number)) for number in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
+def own_cache(caches, monkeypatch):
     """A separate cache folder for each test, unless a fixture has set one for all of a module."""
     if "RAP_CACHE_DIR" not in os.environ:
-        monkeypatch.setenv("RAP_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        monkeypatch.setenv("RAP_CACHE_DIR", next(caches))
 
 
 def pytest_collection_finish() -> None:

@@ -95,6 +95,14 @@ def test_vector_kwargs_work_in_every_mode(settings, version):
         rap_env.make_vec(version, 2, vector_kwargs={"autoreset": "SameStep"}, **settings)
 
 
+def test_a_worker_says_that_its_model_is_a_copy(settings, monkeypatch, caplog):
+    monkeypatch.setattr(multiprocessing, "parent_process", multiprocessing.current_process)
+    gym.make("RAPLadder-v0", **settings)
+    [message] = [message for message in caplog.messages if "own copy of model" in message]
+    assert "leave out vectorization_mode" in message
+
+
+@pytest.mark.slow
 def test_workers_that_load_a_model_each_say_so(settings, capfd):
     """A server that has imported the libraries once forks the workers."""
     libraries = ["torch", "transformers.models.llama.modeling_llama", "rap_env.envs.ladder"]

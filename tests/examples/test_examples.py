@@ -37,7 +37,7 @@ def example(name):
 def test_ppo_single_file():
     module = example("ppo_single_file")
     before, after = (
-        rap_env.evaluate(module.train(updates), module.TASK, name="ppo") for updates in (0, 12)
+        rap_env.evaluate(module.train(updates), module.TASK, name="ppo") for updates in (0, 6)
     )
     assert after.mean_delta_nll < 0.8 * before.mean_delta_nll
     assert all(cell.fits for cell in after.cells)

@@ -18,6 +18,7 @@ from rap_env.importance.preparation import prepare
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.prepared_files import find_prepared, write_prepared
+from rap_env.models.live import calibration_text
 from rap_env.models.live.calibration_text import mixed_windows
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.paths import cache_dir, prepared_dir
@@ -30,14 +31,22 @@ from tests.tiny import tiny_model, tiny_tokenizer
 workers = preparation._workers
 
 
+@pytest.fixture(scope="module", autouse=True)
+def little_text():
+    """Models are prepared with little text, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparation, "COST_WINDOWS", 2)
+        patch.setattr(preparation, "COST_TOKENS", 32)
+        patch.setattr(preparation, "_workers", lambda llm, memory_bytes: 1)
+        patch.setattr(calibration_text, "SOURCE_FILES", ("queue.py",))
+        yield
+
+
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A model with levels of few bits, prepared with little text in this process."""
-    monkeypatch.setattr(preparation, "COST_WINDOWS", 2)
-    monkeypatch.setattr(preparation, "COST_TOKENS", 32)
-    monkeypatch.setattr(preparation, "_workers", lambda llm, memory_bytes: 1)
+def folder(tmp_path):
+    """A model with levels of few bits."""
     folder = tmp_path / "own-model-1.5b"
-    tiny_model("llama_wide", layers=3).save_pretrained(folder)
+    tiny_model("llama_wide", layers=2).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
@@ -46,9 +55,28 @@ def prepared(folder, **options):
     return prepare(folder, dtype="float32", progress=False, **options)
 
 
-def test_costs_are_those_of_the_model_in_memory_with_the_levels_that_were_made(folder):
-    costs, path = prepared(folder)
-    assert path == prepared_dir(costs.provenance["fingerprint"]) / "costs.json"
+@pytest.fixture(scope="module")
+def finished(little_text, tmp_path_factory):
+    """The cache after the model was prepared, and its costs."""
+    base = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAP_CACHE_DIR", str(base / "cache"))
+        tiny_model("llama_wide", layers=2).save_pretrained(base / "model")
+        tiny_tokenizer().save_pretrained(base / "model")
+        costs, _ = prepared(base / "model")
+    return base / "cache", costs
+
+
+@pytest.fixture
+def ready(finished, folder):
+    """The model, its costs and their file, where it has been prepared."""
+    cache, costs = finished
+    shutil.copytree(cache, cache_dir())
+    return folder, costs, prepared_dir(costs.provenance["fingerprint"]) / "costs.json"
+
+
+def test_costs_are_those_of_the_model_in_memory_with_the_levels_that_were_made(ready):
+    folder, costs, path = ready
     llm = load_llm(folder, dtype="float32")
     assert not llm.absent_levels(("int4-compact", "int3", "int2"))
     windows = mixed_windows(llm, 2, 32)
@@ -66,8 +94,8 @@ def test_costs_are_those_of_the_model_in_memory_with_the_levels_that_were_made(f
     assert not list(path.parent.glob("*.part")), "the files of the run are removed"
 
 
-def test_the_knapsack_uses_the_costs_from_then_on(folder):
-    costs, _ = prepared(folder)
+def test_the_knapsack_uses_the_costs_from_then_on(ready):
+    folder, costs, _ = ready
     llm = load_llm(folder, dtype="float32")
     policy = load_policy("knapsack", llm)
     memory = MemoryModel(llm)
@@ -77,7 +105,7 @@ def test_the_knapsack_uses_the_costs_from_then_on(folder):
     assert policy.delta_nll(plan) == pytest.approx(costs.delta_nll(plan))
 
 
-def test_a_run_that_was_ended_goes_on_where_it_was(folder, monkeypatch):
+def test_a_run_that_was_ended_goes_on_where_it_was(folder, finished, monkeypatch):
     done, whole = [], preparation.make_layer
 
     def ends_in_the_second_layer(llm, forward, layer, states, **options):
@@ -90,21 +118,20 @@ def test_a_run_that_was_ended_goes_on_where_it_was(folder, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         prepared(folder)
     assert prepared_costs(load_llm(folder, dtype="float32")) is None
-    costs, _ = prepared(folder)
-    assert done[0] not in done[2:], "the first layer is not made again"
-    shutil.rmtree(cache_dir())
-    again, _ = prepared(folder)
-    assert again.costs == costs.costs
-
-
-def test_a_prepared_model_is_not_prepared_again(folder, monkeypatch):
     costs, path = prepared(folder)
+    assert done[0] not in done[2:], "the first layer is not made again"
+    assert costs.costs == finished[1].costs
+    assert path == prepared_dir(costs.provenance["fingerprint"]) / "costs.json"
+
+
+def test_a_prepared_model_is_not_prepared_again(ready, monkeypatch):
+    folder, costs, path = ready
     monkeypatch.setattr(preparation, "_work", lambda *args: pytest.fail("it ran again"))
     assert prepared(folder) == (costs, path)
 
 
-def test_a_process_that_waited_for_another_does_not_prepare_again(folder, monkeypatch):
-    (costs, path), opened = prepared(folder), []
+def test_a_process_that_waited_for_another_does_not_prepare_again(ready, monkeypatch):
+    (folder, costs, path), opened = ready, []
 
     def before_the_other_ended(*args, **options):
         hidden = path.parent.rename(path.parent.with_name("hidden"))
@@ -129,29 +156,23 @@ def test_a_limit_of_memory_that_is_too_low(folder, monkeypatch, cores):
     assert workers(llm, need + need // 2) == 1
 
 
-def test_loading_is_logged_once(folder, caplog):
-    with caplog.at_level("INFO"):
-        prepared(folder)
-    assert sum("Loading" in message for message in caplog.messages) == 1
-
-
 @pytest.mark.slow
-def test_two_processes_give_the_same(folder, monkeypatch):
-    costs, _ = prepared(folder)
-    shutil.rmtree(cache_dir())
+def test_two_processes_give_the_same(folder, finished, monkeypatch):
     monkeypatch.setattr(preparation, "_workers", lambda llm, memory_bytes: 2)
     shared, _ = prepared(folder)
-    assert shared.costs == costs.costs
+    assert shared.costs == finished[1].costs
 
 
-def test_four_bits_need_no_levels_that_a_text_makes(folder):
-    costs, _ = prepared(folder, bits=4)
+def test_four_bits_need_no_levels_that_a_text_makes(folder, caplog):
+    with caplog.at_level("INFO"):
+        costs, _ = prepared(folder, bits=4)
+    assert sum("Loading" in message for message in caplog.messages) == 1
     assert set(costs.costs["layer00.ffn"]) == {"int8", "int4", "removed"}
     assert not list(cache_dir().glob("calibrated/*/*"))
 
 
-def test_the_file_of_a_prepared_model_is_found_beside_it(folder):
-    costs, path = prepared(folder)
+def test_the_file_of_a_prepared_model_is_found_beside_it(ready):
+    folder, costs, path = ready
     write_prepared(path, folder.with_name("own-model-1.5b.rap"))
     made = sorted(file.name for file in cache_dir().glob("calibrated/*/*"))
     shutil.rmtree(cache_dir())

@@ -379,16 +379,16 @@ class LoweringLimit(MovingLimit):
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
 def test_the_tokens_of_random_conversations_are_those_without_keeping(name):
-    assert sum(Conversations(seed, name).run(10) for seed in range(3)) > 200
+    assert Conversations(0, name).run(10) > 60
 
 
 def test_no_token_is_wrong_while_the_limit_falls_and_rises():
-    assert sum(MovingLimit(seed).run(8) for seed in range(6)) > 200
+    assert sum(MovingLimit(seed).run(8) for seed in range(3)) > 100
 
 
 def test_bytes_stay_within_a_limit_that_falls_and_rises_while_blocks_are_lowered():
     levels = set()
-    for seed in range(6):
+    for seed in range(3):
         conversations = LoweringLimit(seed)
         conversations.run(8)
         levels |= conversations.levels

@@ -24,10 +24,10 @@ def quiet():
 
 
 @pytest.mark.usefixtures("quiet")
-@pytest.mark.parametrize("first", range(0, 200, 50))
+@pytest.mark.parametrize("first", [0, 30])
 def test_something_runs_within_two_seconds_of_a_plan_that_fits(policy, first):
-    passes = sum(Schedule(seed, policy).run(turns=50) for seed in range(first, first + 50))
-    assert passes > 400
+    passes = sum(Schedule(seed, policy).run(turns=50) for seed in range(first, first + 30))
+    assert passes > 240
 
 
 @pytest.mark.slow
