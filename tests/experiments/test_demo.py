@@ -74,6 +74,7 @@ def test_five_stages_end_with_a_verdict_a_service_and_a_report(config, capsys, m
         raise AssertionError("a finished stage is repeated")
 
     monkeypatch.setattr(live, "record", never)
+    monkeypatch.setattr("experiments.demo.report", lambda *_: page)  # is written each time
     results = config.stage_dir("evaluate") / "results.jsonl"
     before = results.read_bytes()
     demo(config, config.root)
