@@ -3,6 +3,7 @@
 # and the first Python snippet of README.md.
 # Usage: tools/dist.sh PYTHON
 set -eu
+export PIP_DISABLE_PIP_VERSION_CHECK=1
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 
