@@ -147,11 +147,6 @@ class ReplayConfig:
     mask_loss_windows: int = setting(2, low=1)
     """Windows of `text` on which ΔNLL of the used plans is measured."""
 
-    @property
-    def reference_shape(self) -> tuple[int, int]:
-        """The reference as (batch size, sequence length in tokens)."""
-        return parse_shape(self.reference)
-
 
 @dataclass
 class ConversationsConfig:

@@ -162,7 +162,8 @@ class GSIProfile(Profile):
     @property
     def first_pass(self) -> npt.NDArray[np.float64]:
         """Rise in NLL if one block is removed from the dense model, nats per token, (2L,)."""
-        return np.array([self.first_nll[name] for name in self._blocks]) - self.dense_nll
+        names = map(block_name, range(self.num_blocks))
+        return np.array([self.first_nll[name] for name in names]) - self.dense_nll
 
     @property
     def full_order(self) -> tuple[int, ...]:
@@ -189,10 +190,6 @@ class GSIProfile(Profile):
             delta_nll[block_index(name)] = rise
         delta_nll[list(self.order_indices)] = np.diff([self.dense_nll, *self.nll_after])
         return delta_nll
-
-    @property
-    def _blocks(self) -> list[str]:
-        return [block_name(index) for index in range(self.num_blocks)]
 
 
 def load_profile(

@@ -152,7 +152,8 @@ class PlanScorer:
     @property
     def block_forwards(self) -> float:
         """Blocks that the model ran, in passes over the whole text; parts count by their share."""
-        parts = sum(part.block_forwards * self._share(part) for part in self._parts.values())
+        shares = ((part, part.num_windows / self.num_windows) for part in self._parts.values())
+        parts = sum(part.block_forwards * share for part, share in shares)
         return self.runner.block_runs / len(self.batches) + parts
 
     @cached_property
@@ -323,9 +324,6 @@ class PlanScorer:
                 workers=self.workers,
             )
         return self._parts[windows]
-
-    def _share(self, part: PlanScorer) -> float:
-        return part.num_windows / self.num_windows
 
     def _measure(self, plans: Sequence[Plan], keep: Collection[Node]) -> None:
         values = self._values(self.runner, plans, keep)

@@ -52,7 +52,9 @@ class ScoreStore:
         self._known_contexts: set[str] = set()
         with self._errors():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._check_file()
+            verdict = self._connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if verdict != "ok":
+                raise sqlite3.DatabaseError(str(verdict))
             if self._format() != _FORMAT:
                 self._prepare()
 
@@ -143,11 +145,6 @@ class ScoreStore:
             for statement in _SCHEMA:
                 connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {_FORMAT}")
-
-    def _check_file(self) -> None:
-        verdict = self._connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if verdict != "ok":
-            raise sqlite3.DatabaseError(str(verdict))
 
     @property
     def _connection(self) -> sqlite3.Connection:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from experiments.config import Config
+from experiments.config.common import parse_shape
 from experiments.config.study_settings import ReplayConfig
 from experiments.contexts import load_text
 from experiments.studies.replay.serving import SystemRun, check_system, system_policy
@@ -137,7 +138,7 @@ def replay_jobs(config: Config, folder: Path) -> Iterator[Job[ReplayRow]]:
         check_system(name)
     llm = load_llm(model.name, device=model.device, dtype=model.dtype, weights=model.weights)
     memory, judge = MemoryModel(llm), OutputJudge(llm)
-    reference_bytes = memory.dense_peak_bytes(*settings.reference_shape)
+    reference_bytes = memory.dense_peak_bytes(*parse_shape(settings.reference))
     budget = cotenant_budget(config.budget, reference_bytes)
     requests, load = make_requests(config, llm)
     depends_on = {

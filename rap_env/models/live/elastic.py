@@ -229,7 +229,8 @@ class ElasticLLM:
         self._live.store = store = WeightStore(
             self.model, items, blocks, self.folder, residency, fingerprint, **options
         )
-        _keep_in_place(self.model)
+        # From now on, refuse to move or convert the model as a whole.
+        object.__setattr__(self.model, "_apply", _InPlace(self.model))
         return store
 
     @property
@@ -357,11 +358,6 @@ def _check_one_device(model: Any, name: str) -> None:
             "rap_env's load_llm(device=...). If it is too large, load it with on_demand=True, and "
             "apply a plan with weights at int4, which takes a quarter of the bytes."
         )
-
-
-def _keep_in_place(model: nn.Module) -> None:
-    """From now on, refuse to move or convert a model as a whole."""
-    object.__setattr__(model, "_apply", _InPlace(model))
 
 
 class _InPlace:
