@@ -1,8 +1,9 @@
 """Python programs in processes of their own that start in milliseconds.
 
-An import of torch and transformers takes seconds of processor time. A server imports them once, and
-nothing of this project, and is forked for each program. What a program imports, sets or breaks
-stays in its own process, as if the interpreter had been started for it.
+An import of torch and transformers takes seconds of processor time. A server imports them once for
+all processes of a test run, and nothing of this project, and is forked for each program. What a
+program imports, sets or breaks stays in its own process, as if the interpreter had been started for
+it.
 
 Tests of what an import loads, or of memory, need an interpreter of their own: `subprocess`.
 """
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 import types
 from pathlib import Path
@@ -116,33 +118,53 @@ def _ask(request: dict[str, Any], *files: int) -> int:
 
 @functools.cache
 def _server() -> socket.socket:
-    """The socket of this process's server, which ends when that is closed."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTHONPATH", None)
-    with theirs:
+    """A connection to the server of this test run, which ends with its last connection."""
+    name = f"\0programs-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"
+    kind = socket.AF_UNIX, socket.SOCK_SEQPACKET
+    with socket.socket(*kind) as listener, contextlib.suppress(OSError):
+        listener.bind(name)  # which fails if another process has started the server
+        listener.listen()
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment.pop("PYTHONPATH", None)
         subprocess.Popen(
-            [sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()],
+            [sys.executable, __file__, str(listener.fileno())], pass_fds=[listener.fileno()],
             env=environment, stdin=subprocess.DEVNULL,
         )  # fmt: skip
-    return ours
-
-
-def _serve(control: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """Fork for each program; returns in the program's process, with its request and files."""
     while True:
-        message, files, _, _ = socket.recv_fds(control, _MESSAGE_BYTES, 2)
+        connection = socket.socket(*kind)
+        try:
+            connection.connect(name)
+            return connection
+        except ConnectionRefusedError:  # the other process does not listen yet
+            connection.close()
+            time.sleep(0.01)
+
+
+def _serve(listener: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """Fork for each program; returns in the program's process, with its request and files."""
+    connections: list[socket.socket] = []
+    while True:
+        ready = select.select([listener, *connections], [], [])[0][0]
+        if ready is listener:
+            connections.append(listener.accept()[0])
+            continue
+        message, files, _, _ = socket.recv_fds(ready, _MESSAGE_BYTES, 2)
         if not message:
-            os._exit(0)
+            connections.remove(ready)
+            ready.close()
+            if not connections:
+                os._exit(0)
+            continue
         request = json.loads(message)
         if "ended" in request:
             number = os.waitstatus_to_exitcode(os.waitpid(request["ended"], 0)[1])
         else:
             number = os.fork()
             if number == 0:
-                control.close()
+                for opened in (listener, *connections):
+                    opened.close()
                 return request, files
-        control.send(b"%d" % number)
+        ready.send(b"%d" % number)
         for file in files:
             os.close(file)
 

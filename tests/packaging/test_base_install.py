@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -9,7 +10,6 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
-import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -54,7 +54,6 @@ envs.step(envs.action_space.sample())
 """
 
 EVALUATION = """
-import gymnasium, rap_env
 task = max(name for name in gymnasium.registry if name.startswith("RAPLadder/SmolLM2-Table"))
 result = rap_env.evaluate(rap_env.load_policy("rap"), task, "test", name="mine")
 assert 0 < result.mean_delta_nll < 1
@@ -91,44 +90,63 @@ def test_the_base_install_is_small_and_has_no_torch():
     assert not BASE & {"torch", "transformers"}
 
 
-@pytest.mark.parametrize("code", [ENVIRONMENT, EVALUATION], ids=["environment", "evaluation"])
-def test_the_environment_on_a_table_needs_nothing_else(code):
-    done = in_base_install(code)
+EACH = """
+import contextlib, io, json, sys, traceback
+import rap_env
+from rap_env.cli import main
+
+ended = []
+for code in {codes!r}:
+    status, output, errors = 0, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        try:
+            exec(code)
+        except SystemExit as end:
+            status = end.code or 0
+        except Exception:
+            status = 1
+            traceback.print_exc()
+    ended.append([status, output.getvalue(), errors.getvalue()])
+print(json.dumps(ended))
+"""
+"""Runs codes in turn and prints the status, output and errors of each."""
+
+
+def each_in_base_install(*codes: str) -> list[tuple[int, str, str]]:
+    """The status, output and errors of codes that run in one such process."""
+    done = in_base_install(EACH.replace("{codes!r}", repr(codes)))
+    assert done.returncode == 0, done.stderr
+    return list(map(tuple, json.loads(done.stdout)))
+
+
+def test_the_environment_on_a_table_needs_nothing_else():
+    done = in_base_install(ENVIRONMENT + EVALUATION)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["choose", "--batch=8", "--seq=2048", "--budget=300MiB", "--policy=rap"],
-        ["choose", "--batch=8", "--seq=2048", "--budget=300MiB", "--engine=llama.cpp"],
-        ["info"],
-    ],
-    ids=["choose", "llama.cpp", "info"],
-)
-def test_commands_without_a_live_model_need_nothing_else(arguments):
-    done = in_base_install(f"from rap_env.cli import main; main({arguments!r})")
-    assert done.returncode == 0, done.stderr
-    assert "MiB" in done.stdout
-    assert not done.stderr
+def test_commands_without_a_live_model_need_nothing_else():
+    request = ["choose", "--batch=8", "--seq=2048", "--budget=300MiB"]
+    commands = [*request, "--policy=rap"], [*request, "--engine=llama.cpp"], ["info"]
+    for status, output, errors in each_in_base_install(*(f"main({c!r})" for c in commands)):
+        assert status == 0, errors
+        assert "MiB" in output
+        assert not errors
 
 
-@pytest.mark.parametrize(
-    ("code", "extra"),
-    [
-        ("rap_env.load_llm", "model"),
-        ("import rap_env.models.files.loading", "model"),
-        ("import gymnasium; gymnasium.make('RAPPrune-v0', model='smollm2-135m')", "model"),
-        ("from rap_env.cli import main; main(['fetch'])", "model"),
-        ("from rap_env.cli import main; main(['prune', 'x', '--remove=layer01.ffn'])", "model"),
-        ("from rap_env.cli import main; main(['serve'])", "serve"),
-    ],
-)
-def test_a_missing_extra_is_one_error_with_the_command_that_installs_it(code, extra):
-    done = in_base_install(f"import rap_env\n{code}")
-    assert done.returncode in (1, 2)
-    last = done.stderr.splitlines()[-1]
-    assert re.search(rf'needs the package .*`pip install "rap-env\[{extra}\]"`\.$', last), last
+def test_a_missing_extra_is_one_error_with_the_command_that_installs_it():
+    extras = {
+        "rap_env.load_llm": "model",
+        "import rap_env.models.files.loading": "model",
+        "import gymnasium; gymnasium.make('RAPPrune-v0', model='smollm2-135m')": "model",
+        "main(['fetch'])": "model",
+        "main(['prune', 'x', '--remove=layer01.ffn'])": "model",
+        "main(['serve'])": "serve",
+    }
+    for extra, ended in zip(extras.values(), each_in_base_install(*extras), strict=True):
+        status, _, errors = ended
+        assert status in (1, 2)
+        last = errors.splitlines()[-1]
+        assert re.search(rf'needs the package .*`pip install "rap-env\[{extra}\]"`\.$', last), last
 
 
 def test_every_extra_has_its_modules_and_requires_what_it_needs():

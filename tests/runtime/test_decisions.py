@@ -1,14 +1,12 @@
 import json
-import os
-import signal
-import subprocess
-import sys
 
 import pytest
 
 from rap_env.plan import Plan
 from rap_env.runtime.memory_estimator import BatchShape
 from rap_env.runtime.records import Decision, DecisionLog
+from tests.programs import PythonProgram
+from tests.runtime.harness import eventually
 
 
 def made(number: int = 0) -> Decision:
@@ -82,12 +80,12 @@ while True:
 
 
 def test_after_a_kill_all_complete_lines_are_valid(tmp_path):
-    path = tmp_path / "decisions.jsonl"
-    with subprocess.Popen(
-        [sys.executable, "-c", _WRITER, str(path)], stdout=subprocess.PIPE
-    ) as writer:
-        assert writer.stdout.readline() == b"on\n"
-        os.kill(writer.pid, signal.SIGKILL)
+    path, output = tmp_path / "decisions.jsonl", tmp_path / "output"
+    with output.open("w") as file:
+        writer = PythonProgram(["-c", _WRITER, str(path)], stdout=file, stderr=file)
+    eventually(lambda: "on\n" in output.read_text())
+    writer.kill()
+    writer.wait()
     DecisionLog(path).close()
     times = [record["time_s"] for record in read(path)]
     assert times == [float(number) for number in range(len(times))]
