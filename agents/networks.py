@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from gymnasium import spaces
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
@@ -104,14 +105,16 @@ class Rows(BaseFeaturesExtractor):
 
     def _neighbours(self, each: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         """Return what is observed of the levels of each row's neighbours."""
-        # The same in all of them.
-        placed = each[0, :, : self.spec.features.index("depth") + 1]
-        if not torch.equal(placed, self._placed):
+        placed = each[:, :, : self.spec.features.index("depth") + 1].detach()
+        if placed.shape != self._placed.shape or not torch.equal(placed, self._placed):
             self._placed = placed.clone()
-            near = self.spec.neighbours(placed.detach().cpu().numpy())
-            self._near = torch.from_numpy(near).to(placed.device)
+            models, which = torch.unique(placed.flatten(1), return_inverse=True, dim=0)
+            rows = models.view(-1, *placed.shape[1:]).cpu().numpy()
+            near = np.stack([self.spec.neighbours(of_model) for of_model in rows])
+            self._near = torch.from_numpy(near).to(placed.device)[which]
         levels = nn.functional.pad(level.squeeze(2), (0, 1))  # 0 for missing neighbours
-        near_levels = levels[:, self._near]
+        near_levels = levels.unsqueeze(1).expand(-1, levels.shape[1] - 1, -1)
+        near_levels = near_levels.gather(2, self._near.where(self._near >= 0, levels.shape[1] - 1))
         return 1 - near_levels if self.spec.near_kept else near_levels
 
 

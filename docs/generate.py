@@ -197,6 +197,8 @@ def leaderboard_table(comparison: str) -> str:
     ranked = sorted(entries, key=lambda e: measured(e, "test"))
     table = markdown(columns_table(ranked, columns))
     known = [e for e in entries if e.name in by_table and e.measured_on("test")]
+    if not known:  # the model itself ran for every plan
+        return f"### {names}\n\n{table}"
     pairs = np.array([(by_table[e.name].test, measured(e, "test")) for e in known])
     return (
         f"### {names}\n\n{table}\nRank correlation of *Predicted* and *ΔNLL, test* over the "

@@ -39,7 +39,7 @@ def _register() -> None:
     """Register the environments, then the pinned tasks, which fix their arguments."""
     import gymnasium
 
-    from rap_env.leaderboard.tasks import pinned_tasks
+    from rap_env.leaderboard.tasks import ACROSS, across_arguments, pinned_tasks
 
     if "RAPPrune-v0" in gymnasium.registry:
         return
@@ -53,6 +53,10 @@ def _register() -> None:
             vector_entry_point=vector,
             reward_threshold=task.reward_threshold,
             kwargs=dict(task.arguments),
+        )
+    for name, arguments in (("RAPAcross-v0", {}), (ACROSS, across_arguments())):
+        gymnasium.register(
+            id=name, entry_point="rap_env.envs.across:RAPAcrossEnv", kwargs=arguments
         )
 
 

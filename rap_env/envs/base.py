@@ -38,6 +38,7 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         encoder: Encodes its observations.
         ladder: The items, in the order of the actions, and the levels of each.
         current: The current episode; None before the first one.
+        num_actions: Actions that `step` takes; those past the items are invalid.
     """
 
     config_type: ClassVar[type[EnvConfig]]
@@ -68,8 +69,8 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         self.context, self.memory = task.context, task.memory
         self.delta_key, self.encoder, self.ladder = task.delta_key, task.encoder, task.ladder
         self.observation_space = task.encoder.space
-        self._num_actions = len(task.ladder)
-        self.action_space = gym.spaces.Discrete(self._num_actions)
+        self.num_actions = len(task.ladder)
+        self.action_space = gym.spaces.Discrete(self.num_actions)
         self._task = task
         self.current: Episode | None = None
         self._left_after = 0
@@ -212,6 +213,6 @@ class PruningEnv(gym.Env[Observation, np.int64]):
             array = np.asarray(action)
             whole = array.size == 1 and np.issubdtype(array.dtype, np.integer)
             action = array.item() if whole else action
-        if not whole or not 0 <= action < self._num_actions:
+        if not whole or not 0 <= action < self.num_actions:
             raise self._task.unknown_action(action)
         return int(action)

@@ -76,7 +76,8 @@ class Episode:
     def transition(self, action: int) -> Transition:
         """The effect of an action."""
         task, state = self.task, self.state
-        change = state.preview(action) if state.is_valid(action) else None
+        valid = action < len(state.positions) and state.is_valid(action)
+        change = state.preview(action) if valid else None
         peak_bytes = state.peak_bytes if change is None else change.peak_bytes
         terminated = peak_bytes <= self.start.request.budget_bytes
         invalid_actions = self.invalid_actions + (change is None)

@@ -37,6 +37,7 @@ from rap_env.model_facts import ModelFacts
 from rap_env.models.files.loading import load_llm
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.head_parts import head_divergences, head_nll
+from rap_env.models.live.lean_llama import LeanLlama
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.progress import progress_bar
 from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS, PACKED_LEVELS
@@ -311,7 +312,8 @@ def _in_float32(llm: ElasticLLM, levels: Mapping[str, Sequence[str]]) -> Elastic
     used = [name for name in PACKED_LEVELS if any(name in names for names in levels.values())]
     if llm.absent_levels(used) and llm.calibrator is not None:
         llm.calibrator(llm)
-    if llm.dtype == torch.float32 or llm.folder is None:
+    steps = not isinstance(llm.model, LeanLlama)  # whether it runs them
+    if llm.folder is None or (steps and llm.dtype == torch.float32):
         return llm
     wide = load_llm(llm.folder, device=str(llm.device), dtype="float32", on_demand=True)
     for own, given in zip(wide._live.all_items, llm._live.all_items, strict=True):

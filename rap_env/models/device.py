@@ -286,12 +286,14 @@ def uses_float32(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype == torch.bfloat16 and emulated()
 
 
-def in_float32() -> AbstractContextManager[object]:
+def in_float32(dtype: torch.dtype) -> AbstractContextManager[object]:
     """Multiply bfloat16 matrices of linear layers in float32 in a ``with`` block, if emulated.
 
-    Results are bfloat16, and gradients pass. Holds in the calling thread.
+    Results are bfloat16, and gradients pass. Holds in the calling thread. For a model of
+    another dtype, nothing is changed.
     """
-    return _Float32Products() if emulated() else contextlib.nullcontext()
+    changes = dtype == torch.bfloat16 and emulated()
+    return _Float32Products() if changes else contextlib.nullcontext()
 
 
 def linear(

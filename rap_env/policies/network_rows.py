@@ -74,22 +74,22 @@ def _near_items(rows: Floats) -> Numbers:
     Items are told apart by their kinds and depths; if either is hidden, all 0, no item has
     neighbours.
     """
-    none = np.full((len(rows), len(_NEAR_ITEMS)), -1, dtype=np.int64)
-    if not rows[:, : len(KINDS)].any():
-        return none
+    near = np.full((len(rows), len(_NEAR_ITEMS)), -1, dtype=np.int64)
+    rows = rows[rows[:, : len(KINDS)].any(axis=1)]  # what fills up observations comes last
+    if not len(rows):
+        return near
     kinds = [KINDS[kind] for kind in rows[:, : len(KINDS)].argmax(axis=1)]
     in_layer = np.array([kind != "embeddings" for kind in kinds])
     layers = np.full(len(rows), -len(_NEAR_ITEMS))
     depths = rows[in_layer, ITEM_FEATURES.index("depth")]
     layers[in_layer] = np.unique(depths, return_inverse=True)[1]
     numbers = {pair: n for n, pair in enumerate(zip(layers.tolist(), kinds, strict=True))}
-    if len(numbers) < len(rows):  # several layers seem to be one
-        return none
-    near_items = [
-        [numbers.get((layer + step, kind), -1) for step, kind in _NEAR_ITEMS]
-        for layer in layers.tolist()
-    ]
-    return np.array(near_items, dtype=np.int64)
+    if len(numbers) == len(rows):  # else several layers seem to be one
+        near[: len(rows)] = [
+            [numbers.get((layer + step, kind), -1) for step, kind in _NEAR_ITEMS]
+            for layer in layers.tolist()
+        ]
+    return near
 
 
 @dataclass(frozen=True)

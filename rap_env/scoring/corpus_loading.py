@@ -21,6 +21,7 @@ import torch
 from rap_env.artifacts import digest, load_artifact, read_rows, save_artifact
 from rap_env.errors import CorpusError
 from rap_env.extras import require_extra
+from rap_env.models.files.sources import TINY
 from rap_env.models.live.calibration_text import (
     TEMPERATURE,
     TOP_P,
@@ -31,7 +32,7 @@ from rap_env.models.live.calibration_text import (
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.progress import progress_bar
 from rap_env.paths import cache_dir
-from rap_env.scoring.corpus import ROLE_SPANS, Corpus, CorpusConfig
+from rap_env.scoring.corpus import ROLE_SPANS, TINY_HELD_OUT, Corpus, CorpusConfig
 from rap_env.scoring.long_context_tasks import recall_text
 
 log = logging.getLogger(__name__)
@@ -201,6 +202,8 @@ def _cut_text(config: CorpusConfig, llm: ElasticLLM) -> Corpus:
 
 def _file_text(config: CorpusConfig) -> str:
     path = Path(config.source).expanduser()
+    if config.source == TINY_HELD_OUT:
+        path = TINY / "held_out.txt"
     if path.suffix == ".jsonl":
         rows = read_rows(path, tuple(config.field.split("+")))
         return _concatenated((_field_text(row, config.field) for row in rows), config)

@@ -43,6 +43,7 @@ HEAD_TOKENS = 256
 """Tokens whose logits are in memory at a time on a CPU, in the model's dtype."""
 
 _LOSS_ROWS = 16  # tokens whose float32 logits are in memory at a time: they fit the CPU cache
+_LOSS_LOGITS = 2**17  # logits at a time of a small vocabulary
 _GPU_LOGITS = 2**26  # logits that are in memory at a time on a GPU: few, large kernels
 
 
@@ -263,7 +264,7 @@ def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 def tokens_at_once(device: torch.device, vocab_size: int) -> tuple[int, int]:
     """Tokens whose logits are in memory at a time: in the model's dtype, and in float32."""
     if device.type == "cpu":
-        return HEAD_TOKENS, _LOSS_ROWS
+        return HEAD_TOKENS, max(_LOSS_ROWS, _LOSS_LOGITS // vocab_size)
     most = max(1, _GPU_LOGITS // vocab_size)
     return most, most
 

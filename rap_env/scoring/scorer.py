@@ -17,6 +17,7 @@ from rap_env.memory import MemoryModel
 from rap_env.models.caches.attention import attention_name
 from rap_env.models.device import device_kind, free_bytes, keep_freed_memory, uses_float32
 from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.live.lean_llama import LeanLlama
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.plan import Plan
 from rap_env.scoring.corpus import Corpus
@@ -118,7 +119,9 @@ class PlanScorer:
             "prefix_cache_bytes": prefix_cache_bytes,
             "masks_together": width,
         }
-        partial_forward, cache = PartialForward(llm, widen=True), StateCache(prefix_cache_bytes)
+        self._whole = isinstance(llm.model, LeanLlama)
+        partial_forward = PartialForward(llm, widen=True, whole=self._whole)
+        cache = StateCache(prefix_cache_bytes)
         self.runner = PlanRunner(partial_forward, batches, cache, width)
         state_bytes = tokens.numel() * llm.facts.hidden_size * llm.facts.itemsize
         path_bytes = len(partial_forward.steps) * state_bytes
@@ -335,6 +338,8 @@ class PlanScorer:
         self, runner: PlanRunner, plans: Sequence[Plan], keep: Collection[Node]
     ) -> npt.NDArray[np.float64]:
         """Mean NLL of each window for each plan, (plans, windows); caches the states of `keep`."""
+        if self._whole:
+            return np.stack([self._pass_values(runner, plan) for plan in plans])
         parts = []
         with self.llm.applied(Plan()):
             for batch, ids in enumerate(runner.batches):
@@ -348,6 +353,19 @@ class PlanScorer:
                     nll |= dict(zip(group, rows.view(len(group), -1), strict=True))
                 parts.append(torch.stack([nll[plan] for plan in plans]))
         return np.asarray(torch.cat(parts, dim=1).cpu().numpy(), dtype=np.float64)
+
+    def _pass_values(self, runner: PlanRunner, plan: Plan) -> npt.NDArray[np.float64]:
+        """Mean NLL of each window under a plan by whole passes, (windows,).
+
+        In a tiny model, to run steps alone takes longer than what plans share.
+        """
+        parts, forward = [], runner.partial
+        with self.llm.applied(plan):
+            for batch, ids in enumerate(runner.batches):
+                on_logits = self._on_logits(batch, [plan])
+                parts.append(window_nll(forward, forward.hidden(ids), ids, on_logits))
+                runner.block_runs += self.llm.num_blocks - len(plan.removed)
+        return np.asarray(torch.cat(parts).numpy(), dtype=np.float64)
 
     def _on_logits(self, _batch: int, _plans: Sequence[Plan]) -> OnLogits | None:
         """What also reads the logits of plans for one of the `batches`."""

@@ -1,8 +1,13 @@
 """The search for plans: its moves are those of v1, and what it finds is measured and better."""
 
+import itertools
+
 import numpy as np
 import pytest
+import torch
 
+from rap_env.importance.level_costs import LevelCosts
+from rap_env.importance.one_shot import one_shot
 from rap_env.importance.orders import greedy_order, one_shot_costs
 from rap_env.importance.plan_search import (
     PlanPredictor,
@@ -14,9 +19,14 @@ from rap_env.importance.plan_search import (
 from rap_env.importance.plan_table import PlanTable
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
+from rap_env.memory import MemoryModel
+from rap_env.models.files.loading import shared_llm
 from rap_env.plan import Plan
 from rap_env.request import Request
+from rap_env.scoring.corpus import CorpusConfig
+from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.predictor_fit import feature_matrix, fit_score_model, lowered_costs
+from rap_env.scoring.scorer import PlanScorer
 from tests.envs.tiny_contexts import make_ladder_context
 
 CACHES = ("int8", "int4", "int4-window32")
@@ -163,3 +173,47 @@ def test_a_text_that_is_shorter_than_the_windows_of_the_ladder_can_be_searched_o
     assert with_windows
     for plan in with_windows:
         assert found.scores[plan] == short.scorer.nll(plan)
+
+
+@pytest.mark.slow
+def test_a_search_over_masks_is_near_optimal():
+    """In a trained model of ten blocks, whose 1,024 masks are all measured."""
+    torch.set_num_threads(1)
+    llm = shared_llm("tiny-even", device="cpu", dtype="float32")
+    text = CorpusConfig(source="tiny-held-out", windows=2, window_tokens=128)
+    scorer, memory, rng = (
+        PlanScorer(llm, load_corpus(text, llm)),
+        MemoryModel(llm),
+        np.random.default_rng(0),
+    )
+    costs = LevelCosts.of_removals(one_shot(scorer, progress=False))
+    asked = [
+        Request.at_fraction(
+            memory, int(rng.choice([1, 4])), int(rng.choice([16, 64])), rng.uniform(0.4, 0.95)
+        )
+        for _ in range(128)
+    ]
+    ladder_bytes = LadderBytes(memory, Ladder.of(llm.facts, "masks"))
+    config = PlanSearchConfig(evaluations=100, requests=32, members=3)
+    found = build_plan_table(scorer, costs, ladder_bytes, asked, config)
+    assert found.evaluations <= 100
+    blocks = range(llm.num_blocks)
+    masks = [
+        Plan.removing(*removed)
+        for count in range(len(blocks) + 1)
+        for removed in itertools.combinations(blocks, count)
+    ]
+    nlls = scorer.nll_many(masks)
+    known, order = found.on(ladder_bytes.ladder), greedy_order(costs, ladder_bytes).steps
+    every_position = np.array([ladder_bytes.ladder.positions(mask) for mask in masks])
+    chosen, best, followed = [], [], []
+    for request in asked[:24]:
+        bytes_of = ladder_bytes.costs(request.batch_size, request.seq_len_tokens)
+        peaks = bytes_of.peaks(every_position)
+        fits = [nll for nll, peak in zip(nlls, peaks, strict=True) if peak <= request.budget_bytes]
+        if fits:
+            chosen.append(scorer.nll(known.best(bytes_of, request.budget_bytes)))
+            best.append(min(fits))
+            followed.append(scorer.nll(bytes_of.lower_until_fits(order, request.budget_bytes)))
+    gained = (np.mean(followed) - np.mean(chosen)) / (np.mean(followed) - np.mean(best))
+    assert 0.8 < gained <= 1

@@ -37,7 +37,7 @@ from rap_env.models.files.packed_folder import (
     with_own_names,
 )
 from rap_env.models.files.pruned_checkpoint import PRUNED_FILE, load_pruned
-from rap_env.models.files.sources import locate, looks_like_path
+from rap_env.models.files.sources import TINY_MODELS, locate, looks_like_path
 from rap_env.models.files.weight_files import load_tokenizer, load_weights
 from rap_env.models.live.calibration import (
     calibrate_on_own_text,
@@ -85,7 +85,7 @@ def load_llm(
             sources; ``"bf16"`` unquantises to `dtype`.
         lean: Use `models.live.lean_llama` where it can stand in for transformers' model
             (Llama and Qwen2 models on a CPU). The process takes about 130 MiB less and
-            the model serves in the same way, bit for bit, but cannot be scored and has no
+            the model serves in the same way, bit for bit, but runs no block alone and has no
             ``generate``.
         on_demand: Leave the weights of all blocks in the files. The model's plan removes every
             block at first, and its residency is ``"drop"``: a block is read when a plan needs
@@ -165,10 +165,12 @@ def load_llm(
     llm = ElasticLLM(loaded, tokenizer, name=source.name, folder=folder, unread=on_demand)
     llm.files_key, llm.as_stored = key, tensor_by_tensor and place.type == "cpu"
     if isinstance(loaded, LeanLlama):
-        llm.calibrator = partial(_calibrate_apart, folder, str(kind).removeprefix("torch."))
+        calibrate = _calibrate_beside if source.name in TINY_MODELS else _calibrate_apart
+        llm.calibrator = partial(calibrate, folder, str(kind).removeprefix("torch."))
     else:
         llm.calibrator = calibrate_on_own_text
-    if packed:  # the others have none, and hashing their weights takes seconds
+    # The others have none, and hashing their weights takes seconds.
+    if packed or source.name in TINY_MODELS:
         use_packaged_text(llm)
     use_prepared_levels(llm)
     return llm
@@ -177,6 +179,12 @@ def load_llm(
 def _calibrate_apart(folder: Path, dtype: str, llm: ElasticLLM) -> None:
     """Make levels of a lean model, which cannot run a block alone, with another one of its kind."""
     in_child(_calibrate_folder, folder, dtype, llm.name)
+    use_text(llm, calibration_windows(llm))
+
+
+def _calibrate_beside(folder: Path, dtype: str, llm: ElasticLLM) -> None:
+    """The same in this process, for a tiny model."""
+    _calibrate_folder(folder, dtype, llm.name)
     use_text(llm, calibration_windows(llm))
 
 
@@ -246,7 +254,8 @@ def shared_llm(
     key = (name, str(place), dtype, weights, str(cache_dir()))
     with _shared_lock:
         if key not in _shared:
-            _shared[key] = load_llm(model, device=device, dtype=dtype, weights=weights)
+            lean = name in TINY_MODELS  # their environments run them a hundred times a second
+            _shared[key] = load_llm(model, device=device, dtype=dtype, weights=weights, lean=lean)
         return _shared[key]
 
 

@@ -24,7 +24,15 @@ from rap_env.models.files.model_folder import manifest_source, models_dir
 from rap_env.models.files.prepared_files import find_prepared
 from rap_env.paths import folder_bytes
 
-KNOWN = tuple(dict.fromkeys(model.alias for model in MODELS.values()))
+TINY = Path(__file__).parents[1] / "tiny"
+"""Folder of the tiny models in the package, which ``tools/tiny_models.py`` trains."""
+
+TINY_MODELS = (
+    "tiny-deep", "tiny-wide", "tiny-fat", "tiny-narrow", "tiny-grouped", "tiny-even",
+)  # fmt: skip
+"""Their aliases, which are the names of their folders."""
+
+KNOWN = (*dict.fromkeys(model.alias for model in MODELS.values()), *TINY_MODELS)
 """Aliases of known models."""
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
@@ -69,6 +77,8 @@ def locate(
     name = os.fspath(model)
     if (known := MODELS.get(name)) is not None:
         return Located(known.name, known.folder(packed=packed, accept_terms=accept_terms))
+    if name in TINY_MODELS:
+        return Located(name, TINY / name)
     if looks_like_path(model):
         path = Path(name).expanduser()
         find_prepared(path)
@@ -110,7 +120,7 @@ def gguf_source(model: str | os.PathLike[str]) -> Path | None:
 def looks_like_path(model: str | os.PathLike[str]) -> bool:
     """Whether a model is given by its path, not by an alias or a hub id."""
     name = os.fspath(model)
-    if name in MODELS:
+    if name in MODELS or name in TINY_MODELS:
         return False
     if not isinstance(model, str) or name.startswith((".", "~", "/")):
         return True
@@ -133,7 +143,9 @@ def fetch_model(alias: str = SMOLLM2.alias, *, accept_licence: bool = False) -> 
         StorageFullError: The disk is full.
     """
     if alias not in MODELS:
-        raise UnknownNameError("model", alias, KNOWN, "Only these have a source to fetch from.")
+        raise UnknownNameError(
+            "model", alias, list(MODELS), "Only these have a source to fetch from."
+        )
     return locate(alias, packed=True, accept_terms=accept_licence)
 
 

@@ -5,7 +5,8 @@ computer algebra and training losses, about 130 MiB of resident memory, which no
 it could save. This one has the same modules under the same names and computes the same
 numbers, bit for bit (but for the order in which the norms of a decode step in bfloat16 add),
 so masks, levels and caches work on it as on transformers' own. It has only what
-`models.live.live_batch.LiveBatch` needs: it cannot be scored and has no ``generate``.
+`models.live.live_batch.LiveBatch` needs, and whole passes for `PlanScorer`: it runs no block
+alone and has no ``generate``.
 
 A decode step spends a third less time than transformers', which for one token is spent on
 calling operations rather than in them: so queries and keys are rotated in one tensor, sums

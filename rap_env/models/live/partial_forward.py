@@ -28,6 +28,9 @@ from rap_env.models.live.lean_llama import reject_lean
 from rap_env.models.weights.packed_modules import PackedEmbedding, PackedModule
 from rap_env.plan import Plan
 
+_FEW_TOKENS = 4096
+"""Embeddings of larger vocabularies are not widened: a text reads few of their rows."""
+
 WIDENED_BYTES = 2**30
 """Most bytes of widened weights that the scorers of one model keep; the head's may exceed
 them."""
@@ -68,7 +71,8 @@ class WidenedWeights:
         packed = [
             part
             for part in module.modules()
-            if isinstance(part, PackedModule) and not isinstance(part, PackedEmbedding)
+            if isinstance(part, PackedModule)
+            and not (isinstance(part, PackedEmbedding) and part.num_embeddings > _FEW_TOKENS)
         ]
         try:
             for part in packed:
@@ -134,6 +138,7 @@ class PartialForward:
             (see `rap_env.models.live.partial_forward`).
         gradients: Whether gradients pass through all steps to states that require them. Needs
             `widen`: packed kernels have none.
+        whole: Whether only `hidden` and `logits` are used, which a lean model has too.
 
     Attributes:
         adapter: The family adapter of the model.
@@ -143,8 +148,16 @@ class PartialForward:
         layer_steps: The steps of each layer.
     """
 
-    def __init__(self, llm: ElasticLLM, *, widen: bool = False, gradients: bool = False) -> None:
-        reject_lean(llm.model, "be scored")
+    def __init__(
+        self,
+        llm: ElasticLLM,
+        *,
+        widen: bool = False,
+        gradients: bool = False,
+        whole: bool = False,
+    ) -> None:
+        if not whole:
+            reject_lean(llm.model, "run in steps")
         self._llm, self.adapter, self.model = llm, llm.adapter, llm.model
         self._widened = WidenedWeights.of(llm.model) if widen else None
         self._mode = torch.enable_grad if gradients else torch.inference_mode
@@ -188,7 +201,7 @@ class PartialForward:
             return state
         args, kwargs = self._calls_for(state)[layer]
         wide = self._wide(self._layers[layer])
-        with self._llm.applied(inside), wide, device.in_float32():
+        with self._llm.applied(inside), wide, device.in_float32(self._llm.dtype):
             output = self._layers[layer](state, *args, **kwargs)
         left: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return left
@@ -210,7 +223,7 @@ class PartialForward:
 
         Contiguous rows, not (B, T, H): torch multiplies a slice of a batch at half the speed.
         """
-        with device.in_float32():
+        with device.in_float32(self._llm.dtype):
             logits: torch.Tensor = self.head(hidden)
         return self.adapter.cap_logits(logits)
 
@@ -245,7 +258,7 @@ class PartialForward:
 
     def hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The decoder's output under the applied plan, (B, T) -> (B, T, H)."""
-        with self._llm.exclusive(), self._wide(self._decoder), device.in_float32():
+        with self._llm.exclusive(), self._wide(self._decoder), device.in_float32(self._llm.dtype):
             output = self._decoder(input_ids=input_ids.to(self._llm.device), use_cache=False)
         hidden: torch.Tensor = output.last_hidden_state
         return hidden

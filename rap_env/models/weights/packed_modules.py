@@ -134,6 +134,14 @@ class PackedEmbedding(PackedModule):
         scale = self.embed_scale
         return output if scale is None else output * scale.to(self.dtype)
 
+    def widened(self) -> nn.Embedding:
+        """Embeddings with the same rows, in memory of their own."""
+        rows = self.matrices["weight"].widened(self.dtype)
+        if self.embed_scale is not None:
+            rows = rows * self.embed_scale.to(self.dtype)
+        wide: nn.Embedding = nn.Embedding.from_pretrained(rows)  # type: ignore[no-untyped-call]
+        return wide
+
 
 class PackedExperts(PackedModule):
     """A module with 3-D weights (experts, out, in), widened for each call of its own `forward`.

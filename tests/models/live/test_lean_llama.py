@@ -200,7 +200,7 @@ def test_what_it_cannot_do_is_one_clear_error(both):
     lean, _ = both
     with pytest.raises(UnsupportedModelError, match=r"lean=True cannot generate.*lean=False"):
         lean.generate(torch.tensor([[5]]))
-    with pytest.raises(UnsupportedModelError, match=r"lean=True cannot be scored"):
+    with pytest.raises(UnsupportedModelError, match=r"lean=True cannot run in steps"):
         PartialForward(lean)
 
 

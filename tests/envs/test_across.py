@@ -1,0 +1,118 @@
+"""`RAPAcross-v0` on tiny models: each episode is one of `RAPLadder-v0` on one of them."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.error import ResetNeeded
+from gymnasium.utils.env_checker import check_env
+
+import rap_env
+from rap_env.errors import InvalidRequestError, UnknownNameError
+from rap_env.leaderboard.tasks import ACROSS, ACROSS_JUDGED_ON, ACROSS_MODELS, pinned_task
+
+MODELS = ["tiny-wide", "tiny-narrow", "tiny-even"]
+LEVELS = {"weights": ["int8", "removed"], "embeddings": ["int8"]}  # no text makes them
+ARGUMENTS = {
+    "levels": LEVELS,
+    "workload": {"name": "tight", "levels": LEVELS, "max_batch_size": 2, "seq_len_range": [8, 32]},
+    "calibration": {"source": "tiny-held-out", "windows": 1, "window_tokens": 64},
+    "importance": "none",
+    "device": "cpu",
+    "dtype": "float32",
+    "store": None,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def module_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAP_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def across():
+    return gym.make("RAPAcross-v0", models=MODELS, **ARGUMENTS, disable_env_checker=True).unwrapped
+
+
+def play(env, seed):
+    rng = np.random.default_rng(seed)
+    observation, info = env.reset(seed=seed)
+    rewards, over = [], False
+    while not over:
+        action = rng.choice(np.flatnonzero(observation["action_mask"]))
+        observation, reward, terminated, truncated, info = env.step(action)
+        rewards.append(reward)
+        over = terminated or truncated
+    return rewards, info
+
+
+def test_it_is_an_environment(across):
+    check_env(across, skip_render_check=True)
+
+
+def test_each_reset_draws_one_of_the_models_and_a_seed_draws_the_same_episode(across):
+    infos = [across.reset(seed=seed)[1] for seed in range(30)]
+    assert {info["model"] for info in infos} == set(MODELS)
+    assert [across.reset(seed=seed)[1] for seed in range(30)] == infos
+    assert play(across, 3) == play(across, 3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_episode_is_one_of_the_drawn_model(across, seed):
+    observation, info = across.reset(seed=seed)
+    env = gym.make("RAPLadder-v0", model=info["model"], **ARGUMENTS)
+    alone, _ = env.reset(options={"request": info["request"]})
+    count = len(env.unwrapped.ladder)
+    for name in ("ladder", "action_mask"):
+        np.testing.assert_array_equal(observation[name][:count], alone[name])
+        assert not observation[name][count:].any()
+    np.testing.assert_array_equal(observation["request"], alone["request"])
+    np.testing.assert_array_equal(across.action_masks()[:count], env.unwrapped.action_masks())
+    for action in np.tile(np.flatnonzero(alone["action_mask"]), 2):
+        _, *ours = across.step(action)
+        _, *theirs = env.step(action)
+        assert ours[:3] == theirs[:3]
+        assert ours[3] == {**theirs[3], "model": info["model"]}
+        if ours[1]:
+            break
+    assert theirs[1]
+
+
+def test_actions_past_the_items_of_the_drawn_model_are_invalid(across):
+    seed = next(s for s in range(40) if across.reset(seed=s)[1]["model"] == "tiny-wide")
+    before, _ = across.reset(seed=seed)
+    past = len(across.drawn.ladder)
+    assert past < across.items
+    for number in range(1, 11):
+        after, reward, terminated, truncated, _ = across.step(past)
+        assert not terminated
+        assert truncated == (number == 10)
+        assert truncated or reward == pytest.approx(-0.1)
+    np.testing.assert_array_equal(after["ladder"], before["ladder"])
+    across.reset(seed=seed)
+    with pytest.raises(UnknownNameError):
+        across.step(across.items)
+
+
+def test_it_needs_a_reset_and_enough_rows():
+    with pytest.raises(ResetNeeded):
+        gym.make("RAPAcross-v0", models=MODELS, **ARGUMENTS).unwrapped.step(0)
+    with pytest.raises(InvalidRequestError, match="items must be a whole number of at least 13"):
+        gym.make("RAPAcross-v0", models=MODELS, items=3, **ARGUMENTS)
+
+
+@pytest.mark.slow
+def test_the_pinned_task_is_judged_on_models_that_it_does_not_have():
+    across = gym.make(ACROSS, store=None).unwrapped
+    assert {env.memory.facts.name for env in across.envs} == set(ACROSS_MODELS)
+
+    def cheapest(observation):
+        seen = across.padded(observation)
+        return int(np.argmin(np.where(seen["action_mask"], seen["ladder"][:, 8], np.inf)))
+
+    for name in ACROSS_JUDGED_ON:
+        assert pinned_task(name).arguments["model"] not in ACROSS_MODELS
+        result = rap_env.evaluate(cheapest, name, name="greedy order")
+        assert all(cell.fits for cell in result.cells)
+        assert 0 < result.mean_delta_nll < result.task.ceiling_nll

@@ -1,0 +1,83 @@
+"""The tiny models of the package: what their record says, and whole passes that score them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from rap_env.models.files.loading import load_llm, shared_llm
+from rap_env.models.files.sources import TINY, TINY_MODELS
+from rap_env.models.live.lean_llama import LeanLlama
+from rap_env.paths import folder_bytes
+from rap_env.plan import Plan
+from rap_env.scoring.corpus import CorpusConfig
+from rap_env.scoring.corpus_loading import load_corpus
+from rap_env.scoring.scorer import PlanScorer
+from tools import tiny_models
+
+RECORD = json.loads((TINY / "record.json").read_text(encoding="utf-8"))
+TEXT = CorpusConfig(source="tiny-held-out", windows=8, window_tokens=128, role="report")
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_a_model_is_the_one_of_the_record(name):
+    llm, noted = load_llm(name, device="cpu", dtype="float32"), RECORD[name]
+    assert {key: noted[key] for key in tiny_models.SHAPES[name]} == tiny_models.SHAPES[name]
+    assert llm.fingerprint == noted["fingerprint"]
+    assert llm.num_blocks == 2 * noted["layers"]
+    assert sum(weight.numel() for weight in llm.model.parameters()) == noted["parameters"]
+    assert folder_bytes(TINY / name) <= 4_000_000
+    text = (TINY / "held_out.txt").read_text(encoding="utf-8")
+    ids = tiny_models.encoded(llm.tokenizer, [text])
+    windows = ids[: len(ids) // 256 * 256].view(-1, 256)
+    with torch.no_grad():
+        assert float(tiny_models.nll(llm.model, windows)) == pytest.approx(
+            noted["held_out_nll"], abs=1e-3
+        )
+    counts = np.bincount(ids.numpy(), minlength=512) + 1
+    unigram_nll = float(-np.log(counts / counts.sum())[ids.numpy()].mean())
+    assert noted["held_out_nll"] < 0.7 * unigram_nll
+
+
+def test_the_held_out_text_is_what_the_program_writes_and_was_not_trained_on():
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY / TINY_MODELS[0])
+    text = (TINY / "held_out.txt").read_text(encoding="utf-8")
+    assert text == tiny_models.held_out_text(tokenizer)
+    seen = tiny_models.written(held_out=False)
+    assert seen
+    assert all(part in text for part in tiny_models.written(held_out=True))
+    assert not any(part in text for part in seen)
+
+
+def test_training_again_gives_the_same_weights(monkeypatch):
+    monkeypatch.setattr(tiny_models, "STEPS", 2)
+    stream = torch.arange(2_000) % tiny_models.VOCABULARY
+    models = [tiny_models.make_model(tiny_models.SHAPES["tiny-narrow"]) for _ in range(2)]
+    before = models[0].lm_head.weight.clone()
+    for model in models:
+        tiny_models.train(model, [stream, stream])
+    assert not torch.equal(before, models[0].lm_head.weight)
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_whole_passes_give_the_scores_of_passes_in_steps():
+    torch.set_num_threads(1)
+    lean = shared_llm("tiny-wide", device="cpu", dtype="float32")
+    other = load_llm("tiny-wide", device="cpu", dtype="float32")
+    assert isinstance(lean.model, LeanLlama)
+    assert not isinstance(other.model, LeanLlama)
+    plans = [
+        Plan(),
+        Plan.removing("layer01.attn", "layer02.ffn"),
+        Plan.of({"layer00.ffn": "int2", "layer03.attn": "int4-compact"}),
+        Plan.of({"layer02.attn": "removed", "layer02.ffn": "int2", "embeddings": "int4-compact"}),
+    ]
+    whole, steps = (PlanScorer(llm, load_corpus(TEXT, llm)) for llm in (lean, other))
+    values = np.array([scorer.nll_many(plans) for scorer in (whole, steps)])
+    np.testing.assert_allclose(values[0], values[1], atol=2e-6)
+    assert lean.plan == Plan()
+    assert whole.block_forwards == sum(8 - len(plan.removed) for plan in plans)
+    assert len(set(values[0].round(3))) == len(plans)
