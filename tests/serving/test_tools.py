@@ -209,7 +209,7 @@ def test_a_loop_of_call_result_and_answer(live, stream):
         message.tool_calls = message.tool_calls[:1]
     message = message if not stream else {**message, "tool_calls": calls[:1]}
     messages += [message, {"role": "tool", "tool_call_id": call["id"], "content": "12 degrees"}]
-    answer = chat(client, messages=messages, **ask, tool_choice="none")
+    answer = chat(client, messages=messages, **{**ask, "max_tokens": 16}, tool_choice="none")
     if stream:
         message, reason = accumulated(answer)
         assert message["tool_calls"] == []
