@@ -71,6 +71,8 @@ class Engine:
             requests that begin as they do need not read them again (`KeptSequences`).
         keep_delta_nll: Rise in NLL, nats per token, by which what is kept may be worse than
             the plan.
+        keep_file_bytes: Bytes of files to which what is kept goes when it has no room in
+            memory, and from which it is read where that is faster than reading the prompt.
         clock: Gives the time in seconds, for events and records. `step` never sleeps, so the
             clock may be virtual.
 
@@ -97,6 +99,7 @@ class Engine:
         target_itl_s: float | None = None,
         keep: bool = True,
         keep_delta_nll: float = KEPT_DELTA_NLL,
+        keep_file_bytes: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         check_name("restore mode", restore, RESTORES)
@@ -128,6 +131,7 @@ class Engine:
             target_itl_s=target_itl_s,
             keep=keep,
             keep_delta_nll=keep_delta_nll,
+            keep_file_bytes=keep_file_bytes,
         )
         self.observers = self._scheduler.observers
         self._longest_lock = threading.Lock()
@@ -310,6 +314,7 @@ class Engine:
             lowered_rows=self._scheduler.batch.lowered_rows,
             kept_sequences=self._scheduler.batch.kept.sequences,
             kept_bytes=self._scheduler.batch.kept.bytes,
+            kept_file_bytes=self._scheduler.batch.kept.files.bytes,
         )
 
     def _check_prompt(self, prompt_ids: Sequence[int], params: SamplingParams) -> tuple[int, ...]:

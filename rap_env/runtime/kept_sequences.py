@@ -8,22 +8,20 @@ call the store; numbers of bytes, sequences and tokens may be read from any thre
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
-import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+from weakref import ref
 
-from rap_env.levels import GROUP_TOKENS, CacheLevel
+from rap_env.levels import GROUP_TOKENS
 from rap_env.models.caches.cache_blocks import CacheBlock, CachedRow
 from rap_env.models.caches.tensor_file import TensorFile
 from rap_env.plan import Plan, with_lowest_caches
-from rap_env.request import KEPT_DELTA_NLL
-from rap_env.runtime.plan_chooser import PlanChooser
+from rap_env.runtime.kept_tree import KeptQuality, Match, Node, Tokens, TreeKey, longest_match
 from rap_env.runtime.sequence import ReadPlans, TokenSequence
 
 if TYPE_CHECKING:
@@ -33,49 +31,73 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LOWERING_S = 0.05
-"""Longest time for lowering after a fall of the limit."""
-
-_Tokens = tuple[int, ...]
+"""Longest time for lowering and writing to files after a fall of the limit."""
 
 
-@dataclass(eq=False)
-class _Node:
-    """A block of a sequence, with the blocks that follow it; only whole blocks have some.
-
-    Attributes:
-        tokens: Its tokens; none for the root of a tree.
-        parent: The block before it.
-        block: Their keys and values; None for a root.
-        plans: The plans under which they and all tokens before them were read.
-        children: The blocks that follow it, by their tokens.
-    """
-
-    tokens: _Tokens
-    parent: _Node | None = None
-    block: CacheBlock | None = None
-    plans: frozenset[Plan] = frozenset()
-    children: dict[_Tokens, _Node] = field(default_factory=dict)
+_PARTS = 32  # files in which the blocks are: one ends, and its bytes with it, once all are gone
+_LEAST_BYTES = 4 * 2**20  # of a file, before another one is begun
+_NEW_SHARE = 0.1  # of the last measurement in the average seconds of a byte and a token
 
 
-class _Tree(NamedTuple):
-    """What all sequences of a tree have in common.
+class KeptFiles:
+    """Files for blocks that have no room in memory; each file ends with the last block in it.
+
+    Args:
+        folder: Where files are made; None if no disk may be used.
+        most_bytes: Most bytes, but for what preempted requests need.
 
     Attributes:
-        owner: Whose they are.
-        absent: Layers whose keys and values they lack.
-        ending: Layers that know only the last tokens (see `CachedRow`).
+        folder: As given; None once it cannot be written to.
+        most_bytes: As given.
     """
 
-    owner: str
-    absent: frozenset[int]
-    ending: frozenset[int]
+    def __init__(self, folder: Path | None, most_bytes: int) -> None:
+        self.folder, self.most_bytes = folder, most_bytes
+        self._refs: list[ref[TensorFile]] = []
+        self._byte_s = self._token_s = 0.0
 
+    @property
+    def _files(self) -> list[TensorFile]:
+        """The files that have not ended."""
+        return [file for each in self._refs if (file := each()) is not None]
 
-class Match(NamedTuple):
-    """The beginning of a sequence that is kept: its blocks, and tokens of them all."""
+    @property
+    def bytes(self) -> int:
+        """Bytes of the files; any thread may ask."""
+        return sum(file.bytes for file in self._files)
 
-    path: tuple[_Node, ...] = ()
-    tokens: int = 0
+    def store(self, block: CacheBlock) -> CacheBlock | None:
+        """The block in a file; None if none can be written."""
+        if self.folder is None:
+            return None
+        files = self._files
+        if not files or files[-1].bytes >= max(self.most_bytes // _PARTS, _LEAST_BYTES):
+            files.append(TensorFile(self.folder))
+            self._refs = [*map(ref, files)]
+        try:
+            return block.in_file(files[-1])
+        except OSError as error:
+            log.warning(
+                "Caches that have no room in memory are computed again from now on: %s cannot be "
+                "written to: %s.",
+                self.folder,
+                error,
+            )
+            self.folder = None
+            return None
+
+    def is_slow(self, block: CacheBlock, tokens: int) -> bool:
+        """Whether reading a block from its file takes longer than computing its tokens."""
+        return block.file_bytes * self._byte_s > tokens * self._token_s > 0
+
+    def note_read(self, size: int, seconds: float) -> None:
+        """So many bytes were read from files in some seconds."""
+        if size:
+            self._byte_s += (seconds / size - self._byte_s) * (_NEW_SHARE if self._byte_s else 1)
+
+    def note_prefill(self, tokens: int, seconds: float) -> None:
+        """So many tokens of prompts were computed in some seconds."""
+        self._token_s += (seconds / tokens - self._token_s) * (_NEW_SHARE if self._token_s else 1)
 
 
 class Taken(NamedTuple):
@@ -95,21 +117,14 @@ class Taken(NamedTuple):
 class KeptSequences:
     """Keeps sequences that were read, and finds those that begin as another one does.
 
-    A block is used for a request if each plan under which it was read, with the levels that
-    its keys and values have now, predicts a rise in NLL of at most `max_rise` more than the
-    present plan, and no more than the floors allow. Without predictions, only equal plans
-    are used.
-
     Args:
         llm: The live model, whose `kept_bytes` include those of the store.
-        chooser: Predicts the rise in NLL of plans.
-        folder: Where preempted requests may have files, which have no name and end with the
-            process; None if no disk may be used.
+        quality: Which blocks may serve.
+        files: Where what has no room in memory may be.
         keep: Whether sequences are kept that have ended. Preempted ones are in any case.
-        max_rise: Nats per token.
 
     Attributes:
-        folder: The folder; None if no disk may be used, or none any more.
+        files: As given; so is `quality`.
         room_bytes: Gives the bytes that the store may take now.
         bytes: Bytes in memory.
     """
@@ -117,24 +132,21 @@ class KeptSequences:
     def __init__(
         self,
         llm: ElasticLLM,
-        chooser: PlanChooser,
-        folder: Path | None,
+        quality: KeptQuality,
+        files: KeptFiles,
         *,
-        keep: bool = True,
-        max_rise: float = KEPT_DELTA_NLL,
+        keep: bool,
     ) -> None:
         self._llm = llm
-        self._chooser = chooser
         self._keep = keep
-        self._max_rise = max_rise
-        self.folder = folder
+        self.quality = quality
+        self.files = files
         self.room_bytes: Callable[[], int] = lambda: 0
         self.bytes = 0
-        self._trees: dict[_Tree, _Node] = {}
+        self._trees: dict[TreeKey, Node] = {}
         # Least recently used first, and each block before the one that it follows.
-        self._order: dict[_Node, None] = {}
-        self._useful_bits = lru_cache(maxsize=16)(self._find_useful_bits)
-        self._waiting: dict[TokenSequence, tuple[_Node, ...]] = {}
+        self._order: dict[Node, None] = {}
+        self._waiting: dict[TokenSequence, tuple[Node, ...]] = {}
 
     @property
     def sequences(self) -> int:
@@ -151,17 +163,19 @@ class KeptSequences:
         tokens = tuple(sequence.tokens[:-1])
         usable: dict[tuple[frozenset[Plan], Plan], bool] = {}
 
-        def may_use(node: _Node) -> bool:
+        def may_use(node: Node) -> bool:
             assert node.block is not None
+            if self.files.is_slow(node.block, len(node.tokens)):
+                return False
             key = node.plans, node.block.levels
             if key not in usable:
-                usable[key] = self._may_use(*key, sequence)
+                usable[key] = self.quality.may_use(*key, sequence)
             return usable[key]
 
         owner, removed = self._owner(sequence), self._llm.removed_attention
         for tree, root in self._trees.items():
             if tree.owner == owner and tree.absent <= removed:
-                found = _longest(root, tokens, may_use, bool(tree.ending))
+                found = longest_match(root, tokens, may_use, bool(tree.ending))
                 best = max(best, found, key=lambda match: match.tokens)
         return best
 
@@ -173,7 +187,10 @@ class KeptSequences:
                 path, tokens = self.match(sequence)
                 if tokens:
                     blocks = [node.block for node in path if node.block is not None]
+                    began_s = time.perf_counter()
                     batch.fill(sequence.tokens[:tokens], blocks)
+                    size = sum(block.file_bytes for block in blocks)
+                    self.files.note_read(size, time.perf_counter() - began_s)
                     self._touch(path)
                     levels = Plan()
                     for block in blocks:
@@ -187,25 +204,6 @@ class KeptSequences:
             log.warning("A kept cache cannot be read, and is computed again: %s.", error)
         self._release(sequence)
         return taken
-
-    def _may_use(self, plans: frozenset[Plan], levels: Plan, sequence: TokenSequence) -> bool:
-        plan, tokens = self._llm.plan, sequence.handle.final_tokens
-        own = {with_lowest_caches(each, levels) for each in plans}
-        if own == {plan}:
-            return True
-        rise = self._chooser.rise
-        present = rise(plan, tokens)
-        if present is None:
-            return False
-        bounds = (
-            present + self._max_rise,
-            self._chooser.max_delta_nll,
-            sequence.handle.max_delta_nll,
-        )
-        most = min(bound for bound in bounds if bound is not None)
-        return all(
-            (own_rise := rise(each, tokens)) is not None and own_rise <= most for each in own
-        )
 
     def _owner(self, sequence: TokenSequence) -> str:
         return sequence.owner if self._keep else f"request {sequence.handle.id}"
@@ -226,25 +224,25 @@ class KeptSequences:
             sequence: The sequence.
             row: Its cache, or None.
             read: The plans under which that was computed.
-            waiting: Whether the sequence was preempted. What has no room is written to a file
-                then, and all is needed until the sequence continues or ends.
+            waiting: Whether the sequence was preempted. All of it is needed then until the
+                sequence continues or ends, and what has no room is written to a file.
         """
         if row is None or not (self._keep or waiting):
             return
-        tree = _Tree(self._owner(sequence), row.absent, row.ending)
-        node = self._trees.setdefault(tree, _Node(()))
-        file = None if self.folder is None or not waiting else TensorFile(self.folder)
-        path: list[_Node] = []
+        tree = TreeKey(self._owner(sequence), row.absent, row.ending)
+        node = self._trees.setdefault(tree, Node(()))
+        path: list[Node] = []
         for number, first in enumerate(range(0, len(row.tokens), GROUP_TOKENS)):
             tokens = row.tokens[first : first + GROUP_TOKENS]
             ends = bool(row.ending) and first + len(tokens) == len(row.tokens)
             plans = read.plans(first + len(tokens))
             child = self._child(node, tokens, plans, sequence, ends=ends)
             if child is None:
-                block = self._placed(row.block(number), path, file)
+                block = self._placed(row.block(number), path, waiting=waiting)
                 if block is None:
                     break
                 child = self._add(node, tokens, block, plans)
+            self._bring_back(child)
             path.append(child)
             node = child
         self._touch(path)
@@ -254,13 +252,13 @@ class KeptSequences:
 
     def _child(
         self,
-        node: _Node,
-        tokens: _Tokens,
+        node: Node,
+        tokens: Tokens,
         plans: frozenset[Plan],
         sequence: TokenSequence,
         *,
         ends: bool,
-    ) -> _Node | None:
+    ) -> Node | None:
         """The block that follows a node, if it is kept and no worse than a new one."""
         children = [node.children[tokens]] if tokens in node.children else []
         if len(tokens) < GROUP_TOKENS and not ends:
@@ -270,12 +268,12 @@ class KeptSequences:
             assert block is not None
             if ends and not block.ends:
                 continue
-            if child.plans == plans or self._may_use(child.plans, block.levels, sequence):
+            if child.plans == plans or self.quality.may_use(child.plans, block.levels, sequence):
                 return child
         return None
 
     def _placed(
-        self, block: CacheBlock, path: Sequence[_Node], file: TensorFile | None
+        self, block: CacheBlock, path: Sequence[Node], *, waiting: bool
     ) -> CacheBlock | None:
         """A block in memory, else with fewer bits, else in a file; None if there is no room."""
         need = self.bytes + block.bytes - self.room_bytes()
@@ -284,27 +282,22 @@ class KeptSequences:
         room = self.room_bytes() - self.bytes
         if block.bytes <= room:
             return block
-        for bits in self._useful_bits(self._llm.plan):
+        for bits in self.quality.useful_bits(self._llm.plan):
             if block.lowered_bytes(bits) <= room:
                 return block.lowered(bits)
-        return None if file is None else self._stored(block, file)
+        return self.files.store(block) if waiting else None
 
-    def _stored(self, block: CacheBlock, file: TensorFile) -> CacheBlock | None:
-        try:
-            return block.in_file(file)
-        except OSError as error:
-            log.warning(
-                "The caches of preempted requests stay in memory from now on: %s cannot be "
-                "written to: %s.",
-                self.folder,
-                error,
-            )
-            self.folder = None
-            return None
+    def _bring_back(self, node: Node) -> None:
+        """Bring a block that is used from its file back to memory that is free."""
+        block = node.block
+        assert block is not None
+        if block.file is not None and block.file_bytes <= self.room_bytes() - self.bytes:
+            with contextlib.suppress(OSError):  # the next request that needs it logs why
+                began_s = time.perf_counter()
+                self._set_block(node, block.in_memory())
+                self.files.note_read(block.file_bytes, time.perf_counter() - began_s)
 
-    def _add(
-        self, parent: _Node, tokens: _Tokens, block: CacheBlock, plans: frozenset[Plan]
-    ) -> _Node:
+    def _add(self, parent: Node, tokens: Tokens, block: CacheBlock, plans: frozenset[Plan]) -> Node:
         """Let a block follow a node, in place of one with the same tokens or part of them."""
         node = parent.children.get(tokens)
         if node is not None:
@@ -315,19 +308,19 @@ class KeptSequences:
             part = known == tokens[: len(known)] and not self._needed(child)
             if part and child.block is not None and not child.block.ends:
                 self._remove(child)
-        node = parent.children[tokens] = _Node(tokens, parent, None, plans)
+        node = parent.children[tokens] = Node(tokens, parent, None, plans)
         self._set_block(node, block)
         self._order[node] = None
         return node
 
-    def _set_block(self, node: _Node, block: CacheBlock | None) -> None:
+    def _set_block(self, node: Node, block: CacheBlock | None) -> None:
         before = 0 if node.block is None else node.block.bytes
         node.block = block
         change = (0 if block is None else block.bytes) - before
         self.bytes += change
         self._llm.kept_bytes += change
 
-    def _touch(self, path: Sequence[_Node]) -> None:
+    def _touch(self, path: Sequence[Node]) -> None:
         """Note that blocks are used, the last one first, so that it goes before the others."""
         for node in reversed(path):
             if node in self._order:
@@ -336,22 +329,21 @@ class KeptSequences:
 
     # Dropping
 
-    def free(
-        self, need_bytes: int, beside: Collection[_Node] = (), *, at_once: bool = True
-    ) -> None:
+    def free(self, need_bytes: int, beside: Collection[Node] = (), *, at_once: bool = True) -> None:
         """Free at least so many bytes, or all: lower what is still useful then, and drop.
 
         What was used least recently goes first. What no lowering saves is dropped before
-        anything is lowered, since that takes time.
+        anything is lowered, since that takes time. What is dropped goes to files, if there are
+        any, for as long as `_LOWERING_S`.
 
         Args:
             need_bytes: Bytes.
             beside: Blocks that stay.
-            at_once: Whether what `_LOWERING_S` of lowering do not free is dropped.
+            at_once: Whether what `_LOWERING_S` of lowering does not free is dropped.
         """
-        deadline_s = time.perf_counter() + (_LOWERING_S if at_once else math.inf)
+        deadline_s = time.perf_counter() + _LOWERING_S
         most = self.bytes - need_bytes
-        useful = self._useful_bits(self._llm.plan) if most > 0 else []
+        useful = self.quality.useful_bits(self._llm.plan) if most > 0 else []
         stays = set(beside)
         nodes = [node for node in self._order if node.block is not None and node not in stays]
         least = {n: n.block.lowered_bytes(useful[-1]) for n in nodes if n.block and useful}
@@ -360,9 +352,9 @@ class KeptSequences:
             if lowest <= most:
                 break
             lowest -= size
-            self._drop(node)
+            self._drop(node, deadline_s)
         for bits, node in itertools.product(useful, nodes):
-            if self.bytes <= most or time.perf_counter() > deadline_s:
+            if self.bytes <= most or (at_once and time.perf_counter() > deadline_s):
                 break
             block = node.block
             if block is not None and block.lowered_bytes(bits) < block.bytes:
@@ -370,46 +362,35 @@ class KeptSequences:
         for node in nodes:
             if self.bytes <= most:
                 break
-            self._drop(node)
+            self._drop(node, deadline_s)
+        self._limit_files(stays)
 
-    def _find_useful_bits(self, plan: Plan) -> list[dict[int, int]]:
-        """Bits of layers to which what is read under a plan may be lowered, and still serve it.
+    def _drop(self, node: Node, deadline_s: float) -> None:
+        """Write a block to a file, until a time if no request needs it, or drop it.
 
-        First int8 in all layers, then int4 in as many as the bound allows, those with the
-        least predicted rise first.
+        All that follow a dropped block are dropped with it.
         """
-        layers, useful = range(self._llm.adapter.num_layers), list[dict[int, int]]()
-        present = self._rise_at(plan, {})
-        extra = {n: self._rise_at(plan, {n: 4}) - self._rise_at(plan, {n: 8}) for n in layers}
-        bits = dict.fromkeys(layers, 8)
-        for layer in (None, *sorted(extra, key=extra.__getitem__)):
-            lowered = bits if layer is None else bits | {layer: 4}
-            if not self._rise_at(plan, lowered) <= present + self._max_rise:
-                break
-            useful, bits = [*useful[:1], lowered], lowered
-        return useful
-
-    def _rise_at(self, plan: Plan, bits: Mapping[int, int]) -> float:
-        """Rise in NLL of a plan with caches of so many bits; NaN without a prediction."""
-        lowered = Plan(caches=tuple((n, CacheLevel(b)) for n, b in bits.items()))
-        tokens = self._llm.facts.max_positions
-        rise = self._chooser.rise(with_lowest_caches(plan, lowered), tokens)
-        return math.nan if rise is None else rise
-
-    def _drop(self, node: _Node) -> None:
-        """Drop a block with all that follow it, or write to a file what a request needs."""
-        block = node.block
+        block, stored = node.block, None
         if block is None or block.file is not None:
             return
-        stored = None
-        if self._needed(node) and self.folder is not None:
-            stored = self._stored(block, TensorFile(self.folder))
+        fits = block.bytes <= self.files.most_bytes and time.perf_counter() < deadline_s
+        if fits or self._needed(node):
+            stored = self.files.store(block)
         if stored is None:
             self._remove(node)
         else:
             self._set_block(node, stored)
 
-    def _remove(self, node: _Node) -> None:
+    def _limit_files(self, beside: Collection[Node] = ()) -> None:
+        """Drop what no request needs from files above their limit, least recently used first."""
+        for node in list(self._order):
+            if self.files.bytes <= self.files.most_bytes:
+                break
+            in_file = node.block is not None and node.block.file is not None
+            if in_file and node not in beside and not self._needed(node):
+                self._remove(node)
+
+    def _remove(self, node: Node) -> None:
         for child in list(node.children.values()):
             self._remove(child)
         self._set_block(node, None)
@@ -417,7 +398,7 @@ class KeptSequences:
         if node.parent is not None and node.parent.children.get(node.tokens) is node:
             del node.parent.children[node.tokens]
 
-    def _needed(self, node: _Node) -> bool:
+    def _needed(self, node: Node) -> bool:
         """Whether a preempted request needs a block."""
         return any(node in path for path in self._waiting.values())
 
@@ -426,15 +407,15 @@ class KeptSequences:
             del self._trees[tree]
 
     def _release(self, sequence: TokenSequence) -> None:
-        """Note that a preempted sequence has continued or ended; its files end with that."""
+        """Note that a preempted sequence has continued or ended."""
         for node in reversed(self._waiting.pop(sequence, ())):
-            in_file = node.block is not None and node.block.file is not None
-            if (in_file or not self._keep) and not self._needed(node):
+            if not self._keep and not self._needed(node):
                 self._remove(node)
+        self._limit_files()
         self._remove_empty()
 
     def release_ended(self) -> None:
-        """Drop the files of preempted sequences that have ended."""
+        """Drop what only preempted sequences needed that have ended."""
         for sequence in [each for each in self._waiting if each.handle.done]:
             self._release(sequence)
 
@@ -445,47 +426,3 @@ class KeptSequences:
             for node in list(root.children.values()):
                 self._remove(node)
         self._trees.clear()
-
-
-def _longest(root: _Node, tokens: _Tokens, may_use: Callable[[_Node], bool], whole: bool) -> Match:
-    """The longest beginning of tokens below a root.
-
-    Args:
-        root: The root.
-        tokens: The tokens.
-        may_use: Whether a block may be used.
-        whole: Whether only whole sequences serve.
-    """
-    path: list[_Node] = []
-    best, node = Match(), root
-    while True:
-        first = len(path) * GROUP_TOKENS
-        rest = tokens[first : first + GROUP_TOKENS]
-        following = node.children.get(rest) if len(rest) == GROUP_TOKENS else None
-        if following is not None and not may_use(following):
-            following = None
-        if following is None or whole:
-            for child in node.children.values():
-                count = _common(child.tokens, rest)
-                if whole and (
-                    count < len(child.tokens) or child.block is None or not child.block.ends
-                ):
-                    continue
-                if count and first + count > best.tokens and may_use(child):
-                    best = Match((*path, child), first + count)
-        if following is None:
-            return best
-        path.append(following)
-        if not whole:
-            best = Match(tuple(path), first + GROUP_TOKENS)
-        node = following
-
-
-def _common(tokens: _Tokens, others: _Tokens) -> int:
-    """Tokens with which two sequences begin alike."""
-    count = 0
-    for token, other in zip(tokens, others, strict=False):
-        if token != other:
-            break
-        count += 1
-    return count

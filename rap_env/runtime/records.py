@@ -95,6 +95,7 @@ class EngineStats(Counters):
         lowered_rows: Decoding requests whose caches have lower levels than the plan.
         kept_sequences: Sequences that are kept beside those that run.
         kept_bytes: Their bytes in memory.
+        kept_file_bytes: Bytes of the files in which others of them are.
     """
 
     queued: int
@@ -104,6 +105,7 @@ class EngineStats(Counters):
     lowered_rows: int
     kept_sequences: int = 0
     kept_bytes: int = 0
+    kept_file_bytes: int = 0
 
 
 log = logging.getLogger(__name__)

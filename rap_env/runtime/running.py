@@ -281,7 +281,7 @@ class RunningBatch:
             self._llm,
             most_tokens=chunk_tokens or self.chunk_tokens,
             interrupt=interrupt,
-            copies=self.kept.folder if self._restore == "refill" else None,
+            copies=self.kept.files.folder if self._restore == "refill" else None,
         )
 
     def _reserve(self, sequences: Sequence[TokenSequence]) -> None:

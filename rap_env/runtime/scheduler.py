@@ -14,7 +14,8 @@ from rap_env.models.device import synchronise
 from rap_env.paths import cache_dir
 from rap_env.plan import Plan
 from rap_env.runtime.admission import Admission, RequestQueue
-from rap_env.runtime.kept_sequences import KeptSequences
+from rap_env.runtime.kept_sequences import KeptFiles, KeptSequences
+from rap_env.runtime.kept_tree import KeptQuality
 from rap_env.runtime.memory_estimator import BatchShape, PassSize
 from rap_env.runtime.records import Counters, StepKind, StepRecord
 from rap_env.runtime.running import Pace, Restore, RunningBatch
@@ -58,6 +59,7 @@ class Scheduler:
         target_itl_s: float | None,
         keep: bool,
         keep_delta_nll: float,
+        keep_file_bytes: int,
     ) -> None:
         self._llm = llm
         self._controller = controller
@@ -67,10 +69,10 @@ class Scheduler:
         windows = controller.estimator.memory.facts.kv_window_tokens
         uniform = any(window is not None for window in windows)
         self._pace = Pace(target_itl_s)
-        folder = cache_dir() if llm.residency == "offload" else None
-        self._kept = KeptSequences(
-            llm, controller.chooser, folder, keep=keep, max_rise=keep_delta_nll
-        )
+        uses_disk = llm.residency == "offload" or keep_file_bytes > 0
+        files = KeptFiles(cache_dir() if uses_disk else None, keep_file_bytes)
+        quality = KeptQuality(llm, controller.chooser, keep_delta_nll)
+        self._kept = KeptSequences(llm, quality, files, keep=keep)
         self._kept.room_bytes = lambda: controller.room_for_kept(self.batch.shape)
         controller.free_kept = lambda need, at_once: self._kept.free(need, at_once=at_once)
         self.batch = RunningBatch(llm, restore, chunk_tokens, self._kept, uniform=uniform)
@@ -165,6 +167,7 @@ class Scheduler:
                 self.counters.refilled_tokens += count
             else:
                 self._count(prefilling.sequence, length, count)
+                self._kept.files.note_prefill(count, seconds)
                 prefilling.sequence.handle.note_plan(plan, self._clock())
             if logits is not None:
                 self._end_prefill(prefilling, logits)

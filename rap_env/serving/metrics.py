@@ -172,6 +172,8 @@ class _EngineState(Collector):
 
         text = "Sequences that are kept for later requests; their bytes are the part kept."
         yield gauge("kept_sequences", text, stats.kept_sequences)
+        text = "Bytes of the files in which sequences are kept (keep_file_bytes)."
+        yield gauge("kept_file_bytes", text, stats.kept_file_bytes)
 
         # Answers
         text = "Whether requests can be served (1), as /readyz reports, or not (0)."

@@ -111,6 +111,11 @@ class ServerSettings:
         "request; 0 for only equal or better.",
         low=0,
     )
+    keep_file_bytes: str | int = setting(
+        0,
+        "Bytes of temporary files, such as 2GiB, to which what is kept goes when it has no room in "
+        "memory; 0 for no files.",
+    )
     decisions: str | None = setting(
         None, "File to which each change of the plan is appended as a JSON line.", group="Log"
     )
@@ -195,7 +200,7 @@ class ServerSettings:
                 f"request can ask for a stricter floor, not {strictest}."
             )
         # Raise if they are no bytes.
-        _ = self.process_bytes, self.model_bytes, self.reserve_bytes
+        _ = self.process_bytes, self.model_bytes, self.reserve_bytes, self.most_file_bytes
         if self.model_memory is not None and self.memory != ServerSettings.memory:
             raise ServingSettingsError(
                 f"Set either memory, for the whole process (now {self.memory}), or model_memory, "
@@ -249,6 +254,11 @@ class ServerSettings:
     def reserve_bytes(self) -> int:
         """Bytes to leave free."""
         return parse_bytes("reserve", self.reserve)
+
+    @property
+    def most_file_bytes(self) -> int:
+        """Most bytes of files with kept sequences."""
+        return parse_bytes("keep_file_bytes", self.keep_file_bytes)
 
 
 def too_little(model: str, least_bytes: int, given_bytes: int) -> str:

@@ -170,6 +170,7 @@ def _engine(
         target_itl_s=settings.target_itl_s,
         keep=settings.keep == "on",
         keep_delta_nll=settings.keep_delta_nll,
+        keep_file_bytes=settings.most_file_bytes,
     )
     if limit is not None:
         limit.attach(least_check(settings.model, controller), engine.nothing_fits)

@@ -56,9 +56,10 @@ class Harness:
         meter=NoisyMeter,
         clock=None,
         positions=64,
+        llm=None,
         **settings,
     ) -> None:
-        self.llm = tiny_llm(name, layers=layers, positions=positions)
+        self.llm = llm or tiny_llm(name, layers=layers, positions=positions)
         self.llm.set_residency(residency)
         self.llm.apply(mask)
         self.budget_bytes = budget

@@ -168,11 +168,16 @@ def test_the_server_s_settings_reach_the_engine(tokenizer):
         stack = tiny_stack(
             tokenizer, lambda _: StaticPolicy(Plan(), "dense"), lambda: 10**9,
             max_delta_nll=None, keep=keep, keep_delta_nll=0.25,
+            keep_file_bytes="1MiB",
         )  # fmt: skip
         with BackgroundServer(stack.app) as server, client_of(server) as client:
             prompt = TEXT[:20]
             counts = [cached(complete(client, prompt)) for _ in range(2)]
+            assert "rap_kept_file_bytes 0.0" in httpx.get(f"{server.url}/metrics").text
         assert counts == [0, 19 if keep == "on" else 0]
-        assert stack.engine._scheduler._kept._max_rise == 0.25
+        kept = stack.engine._scheduler._kept
+        assert (kept.quality.max_rise, kept.files.most_bytes) == (0.25, 2**20)
     with pytest.raises(RapError, match="keep"):
         ServerSettings(keep="maybe")
+    with pytest.raises(RapError, match="keep_file_bytes must be a number of bytes"):
+        ServerSettings(keep_file_bytes="2G")

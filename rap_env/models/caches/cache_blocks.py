@@ -89,6 +89,12 @@ class CacheBlock:
         return sum(storage.nbytes() for storage in storages.values())
 
     @property
+    def file_bytes(self) -> int:
+        """Bytes in its file."""
+        places = () if self.file is None else self.file[1]
+        return sum(shape.numel() * dtype.itemsize for _, shape, dtype in places)
+
+    @property
     def tensors(self) -> Iterator[torch.Tensor]:
         """All its tensors."""
         for stack in self.stacks:

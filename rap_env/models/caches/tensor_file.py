@@ -47,6 +47,11 @@ class TensorFile:
         self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115  ends with this
         return self._file.fileno()
 
+    @property
+    def bytes(self) -> int:
+        """Bytes that were written."""
+        return self._end
+
     def append(self, tensor: torch.Tensor) -> int:
         """Write a tensor; returns where it begins. Raises `OSError` if that fails."""
         begin, failed, self.failed = self._end, self.failed, True

@@ -1,0 +1,175 @@
+"""Finding kept blocks: the tree that sequences with one beginning share, and which blocks serve."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+from rap_env.levels import GROUP_TOKENS, CacheLevel
+from rap_env.models.caches.cache_blocks import CacheBlock
+from rap_env.plan import Plan, with_lowest_caches
+from rap_env.runtime.plan_chooser import PlanChooser
+from rap_env.runtime.sequence import TokenSequence
+
+if TYPE_CHECKING:
+    from rap_env.models.live.elastic import ElasticLLM
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(eq=False)
+class Node:
+    """A block of a sequence, with the blocks that follow it; only whole blocks have some.
+
+    Attributes:
+        tokens: Its tokens; none for the root of a tree.
+        parent: The block before it.
+        block: Their keys and values; None for a root.
+        plans: The plans under which they and all tokens before them were read.
+        children: The blocks that follow it, by their tokens.
+    """
+
+    tokens: Tokens
+    parent: Node | None = None
+    block: CacheBlock | None = None
+    plans: frozenset[Plan] = frozenset()
+    children: dict[Tokens, Node] = field(default_factory=dict)
+
+
+class TreeKey(NamedTuple):
+    """What all sequences of a tree have in common.
+
+    Attributes:
+        owner: Whose they are.
+        absent: Layers whose keys and values they lack.
+        ending: Layers that know only the last tokens (see `CachedRow`).
+    """
+
+    owner: str
+    absent: frozenset[int]
+    ending: frozenset[int]
+
+
+class Match(NamedTuple):
+    """The beginning of a sequence that is kept: its blocks, and tokens of them all."""
+
+    path: tuple[Node, ...] = ()
+    tokens: int = 0
+
+
+def longest_match(
+    root: Node, tokens: Tokens, may_use: Callable[[Node], bool], whole: bool
+) -> Match:
+    """The longest beginning of tokens below a root.
+
+    Args:
+        root: The root.
+        tokens: The tokens.
+        may_use: Whether a block may be used.
+        whole: Whether only whole sequences serve.
+    """
+    path: list[Node] = []
+    best, node = Match(), root
+    while True:
+        first = len(path) * GROUP_TOKENS
+        rest = tokens[first : first + GROUP_TOKENS]
+        following = node.children.get(rest) if len(rest) == GROUP_TOKENS else None
+        if following is not None and not may_use(following):
+            following = None
+        if following is None or whole:
+            for child in node.children.values():
+                count = _common(child.tokens, rest)
+                if whole and (
+                    count < len(child.tokens) or child.block is None or not child.block.ends
+                ):
+                    continue
+                if count and first + count > best.tokens and may_use(child):
+                    best = Match((*path, child), first + count)
+        if following is None:
+            return best
+        path.append(following)
+        if not whole:
+            best = Match(tuple(path), first + GROUP_TOKENS)
+        node = following
+
+
+def _common(tokens: Tokens, others: Tokens) -> int:
+    """Tokens with which two sequences begin alike."""
+    count = 0
+    for token, other in zip(tokens, others, strict=False):
+        if token != other:
+            break
+        count += 1
+    return count
+
+
+class KeptQuality:
+    """The bound on how much worse than the plan of a request what is kept may be.
+
+    A block is used for a request if each plan under which it was read, with the levels that
+    its keys and values have now, predicts a rise in NLL of at most `max_rise` more than the
+    present plan, and no more than the floors allow. Without predictions, only equal plans
+    are used.
+
+    Args:
+        llm: The live model.
+        chooser: Predicts the rise in NLL of plans.
+        max_rise: Nats per token.
+
+    Attributes:
+        max_rise: As given.
+        useful_bits: As `_find_useful_bits`, with cached results.
+    """
+
+    def __init__(self, llm: ElasticLLM, chooser: PlanChooser, max_rise: float) -> None:
+        self._llm = llm
+        self._chooser = chooser
+        self.max_rise = max_rise
+        self.useful_bits = lru_cache(maxsize=16)(self._find_useful_bits)
+
+    def may_use(self, plans: frozenset[Plan], levels: Plan, sequence: TokenSequence) -> bool:
+        """Whether blocks read under plans, with present levels, may serve a sequence."""
+        plan, tokens = self._llm.plan, sequence.handle.final_tokens
+        own = {with_lowest_caches(each, levels) for each in plans}
+        if own == {plan}:
+            return True
+        rise = self._chooser.rise
+        present = rise(plan, tokens)
+        if present is None:
+            return False
+        bounds = (
+            present + self.max_rise,
+            self._chooser.max_delta_nll,
+            sequence.handle.max_delta_nll,
+        )
+        most = min(bound for bound in bounds if bound is not None)
+        return all(
+            (own_rise := rise(each, tokens)) is not None and own_rise <= most for each in own
+        )
+
+    def _find_useful_bits(self, plan: Plan) -> list[dict[int, int]]:
+        """Bits of layers to which what is read under a plan may be lowered, and still serve it.
+
+        First int8 in all layers, then int4 in as many as the bound allows, those with the
+        least predicted rise first.
+        """
+        layers, useful = range(self._llm.adapter.num_layers), list[dict[int, int]]()
+        present = self._rise_at(plan, {})
+        extra = {n: self._rise_at(plan, {n: 4}) - self._rise_at(plan, {n: 8}) for n in layers}
+        bits = dict.fromkeys(layers, 8)
+        for layer in (None, *sorted(extra, key=extra.__getitem__)):
+            lowered = bits if layer is None else bits | {layer: 4}
+            if not self._rise_at(plan, lowered) <= present + self.max_rise:
+                break
+            useful, bits = [*useful[:1], lowered], lowered
+        return useful
+
+    def _rise_at(self, plan: Plan, bits: Mapping[int, int]) -> float:
+        """Rise in NLL of a plan with caches of so many bits; NaN without a prediction."""
+        lowered = Plan(caches=tuple((n, CacheLevel(b)) for n, b in bits.items()))
+        tokens = self._llm.facts.max_positions
+        rise = self._chooser.rise(with_lowest_caches(plan, lowered), tokens)
+        return math.nan if rise is None else rise
