@@ -22,7 +22,7 @@ from experiments.contexts import load_text, measured_on
 from experiments.launch import launch
 from experiments.study.harness import Job, Published, Study
 from experiments.study.json_records import Record
-from experiments.study.statistics import relative_difference
+from experiments.study.statistics import paired_ratio, relative_difference
 from experiments.study.table_format import TitledTable, percent, relative_words
 from rap_env.artifacts import digest
 from rap_env.context.opening import open_store
@@ -56,8 +56,9 @@ MILD_NLL = 0.2
 LOSSES = (
     "Mean ΔNLL (nats/token) over budgets of the knapsack's plans from costs measured one by one "
     "and from costs by gradient, on held-out windows of each kind of text, and the relative "
-    "difference with a 95 % interval over windows. Mild budgets: those at which a good uniform "
-    f"setting loses at most {MILD_NLL} nats."
+    "difference with a 95 % interval over windows; and the geometric mean over budgets of the "
+    "ratio of both losses. Mild budgets: those at which a good uniform setting loses at most "
+    f"{MILD_NLL} nats."
 )
 PREDICTED = (
     "Predicted ΔNLL of these plans and what they lose on the text of the gradients: Spearman's "
@@ -157,14 +158,18 @@ def plan_tables(rows: Sequence[GradientPlanRow]) -> list[TitledTable]:
     by_costs = {kind: [row for row in rows if row.costs == kind] for kind in KINDS}
     texts = [name for name in rows[0].window_delta_nll if name != CALIBRATION]
 
-    def loss(budgets: Collection[str], text: str, kind: str) -> npt.NDArray[np.float64]:
-        own = [row.on(text) for row in by_costs[kind] if row.budget in budgets]
-        return np.asarray(np.mean(own, axis=0))
+    def each(budgets: Collection[str], text: str) -> list[list[npt.NDArray[np.float64]]]:
+        return [[r.on(text) for r in by_costs[kind] if r.budget in budgets] for kind in KINDS]
 
     def losses(budgets: Collection[str], text: str) -> list[str]:
-        one_by_one, gradient = (loss(budgets, text, kind) for kind in KINDS)
+        one_by_one, gradient = (np.mean(own, axis=0) for own in each(budgets, text))
         difference = relative_words(relative_difference(gradient, one_by_one))
         return [f"{one_by_one.mean():.4f}", f"{gradient.mean():.4f}", difference]
+
+    def mean_ratio(budgets: Collection[str], text: str) -> str:
+        one_by_one, gradient = each(budgets, text)
+        ratio = paired_ratio(gradient, one_by_one)
+        return "-" if ratio is None else f"{ratio.mean:.3f}"
 
     def predictions(kind: str) -> list[str]:
         predicted = np.array([row.predicted_delta_nll for row in by_costs[kind]])
@@ -178,12 +183,14 @@ def plan_tables(rows: Sequence[GradientPlanRow]) -> list[TitledTable]:
     mild = [row.budget for row in by_costs[GRADIENT] if row.uniform_delta_nll <= MILD_NLL]
     groups = {f"{len(mild)} mild": mild, f"{len(every)}": every}
     header = ["Costs one by one", "Costs by gradient", "Difference"]
-    by_text = [[words, text, *losses(budgets, text)]
+    by_text = [[words, text, *losses(budgets, text), mean_ratio(budgets, text)]
                for words, budgets in groups.items() for text in (*texts, ALL)]  # fmt: skip
     titles = ["Costs", "Rank correlation", "Relative error", "Predicted / measured", "Evaluations"]
     return [
         TitledTable(
-            (["Budgets", "Text", *header], by_text), "Plans from costs by gradient", LOSSES
+            (["Budgets", "Text", *header, "Ratio, each budget alike"], by_text),
+            "Plans from costs by gradient",
+            LOSSES,
         ),
         TitledTable(
             (titles, [[kind.capitalize(), *predictions(kind)] for kind in KINDS]),
@@ -211,7 +218,10 @@ STUDY = Study(
     plan_jobs,
     plan_tables,
     frozen=("model", "env.levels", "gradient_plans"),
-    published=[Published("gradient_plans", "gradient_plans", first_two_tables)],
+    published=[
+        Published("gradient_plans", "gradient_plans", first_two_tables),
+        Published("gradient_plans_gemma", "gradient_plans_gemma", first_two_tables),
+    ],
 )
 
 if __name__ == "__main__":

@@ -145,11 +145,14 @@ def signed(estimate: Estimate) -> str:
 
 
 def relative_words(estimate: Estimate | None) -> str:
-    """Format a relative difference with its interval in per cent; a dash for None."""
+    """Format a relative difference in per cent with its interval, if several windows give one.
+
+    A dash for None.
+    """
     if estimate is None:
         return "-"
     mean, low, high = (100 * value for value in (estimate.mean, estimate.low, estimate.high))
-    return f"{mean:+.1f} % [{low:+.1f}, {high:+.1f}]"
+    return f"{mean:+.1f} %" + (f" [{low:+.1f}, {high:+.1f}]" if low < high else "")
 
 
 def seconds(value: float) -> str:
