@@ -227,14 +227,9 @@ def judge(task: str, folder: Path, split: str, measure: bool) -> None:
 @click.argument("task")
 @click.argument("methods", nargs=-1, required=True)
 @_MEASURE
-@click.option("--threads", default=1, show_default=True)
-def publish(task: str, methods: tuple[str, ...], measure: bool, threads: int) -> None:
+def publish(task: str, methods: tuple[str, ...], measure: bool) -> None:
     """Write the entries of METHODS (package.module:Class) on the pinned TASK into the package."""
     try:
-        if measure:
-            import torch
-
-            torch.set_num_threads(threads)
         for method in methods:
             say(f"Wrote {publish_method(task, method, measure)}.")
     except RapError as error:

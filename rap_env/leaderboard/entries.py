@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -186,13 +186,12 @@ def table_values(comparison: str) -> dict[str, TableValues]:
         losses = HeldOutLosses.fitted(held_out.text, others, calibration, held_out.num_blocks)
         on_calibration = [scorer.nll(plan) - scorer.dense_nll for plan in plans]
         on_test = [*map(losses.delta_nll, plans, on_calibration)]
+        nested = [nested_share(task.requests, run, ladder) for run in by_run]
         values[entry.name] = TableValues(
             calibration=float(task.scores(on_calibration, fits).mean()),
             test=float(task.scores(on_test, fits).mean()),
             num_predicted=sum(map(scorer.is_predicted, itertools.compress(plans, fits))),
-            nested_share=float(
-                np.mean([nested_share(task.requests, run, ladder) for run in by_run])
-            ),
+            nested_share=float(np.mean(nested)),
         )
     return values
 
@@ -211,8 +210,7 @@ def nested_share(requests: Sequence[Request], plans: Sequence[Plan], ladder: Lad
     pairs = []
     chosen = [*zip(requests, map(ladder.positions, plans), strict=True)]
     for (first, above), (second, below) in itertools.permutations(chosen, 2):
-        same_shape = first.batch_size == second.batch_size
-        same_shape &= first.seq_len_tokens == second.seq_len_tokens
+        same_shape = replace(first, budget_bytes=second.budget_bytes) == second
         if same_shape and first.budget_bytes > second.budget_bytes:
             pairs.append(bool(np.all(np.array(above) <= np.array(below))))
     return float(np.mean(pairs))

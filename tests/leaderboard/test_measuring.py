@@ -130,6 +130,25 @@ def test_a_measurement_that_was_killed_goes_on(real, task, monkeypatch):
     assert all(later.of(plan, "test").measured is not None for plan in plans)
 
 
+def test_a_calibration_text_that_cannot_be_made_again_leaves_the_other_values(
+    real, task, monkeypatch, caplog
+):
+    plans = real[1]
+    role = TaskLosses._text
+
+    def text(self, split):
+        given = role(self, split)
+        return given if split == "test" else replace(given, seed=given.seed + 1)
+
+    monkeypatch.setattr(TaskLosses, "_text", text)
+    result = rap_env.evaluate(Known(plans), NAME, "test", name="mine", measure=True)
+    assert "stay predicted" in caplog.text
+    assert result.num_predicted == 0
+    entry = result.entry("x")
+    assert entry.measured_on("test")
+    assert not entry.measured_on("calibration")
+
+
 def test_another_model_than_that_of_the_table_is_refused(real, task):
     context = task.make().unwrapped.context
     losses = TaskLosses(task, context)
