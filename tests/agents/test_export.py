@@ -65,7 +65,7 @@ def test_numpy_and_torch_choose_the_same_plans(name, vectors, spec):
 def test_numpy_and_torch_agree_under_every_ablation(context, without):
     settings = {"block_vectors": 4, "without": list(without)}
     model = untrained("maskable_ppo", context, spread=0.3, **settings)
-    assert_same_choices(model.policy, encoder_for(context), requests_for(context), without)
+    assert_same_choices(model.policy, encoder_for(context), requests_for(context)[::2], without)
 
 
 @pytest.mark.parametrize("kind", ["plain", "vectors"])

@@ -81,12 +81,12 @@ def often(monkeypatch):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, any_context, name, often):
-    config, envs, whole, cut, rest = short(name), envs_for(any_context), [], [], []
+    config, envs, whole, cut, rest = short(name, 160), envs_for(any_context), [], [], []
     train(config, envs, tmp_path / "whole", log_fns=[into(whole)], progress=False)
     with pytest.raises(Interrupt):
-        train(config, envs, tmp_path / "cut", log_fns=[into(cut), stop_at(150)], progress=False)
+        train(config, envs, tmp_path / "cut", log_fns=[into(cut), stop_at(100)], progress=False)
     result = train(config, envs, tmp_path / "cut", log_fns=[into(rest)], progress=False)
-    # The stop comes with the first episode that ends after step 150.
+    # The stop comes with the first episode that ends after step 100.
     assert 0 < result.resumed_from < config.total_timesteps
     assert_same(everything_of(tmp_path / "whole"), everything_of(tmp_path / "cut"))
     logged = [row for row in cut if row["step"] <= result.resumed_from] + rest
