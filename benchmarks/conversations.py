@@ -127,7 +127,7 @@ def speed(engine: Engine, seed: int) -> float:
     return SPEED_USERS * SPEED_TURNS * SPEED_ANSWER_TOKENS / (engine.clock() - began_s)
 
 
-def chat(server: Server, seed: int) -> list[float]:
+def chat(server: Server, model: str, seed: int) -> list[float]:
     """Seconds to the first text of each turn of a chat from the second one on."""
     draw, messages, seconds = np.random.default_rng(seed), list[dict[str, str]](), []
     texts = sorted(topics.values(), key=len)[-40:]
@@ -136,7 +136,7 @@ def chat(server: Server, seed: int) -> list[float]:
         begin = int(draw.integers(len(text) // 2))
         text = text[begin : begin + (_NEW_CHARACTERS if turn else _FIRST_CHARACTERS)]
         messages.append({"role": "user", "content": text})
-        body = {"messages": messages, "max_tokens": ANSWER_TOKENS, "temperature": 0}
+        body = {"model": model, "messages": messages, "max_tokens": ANSWER_TOKENS, "temperature": 0}
         began_s, first_s, answer = time.perf_counter(), math.inf, ""
         for event in server.chat(body):
             if answer := answer + piece(event):
@@ -225,10 +225,10 @@ def compare_servers(settings: ConversationSettings, llama_server: str) -> None:
             stack.callback(server.close)
         for server in servers.values():
             server.wait_until_ready()
-            chat(server, settings.repeats)
+            chat(server, settings.model, settings.repeats)
         for repeat in range(settings.repeats):
             for side, server in servers.items():
-                seconds[side].append(float(np.mean(chat(server, repeat))))
+                seconds[side].append(float(np.mean(chat(server, settings.model, repeat))))
     reached = target(
         f"first token of turns 2 to {TURNS} of a chat",
         *ratios(seconds["rap"], seconds["llama.cpp"]),

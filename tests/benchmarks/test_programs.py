@@ -150,6 +150,7 @@ class FakeServer:
         self.command = None
 
     def chat(self, body):
+        assert body["model"] == "m"
         self.chats.append([message["content"] for message in body["messages"]])
         yield {"choices": [{"delta": {"content": None}}]}
         yield {"choices": [{"delta": {"content": f"answer {len(self.chats)}"}}]}
