@@ -1,6 +1,6 @@
 """PPO over four tiny models, judged on two that it never saw; each episode runs a model.
 
-    python examples/across_models.py [SEED ...]
+    PYTHONPATH=. python examples/across_models.py [SEED ...]
 
 One small network scores every item, from shares and costs that mean the same in each model,
 so the policy serves ladders of any size. The reward is the log of the ΔNLL relative to that of
@@ -24,15 +24,17 @@ from agents.networks import MaskableBlockwisePolicy
 TASK = "RAPLadder/TinyAcross-v0"
 JUDGED_ON = ("RAPLadder/TinyGrouped-v0", "RAPLadder/TinyEven-v0")
 REWARD = {"name": "perplexity", "scale": "log", "relative_to": "one_shot"}
-ENVS, STEPS = 32, 200_000
+ENVS, STEPS = 16, 49_152
 SETTINGS: dict[str, Any] = {
     "policy_kwargs": {"hidden": 32},
-    "n_steps": 64,
-    "batch_size": 512,
-    "n_epochs": 4,
+    "n_steps": 32,
+    "batch_size": 128,
+    "n_epochs": 8,
     "gamma": 1.0,  # an episode is paid at its end
     "learning_rate": lambda left: 1e-3 * left,
-    "ent_coef": 0.002,
+    "gae_lambda": 0.98,
+    "ent_coef": 0.005,
+    "target_kl": 0.05,
 }
 
 
