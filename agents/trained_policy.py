@@ -50,8 +50,7 @@ class PlanObserver:
 
     def __init__(self, encoder: ObservationEncoder, requests: Sequence[Request]) -> None:
         self.ladder = encoder.ladder
-        self._plans = ObservedPlans(encoder, len(requests))
-        self._plans.put(np.arange(len(requests)), requests)
+        self._plans = ObservedPlans.of(encoder, requests)
         self._lengths = np.array([len(item.levels) for item in self.ladder.items])
         self._caches = np.array(self.ladder.caches, dtype=np.int64)
 
@@ -98,7 +97,7 @@ class PlanObserver:
             targets: Those of the target's levels, (n, N).
         """
         costs = self._plans.costs
-        lower = costs.nexts(costs.levels(positions, which))
+        lower = costs.nexts(positions, which)
         # A cache that goes with its block is past its last level.
         stays = targets < self._lengths
         right = (lower >= 0) & (lower <= targets) & stays

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -20,8 +20,9 @@ Info = dict[str, Any]
 class GymVecEnv(VecEnv):
     """A `VecEnv` of stable-baselines3 on top of a gymnasium vector environment.
 
-    An agent sees the same seeds, observations, rewards and infos as with `DummyVecEnv` over
-    single environments. It works with gymnasium's own vector environments and with
+    An agent sees the same seeds, observations and rewards as with `DummyVecEnv` over single
+    environments, and the same infos of episodes that end. Those of others are not read: they
+    say only that nothing was truncated. It works with gymnasium's own vector environments and with
     `rap_env.RAPPruneVectorEnv`, which scores the plans of all sub-environments together.
 
     Raises:
@@ -57,7 +58,7 @@ class GymVecEnv(VecEnv):
             seed=seeds,  # type: ignore[arg-type]  # gymnasium's own classes take a list too
             options=self._options[0] or None,
         )
-        self.reset_infos = split_infos(infos, self.num_envs)
+        self.reset_infos = split_infos(infos, range(self.num_envs))
         self._reset_seeds()
         self._reset_options()
         return observation
@@ -70,13 +71,13 @@ class GymVecEnv(VecEnv):
         """Step all sub-environments; those whose episode ends are reset."""
         observation, rewards, terminated, truncated, infos = self.envs.step(self._actions)
         dones = np.asarray(terminated | truncated)
-        each = split_infos(infos, self.num_envs)
-        for index in np.flatnonzero(dones).tolist():
-            last = {"terminal_observation": each[index].pop("final_obs")}
-            last.update(each[index].pop("final_info", {}))
-            self.reset_infos[index], each[index] = each[index], last
-        for info, limit in zip(each, (truncated & ~terminated).tolist(), strict=True):
-            info["TimeLimit.truncated"] = limit
+        each: list[Info] = [{"TimeLimit.truncated": False} for _ in range(self.num_envs)]
+        over = np.flatnonzero(dones).tolist()
+        for index, info in zip(over, split_infos(infos, over), strict=True):
+            each[index] = {"terminal_observation": info.pop("final_obs")}
+            each[index].update(info.pop("final_info", {}))
+            each[index]["TimeLimit.truncated"] = bool(truncated[index] and not terminated[index])
+            self.reset_infos[index] = info
         return observation, np.asarray(rewards, dtype=np.float32), dones, each
 
     def close(self) -> None:
@@ -105,27 +106,33 @@ class GymVecEnv(VecEnv):
         return [False for _ in self._get_indices(indices)]
 
 
-def split_infos(infos: Mapping[str, Any], num_envs: int) -> list[Info]:
+def split_infos(infos: Mapping[str, Any], indices: Sequence[int]) -> list[Info]:
     """Split the infos of a gymnasium vector environment into one dict per sub-environment.
 
     Args:
         infos: Arrays with a value for each sub-environment; ``_key`` flags those that have
             `key`.
-        num_envs: Number of sub-environments.
+        indices: The sub-environments.
 
     Returns:
-        The dict of each sub-environment, with Python numbers.
+        The dict of each of these sub-environments, with Python numbers.
     """
-    each: list[Info] = [{} for _ in range(num_envs)]
+    each: list[Info] = [{} for _ in indices]
+    if not each:
+        return each
     for key, values in infos.items():
         if key.startswith("_"):
             continue
         if isinstance(values, Mapping):
-            values = split_infos(values, num_envs)
-        elif isinstance(values, np.ndarray) and values.ndim == 1:
-            values = values.tolist()
+            chosen: Any = split_infos(values, indices)
+        elif isinstance(values, np.ndarray):
+            chosen = values[indices]
+            chosen = chosen.tolist() if values.ndim == 1 else chosen
+        else:
+            chosen = [values[index] for index in indices]
         flags = infos.get(f"_{key}")
-        indices = range(num_envs) if flags is None else np.flatnonzero(flags).tolist()
-        for index in indices:
-            each[index][key] = values[index]
+        has_it = [True] * len(each) if flags is None else flags[indices].tolist()
+        for info, value, has in zip(each, chosen, has_it, strict=True):
+            if has:
+                info[key] = value
     return each

@@ -1,7 +1,9 @@
 """Steps of both environments on score tables: ``python -m benchmarks.step``.
 
-Record ``step``: beside CartPole, with random actions, invalid ones among them. Record
-``table_steps``: of the pinned tasks, in CPU seconds, with random valid actions.
+A single environment is timed beside a single CartPole, the vector environments of the pinned
+tasks beside CartPole's `SyncVectorEnv`, in CPU seconds and in turn. Resets are included; random
+valid actions are drawn outside the timing; seeds are fresh, so that hardly any plan was scored
+before.
 """
 
 from __future__ import annotations
@@ -15,101 +17,93 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from benchmarks.harness import Settings, alternate, ratios, target, write_record
+from benchmarks.harness import Settings, target, write_record
 from experiments.study.console import run_with_settings
 
-TASKS = ("RAPLadder/SmolLM2-Table-v1", "RAPPrune/SmolLM2-Table-v1")
-# CartPole's own limit: both have the same wrappers.
-_CART_POLE, _MOST_STEPS = "CartPole-v1", 500
+TASKS = ("RAPPrune/SmolLM2-Table-v1", "RAPLadder/SmolLM2-Table-v1")
+LEAST_RATIOS = {64: 4.0, 1024: 8.0}
+"""By sub-environments: how many steps are to be made in the time of one of CartPole's."""
+
+_CART_POLE, _CART_POLES = "CartPole-v1", 64
+_CALLS = 10  # of CartPole in a turn
 
 
 @dataclass
 class StepSettings(Settings):
     """Settings of this benchmark, which runs on one thread."""
 
-    model: str = "score_table:smollm2-135m"
-    workload: str = "azure-conv"
-    steps: int = 20_000
-    """Steps of a single environment in one measurement."""
-    num_envs: int = 64
-    """Sub-environments of the vector environment."""
-    vector_steps: int = 750
-    """Steps of the vector environment in one measurement."""
-    table_steps: int = 400
-    """Steps of the vector environment of a pinned task in one measurement."""
+    turns: int = 60
+    """Turns of CartPole and a task in one measurement."""
+    steps: int = 2_000
+    """Steps of all sub-environments in one turn of a task."""
+    single_steps: int = 500
+    """Steps of the single environment in one turn."""
+    info: str = "arrays"
+    """The form of the tasks' infos."""
 
 
 def main(settings: StepSettings) -> None:
-    """Measure, and write both records."""
-    measure_beside_cart_pole(settings)
-    measure_tasks(settings)
+    """Measure, and write the record."""
+    targets, steps_per_s = [], {}
+    single = _ratios(settings, gym.make(_CART_POLE), gym.make(TASKS[0]), settings.single_steps)
+    what = f"times the time of a CartPole step that one of `{TASKS[0]}` takes"
+    targets.append(target(what, *(1 / r for r, _ in single), at_most=4.0, against=_CART_POLE))
+    for num_envs, least in LEAST_RATIOS.items():
+        for name in TASKS:
+            cart_poles = gym.make_vec(_CART_POLE, _CART_POLES, vectorization_mode="sync")
+            envs = gym.make_vec(name, num_envs, info=settings.info)
+            calls = max(1, settings.steps // num_envs)
+            measured = _ratios(settings, cart_poles, envs, calls)
+            what = f"times as many steps of `{name}` as of CartPole, {num_envs} sub-environments"
+            against = f"{_CART_POLE}, `SyncVectorEnv` of {_CART_POLES}"
+            targets.append(target(what, *(r for r, _ in measured), at_least=least, against=against))
+            steps_per_s[f"{name}, {num_envs}"] = median(rate for _, rate in measured)
+    write_record("step", settings, targets, steps_per_s=steps_per_s)
 
 
-def player(env: Any, count: int) -> Callable[[], None]:
-    """A call that runs the same seeded episodes, in a single environment or in a vector of them."""
-    env.action_space.seed(0)
-    actions = [env.action_space.sample() for _ in range(count)]
-    # None: CartPole.
-    single, task = isinstance(env, gym.Env), env.unwrapped.__dict__.get("_task")
+def _ratios(
+    settings: StepSettings, cart_pole: Any, task: Any, calls: int
+) -> list[tuple[float, float]]:
+    """How many steps of a task take the time of one of CartPole; and its steps per CPU second.
 
-    def play() -> None:
-        if task is not None:  # else a repetition would find each request in the cache
-            task.encoder.ladder_bytes.cached_costs.cache_clear()
-        env.reset(seed=0)
-        for action in actions:
-            _, _, terminated, truncated, _ = env.step(action)
+    Each of `settings.repeats` measurements is the median of turns.
+    """
+    sides = player(cart_pole), player(task)
+    for side in sides:
+        side(2 * calls)  # the first steps make tables
+    measured = []
+    for _ in range(settings.repeats):
+        turns = [(sides[0](_CALLS), sides[1](calls)) for _ in range(settings.turns)]
+        rates = median(b for _, b in turns)
+        measured.append((median(b / a for a, b in turns), rates))
+    return measured
+
+
+def player(env: Any) -> Callable[[int], float]:
+    """Plays on in an environment, for some calls of `step`; returns steps per CPU second.
+
+    Actions are random and valid, a single environment is reset where its episode ends.
+    """
+    rng = np.random.default_rng()
+    single, count = isinstance(env, gym.Env), getattr(env, "num_envs", 1)
+    seen, _ = env.reset(seed=int(rng.integers(2**31)))
+
+    def play(calls: int) -> float:
+        nonlocal seen
+        spent_s = 0.0
+        for _ in range(calls):
+            action = env.action_space.sample()
+            if isinstance(seen, dict):
+                mask = seen["action_mask"]
+                action = (mask * rng.random(mask.shape)).argmax(axis=-1)
+            began = time.process_time()
+            seen, _, terminated, truncated, _ = env.step(action)
             if single and (terminated or truncated):
-                env.reset()
+                seen, _ = env.reset()
+            spent_s += time.process_time() - began
+        return calls * count / spent_s
 
     return play
-
-
-def measure_beside_cart_pole(settings: StepSettings) -> None:
-    """Time steps whose scores are known, and those of CartPole."""
-    task: dict[str, Any] = {"model": settings.model, "workload": settings.workload}
-    prune = gym.make("RAPPrune-v0", max_episode_steps=_MOST_STEPS, **task)
-    vector = gym.make_vec("RAPPrune-v0", num_envs=settings.num_envs, **task)
-    sides = {
-        "cart_pole": player(gym.make(_CART_POLE), settings.steps),
-        "single": player(prune, settings.steps),
-        "vector": player(vector, settings.vector_steps),
-    }
-    seconds = alternate(sides, settings.repeats)  # the warm-up scores all plans
-    cart_pole_us = 1e6 * median(seconds["cart_pole"]) / settings.steps
-    vector_steps = settings.vector_steps * settings.num_envs
-    against = f"{_CART_POLE}: {cart_pole_us:.1f} µs a step with resets"
-    what = "times a CartPole step that a known-score step takes, resets included"
-    times = ratios(seconds["single"], seconds["cart_pole"])
-    per_s = [vector_steps / s for s in seconds["vector"]]
-    rate = f"steps/s of {settings.num_envs} sub-environments, resets included"
-    targets = [
-        target(what, *times, at_most=4.0, against=against),
-        target(rate, *per_s, at_least=100_000.0),
-    ]
-    write_record("step", settings, targets)
-
-
-def measure_tasks(settings: StepSettings) -> None:
-    """Time steps of the pinned tasks."""
-    envs, steps, targets = settings.num_envs, settings.table_steps, []
-    for name in TASKS:
-        env = gym.make_vec(name, num_envs=envs)
-        per_s = [steps * envs / cpu_s(env, steps) for _ in range(settings.repeats)]
-        what = f"steps of `{name}` per CPU second, {envs} sub-environments"
-        targets.append(target(what, *per_s, at_least=50_000.0))
-    write_record("table_steps", settings, targets)
-
-
-def cpu_s(env: Any, steps: int) -> float:
-    """CPU seconds of steps with random valid actions, whose choice does not count."""
-    rng, (observation, _), total_s = np.random.default_rng(0), env.reset(seed=0), 0.0
-    for _ in range(steps):
-        mask = observation["action_mask"]
-        action = (mask * rng.random(mask.shape)).argmax(axis=-1)
-        began = time.process_time()
-        observation, *_ = env.step(action)
-        total_s += time.process_time() - began
-    return total_s
 
 
 if __name__ == "__main__":

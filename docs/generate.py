@@ -28,6 +28,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 import rap_env
 from benchmarks.harness import committed_records, targets_table
+from benchmarks.step import TASKS as STEP_TASKS
 from experiments import studies
 from experiments.compare import compare
 from experiments.comparison.result_rows import ResultRow, rows_below
@@ -266,12 +267,12 @@ def readme_results() -> str:
 
 def table_speeds() -> str:
     """Steps a second on the packaged tables."""
-    record = RESULTS / "benchmarks" / "table_steps-cpu.json"
-    targets = json.loads(record.read_text(encoding="utf-8"))["targets"]
-    ladder, prune = (round(target["reached"], -3) for target in targets)
+    record = RESULTS / "benchmarks" / "step-cpu.json"
+    rates = json.loads(record.read_text(encoding="utf-8"))["measured"]["steps_per_s"]
+    prune, ladder = (round(rates[f"{name}, 1024"], -3) for name in STEP_TASKS)
     return (
-        f"On the table, 64 sub-environments of `RAPLadder-v0` make {ladder:,.0f} steps a second on "
-        f"one core, those of\n`RAPPrune-v0` {prune:,.0f}, without model or torch."
+        f"On the table, 1,024 sub-environments of `RAPLadder-v0` make {ladder:,.0f} steps a second "
+        f"on one core,\nthose of `RAPPrune-v0` {prune:,.0f}, without model or torch."
     )
 
 

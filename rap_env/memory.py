@@ -131,6 +131,20 @@ class MemoryModel:
         heads, size = facts.kv_heads[layer], facts.kv_head_size[layer]
         return batch_size * level.row_bytes(seq_len_tokens, heads, size, facts.itemsize, window)
 
+    def cache_terms(self, level: CacheLevel, layer: int) -> tuple[int, int, int, bool]:
+        """What the bytes of one sequence's cache at a level are made of.
+
+        Returns:
+            Bytes whatever the length; the most units of the length that count; bytes of each;
+            whether a unit is a token, not a group before the last one.
+        """
+        facts, window = self.facts, self.facts.kv_window_tokens[layer]
+        if level.native:
+            return 0, window or _NO_WINDOW, facts.kv_bytes_per_token[layer], True
+        shape = facts.kv_heads[layer], facts.kv_head_size[layer], facts.itemsize
+        most = level.groups_held(_NO_WINDOW, window)
+        return level.row_bytes(1, *shape, window), most, level.group_bytes(*shape), False
+
     def check_plan(self, plan: Plan) -> Plan:
         """Return a plan if the model has all its items and levels.
 
@@ -155,7 +169,7 @@ class MemoryModel:
         batch_size, seq_len_tokens = request.batch_size, request.seq_len_tokens
         self.check(batch_size, seq_len_tokens)
         of_plan = _bytes_of_plan(self, plan)
-        workspace = of_plan.workspace + self._workspace(batch_size, seq_len_tokens, of_plan.any_ffn)
+        workspace = of_plan.workspace + self.workspaces(batch_size, seq_len_tokens, of_plan.any_ffn)
         if of_plan.lowered_caches:
             workspace += self.attention_workspace_bytes(request)
         return MemoryBreakdown(
@@ -232,20 +246,30 @@ class MemoryModel:
 
     def workspace_bytes(self, request: Request, any_ffn: bool = True) -> int:
         """Estimate: activations of one prefill chunk and one position's float32 logits."""
-        return self._workspace(request.batch_size, request.seq_len_tokens, any_ffn)
+        return int(self.workspaces(request.batch_size, request.seq_len_tokens, any_ffn))
 
     def attention_workspace_bytes(self, request: Request) -> int:
         """Estimate: the pieces of one layer in which attention over lowered caches runs."""
-        tokens = request.batch_size * request.seq_len_tokens
-        return min(ATTENTION_WORKSPACE_BYTES, 16 * tokens * self._widest_cache)
+        return int(self.attention_workspaces(request.batch_size, request.seq_len_tokens))
 
-    def _workspace(self, batch_size: int, seq_len_tokens: int, any_ffn: bool = True) -> int:
+    def attention_workspaces(self, batch_sizes: Any, seq_lens_tokens: Any) -> Any:
+        """`attention_workspace_bytes` of a shape, or of many, (n,) each."""
+        tokens = batch_sizes * seq_lens_tokens
+        return _least(16 * tokens * self._widest_cache, ATTENTION_WORKSPACE_BYTES)
+
+    def workspaces(self, batch_sizes: Any, seq_lens_tokens: Any, any_ffn: bool = True) -> Any:
+        """`workspace_bytes` of a shape, or of many, (n,) each."""
         facts = self.facts
-        tokens = min(batch_size * seq_len_tokens, self._chunk_tokens)
+        tokens = _least(batch_sizes * seq_lens_tokens, self._chunk_tokens)
         inner = max(4 * facts.hidden_size, 2 * facts.ffn_width if any_ffn else 0)
         activations = tokens * facts.itemsize * (3 * facts.hidden_size + inner)
         activations += facts.widen_bytes if facts.packed else 0
-        return activations + batch_size * facts.vocab_size * _LOGIT_BYTES
+        return activations + batch_sizes * facts.vocab_size * _LOGIT_BYTES
+
+
+def _least(count: Any, most: int) -> Any:
+    """A number, or each number of an array, but at most `most`."""
+    return np.minimum(count, most) if isinstance(count, np.ndarray) else min(count, most)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class MeasuresAccuracy(Protocol):
 
 
 class StepOutcome(NamedTuple):
-    """Measurements of a step that is rewarded.
+    """Measurements of a step that is rewarded; for m steps at once a list and arrays (m,).
 
     Attributes:
         mask: The plan after the step.
@@ -53,18 +53,18 @@ class StepOutcome(NamedTuple):
             action), or None if it was not measured.
         ends: Whether the episode ends with this step, terminated or truncated.
         baseline_delta_nll: The same of the mask that the baseline named by
-            `RewardTerm.relative_to` has for this request; None if no term names one, or if
-            the episode continues.
+            `RewardTerm.relative_to` has for this request; None if no term names one. It
+            counts where the episode ends.
         fails: Whether the episode ends over its budget and has to rank below every plan that
             fits.
     """
 
-    mask: Plan
-    delta_nll: float
-    delta_nll_before: float | None
-    ends: bool
-    baseline_delta_nll: float | None = None
-    fails: bool = False
+    mask: Any
+    delta_nll: Any
+    delta_nll_before: Any
+    ends: Any
+    baseline_delta_nll: Any = None
+    fails: Any = False
 
 
 class RewardTerm(ABC):
@@ -79,8 +79,8 @@ class RewardTerm(ABC):
         return False
 
     @abstractmethod
-    def step(self, outcome: StepOutcome) -> float:
-        """Return the reward of a step.
+    def step(self, outcome: StepOutcome) -> Any:
+        """Return the reward of a step, or of each of m steps, (m,).
 
         Raises:
             NonFiniteScoreError: The model gave NaN or infinity.
@@ -144,37 +144,32 @@ class PerplexityReward(RewardTerm):
         """Whether the timing is dense."""
         return self.timing == "dense"
 
-    def step(self, outcome: StepOutcome) -> float:
+    def step(self, outcome: StepOutcome) -> Any:
         """Minus the cost added by this step (dense) or by the whole episode (terminal)."""
-        baseline = self._baseline_cost(outcome) if outcome.ends else 0.0
-        if not (self.pays_every_step or outcome.ends):
-            return 0.0
-        if outcome.fails and self.loss_cap is not None:
-            cost = self._scaled(over_budget_nll(self.loss_cap))
-        else:
-            cost = self._cost(outcome.delta_nll)
+        cost = self._cost(outcome.delta_nll)
+        if self.loss_cap is not None:
+            over_budget = self._scaled(over_budget_nll(self.loss_cap))
+            cost = np.where(outcome.fails, over_budget, cost)
+        baseline: Any = 0.0
+        if self.relative_to is not None and np.any(outcome.ends):
+            assert outcome.baseline_delta_nll is not None  # measured at the end
+            baseline = np.where(outcome.ends, self._cost(outcome.baseline_delta_nll), 0.0)
         if not self.pays_every_step:
-            return baseline - cost
+            return np.where(outcome.ends, baseline - cost, 0.0)
         assert outcome.delta_nll_before is not None  # measured at each step
         return baseline + self._cost(outcome.delta_nll_before) - cost
 
-    def _baseline_cost(self, outcome: StepOutcome) -> float:
-        if self.relative_to is None:
-            return 0.0
-        assert outcome.baseline_delta_nll is not None  # measured at the end
-        return self._cost(outcome.baseline_delta_nll)
-
-    def _cost(self, delta_nll: float) -> float:
+    def _cost(self, delta_nll: Any) -> Any:
         """Cost of a ΔNLL on the reward's scale; 0 for the dense model."""
         if self.loss_cap is not None:
-            delta_nll = min(delta_nll, self.loss_cap)
+            delta_nll = np.minimum(delta_nll, self.loss_cap)
         return self._scaled(delta_nll)
 
-    def _scaled(self, delta_nll: float) -> float:
+    def _scaled(self, delta_nll: Any) -> Any:
         if self.scale == "nats":
             return delta_nll
         ratio = delta_nll / self.log_offset
-        return math.log1p(ratio) if ratio > 0 else ratio
+        return np.where(ratio > 0, np.log1p(np.maximum(ratio, 0.0)), ratio)
 
 
 @dataclass(frozen=True)
@@ -199,13 +194,18 @@ class TaskReward(RewardTerm):
     failed: float | None = None
     most_lost: float | None = None
 
-    def step(self, outcome: StepOutcome) -> float:
+    def step(self, outcome: StepOutcome) -> Any:
         """The change in the score, at most 0 unless pruning helped."""
-        if outcome.fails and self.failed is not None:
+        if isinstance(outcome.mask, Plan):
+            return self._of(outcome.mask, outcome.ends, outcome.fails)
+        return np.array([*map(self._of, outcome.mask, outcome.ends, outcome.fails)])
+
+    def _of(self, plan: Plan, ends: bool, fails: bool) -> float:
+        if fails and self.failed is not None:
             return self.failed
-        if not outcome.ends or not outcome.mask:
+        if not ends or not plan:
             return 0.0
-        gain = self.score(outcome.mask) - self.score(Plan())
+        gain = self.score(plan) - self.score(Plan())
         return gain if self.most_lost is None else max(gain, -self.most_lost)
 
 
@@ -230,8 +230,11 @@ class Reward:
         named = (term.relative_to for _, term in self.weighted.values())
         return next((name for name in named if name is not None), None)
 
-    def step(self, outcome: StepOutcome) -> dict[str, float]:
-        """Each term's share of the reward by name; the reward is their sum."""
+    def step(self, outcome: StepOutcome) -> dict[str, Any]:
+        """Each term's share of the reward by name; the reward is their sum.
+
+        For m steps at once they are arrays (m,).
+        """
         weighted = self.weighted.items()
         return {name: weight * term.step(outcome) for name, (weight, term) in weighted}
 

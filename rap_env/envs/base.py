@@ -13,7 +13,7 @@ from gymnasium.error import ResetNeeded
 from rap_env.context.base import PruningContext
 from rap_env.envs.config import RENDER_MODES, EnvConfig, check_render_mode
 from rap_env.envs.episode import Episode
-from rap_env.envs.task import EpisodeStart, PruningTask
+from rap_env.envs.task import PruningTask, StartQueue
 from rap_env.ladder.observation import Observation
 from rap_env.plan import Plan
 from rap_env.render import Scene, render_ansi, render_rgb
@@ -42,6 +42,8 @@ class PruningEnv(gym.Env[Observation, np.int64]):
     """
 
     config_type: ClassVar[type[EnvConfig]]
+    _generator: np.random.Generator | None = None
+    _queue: StartQueue | None = None
 
     metadata = {"render_modes": list(RENDER_MODES), "render_fps": 2}  # noqa: RUF012 - gymnasium's
 
@@ -74,6 +76,18 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         self._task = task
         self.current: Episode | None = None
         self._left_after = 0
+
+    # Gymnasium keeps the generator there. The queue holds what is drawn ahead from it; whoever
+    # asks for the generator gets it as without.
+    @property
+    def _np_random(self) -> np.random.Generator | None:
+        if self._queue is not None:
+            self._queue.rewind()
+        return self._generator
+
+    @_np_random.setter
+    def _np_random(self, generator: np.random.Generator | None) -> None:
+        self._generator, self._queue = generator, None
 
     @property
     def request(self) -> Request:
@@ -108,18 +122,17 @@ class PruningEnv(gym.Env[Observation, np.int64]):
             UnknownNameError: There is no such option.
             NonFiniteScoreError: The model gave NaN or infinity.
         """
-        self.seed_workload(seed)
+        if seed is not None:
+            super().reset(seed=seed)
         self._warn_of_limit()
-        episode = self.current = Episode(self._task, self.draw(options))
+        if options is None:
+            if self._queue is None:
+                self._queue = StartQueue(self._task, self.np_random)
+            start = self._queue.next()
+        else:
+            start = self._task.start_episode(self.np_random, options)
+        episode = self.current = Episode(self._task, start)
         return episode.observation(), episode.info({})
-
-    def seed_workload(self, seed: int | None) -> None:
-        """Seed the workload; None changes nothing."""
-        super().reset(seed=seed)
-
-    def draw(self, options: Mapping[str, Any] | None) -> EpisodeStart:
-        """The start of the next episode, which does not begin yet; errors are those of `reset`."""
-        return self._task.start_episode(self.np_random, options)
 
     def step(self, action: np.int64 | int) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Take an action. If the model fails, the state does not change.
@@ -135,7 +148,7 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         transition, task = episode.transition(self._index(action)), self._task
         measurement, terms = None, task.reward.zeros()
         if transition.ends or task.reward.pays_every_step:
-            [(measurement, terms)] = task.compute_rewards([episode.rewarded(transition)])
+            measurement, terms = episode.rewarded(transition)
         terms["invalid_action"] = 0.0 if transition.change else -task.invalid_action_penalty
         episode.apply(transition, measurement)  # only now, when nothing can fail any more
         reward, info = sum(terms.values()), episode.info(terms)

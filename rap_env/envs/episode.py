@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.envs.task import EpisodeStart, Measurement, PruningTask, RewardedStep
+from rap_env.envs.task import EpisodeStart, Measurement, PruningTask
 from rap_env.ladder.observation import Observation, ObservedState
 from rap_env.ladder.state import Lowering
 from rap_env.ladder.steps import moved
@@ -84,14 +85,26 @@ class Episode:
         truncated, out_of_steps = task.truncates(not terminated, invalid_actions, self.steps + 1)
         return Transition(change, terminated, truncated, out_of_steps)
 
-    def rewarded(self, transition: Transition) -> RewardedStep:
-        """The step that a transition is paid for."""
-        ladder, change = self.task.ladder, transition.change
-        moves = () if change is None else change.moves
-        plan = ladder.lowest
+    def rewarded(self, transition: Transition) -> tuple[Measurement, dict[str, float]]:
+        """The measurement and the reward's terms of a step, before it is applied."""
+        task, change, before = self.task, transition.change, math.nan
+        if self.measurement is not None:
+            before = self.measurement.delta_nll
+        positions = task.lowest_positions
         if not transition.out_of_steps:
-            plan = ladder.plan(moved(self.state.positions, moves))
-        return RewardedStep(self.start, plan, self.delta_nll, transition.ends, transition.truncated)
+            moves = () if change is None else change.moves
+            positions = np.array(moved(self.state.positions, moves))
+        ends, fails = transition.ends, transition.truncated
+        measured, terms = task.compute_rewards(
+            positions[None],
+            np.array([before]),
+            np.array([ends]),
+            np.array([fails]),
+            lambda _number: self.start,
+        )
+        measurement = Measurement.of(measured[:, 0])
+        assert measurement is not None
+        return measurement, {name: float(values[0]) for name, values in terms.items()}
 
     def apply(self, transition: Transition, measurement: Measurement | None) -> None:
         """Take a step; `measurement` is that of its plan, or None if nothing was measured."""
@@ -142,7 +155,7 @@ class Episode:
         start = EpisodeStart(request, task.costs(request), saved["asked_budget_bytes"])
         episode, measurement = cls(task, start, positions), None
         if saved["measured"]:
-            (measurement,) = task.measure([task.ladder.plan(positions)])
+            measurement = Measurement.of(task.measure(np.array([positions]))[:, 0])
         counters = (saved[name] for name in ("invalid_actions", "steps", "over"))
         episode.resume(measurement, *counters)
         return episode

@@ -20,16 +20,22 @@ import numpy.typing as npt
 from rap_env.context.base import PruningContext, make_encoder, method_order
 from rap_env.context.opening import open_context
 from rap_env.envs.config import EnvConfig, parse_tasks
-from rap_env.errors import InvalidRequestError, UnknownNameError
-from rap_env.ladder.state import LadderCosts
+from rap_env.errors import InvalidRequestError, RapError, UnknownNameError
+from rap_env.ladder.items import Counts
+from rap_env.ladder.state import LadderCosts, StackedCosts
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.reward import MeasuresAccuracy, StepOutcome, ceiling_nll, make_reward, uses_tasks
+from rap_env.scoring.score_table import TableScorer
 from rap_env.specs import check_settings
 from rap_env.workload import make_sampler
 
 _MAX_DRAWS = 100
+_AHEAD = 16  # requests that a single environment draws at once
+
+Floats = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
 
 _task_scorers: WeakKeyDictionary[PruningContext, dict[Any, MeasuresAccuracy]] = WeakKeyDictionary()
 
@@ -49,6 +55,20 @@ class Measurement(NamedTuple):
     delta_nll: float
     predicted: bool
     baseline_delta_nll: float | None = None
+
+    @classmethod
+    def of(cls, values: Floats) -> Measurement | None:
+        """From the fields as numbers, NaN where there is none, (4,); None if all are NaN."""
+        nll, delta_nll, predicted, baseline = values.tolist()
+        if math.isnan(nll):
+            return None
+        compared = None if math.isnan(baseline) else baseline
+        return cls(nll, delta_nll, bool(predicted), compared)
+
+    @property
+    def values(self) -> Floats:
+        """The fields as numbers, NaN where there is none, (4,)."""
+        return np.array(self, dtype=np.float64)  # None becomes NaN
 
 
 @dataclass(frozen=True)
@@ -81,24 +101,6 @@ class EpisodeStart:
         return self.costs.least_peak_bytes <= self.request.budget_bytes
 
 
-class RewardedStep(NamedTuple):
-    """A step that is rewarded, before anything is measured.
-
-    Attributes:
-        start: The request of its episode.
-        plan: The plan after the step, or the lowest levels if `max_steps` ends the episode.
-        delta_nll_before: ΔNLL of the plan before the step, or None if it was not measured.
-        ends: Whether the episode ends with this step.
-        fails: Whether it is truncated, over its budget.
-    """
-
-    start: EpisodeStart
-    plan: Plan
-    delta_nll_before: float | None
-    ends: bool
-    fails: bool
-
-
 ShownLevels = list[str] | npt.NDArray[np.int8]
 """What `info` says of a plan: names, or the positions of levels."""
 
@@ -119,6 +121,7 @@ class PruningTask:
         info_arrays: Whether `info` has arrays of fixed shape in the place of names.
         info_key: The entry of infos with the plan.
         delta_key: The entry of infos with the ΔNLL.
+        lowest_positions: The positions of the lowest levels, (items,).
     """
 
     def __init__(self, config: EnvConfig, context: PruningContext | None = None) -> None:
@@ -143,6 +146,7 @@ class PruningTask:
         self.max_invalid_actions = int(config.max_invalid_actions)
         self.max_steps = config.max_steps
         self._step_limit = math.inf if config.max_steps is None else config.max_steps
+        self._rewards_tasks = uses_tasks(config.reward)
         self.info_arrays = config.info == "arrays"
         self._infeasible = config.infeasible
         self.info_key, self.delta_key = config.info_key, config.delta_key
@@ -150,6 +154,10 @@ class PruningTask:
         self._names_removed = config.info_key == "removed"
         self.encoder = make_encoder(self.context, config.layout, config.levels, config.together)
         self.ladder = self.encoder.ladder
+        if isinstance(self.context.scorer, TableScorer):
+            # Makes its tables, so that the first step is as fast as others.
+            self.context.scorer.nll_at(self.ladder, np.zeros((0, len(self.ladder)), np.int64))
+        self.lowest_positions = np.array(self.ladder.positions(self.ladder.lowest))
         name = self.reward.relative_to
         self._baseline: Baseline | None = None if name is None else self.baseline(name)
 
@@ -191,6 +199,11 @@ class PruningTask:
         levels = zip(self.ladder.level_names, positions, strict=True)
         return [names[position] for names, position in levels]
 
+    @cached_property
+    def native_levels(self) -> ShownLevels:
+        """What `info` says of the native plan."""
+        return self.shown_levels([0] * len(self.ladder))
+
     def show_level(self, levels: ShownLevels, item: int, position: int) -> None:
         """Update what `shown_levels` returned after an item moved to a level."""
         if isinstance(levels, np.ndarray):
@@ -220,42 +233,56 @@ class PruningTask:
         nll = self.context.scorer.dense_nll
         return Measurement(nll, 0.0, self.context.scorer.is_predicted(Plan()))
 
-    def measure(self, plans: Sequence[Plan]) -> list[Measurement]:
-        """Measure plans; missing scores are measured together."""
-        scorer, start_nll = self.context.scorer, self.measured_start.nll
-        scores = zip(plans, scorer.nll_many(plans), strict=True)
-        return [
-            Measurement(nll, nll - start_nll, scorer.is_predicted(plan)) for plan, nll in scores
-        ]
+    def measure(self, positions: Counts) -> Floats:
+        """The fields of `Measurement` for plans (n, items), (4, n); missing scores together."""
+        scorer, measured = self.context.scorer, np.full((4, len(positions)), np.nan)
+        if isinstance(scorer, TableScorer):
+            measured[0], measured[2] = scorer.nll_at(self.ladder, positions)
+        else:
+            plans = [self.ladder.plan(row) for row in positions.tolist()]
+            measured[0] = scorer.nll_many(plans)
+            measured[2] = [*map(scorer.is_predicted, plans)]
+        measured[1] = measured[0] - self.measured_start.nll
+        return measured
 
     def compute_rewards(
-        self, steps: Sequence[RewardedStep]
-    ) -> list[tuple[Measurement, dict[str, float]]]:
-        """The measurement of each step's plan, and the reward's terms by name.
+        self,
+        positions: Counts,
+        delta_nll_before: Floats,
+        ends: Flags,
+        fails: Flags,
+        start_of: Callable[[int], EpisodeStart],
+    ) -> tuple[Floats, dict[str, Floats]]:
+        """The measurements and the reward's terms of n steps that are rewarded.
 
         All missing scores are measured together, those of the baseline's plans included.
-        """
-        ends = [number for number, step in enumerate(steps) if step.ends]
-        baseline = self._baseline
-        baselines = [] if baseline is None else [baseline(steps[number].start) for number in ends]
-        measured = self.measure([*(step.plan for step in steps), *baselines])
-        if baselines:
-            for number, compared in zip(ends, measured[len(steps) :], strict=True):
-                compared_to = compared.delta_nll
-                measured[number] = measured[number]._replace(baseline_delta_nll=compared_to)
-        scored = zip(steps, measured, strict=False)
-        return [(measurement, self._terms(step, measurement)) for step, measurement in scored]
 
-    def _terms(self, step: RewardedStep, measured: Measurement) -> dict[str, float]:
-        outcome = StepOutcome(
-            step.plan,
-            measured.delta_nll,
-            step.delta_nll_before,
-            step.ends,
-            measured.baseline_delta_nll,
-            step.fails and self._worst,
-        )
-        return self.reward.step(outcome)
+        Args:
+            positions: The positions of the levels after each step, or the lowest ones if
+                `max_steps` ends the episode, (n, items).
+            delta_nll_before: ΔNLL of the plans before, NaN where it was not measured, (n,).
+            ends: Whether the episode ends with the step, (n,).
+            fails: Whether it is truncated, over its budget, (n,).
+            start_of: Gives the start of the episode of a step, by its number.
+
+        Returns:
+            The fields of `Measurement`, (4, n), and the terms by name, (n,) each.
+        """
+        count, compared = len(positions), np.zeros(0, dtype=np.int64)
+        if self._baseline is not None and ends.any():
+            (compared,) = ends.nonzero()
+            plans = [self._baseline(start_of(number)) for number in compared.tolist()]
+            baselines = np.array([self.ladder.positions(plan) for plan in plans])
+            positions = np.concatenate([positions, baselines])
+        measured = self.measure(positions)
+        measured[3, compared] = measured[1, count:]
+        measured = measured[:, :count]
+        plans = []
+        if self._rewards_tasks:
+            plans = [self.ladder.plan(row) for row in positions[:count].tolist()]
+        fails = fails & self._worst
+        outcome = StepOutcome(plans, measured[1], delta_nll_before, ends, measured[3], fails)
+        return measured, self.reward.step(outcome)
 
     def costs(self, request: Request) -> LadderCosts:
         """The bytes of a request's batch size and length.
@@ -272,7 +299,7 @@ class PruningTask:
         options = reset_options(options)
         check_settings(options, "reset", ["request"])
         if options.get("request") is None:
-            return self._feasible(self._draw(rng))
+            return self._feasible(self._start_at(*self._draw([rng]), 0))
         start = self._start_of(_request_of(options["request"], self.memory))
         if start.is_pointless:
             raise InvalidRequestError(self._pointless(start))
@@ -309,19 +336,73 @@ class PruningTask:
             f"None of the requests drawn from the workload can be helped. {self._pointless(start)}"
         )
 
-    def _draw(self, rng: np.random.Generator) -> EpisodeStart:
-        """A request of the workload for which there is something to do, and that can be met.
+    def start_many(
+        self, rngs: Sequence[np.random.Generator], request: Any = None
+    ) -> tuple[StackedCosts, Counts, Counts]:
+        """What `start_episode` gives with each generator, or for one request that a user passed.
 
-        Others are drawn again, so that one unlucky draw does not end a training.
+        Returns:
+            The bytes of the requests, their budgets, and the budgets before they were raised,
+            0 where they were not, (n,) each.
         """
-        for _ in range(_MAX_DRAWS):
-            start = self._start_of(self.sampler.sample(rng))
-            meets = self._infeasible == "clip" or start.feasible
-            if meets and not start.is_pointless:
-                return start
+        if request is not None:
+            count, make = len(rngs), self.encoder.ladder_bytes.stacked
+            start = self.start_episode(rngs[0], {"request": request})
+            shape = np.array([[start.request.batch_size], [start.request.seq_len_tokens]])
+            budgets = np.full(count, start.request.budget_bytes)
+            asked = np.full(count, start.asked_budget_bytes or 0)
+            return make(*shape.repeat(count, axis=1)), budgets, asked
+        costs, asked = self._draw(rngs)
+        budgets = np.maximum(asked, costs.least_peak_bytes)
+        return costs, budgets, asked * (budgets > asked)
+
+    def _draw(self, rngs: Sequence[np.random.Generator]) -> tuple[StackedCosts, Counts]:
+        """A request of the workload from each generator, as its bytes and its budget, (n,) each.
+
+        Requests for which there is nothing to do, or that cannot be met, are drawn again, so
+        that one unlucky draw does not end a training.
+        """
+        make = self.encoder.ladder_bytes.stacked
+        batch_sizes, lengths, budgets = self.sampler.sample_many(rngs)
+        costs = make(batch_sizes, lengths)
+        for _ in range(_MAX_DRAWS - 1):
+            again = self._useless(costs, budgets).nonzero()[0]
+            if not len(again):
+                return costs, budgets
+            drawn = self.sampler.sample_many([rngs[row] for row in again.tolist()])
+            batch_sizes, lengths, budgets[again] = drawn
+            costs.put(again, make(batch_sizes, lengths))
+        useless = self._useless(costs, budgets)
+        if useless.any():
+            raise self._undrawable(self._start_at(costs, budgets, int(useless.argmax())))
+        return costs, budgets
+
+    def _start_at(self, costs: StackedCosts, budgets: Counts, number: int) -> EpisodeStart:
+        """The start with one of several requests, whose budget may have to be raised yet."""
+        shape = int(costs.batch_sizes[number]), int(costs.seq_lens_tokens[number])
+        request = Request(*shape, int(budgets[number]))
+        return EpisodeStart(request, self.encoder.ladder_bytes.costs_of(costs, number))
+
+    def _useless(self, costs: StackedCosts, budgets: Counts) -> Flags:
+        """Requests for which there is nothing to do, or that cannot be met, (n,)."""
+        least, dense = costs.least_peak_bytes, costs.dense_peak_bytes
+        useless = (dense <= budgets) | (least >= dense)
+        return useless if self._infeasible == "clip" else useless | (least > budgets)
+
+    def draw_ahead(self, rng: np.random.Generator, count: int) -> list[tuple[int, EpisodeStart]]:
+        """The starts of the next episodes, with the number of requests drawn for each."""
+        batch_sizes, lengths, budgets = self.sampler.sample_ahead(rng, count)
+        costs = self.encoder.ladder_bytes.stacked(batch_sizes, lengths)
+        return [
+            (number + 1, self._feasible(self._start_at(costs, budgets, number)))
+            for number in np.flatnonzero(~self._useless(costs, budgets)).tolist()
+        ]
+
+    def _undrawable(self, start: EpisodeStart) -> RapError:
+        """The error if no request of the workload can start an episode, the last one included."""
         if not start.is_pointless:
             self.encoder.ladder_bytes.check_feasible(start.request)
-        raise InvalidRequestError(self._nothing_drawn(start))
+        return InvalidRequestError(self._nothing_drawn(start))
 
     def _feasible(self, start: EpisodeStart) -> EpisodeStart:
         """The start with its budget raised, if necessary, to one that can be met."""
@@ -332,6 +413,42 @@ class PruningTask:
             self.encoder.ladder_bytes.check_feasible(start.request)
         raised = replace(start.request, budget_bytes=costs.least_peak_bytes)
         return EpisodeStart(raised, costs, asked)
+
+
+class StartQueue:
+    """Draws the starts of episodes ahead, several at once, from one generator.
+
+    Args:
+        task: What starts episodes.
+        rng: The generator.
+    """
+
+    def __init__(self, task: PruningTask, rng: np.random.Generator) -> None:
+        self._task, self._rng = task, rng
+        self._before: Mapping[str, Any] | None = None
+        self._drawn, self._starts = 0, list[tuple[int, EpisodeStart]]()
+
+    def next(self) -> EpisodeStart:
+        """The next start; errors are those of `PruningTask.start_episode`."""
+        if not self._starts:
+            if self._drawn < _AHEAD:  # the last requests of a batch were of no use
+                self.rewind()
+            self._drawn = 0
+            self._before = self._rng.bit_generator.state
+            self._starts = self._task.draw_ahead(self._rng, _AHEAD)[::-1]
+            if not self._starts:
+                self.rewind()
+                return self._task.start_episode(self._rng, None)
+        self._drawn, start = self._starts.pop()
+        return start
+
+    def rewind(self) -> None:
+        """Restore the state that the generator has without what is drawn ahead."""
+        if self._before is not None:
+            self._rng.bit_generator.state = self._before
+        if self._drawn:
+            self._task.sampler.sample_ahead(self._rng, self._drawn)
+        self._before, self._drawn, self._starts = None, 0, []
 
 
 def task_scorer(

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 from gymnasium.error import ResetNeeded
+from gymnasium.utils.seeding import np_random
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
 from rap_env.context.base import PruningContext
 from rap_env.envs.base import PruningEnv, reopen
 from rap_env.envs.config import EnvConfig, check_render_mode
-from rap_env.envs.task import PruningTask, reset_options
-from rap_env.envs.vector_episodes import Flags, VectorEpisodes
+from rap_env.envs.task import Flags, PruningTask, reset_options
+from rap_env.envs.vector_episodes import VectorEpisodes
 from rap_env.errors import InvalidRequestError, check_name
 from rap_env.ladder.items import Counts
 from rap_env.ladder.observation import Observation
@@ -99,7 +101,8 @@ class PruningVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64], 
         task = self._task = PruningTask(self._config, context)
         self.context, self.memory = task.context, task.memory
         self.encoder, self.ladder = task.encoder, task.ladder
-        self._envs = [self.single_type.sharing(task, render_mode) for _ in range(num_envs)]
+        self._generators: list[np.random.Generator | None] = [None] * num_envs
+        self._seeds = [-1] * num_envs
         self._episodes = VectorEpisodes(num_envs, task)
         self.single_observation_space = task.encoder.space
         self.single_action_space = gym.spaces.Discrete(len(task.ladder))
@@ -109,19 +112,37 @@ class PruningVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64], 
     @property
     def envs(self) -> list[PruningEnv]:
         """Single environments in the state of the sub-environments."""
-        for row in self._episodes.starts:
-            self._envs[row].current = self._episodes.episode(row)
-        return self._envs
+        envs = self._envs
+        for row, (env, generator) in enumerate(zip(envs, self.np_random, strict=True)):
+            env._np_random, env._np_random_seed = generator, self._seeds[row]
+            if self._episodes.started[row]:
+                env.current = self._episodes.episode(row)
+        return envs
+
+    @cached_property
+    def _envs(self) -> list[PruningEnv]:
+        """Single environments, made when one is asked for: a step needs none."""
+        return [self.single_type.sharing(self._task, self.render_mode) for _ in self._seeds]
+
+    def _all_generators(self) -> list[np.random.Generator]:
+        generators = self._generators
+        if None in generators:
+            for row, generator in enumerate(generators):
+                if generator is None:
+                    generators[row], self._seeds[row] = np_random()
+        return generators  # type: ignore[return-value]
 
     @property  # type: ignore[misc]
     def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]
         """The generator of each sub-environment."""
-        return tuple(env.np_random for env in self._envs)
+        self._episodes.rewind()
+        return tuple(self._all_generators())
 
     @property
     def np_random_seed(self) -> tuple[int, ...]:  # type: ignore[override]
         """The seed of each sub-environment's generator."""
-        return tuple(env.np_random_seed for env in self._envs)
+        self._all_generators()
+        return tuple(self._seeds)
 
     @property
     def requests(self) -> tuple[Request, ...]:
@@ -155,12 +176,15 @@ class PruningVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64], 
         """
         rest = reset_options(options)
         flags = _reset_flags(rest.pop("reset_mask", None), self.num_envs)
+        check_settings(rest, "reset", ["request"])
         if not flags.all():
             self._started  # noqa: B018 - raises if others would stay without an episode
+        if seed is not None:
+            self._episodes.rewind()
         for row, given in enumerate(_each_seed(seed, self.num_envs)):
-            if flags[row]:
-                self._envs[row].seed_workload(given)
-        self._begin(flags, rest)
+            if flags[row] and given is not None:
+                self._generators[row], self._seeds[row] = np_random(given)
+        self._begin(flags, rest.get("request"))
         none = np.zeros(self.num_envs, dtype=bool)
         return self._episodes.observation(), self._episodes.infos(flags, {}, none)
 
@@ -177,18 +201,9 @@ class PruningVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64], 
         """
         episodes, task = self._started, self._task
         active = self._active()
-        step = episodes.plan(_actions(actions, active, task), active)
-        terms = {name: np.zeros(self.num_envs) for name in task.reward.zeros()}
-        rewarded = episodes.rewarded(step)
-        results = task.compute_rewards(list(rewarded.values())) if rewarded else []
-        for row, (_, shares) in zip(rewarded, results, strict=True):
-            for name, value in shares.items():
-                terms[name][row] = value
-        terms["invalid_action"] = np.where(step.invalid, -task.invalid_action_penalty, 0.0)
-        measurements = (measurement for measurement, _ in results)
-        episodes.apply(step, dict(zip(rewarded, measurements, strict=True)))
+        actions = _actions(actions, active, task)
+        terms, terminated, truncated = episodes.step(actions, active)
         rewards = np.asarray(sum(terms.values()))
-        episodes.over = step.terminated | step.truncated | ~active
         final: dict[str, Any] = {}
         if self.autoreset_mode == AutoresetMode.NEXT_STEP:
             self._begin(~active)
@@ -198,11 +213,11 @@ class PruningVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64], 
             self._begin(done)
         every = np.ones(self.num_envs, dtype=bool)
         infos = {**final, **episodes.infos(every, terms, active)}
-        return episodes.observation(), rewards, step.terminated, step.truncated, infos
+        return episodes.observation(), rewards, terminated, truncated, infos
 
     def action_masks(self) -> Flags:
         """True for each action that is valid, shape (n, actions)."""
-        return np.asarray(self._started.observation()["action_mask"] > 0)
+        return self._started.action_masks()
 
     def render(self) -> tuple[Any, ...] | None:
         """Each sub-environment as the `render` of a single one shows it."""
@@ -233,7 +248,7 @@ class PruningVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64], 
         Raises:
             RapError: The model does not have those items or cannot serve those requests.
         """
-        for row, (env, state) in enumerate(zip(self._envs, states, strict=True)):
+        for row, (env, state) in enumerate(zip(self.envs, states, strict=True)):
             env.set_state(state)
             self._episodes.resume(row, env.current)
         return self._episodes.observation()
@@ -256,13 +271,14 @@ class PruningVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64], 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.spec, self.action_space = state["spec"], state["action_space"]
         self.single_action_space = state["single_action_space"]
-        for row, (env, values) in enumerate(zip(self._envs, state["envs"], strict=True)):
+        for row, (env, values) in enumerate(zip(self.envs, state["envs"], strict=True)):
             env.__setstate__(values)
+            self._seeds[row] = env.np_random_seed
             self._episodes.resume(row, env.current)
 
     @property
     def _started(self) -> VectorEpisodes:
-        if len(self._episodes.starts) < self.num_envs:
+        if not self._episodes.started.all():
             raise ResetNeeded("No episode has begun; call reset() first.")
         return self._episodes
 
@@ -276,11 +292,11 @@ class PruningVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64], 
             )
         return ~over
 
-    def _begin(self, flags: Flags, options: Mapping[str, Any] | None = None) -> None:
+    def _begin(self, flags: Flags, request: Any = None) -> None:
         """Start an episode where there is a flag; if one cannot start, none does."""
-        rows = np.flatnonzero(flags).tolist()
-        starts = {row: self._envs[row].draw(options) for row in rows}
-        self._episodes.start(starts)
+        (rows,) = flags.nonzero()
+        if len(rows):
+            self._episodes.begin(rows, self._all_generators(), request)
 
 
 def make_vec(
@@ -332,11 +348,11 @@ def _actions(actions: npt.NDArray[np.int64], active: Flags, task: PruningTask) -
             f"step() takes an array of {len(active)} actions, one for each sub-environment, not "
             f"one of shape {given.shape}."
         )
-    whole = np.issubdtype(given.dtype, np.integer)
+    whole = given.dtype.kind in "iu"
     wrong = active & ((given < 0) | (given >= len(task.ladder))) if whole else active
     if wrong.any():
         raise task.unknown_action(given[wrong][0].item())
-    return np.where(active, given, 0).astype(np.int64)
+    return given.astype(np.int64) if active.all() else np.where(active, given, 0).astype(np.int64)
 
 
 def _each_seed(seed: int | Sequence[int | None] | None, num_envs: int) -> Sequence[int | None]:

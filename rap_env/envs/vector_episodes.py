@@ -7,245 +7,359 @@ None, as gymnasium's own vector environments fill them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from rap_env.envs.episode import Episode, usable_masks
-from rap_env.envs.task import EpisodeStart, Measurement, PruningTask, RewardedStep, ShownLevels
+from rap_env.envs.task import EpisodeStart, Flags, Floats, Measurement, PruningTask, ShownLevels
+from rap_env.errors import RapError
+from rap_env.ladder.features import BYTES_OVER, bytes_over
 from rap_env.ladder.items import Counts
-from rap_env.ladder.observation import Observation, ObservedPlans
+from rap_env.ladder.observation import Observation
+from rap_env.ladder.state import NUMBERS, StackedCosts
+from rap_env.request import Request
 
-Flags = npt.NDArray[np.bool_]
+_ASKED, _PEAK = NUMBERS + 1, NUMBERS + 2
+_REQUEST = {"batch_size": 0, "seq_len_tokens": 1, "budget_bytes": NUMBERS}
+"""Where `_Requests.numbers` has what infos show."""
 
-
-class VectorStep(NamedTuple):
-    """The effect of one action in each of n sub-environments, before it is applied.
-
-    Attributes:
-        positions: The positions of the levels afterwards, (n, items).
-        peak_bytes: Peak bytes afterwards, (n,).
-        valid: Whether a sub-environment acts and the action changes something, (n,).
-        invalid: Whether it acts and the action changes nothing, (n,).
-        terminated: Whether the request fits afterwards, (n,).
-        truncated: Whether there were too many invalid actions or steps, (n,).
-        out_of_steps: Whether there were too many steps, (n,).
-    """
-
-    positions: Counts
-    peak_bytes: Counts
-    valid: Flags
-    invalid: Flags
-    terminated: Flags
-    truncated: Flags
-    out_of_steps: Flags
+Generators = Sequence[np.random.Generator]
 
 
 class VectorEpisodes:
     """The episodes of n sub-environments.
 
+    The next request of each is drawn ahead, for many at once. The state of its generator
+    before that is kept, and restored by `rewind` when someone asks for the generator.
+
     Attributes:
-        starts: Request and bytes of each sub-environment that has started an episode, by
-            index.
-        positions: The positions of the levels of each plan, (n, items).
-        peak_bytes: Peak bytes of each request now, (n,).
+        started: Whether a sub-environment has started an episode, (n,).
+        positions: The positions of the levels of each plan, (n, items), int8.
         measured: What the model measured of each plan, with the fields of `Measurement` as
-            columns; NaN where there is no value, (n, 4).
-        requests: Batch sizes, lengths and budgets, and the budgets before they were clipped,
-            0 where they were not, (n,) each.
-        invalid_actions: Number of invalid actions, (n,).
-        steps: Steps of each episode, (n,).
+            rows; 0 where it is not known, and NaN for a baseline that is not, (4, n).
+        known: Whether the plan was measured, (n,).
         over: Whether the episode has terminated or was truncated, (n,).
     """
 
     def __init__(self, num_envs: int, task: PruningTask) -> None:
         self._task, self._rows = task, np.arange(num_envs)
-        self._plans = ObservedPlans(task.encoder, num_envs)
-        self.starts: dict[int, EpisodeStart] = {}
-        self.positions = np.zeros((num_envs, len(task.ladder)), dtype=np.int64)
-        self.peak_bytes, self.invalid_actions, self.steps = np.zeros((3, num_envs), dtype=np.int64)
-        self.measured = np.full((num_envs, len(Measurement._fields)), np.nan)
-        self.over = np.zeros(num_envs, dtype=bool)
-        names = ("batch_size", "seq_len_tokens", "budget_bytes", "asked_budget_bytes")
-        self.requests = {name: np.zeros(num_envs, dtype=np.int64) for name in names}
-        self._levels: list[ShownLevels] = [[] for _ in range(num_envs)]
+        self._now, self._next = _Requests(num_envs, task), _Requests(num_envs, task)
+        self._drawn: dict[int, tuple[np.random.Generator, dict[str, Any]]] = {}
+        self.positions = np.zeros((num_envs, len(task.ladder)), dtype=np.int8)
+        self.measured = np.zeros((len(Measurement._fields), num_envs))
+        self.started, self.known, self.over = np.zeros((3, num_envs), dtype=bool)
+        self._levels: list[ShownLevels] = [[]] * num_envs
 
-    def start(self, starts: Mapping[int, EpisodeStart]) -> None:
-        """Start the episodes of some sub-environments, given by index."""
-        if not starts:
-            return
-        rows, task = np.array(list(starts)), self._task
-        self._plans.put(rows, [start.request for start in starts.values()])
-        self.starts.update(starts)
+    def begin(self, rows: Counts, generators: Generators, request: Any = None) -> None:
+        """Start episodes in some sub-environments, (m,); if one cannot start, none does.
+
+        Args:
+            rows: Their numbers.
+            generators: The generators of all sub-environments.
+            request: That of all these episodes, as users pass it; None draws them.
+        """
+        task, starts = self._task, self._next
+        if request is not None:
+            starts = _Requests(len(self._rows), task)
+            starts.put(rows, *task.start_many([generators[row] for row in rows], request))
+        elif any(row not in self._drawn for row in rows.tolist()):
+            try:
+                self._draw(self._rows, generators)
+            except RapError:  # perhaps of one whose turn has not come
+                self.rewind()
+                self._draw(rows, generators)
+        self._now.copy(rows, starts)
         self.positions[rows] = 0
-        self.invalid_actions[rows] = self.steps[rows] = 0
+        self.started[rows] = self.known[rows] = True
         self.over[rows] = False
-        self.peak_bytes[rows] = self._plans.costs.dense_peak_bytes[rows]
-        self.measured[rows] = np.array(task.measured_start, dtype=np.float64)
-        native = task.shown_levels([0] * len(task.ladder))
-        for row, start in starts.items():
-            self._levels[row] = native.copy()
-            for name, value in vars(start.request).items():
-                self.requests[name][row] = value
-            self.requests["asked_budget_bytes"][row] = start.asked_budget_bytes or 0
+        self.measured[:, rows] = task.measured_start.values[:, None]
+        for row in rows.tolist():
+            if request is None:
+                del self._drawn[row]
+            if not task.info_arrays:
+                self._levels[row] = task.native_levels.copy()
+
+    def _draw(self, rows: Counts, generators: Generators) -> None:
+        """Draw the next requests of some sub-environments, unless they were drawn."""
+        missing = [row for row in rows.tolist() if row not in self._drawn]
+        of_rows = [generators[row] for row in missing]
+        states = [generator.bit_generator.state for generator in of_rows]
+        self._drawn |= dict(zip(missing, zip(of_rows, states, strict=True), strict=True))
+        self._next.put(np.array(missing), *self._task.start_many(of_rows))
+
+    def rewind(self) -> None:
+        """Restore the states that the generators have without requests that are drawn ahead."""
+        for generator, state in self._drawn.values():
+            generator.bit_generator.state = state
+        self._drawn.clear()
 
     def resume(self, row: int, episode: Episode | None) -> None:
         """Continue an episode in a sub-environment; None changes nothing."""
         if episode is None:
             return
-        self.start({row: episode.start})
+        start, rows, now = episode.start, np.array([row]), self._now
+        budget, asked = start.request.budget_bytes, start.asked_budget_bytes or 0
+        now.put(rows, start.costs.stacked, np.array([budget]), np.array([asked]))
         self.positions[row] = episode.state.positions
-        self.peak_bytes[row] = episode.state.peak_bytes
+        now.show_plans(rows, self.positions[rows])
         self._levels[row] = episode.levels.copy()
-        self.measured[row] = np.nan
+        self.started[row], self.known[row] = True, episode.measurement is not None
+        self.measured[:, row] = 0.0
         if episode.measurement is not None:
-            self.measured[row] = np.array(episode.measurement, dtype=np.float64)
-        self.invalid_actions[row], self.steps[row] = episode.invalid_actions, episode.steps
+            self.measured[:, row] = episode.measurement.values
+        now.invalid_actions[row], now.steps[row] = episode.invalid_actions, episode.steps
         self.over[row] = episode.over
+
+    def start_of(self, row: int) -> EpisodeStart:
+        """The start of the episode of a sub-environment."""
+        now = self._now
+        shape = int(now.costs.batch_sizes[row]), int(now.costs.seq_lens_tokens[row])
+        request = Request(*shape, int(now.budgets[row]))
+        return EpisodeStart(request, self._task.costs(request), int(now.asked[row]) or None)
 
     def episode(self, row: int) -> Episode:
         """The episode of a sub-environment, for a single environment to continue."""
-        episode = Episode(self._task, self.starts[row], self.positions[row].tolist())
-        counters = int(self.invalid_actions[row]), int(self.steps[row]), bool(self.over[row])
-        episode.resume(self._measurement(row), *counters)
+        now, measurement = self._now, None
+        episode = Episode(self._task, self.start_of(row), self.positions[row].tolist())
+        if self.known[row]:
+            measurement = Measurement.of(self.measured[:, row])
+        counters = int(now.invalid_actions[row]), int(now.steps[row]), bool(self.over[row])
+        episode.resume(measurement, *counters)
         return episode
 
-    def plan(self, actions: Counts, active: Flags) -> VectorStep:
-        """The effect of `actions` where `active`; 0 elsewhere, both (n,)."""
-        costs, rows = self._plans.costs, self._rows
-        after = costs.lowered(self.positions, actions, rows)
-        after[~active] = self.positions[~active]
-        valid = (after != self.positions).any(axis=1)
-        invalid = active & ~valid
-        peaks = costs.peaks(after, rows)
-        over_budget = active & (peaks > self.requests["budget_bytes"])
-        truncated, out_of_steps = self._task.truncates(
-            over_budget, self.invalid_actions + invalid, self.steps + 1
-        )
-        fits = active & ~over_budget
-        return VectorStep(after, peaks, valid, invalid, fits, truncated, out_of_steps)
+    def step(self, actions: Counts, active: Flags) -> tuple[dict[str, Floats], Flags, Flags]:
+        """Take `actions` where `active`, both (n,). If the model fails, nothing changes.
 
-    def rewarded(self, step: VectorStep) -> dict[int, RewardedStep]:
-        """The steps of the sub-environments that are rewarded, by index."""
-        task, ends = self._task, step.terminated | step.truncated
-        acts = step.valid | step.invalid
-        rows = np.flatnonzero(acts if task.reward.pays_every_step else ends).tolist()
-        rewarded = {}
-        for row in rows:
-            measurement, plan = self._measurement(row), task.ladder.lowest
-            if not step.out_of_steps[row]:
-                plan = task.ladder.plan(step.positions[row].tolist())
-            rewarded[row] = RewardedStep(
-                self.starts[row],
-                plan,
-                None if measurement is None else measurement.delta_nll,
-                bool(ends[row]),
-                bool(step.truncated[row]),
-            )
-        return rewarded
-
-    def apply(self, step: VectorStep, measurements: Mapping[int, Measurement]) -> None:
-        """Apply a step with the measurements of some plans, by index."""
-        self.measured[step.valid] = np.nan
-        for row, measurement in measurements.items():
-            if not step.out_of_steps[row]:
-                # None becomes NaN.
-                self.measured[row] = np.array(measurement, dtype=np.float64)
-        self.invalid_actions += step.invalid
-        self.steps += step.valid | step.invalid
-        rows, items = np.nonzero(step.positions != self.positions)
-        self.positions, self.peak_bytes = step.positions, step.peak_bytes
-        moved = self.positions[rows, items].tolist()
-        for row, item, position in zip(rows.tolist(), items.tolist(), moved, strict=True):
-            self._task.show_level(self._levels[row], item, position)
+        Returns:
+            The reward's terms by name, and whether episodes terminate or are truncated, (n,)
+            each.
+        """
+        task, now = self._task, self._now
+        plans, items, lower = now.costs.moves(self.positions, actions, self._rows)
+        if not active.all():
+            acts = active[plans]
+            plans, items, lower = plans[acts], items[acts], lower[acts]
+        before = self.positions[plans, items]
+        own_bytes, codes = now.after(plans, items, before, lower)
+        peaks = now.costs.with_shared(own_bytes, codes, slice(None))
+        invalid = active.copy()
+        invalid[plans] = False
+        over_budget = active & (peaks > now.budgets)
+        invalid_actions, steps = now.invalid_actions + invalid, now.steps + active
+        truncated, out_of_steps = task.truncates(over_budget, invalid_actions, steps)
+        terminated = active & ~over_budget
+        ends = terminated | truncated
+        terms = {name: np.zeros(len(active)) for name in task.reward.zeros()}
+        (rows,) = (active if task.reward.pays_every_step else ends).nonzero()
+        self.positions[plans, items] = lower
+        if len(rows):
+            reached, late = self.positions[rows].astype(np.int64), out_of_steps[rows]
+            reached[late] = task.lowest_positions
+            try:
+                measured, paid = task.compute_rewards(
+                    reached,
+                    self.measured[1, rows],
+                    ends[rows],
+                    truncated[rows],
+                    lambda number: self.start_of(int(rows[number])),
+                )
+            except BaseException:
+                self.positions[plans, items] = before
+                raise
+            for name, values in paid.items():
+                terms[name][rows] = values
+            rows, measured = rows[~late], measured[:, ~late]
+        terms["invalid_action"] = np.where(invalid, -task.invalid_action_penalty, 0.0)
+        self.known[plans], self.measured[:, plans] = False, 0.0
+        if len(rows):
+            self.known[rows], self.measured[:, rows] = True, measured
+        now.own_bytes[:], now.codes[:], now.peak_bytes[:] = own_bytes, codes, peaks
+        now.invalid_actions[:], now.steps[:] = invalid_actions, steps
+        self.over = ends | ~active
+        now.show(self.positions, plans, items)
+        if not task.info_arrays:
+            moves = zip(plans.tolist(), items.tolist(), lower.tolist(), strict=True)
+            for row, item, position in moves:
+                task.show_level(self._levels[row], item, position)
+        return terms, terminated, truncated
 
     def observation(self) -> Observation:
         """The current observations, in new arrays with n rows; see `usable_masks`."""
-        observation = self._plans.observe(self.positions, self._rows, self.peak_bytes)
+        observation = {key: array.copy() for key, array in self._now.seen.items()}
         if self.over.any():
             usable_masks(observation["action_mask"])
         return observation
 
-    def _measurement(self, row: int) -> Measurement | None:
-        """What the model measured of a plan, or None."""
-        nll, delta_nll, predicted, baseline = self.measured[row].tolist()
-        if math.isnan(nll):
-            return None
-        return Measurement(
-            nll, delta_nll, bool(predicted), None if math.isnan(baseline) else baseline
-        )
+    def action_masks(self) -> Flags:
+        """The action masks of the observations, (n, actions)."""
+        masks = self._now.seen["action_mask"].copy()
+        usable_masks(masks)
+        return masks > 0
 
-    def infos(
-        self, shown: Flags, terms: Mapping[str, npt.NDArray[np.float64]], rewarded: Flags
-    ) -> dict[str, Any]:
+    def infos(self, shown: Flags, terms: Mapping[str, Floats], rewarded: Flags) -> dict[str, Any]:
         """The infos that the sub-environments `shown` would return as single environments.
 
         Args:
-            shown: Sub-environments to include, (n,).
+            shown: Sub-environments to include, (n,). It becomes part of the infos.
             terms: The reward's terms by name, (n,) each.
-            rewarded: Sub-environments that have such terms, (n,).
+            rewarded: Sub-environments that have such terms, (n,). Part of the infos, too.
         """
-        task, request = self._task, dict(self.requests)
-        asked = {"asked_budget_bytes": request.pop("asked_budget_bytes")}
-        levels: Any = self.positions.astype(np.int8)
-        if not task.info_arrays:
+        task, seen = self._task, self._now.numbers.copy()
+        measured, known = self.measured.copy(), shown & self.known
+        if not shown.all():
+            seen *= shown
+            measured *= shown
+        if not rewarded.all():
+            terms = {name: np.where(rewarded, values, 0.0) for name, values in terms.items()}
+        if task.info_arrays:
+            levels: Any = self.positions * shown[:, None]
+        else:
             levels = _objects(shown, self._levels)
-        infos = {
-            **_entry(task.info_key, levels, shown),
-            **_entry("peak_bytes", self.peak_bytes, shown),
-            **_entry("request", _entries(request, shown), shown),
-            **_entry("reward_terms", _entries(terms, rewarded & shown), shown),
-            **self._measured_infos(shown),
-        }
-        clipped = shown & (asked["asked_budget_bytes"] > 0)
+        request = {name: seen[number] for name, number in _REQUEST.items()}
+        infos: dict[str, Any] = {}
+        _add(infos, task.info_key, levels, shown)
+        _add(infos, "peak_bytes", seen[_PEAK], shown)
+        _add(infos, "request", _entries(request, shown), shown)
+        paid = _entries(terms, rewarded) if rewarded.any() else {}
+        _add(infos, "reward_terms", paid, shown)
+        if known.any():
+            nll, delta_nll, predicted, baseline = measured
+            _add(infos, "nll", nll, known)
+            _add(infos, task.delta_key, delta_nll, known)
+            compared = known & (baseline == baseline)
+            if task.reward.relative_to is not None and compared.any():
+                baseline[~compared] = 0.0
+                _add(infos, f"baseline_{task.delta_key}", baseline, compared)
+            flagged = predicted > 0
+            if flagged.any():
+                _add(infos, "predicted", flagged, flagged.copy())
+        clipped = seen[_ASKED] > 0
         if clipped.any():
-            infos.update(_entry("infeasible", _entries(asked, clipped), clipped))
+            asked = {"asked_budget_bytes": seen[_ASKED]}
+            _add(infos, "infeasible", _entries(asked, clipped), clipped)
         return infos
 
-    def _measured_infos(self, shown: Flags) -> dict[str, Any]:
-        """The infos about plans that were measured."""
-        known, key = shown & ~np.isnan(self.measured[:, 0]), self._task.delta_key
-        if not known.any():
-            return {}
-        measured = np.where(np.isnan(self.measured), 0.0, self.measured)
-        nll, delta_nll, predicted, baseline = measured.T
-        infos = {**_entry("nll", nll, known), **_entry(key, delta_nll, known)}
-        compared = known & ~np.isnan(self.measured[:, 3])
-        if compared.any():
-            infos.update(_entry(f"baseline_{key}", baseline, compared))
-        flagged = known & (predicted > 0)
-        if flagged.any():
-            infos.update(_entry("predicted", flagged, flagged))
-        return infos
-
-    def final_infos(
-        self, done: Flags, terms: Mapping[str, npt.NDArray[np.float64]]
-    ) -> dict[str, Any]:
+    def final_infos(self, done: Flags, terms: Mapping[str, Floats]) -> dict[str, Any]:
         """The last observations and infos of episodes that end in a step with autoreset."""
-        seen = self.observation()
-        observations = [{key: array[row] for key, array in seen.items()} for row in self._rows]
-        infos = self.infos(done, terms, done)
-        return {
-            **_entry("final_obs", _objects(done, observations), done),
-            **_entry("final_info", infos, done),
+        (rows,) = done.nonzero()
+        seen = {key: array[rows] for key, array in self._now.seen.items()}
+        usable_masks(seen["action_mask"])
+        observations = np.empty(len(done), dtype=object)
+        for number, row in enumerate(rows.tolist()):
+            observations[row] = {key: array[number] for key, array in seen.items()}
+        infos: dict[str, Any] = {}
+        _add(infos, "final_obs", observations, done)
+        _add(infos, "final_info", self.infos(done, terms, done), done.copy())
+        return infos
+
+
+class _Requests:
+    """The requests of n sub-environments with their plans, as numbers and as observations.
+
+    Attributes:
+        numbers: The numbers of `costs`, and the next seven of these arrays.
+        costs: The bytes of the requests.
+        budgets: Their budgets, (n,).
+        asked: The budgets before they were raised to the least possible ones, 0 where they were
+            not, (n,).
+        own_bytes: Peak bytes of the plans without what items share, (n,).
+        codes: What their items count for, see `Ladder.sharer_codes`, (n,).
+        peak_bytes: Peak bytes, (n,).
+        invalid_actions: Number of invalid actions, (n,).
+        steps: Steps of each episode, (n,).
+        seen: The observations.
+    """
+
+    def __init__(self, num_envs: int, task: PruningTask) -> None:
+        encoder = self._encoder = task.encoder
+        numbers = self.numbers = np.zeros((NUMBERS + 7, num_envs), dtype=np.int64)
+        numbers[2] = 1  # so that no share of a native peak is infinite before the first start
+        self.costs = StackedCosts(encoder.ladder_bytes.tables, numbers[:NUMBERS])
+        (self.budgets, self.asked, self.peak_bytes, self.own_bytes, self.codes,
+         self.invalid_actions, self.steps) = numbers[NUMBERS:]  # fmt: skip
+        self.seen: Observation = {
+            key: np.zeros((num_envs, *zeros.shape), zeros.dtype)
+            for key, zeros in encoder.zeros.items()
         }
+        self._seen_rows = self.seen[encoder.key].reshape(-1).view(encoder.row_type)
+        self._valid = self.seen["action_mask"].reshape(-1)
+
+    def put(self, rows: Counts, costs: StackedCosts, budgets: Counts, asked: Counts) -> None:
+        """Set what `PruningTask.start_many` returns for some rows, (m,), with native plans."""
+        encoder = self._encoder
+        self.costs.put(rows, costs)
+        self.budgets[rows], self.asked[rows] = budgets, asked
+        self.invalid_actions[rows] = self.steps[rows] = 0
+        self.seen["request"][rows] = encoder.request(costs, budgets)
+        self.show_plans(rows, np.zeros((len(rows), len(encoder.ladder)), dtype=np.int8))
+
+    def copy(self, rows: Counts, others: _Requests) -> None:
+        """Set some rows, (m,), to those of others."""
+        self.costs.put(rows, others.costs, rows)
+        self.numbers[NUMBERS:, rows] = others.numbers[NUMBERS:, rows]
+        for key, array in self.seen.items():
+            array[rows] = others.seen[key][rows]
+
+    def show_plans(self, rows: Counts, positions: Counts) -> None:
+        """Set the plans of some rows, (m, items)."""
+        costs, seen = self.costs, self.seen
+        own_bytes, codes = costs.sums(positions, rows)
+        self.own_bytes[rows], self.codes[rows] = own_bytes, codes
+        self.peak_bytes[rows] = costs.with_shared(own_bytes, codes, rows)
+        seen[self._encoder.key][rows], seen["action_mask"][rows] = self._encoder.encode_plans(
+            costs, positions, rows
+        )
+        self._show_bytes_over()
+
+    def after(
+        self, plans: Counts, items: Counts, before: npt.NDArray[Any], after: Counts
+    ) -> tuple[Counts, Counts]:
+        """`own_bytes` and `codes` after items of plans moved to other positions, (moves,) each."""
+        costs, codes, count = self.costs, self._encoder.ladder.sharer_codes, len(self.budgets)
+        levels, lower_levels = costs.levels(items, before), costs.levels(items, after)
+        freed = costs.item_bytes(levels, plans) - costs.item_bytes(lower_levels, plans)
+        changes = codes.take(lower_levels) - codes.take(levels)
+        return (
+            self.own_bytes - _sums(plans, freed, count),
+            self.codes + _sums(plans, changes, count),
+        )
+
+    def show(self, positions: npt.NDArray[Any], plans: Counts, items: Counts) -> None:
+        """Show items of plans that have moved, and what lowering their counterparts frees.
+
+        Args:
+            positions: The positions of all plans' levels, (n, items).
+            plans: The numbers of the plans, (moves,).
+            items: The items, (moves,).
+        """
+        encoder = self._encoder
+        others = encoder.ladder.counterpart_array[items]
+        if encoder.ladder.caches:
+            pairs = (plans, plans), (items, others), (others, items)
+            plans, items, others = map(np.concatenate, pairs)
+        shown = positions[plans, items], positions[plans, others]
+        rows, valid = encoder.encode(self.costs, items, *shown, plans)
+        cells = plans * positions.shape[1] + items
+        self._seen_rows[cells], self._valid[cells] = rows, valid
+        self._show_bytes_over()
+
+    def _show_bytes_over(self) -> None:
+        over = bytes_over(self.peak_bytes, self.budgets, self.costs.dense_peak_bytes)
+        self.seen["request"][:, BYTES_OVER] = over
 
 
-def _entry(key: str, value: Any, has_it: Flags) -> dict[str, Any]:
-    """A value for each sub-environment, and the flags that say which ones have it."""
-    if isinstance(value, np.ndarray) and value.dtype != object:
-        value = value * has_it.reshape(-1, *[1] * (value.ndim - 1))  # 0 where there is none
-    return {key: value, f"_{key}": has_it.copy()}
+def _add(infos: dict[str, Any], key: str, value: Any, has_it: Flags) -> None:
+    """Add a value for each sub-environment, and the flags that say which ones have it."""
+    infos[key], infos[f"_{key}"] = value, has_it
 
 
 def _entries(values: Mapping[str, npt.NDArray[Any]], has_it: Flags) -> dict[str, Any]:
     infos: dict[str, Any] = {}
-    if has_it.any():
-        for key, value in values.items():
-            infos.update(_entry(key, value, has_it))
+    for key, value in values.items():
+        _add(infos, key, value, has_it)
     return infos
 
 
@@ -255,3 +369,8 @@ def _objects(has_it: Flags, values: Sequence[Any]) -> npt.NDArray[np.object_]:
     for row in np.flatnonzero(has_it).tolist():
         array[row] = values[row].copy()
     return array
+
+
+def _sums(groups: Counts, values: Counts, count: int) -> Counts:
+    """The sums of whole numbers below 2**53 by the number of their group, (count,)."""
+    return np.bincount(groups, values, count).astype(np.int64)

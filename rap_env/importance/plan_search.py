@@ -31,7 +31,7 @@ from rap_env.ladder.state import LadderCosts
 from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.scoring.interface import OnScore
-from rap_env.scoring.predictor import Features, Floats, ScoreModel
+from rap_env.scoring.predictor import Floats, PlanFeatures, ScoreModel
 from rap_env.scoring.predictor_fit import fit_scores, necessary_plans
 from rap_env.specs import check, setting
 
@@ -210,7 +210,7 @@ def lowered_plans(costs: LadderCosts, positions: Counts) -> tuple[Counts, Counts
         comes from and the item that was lowered, (m,) each.
     """
     stacked, caches = costs.stacked, list(costs.ladder.caches)
-    nexts = stacked.nexts(stacked.levels(positions))
+    nexts = stacked.nexts(positions)
     lowerable = nexts >= 0
     for position in costs.ladder.shared_positions:  # such caches give the same plan
         alike = nexts[:, caches] == position
@@ -261,24 +261,12 @@ class PlanPredictor:
 
     def __init__(self, ladder: Ladder, one_shot: Floats, model: ScoreModel) -> None:
         self.ladder, self.model = ladder, model
-        self._num_blocks = len(model.members[0].alone)
-        self._block = np.array([item.block for item in ladder.items])
-        lowered = one_shot.copy()
-        removed = np.zeros((len(ladder), ladder.width), dtype=bool)
-        for number, item in enumerate(ladder.items):
-            lowered[number, len(item.levels) :] = 0.0  # gone with its block
-            if "removed" in item.levels:
-                position = item.levels.index("removed")
-                removed[number, position], lowered[number, position] = True, 0.0
-        # The levels of all items in one row, which is read faster than by pairs of indices.
-        self._lowered, self._removed = lowered.ravel(), removed.ravel()
-        self._first = np.arange(len(ladder)) * ladder.width
-        self._with_block = np.flatnonzero(self._block >= 0)
+        self._features = PlanFeatures(ladder, one_shot, len(model.members[0].alone))
 
     def delta_nll(self, positions: Counts) -> Floats:
         """Predicted ΔNLL of plans (n, items), nats per token, (n,)."""
-        lowered = self._lowered_costs(positions)
-        return self.model.delta_nll_many(self._features(positions), lowered, clamped=False)
+        lowered, removed = self._features.lowered(positions), self._features.removed(positions)
+        return self.model.delta_nll_many(removed, lowered, clamped=False)
 
     def delta_nll_below(
         self, positions: Counts, children: Counts, parents: Counts, items: Counts
@@ -291,22 +279,9 @@ class PlanPredictor:
             parents: The row of the plan that each was made from, (n,).
             items: The item that was lowered, (n,).
         """
-        levels = children[np.arange(len(children)), items] + self._first[items]
-        removed = np.where(self._removed.take(levels), self._block[items], -1)
-        lowered = self._lowered_costs(children)
-        return self.model.delta_nll_below(self._features(positions), parents, removed, lowered)
-
-    def _features(self, positions: Counts) -> Features:
-        """The removed blocks of plans, (n, 2L)."""
-        levels = positions[:, self._with_block] + self._first[self._with_block]
-        removed = np.zeros((len(positions), self._num_blocks), dtype=bool)
-        removed[:, self._block[self._with_block]] = self._removed.take(levels)
-        return removed
-
-    def _lowered_costs(self, positions: Counts) -> Floats:
-        """What the levels of plans other than removal cost alone, nats per token, (n,)."""
-        costs: Floats = self._lowered.take(positions + self._first).sum(axis=1)
-        return np.maximum(costs, 0.0)
+        features, reached = self._features, children[np.arange(len(children)), items]
+        removed, lowered = features.block_removed(items, reached), features.lowered(children)
+        return self.model.delta_nll_below(features.removed(positions), parents, removed, lowered)
 
 
 class PlanSearch:

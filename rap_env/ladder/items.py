@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.errors import InvalidRequestError, UnknownNameError, check_name
+from rap_env.errors import InvalidRequestError, UnknownNameError
 from rap_env.levels import (
     WEIGHT_LEVELS,
     CacheLevel,
@@ -23,7 +23,8 @@ from rap_env.levels import (
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import EMBEDDINGS, Plan, block_name, cache_name
 
-_BITS = (1, 2, 4)
+SHARER_UNITS = np.array([1, 2**16, 2**32])
+"""What counts as one in each part of a code of `Ladder.sharer_codes`."""
 
 Kind = Literal["attn", "ffn", "cache", "embeddings"]
 KINDS: tuple[Kind, ...] = ("attn", "ffn", "cache", "embeddings")
@@ -232,15 +233,10 @@ class Ladder:
         """The numbers of the native plan."""
         return self.count_sharers([0] * len(self))
 
-    def any_sharers(self, positions: Counts) -> Sharers:
-        """Which of the numbers of plans are above 0 there, from (n, items) positions, (n,) each."""
-        flags = np.bitwise_or.reduce(self._flags.take(positions + self.first_levels), axis=-1)
-        return Sharers(*(flags & bit for bit in _BITS))
-
     @cached_property
-    def _flags(self) -> npt.NDArray[np.uint8]:
-        """One bit for each number of `sharers` that is above 0, (items, W)."""
-        return np.asarray(np.array(self.sharers) @ _BITS, dtype=np.uint8)
+    def sharer_codes(self) -> Counts:
+        """`sharers` as one number each, in a row as in `first_levels`; sums have their sums."""
+        return np.asarray(np.array(self.sharers).reshape(-1, 3) @ SHARER_UNITS)
 
     @cached_property
     def weight_levels(self) -> tuple[WeightLevel, ...]:
@@ -293,18 +289,40 @@ class Ladder:
         Raises:
             UnknownNameError: The plan has levels that the ladder does not have.
         """
-        if not plan:
-            return [0] * len(self)
-        levels, positions = plan.levels, []
-        for item in self.items:
-            level = levels.pop(item.name, "native")
-            check_name(f"level of {item.name} in the ladder", level, item.levels)
-            removed = item.kind == "cache" and 2 * (item.layer or 0) in plan.removed
-            positions.append(len(item.levels) if removed else item.levels.index(level))
-        if levels:
-            name, level = next(iter(levels.items()))
-            raise UnknownNameError(f"level of {name} in the ladder", level, ["native"])
+        positions = [0] * len(self)
+        entries = [
+            *(("removed", block) for block in plan.removed),
+            *(("weights", pair) for pair in plan.weights),
+            *(("caches", pair) for pair in plan.caches),
+            ("embeddings", plan.embeddings),
+        ]
+        try:
+            for entry in entries:
+                for number, position in self._places[entry]:
+                    positions[number] = position
+        except KeyError:
+            raise self._unknown_level(plan) from None
         return positions
+
+    @cached_property
+    def _places(self) -> dict[tuple[str, Any], Moves]:
+        """What each entry of a plan means here: items and the positions of their levels."""
+        places: dict[tuple[str, Any], Moves] = {("embeddings", "native"): ()}
+        for number, entries in enumerate(self._entries):
+            for position, (part, entry) in enumerate(entries):
+                if position:
+                    places[part, entry] = ((number, position),)
+            if entries[-1][0] == "removed" and self.counterparts[number] != number:
+                places[entries[-1]] += ((self.counterparts[number], self.removed_cache),)
+        return places
+
+    def _unknown_level(self, plan: Plan) -> UnknownNameError:
+        """The error for the first level of a plan that the ladder does not have."""
+        for name, level in plan.levels.items():
+            levels = self.items[self.numbers[name]].levels if name in self.numbers else ("native",)
+            if level not in levels:
+                return UnknownNameError(f"level of {name} in the ladder", level, levels)
+        raise AssertionError("every level is known")
 
     def has(self, plan: Plan) -> bool:
         """Whether all levels of a plan are in the ladder."""

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 
 from rap_env.errors import InfeasibleBudgetError
-from rap_env.ladder.items import Item, Ladder
-from rap_env.ladder.state import LadderCosts, SharedBytes
+from rap_env.ladder.items import Counts, Item, Ladder
+from rap_env.ladder.state import NUMBERS, LadderCosts, LevelTables, SharedBytes, StackedCosts
 from rap_env.ladder.steps import LevelSteps
-from rap_env.levels import CacheLevel
+from rap_env.levels import GROUP_TOKENS, CacheLevel
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.request import Request
 
 _CACHED_LEVELS = 2**19  # cached levels of items, over all shapes of requests
 _LEAST_SHAPES = 256
-_CACHED_STEPS = 64
 
 
 class LadderBytes:
@@ -28,27 +27,55 @@ class LadderBytes:
         memory: The model's byte arithmetic.
         ladder: The items and their levels.
         base: Levels of caches that the ladder does not have; native ones by default.
+
+    Attributes:
+        tables: What the costs of all requests share.
     """
 
     def __init__(self, memory: MemoryModel, ladder: Ladder, base: Plan = Plan()) -> None:
         self.memory, self.ladder, self._base = memory, ladder, base
-        shape = len(ladder), ladder.width
-        self._weights, self._keeps_cache = np.zeros((2, *shape), dtype=np.int64)
-        self._layers = np.array([item.layer or 0 for item in ladder.items])
-        # Items that need equal bytes.
-        self._caches: dict[tuple[int | None, ...], list[int]] = {}
-        for number, item in enumerate(ladder.items):
-            sizes = _weight_bytes(memory, item)
-            fixed_cache = item.kind == "attn" and ladder.counterparts[number] == number
-            for position, level in enumerate(item.levels):
-                self._weights[number, position] = sizes.get(level, 0)
-                self._keeps_cache[number, position] = fixed_cache and level != "removed"
-            if item.kind == "cache":
-                self._caches.setdefault(memory.cache_shape(item.layer or 0), []).append(number)
-        self._cache_levels = [CacheLevel.of(name) for name in ("native", *ladder.cache_levels)]
-        cached_shapes = max(_LEAST_SHAPES, _CACHED_LEVELS // (shape[0] * shape[1]))
+        item_bytes, numbers = np.zeros((2, len(ladder), ladder.width), dtype=np.int64)
+        terms = [(0, 0, 0, False)]  # of bytes that are always 0
+        number_of: dict[Any, int] = {}
+
+        def number(level: CacheLevel, layer: int) -> int:
+            key = level, memory.cache_shape(layer)  # such caches need equal bytes
+            if key not in number_of:
+                number_of[key] = len(terms)
+                terms.append(memory.cache_terms(level, layer))
+            return number_of[key]
+
+        layers = range(memory.facts.num_layers)
+        kept = [number(base.cache_level(layer), layer) for layer in layers]
+        levels = [CacheLevel.of(name) for name in ("native", *ladder.cache_levels)]
+        for index, item in enumerate(ladder.items):
+            sizes, layer = _weight_bytes(memory, item), item.layer or 0
+            fixed_cache = item.kind == "attn" and ladder.counterparts[index] == index
+            for position, name in enumerate(item.levels):
+                item_bytes[index, position] = sizes.get(name, 0)
+                if item.kind == "cache":
+                    numbers[index, position] = number(levels[position], layer)
+                elif fixed_cache and name != "removed":
+                    numbers[index, position] = kept[layer]
+        self._kept_caches = np.bincount(kept, minlength=len(terms))
+        self._tail_bytes, self._most, self._sizes, by_token = map(
+            np.array, zip(*terms, strict=True)
+        )
+        self._not_by_token = 1 - by_token
+        self._unit_tokens = np.where(by_token, 1, GROUP_TOKENS)
+        # The numbers of the levels of caches, for each shape of a cache.
+        self._caches = np.unique(numbers[list(ladder.caches), : len(levels)], axis=0)
+        self.tables = LevelTables(ladder, item_bytes, numbers, len(terms))
+        self._native_bytes = item_bytes[:, 0].sum()
+        self._native_caches = np.bincount(numbers[:, 0], minlength=len(terms))
+        self._native_caches[0] = 0
+        # A model whose FFN blocks are not all in the ladder always keeps one.
+        self._all_ffn = ladder.native_sharers.kept_ffn == memory.facts.num_layers
+        self._kinds: dict[bytes, int] = {}
+        if not len(self._caches):
+            self._kind(self._caches)
+        cached_shapes = max(_LEAST_SHAPES, _CACHED_LEVELS // item_bytes.size)
         self.cached_costs = lru_cache(cached_shapes)(self._make)
-        self._steps_of = lru_cache(_CACHED_STEPS)(self._make_steps)
 
     def costs(self, batch_size: int, seq_len_tokens: int) -> LadderCosts:
         """The costs of a batch size and a sequence length.
@@ -57,6 +84,64 @@ class LadderBytes:
             InvalidRequestError: The model cannot serve the batch or the length.
         """
         return self.cached_costs(batch_size, seq_len_tokens)
+
+    def stacked(self, batch_sizes: Counts, seq_lens_tokens: Counts) -> StackedCosts:
+        """The costs of s shapes that the model can serve, (s,) each."""
+        memory, shapes = self.memory, (batch_sizes, seq_lens_tokens)
+        tokens = seq_lens_tokens[:, None]
+        units = (tokens - self._not_by_token) // self._unit_tokens
+        caches = np.minimum(units, self._most) * self._sizes
+        caches += self._tail_bytes
+        caches *= batch_sizes[:, None]
+        kv_bytes, workspace = caches @ self._kept_caches, memory.workspaces(*shapes)
+        numbers = np.zeros((NUMBERS, len(batch_sizes)), dtype=np.int64)
+        numbers[:4] = *shapes, self._fixed_bytes + kv_bytes + workspace, kv_bytes
+        attention = memory.attention_workspaces(*shapes)
+        if self._base.caches:
+            numbers[2] += attention
+        numbers[4] = numbers[2] - self._native_bytes - caches @ self._native_caches
+        if self._all_ffn:
+            numbers[5] = workspace - memory.workspaces(*shapes, False)
+        if len(self._caches):
+            numbers[6] = attention
+        numbers[7] = 0 if memory.facts.packed else memory.facts.widen_bytes
+        numbers[8] = kinds = self._kinds_of(caches)
+        varying = np.concatenate([caches, caches], axis=1)
+        nexts = self.tables.next_numbers[kinds]
+        varying[:, len(self._sizes) :] -= caches[np.arange(len(kinds))[:, None], nexts]
+        return StackedCosts(self.tables, numbers, varying)
+
+    @cached_property
+    def _fixed_bytes(self) -> int:
+        """Bytes of the native model's weights, embeddings and head."""
+        return self.memory.facts.base_bytes + sum(self.memory.facts.block_param_bytes)
+
+    def _kinds_of(self, caches: Counts) -> Any:
+        """The place of the steps of shapes in those of the tables, from their caches, (s, K)."""
+        if not len(self._caches):
+            return np.zeros(len(caches), dtype=np.int64)
+        sizes = caches[:, self._caches]  # (s, shapes of a cache, levels)
+        lower = np.tri(sizes.shape[-1], k=-1, dtype=bool).T & (
+            sizes[..., None, :] < sizes[..., None]
+        )
+        nexts = np.where(lower.any(axis=-1), lower.argmax(axis=-1), -1)
+        kinds = [self._kinds.get(entry.tobytes(), -1) for entry in nexts]
+        for shape, kind in enumerate(kinds):
+            if kind < 0:
+                kinds[shape] = self._kind(nexts[shape])
+        return kinds
+
+    def _kind(self, nexts: Counts) -> int:
+        """The place of the steps with these next levels of caches, (shapes of a cache, levels)."""
+        key = nexts.tobytes()
+        if key not in self._kinds:
+            next_level = LevelSteps.every(self.ladder).next_level.copy()
+            first = self.tables.numbers.reshape(next_level.shape)[:, 0]
+            for numbers, lower in zip(self._caches, nexts, strict=True):
+                alike = self.ladder.is_cache & (first == numbers[0])
+                next_level[alike, : len(lower)] = lower
+            self._kinds[key] = self.tables.add(LevelSteps(self.ladder, next_level))
+        return self._kinds[key]
 
     def check_feasible(self, request: Request) -> None:
         """Reject a budget that no levels of the ladder can meet.
@@ -81,61 +166,27 @@ class LadderBytes:
         )
 
     def _make(self, batch_size: int, seq_len_tokens: int) -> LadderCosts:
-        memory, items = self.memory, self.ladder.items
-        request = Request(batch_size, seq_len_tokens, budget_bytes=1)
-        dense_peak_bytes = memory.dense_peak_bytes(batch_size, seq_len_tokens)
-        kv_bytes = memory.kv_bytes_by_layer(batch_size, seq_len_tokens)
-        if self._base:
-            dense_peak_bytes = memory.peak_bytes(self._base, request)
-            for layer, level in self._base.caches:
-                kv_bytes[layer] = memory.cache_bytes(level, layer, batch_size, seq_len_tokens)
-        sizes = self._weights + self._keeps_cache * kv_bytes[self._layers][:, None]
-        nexts = []
-        for numbers in self._caches.values():
-            layer = items[numbers[0]].layer or 0
-            cache_bytes = [
-                memory.cache_bytes(level, layer, batch_size, seq_len_tokens)
-                for level in self._cache_levels
-            ]
-            sizes[numbers, : len(cache_bytes)] = cache_bytes
-            nexts.append(_next_smaller(cache_bytes))
-        sizes.flags.writeable = False
-        workspace, without = (memory.workspace_bytes(request, any_ffn) for any_ffn in (True, False))
-        # A model whose FFN blocks are not all in the ladder always keeps one.
-        all_ffn = self.ladder.native_sharers.kept_ffn == memory.facts.num_layers
-        last_ffn = workspace - without if all_ffn else 0
-        widen = 0 if memory.facts.packed else memory.facts.widen_bytes
-        attention = memory.attention_workspace_bytes(request) if self._caches else 0
-        return LadderCosts(
-            ladder=self.ladder,
-            dense_peak_bytes=dense_peak_bytes,
-            kv_cache_bytes=int(kv_bytes.sum()),
-            constant_bytes=dense_peak_bytes - int(sizes[:, 0].sum()),
-            shared=SharedBytes(last_ffn, attention, widen),
-            item_bytes=sizes,
-            steps=self._steps_of(tuple(nexts)),
-        )
+        self.memory.check(batch_size, seq_len_tokens)
+        return self.costs_of(self.stacked(np.array([batch_size]), np.array([seq_len_tokens])), 0)
 
-    def _make_steps(self, nexts: tuple[tuple[int, ...], ...]) -> LevelSteps:
-        """The steps of requests with these next levels of caches, for each shape of a cache."""
-        next_level = LevelSteps.every(self.ladder).next_level.copy()
-        for numbers, lower in zip(self._caches.values(), nexts, strict=True):
-            next_level[numbers, : len(lower)] = lower
-        return LevelSteps(self.ladder, next_level)
+    def costs_of(self, stacked: StackedCosts, shape: int) -> LadderCosts:
+        """The costs of one shape of several, by its number."""
+        tables, own = self.tables, stacked.of_shape(shape)
+        item_bytes = own.item_bytes(tables.every_level, 0)
+        item_bytes.flags.writeable = False
+        _, _, dense_peak, kv_cache, constant, *shared, kind = own.numbers[:, 0].tolist()
+        steps = tables.steps[kind]
+        costs = LadderCosts(
+            self.ladder, dense_peak, kv_cache, constant, SharedBytes(*shared), item_bytes, steps
+        )
+        vars(costs)["stacked"] = own  # costs with other steps make their own
+        return costs
 
 
 @lru_cache(maxsize=16)
 def mask_bytes(memory: MemoryModel) -> LadderBytes:
     """The byte arithmetic over blocks that are kept or removed; one for each model."""
     return LadderBytes(memory, Ladder.of(memory.facts, "masks"))
-
-
-def _next_smaller(sizes: Sequence[int]) -> tuple[int, ...]:
-    """The position of the next level that needs fewer bytes than each level, -1 without one."""
-    return tuple(
-        next((n for n in range(p + 1, len(sizes)) if sizes[n] < sizes[p]), -1)
-        for p in range(len(sizes))
-    )
 
 
 def _weight_bytes(memory: MemoryModel, item: Item) -> dict[str, int]:

@@ -9,8 +9,8 @@ same encoder; `RAPPrune` and `RAPLadder` differ in the columns of a row, see
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +26,7 @@ from rap_env.ladder.features import (
 )
 from rap_env.ladder.items import Counts
 from rap_env.ladder.ladder_bytes import LadderBytes
-from rap_env.ladder.state import LadderCosts, LadderState, Lowering, StackedCosts
-from rap_env.ladder.steps import LevelSteps
+from rap_env.ladder.state import LadderState, Lowering, StackedCosts, column
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.request import Request
@@ -37,8 +36,9 @@ if TYPE_CHECKING:
 
 Observation = dict[str, npt.NDArray[Any]]
 
-_CACHED_ROWS = 64
-_CACHED_LEVELS = 2**19  # cached rows of levels, over all shapes of requests
+_BATCH_SIZE, _SEQ_LEN, _KV_SHARE = map(
+    REQUEST_FEATURES.index, ("batch_size", "seq_len", "kv_share")
+)
 
 _FEW = 8
 """Rows of an observation that are faster to update one by one than all at once."""
@@ -57,6 +57,7 @@ class ObservationEncoder:
         features: The columns of a row.
         freed: The column with the bytes that the item's next level frees.
         zeros: Empty arrays of an observation.
+        row_type: The type of a row as one value, which is faster to copy.
     """
 
     def __init__(self, ladder_bytes: LadderBytes, importance: Importance) -> None:
@@ -69,10 +70,9 @@ class ObservationEncoder:
             self.key: np.zeros((len(ladder), len(self.features)), np.float32),
             "action_mask": np.zeros(len(ladder), np.int8),
         }
-        self._fixed_columns = lru_cache(_CACHED_ROWS)(self._make_fixed_columns)
-        cached_shapes = max(_CACHED_ROWS, _CACHED_LEVELS // (len(ladder) * ladder.width))
-        self.level_rows = lru_cache(cached_shapes)(self._make_level_rows)
-        self.native = lru_cache(cached_shapes)(self._make_native)
+        self.row_type = np.dtype((np.void, 4 * len(self.features)))
+        self._fixed: list[Floats] = []
+        self._all_fixed = np.zeros(0, dtype=self.row_type)
 
     @cached_property
     def space(self) -> spaces.Space[Observation]:
@@ -100,58 +100,75 @@ class ObservationEncoder:
         """What makes it for a context: arguments of `make_encoder` there, as JSON values."""
         return {"layout": self.key, **self.ladder.spec}
 
-    def _make_fixed_columns(self, steps: LevelSteps) -> Floats:
-        rows = np.zeros((len(self.ladder), self.ladder.width, len(self.features)), np.float32)
-        columns = self.importance.columns(steps, self.memory.facts.num_layers)
-        for name, values in columns.items():
-            rows[..., self.features.index(name)] = values
-        return rows
+    def fixed_rows(self, kind: int) -> Floats:
+        """The rows of each item at each level without the bytes freed, (items, W, F), read-only.
 
-    def _make_level_rows(self, costs: LadderCosts) -> Floats:
-        """The row of each item at each level, (items, W, F), read-only.
-
-        The bytes of the cache that a block takes with it are left out, see `encode`.
+        `kind` is the place of the request's steps in those of the tables.
         """
-        rows = self._fixed_columns(costs.steps).copy()
-        rows[..., self.freed] = np.maximum(0, costs.freed) / costs.dense_peak_bytes
-        rows.flags.writeable = False
-        return rows
+        while len(self._fixed) <= kind:
+            steps, layers = self.ladder_bytes.tables.steps[len(self._fixed)], self.memory.facts
+            rows = np.zeros((len(self.ladder), self.ladder.width, len(self.features)), np.float32)
+            for name, values in self.importance.columns(steps, layers.num_layers).items():
+                rows[..., self.features.index(name)] = values
+            rows.flags.writeable = False
+            self._fixed.append(rows)
+        return self._fixed[kind]
 
     def encode(
-        self, costs: StackedCosts, rows: Floats, positions: Counts, shape: Counts | int = 0
-    ) -> tuple[Floats, npt.NDArray[np.bool_]]:
+        self,
+        costs: StackedCosts,
+        items: Any,
+        positions: npt.NDArray[Any],
+        counterparts: npt.NDArray[Any],
+        shape: Any = 0,
+    ) -> tuple[npt.NDArray[np.void], npt.NDArray[np.bool_]]:
+        """The rows of items, as values of `row_type`, and whether they have a lower level.
+
+        The arguments are those of `StackedCosts.freed_bytes`.
+        """
+        levels = costs.levels(items, positions)
+        kinds = len(costs.tables.steps)
+        if len(self._all_fixed) < kinds * costs.tables.size:
+            rows = np.stack([self.fixed_rows(kind) for kind in range(kinds)])
+            self._all_fixed = rows.view(self.row_type).ravel()
+        valid = costs.of_steps(costs.tables.next_level, levels, shape) >= 0
+        encoded = costs.of_steps(self._all_fixed, levels, shape)
+        freed_bytes = costs.freed_bytes(items, positions, counterparts, shape)
+        shares = np.maximum(0, freed_bytes) / costs.dense_peak_bytes[shape]
+        floats = encoded.view(np.float32).reshape(*levels.shape, len(self.features))
+        floats[..., self.freed] = shares
+        return encoded, valid
+
+    def encode_plans(
+        self, costs: StackedCosts, positions: Counts, shape: Counts | int = 0
+    ) -> tuple[Floats, npt.NDArray[np.int8]]:
         """The rows and the action masks of plans, (n, items, F) and (n, items).
 
         Args:
             costs: The bytes of s shapes of requests.
-            rows: The `level_rows` of each shape, (s, items, W, F).
-            positions: As for `StackedCosts`.
-            shape: As for `StackedCosts`.
+            positions: The positions of the plans' levels, (n, items) or (items,).
+            shape: The number of each plan's shape, (n,), or one number for all.
         """
-        levels = costs.levels(positions, shape)
-        encoded = rows.reshape(-1, len(self.features)).take(levels, axis=0)
-        if self.ladder.caches:
-            freed_bytes = np.maximum(0, costs.freed_bytes(levels))
-            encoded[..., self.freed] = freed_bytes / costs.dense_peak_bytes[shape, None]
-        return encoded, costs.nexts(levels) >= 0
+        items, others = np.arange(len(self.ladder)), positions[..., self.ladder.counterpart_array]
+        rows, valid = self.encode(costs, items, positions, others, column(shape))
+        return rows.view(np.float32).reshape(*positions.shape, len(self.features)), valid.astype(
+            np.int8
+        )
 
-    def _make_native(self, batch_size: int, seq_len_tokens: int) -> Observation:
-        """The observation of the unchanged model, without what depends on the budget."""
-        costs = self.ladder_bytes.costs(batch_size, seq_len_tokens)
-        native = np.zeros(len(self.ladder), dtype=np.int64)
-        rows, valid = self.encode(costs.stacked, self.level_rows(costs), native)
-        longest = max(2, self.memory.facts.max_positions)
-        request = {
-            "batch_size": min(1.0, np.log2(batch_size) / MAX_BATCH_LOG2),
-            "seq_len": min(1.0, np.log2(seq_len_tokens) / np.log2(longest)),
-            "kv_share": costs.kv_cache_bytes / costs.dense_peak_bytes,
-        }
-        features = [request.get(name, 0.0) for name in REQUEST_FEATURES]
-        return {
-            "request": np.array(features, dtype=np.float32),
-            self.key: rows,
-            "action_mask": valid.astype(np.int8),
-        }
+    def request(self, costs: StackedCosts, budget_bytes: Counts) -> Floats:
+        """What is observed of requests whatever the plan, (s, 5).
+
+        Args:
+            costs: Their bytes.
+            budget_bytes: Their budgets, (s,).
+        """
+        seen = np.zeros((len(budget_bytes), len(REQUEST_FEATURES)), dtype=np.float32)
+        dense_peak_bytes, longest = costs.dense_peak_bytes, max(2, self.memory.facts.max_positions)
+        seen[:, _BATCH_SIZE] = np.minimum(1.0, np.log2(costs.batch_sizes) / MAX_BATCH_LOG2)
+        seen[:, _SEQ_LEN] = np.minimum(1.0, np.log2(costs.seq_lens_tokens) / np.log2(longest))
+        seen[:, _KV_SHARE] = costs.kv_cache_bytes / dense_peak_bytes
+        seen[:, BUDGET] = np.minimum(1.0, budget_bytes / dense_peak_bytes)
+        return seen
 
     def build(self, request: Request, plan: Plan) -> Observation:
         """The observation of a plan under `request`, in new arrays.
@@ -184,18 +201,21 @@ class ObservedState:
         request: Request,
         state: LadderState | None = None,
     ) -> None:
-        costs = encoder.ladder_bytes.costs(request.batch_size, request.seq_len_tokens)
-        self.state = costs.state() if state is None else state
-        native = encoder.native(request.batch_size, request.seq_len_tokens)
-        self.observation: Observation = {key: array.copy() for key, array in native.items()}
+        if state is None:
+            shape = request.batch_size, request.seq_len_tokens
+            state = encoder.ladder_bytes.costs(*shape).state()
+        self.state, costs = state, state.costs
+        rows, valid = encoder.encode_plans(costs.stacked, np.array(state.positions))
+        seen = encoder.request(costs.stacked, np.array([request.budget_bytes]))
+        self.observation: Observation = {
+            "request": seen[0],
+            encoder.key: rows,
+            "action_mask": valid,
+        }
         self._encoder, self._steps = encoder, costs.steps
-        self._level_rows = encoder.level_rows(costs)
+        self._fixed_rows = encoder.fixed_rows(int(costs.stacked.kinds[0]))
         self._budget_bytes, self._dense_peak_bytes = request.budget_bytes, costs.dense_peak_bytes
-        self._rows, self._valid = self.observation[encoder.key], self.observation["action_mask"]
-        self._request = self.observation["request"]
-        self._request[BUDGET] = min(1.0, request.budget_bytes / costs.dense_peak_bytes)
-        if any(self.state.positions):
-            self._show_all()
+        self._rows, self._valid, self._request = rows, valid, seen[0]
         self._show_bytes_over()
 
     def lower(self, item: int) -> Collection[int]:
@@ -220,16 +240,16 @@ class ObservedState:
         return changed
 
     def _show(self, item: int) -> None:
-        position, steps = self.state.positions[item], self._steps
-        self._rows[item] = self._level_rows[item, position]
-        self._valid[item] = steps.nexts[item][position] >= 0
-        if len(steps.own_moves[item][position]) > 1:  # its cache counts too
+        position, row = self.state.positions[item], self._rows[item]
+        row[:] = self._fixed_rows[item, position]
+        self._valid[item] = valid = self._steps.nexts[item][position] >= 0
+        if valid:
             freed_bytes = max(0, self.state.freed_bytes(item))
-            self._rows[item, self._encoder.freed] = freed_bytes / self._dense_peak_bytes
+            row[self._encoder.freed] = freed_bytes / self._dense_peak_bytes
 
     def _show_all(self) -> None:
         costs, positions = self.state.costs.stacked, np.array(self.state.positions)
-        self._rows[:], self._valid[:] = self._encoder.encode(costs, self._level_rows, positions)
+        self._rows[:], self._valid[:] = self._encoder.encode_plans(costs, positions)
 
     def _show_bytes_over(self) -> None:
         peak_bytes, budget_bytes = self.state.peak_bytes, self._budget_bytes
@@ -241,38 +261,28 @@ class ObservedPlans:
 
     Args:
         encoder: Encodes the observations.
-        count: Number of requests, s; `put` sets them.
-
-    Attributes:
         costs: The bytes of the requests.
         budget_bytes: Their budgets, (s,).
     """
 
-    def __init__(self, encoder: ObservationEncoder, count: int) -> None:
-        rows = encoder.zeros[encoder.key]
-        self._encoder, self.costs = encoder, StackedCosts.of_shapes(encoder.ladder, count)
-        self.budget_bytes = np.zeros(count, dtype=np.int64)
-        self._request = np.zeros((count, len(REQUEST_FEATURES)), dtype=np.float32)
-        shape = count, len(rows), encoder.ladder.width, rows.shape[1]
-        self._level_rows = np.zeros(shape, dtype=np.float32)
+    def __init__(
+        self, encoder: ObservationEncoder, costs: StackedCosts, budget_bytes: Counts
+    ) -> None:
+        self._encoder, self.costs, self.budget_bytes = encoder, costs, budget_bytes
+        self._request = encoder.request(costs, budget_bytes)
 
-    def put(self, numbers: Counts, requests: Sequence[Request]) -> None:
-        """Set some requests, given by number, (m,).
+    @classmethod
+    def of(cls, encoder: ObservationEncoder, requests: Sequence[Request]) -> Self:
+        """Those under some requests.
 
         Raises:
             InvalidRequestError: The model cannot serve one of them.
         """
-        encoder = self._encoder
-        costs = [encoder.ladder_bytes.costs(r.batch_size, r.seq_len_tokens) for r in requests]
-        self.costs.put(numbers, costs)
-        for number, entry in zip(numbers.tolist(), costs, strict=True):
-            self._level_rows[number] = encoder.level_rows(entry)
-        self._request[numbers] = [
-            encoder.native(r.batch_size, r.seq_len_tokens)["request"] for r in requests
-        ]
-        self.budget_bytes[numbers] = [request.budget_bytes for request in requests]
-        shares = self.budget_bytes[numbers] / self.costs.dense_peak_bytes[numbers]
-        self._request[numbers, BUDGET] = np.minimum(1.0, shares)
+        for request in requests:
+            encoder.memory.check(request.batch_size, request.seq_len_tokens)
+        shapes = np.array([(r.batch_size, r.seq_len_tokens) for r in requests]).T
+        budgets = np.array([request.budget_bytes for request in requests])
+        return cls(encoder, encoder.ladder_bytes.stacked(*shapes), budgets)
 
     def observe(self, positions: Counts, which: Counts, peak_bytes: Counts) -> Observation:
         """The observations, in new arrays with n rows.
@@ -284,5 +294,5 @@ class ObservedPlans:
         """
         request, dense_peak_bytes = self._request[which], self.costs.dense_peak_bytes[which]
         request[:, BYTES_OVER] = bytes_over(peak_bytes, self.budget_bytes[which], dense_peak_bytes)
-        rows, valid = self._encoder.encode(self.costs, self._level_rows, positions, which)
-        return {"request": request, self._encoder.key: rows, "action_mask": valid.astype(np.int8)}
+        rows, valid = self._encoder.encode_plans(self.costs, positions, which)
+        return {"request": request, self._encoder.key: rows, "action_mask": valid}

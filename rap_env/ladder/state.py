@@ -6,8 +6,8 @@ while a lowered cache is left, and, unless the model's own weights are packed, l
 lowered weights are left. `rap_env.memory` defines the arithmetic. None of it depends on the
 budget.
 
-`StackedCosts` answers for many plans at once; `LadderState` follows one plan step by step,
-with the same tables as Python lists, which are faster one at a time.
+`StackedCosts` answers for many plans at once, from tables that all requests share;
+`LadderState` follows one plan step by step, with Python lists, which are faster one at a time.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from rap_env.ladder.items import Counts, Ladder, Moves, Sharers
+from rap_env.ladder.items import SHARER_UNITS, Counts, Ladder, Moves, Sharers
 from rap_env.ladder.steps import LevelSteps
 from rap_env.plan import Plan
 
@@ -79,27 +80,12 @@ class LadderCosts:
         return sizes
 
     @cached_property
-    def freed(self) -> Counts:
-        """Bytes that lowering each item from each level frees, (items, W); 0 at its lowest level.
-
-        Neither shared bytes count, nor the cache that a block takes with it.
-        """
-        return self.item_bytes - self.item_bytes.take(self.steps.lower_levels)
-
-    @property
-    def numbers(self) -> tuple[int, ...]:
-        """What `StackedCosts` needs to know of the shape as a whole."""
-        return self.dense_peak_bytes, self.kv_cache_bytes, self.constant_bytes, *self.shared
-
-    @cached_property
-    def tables(self) -> Counts:
-        """What `StackedCosts` needs to know of each level, (5, items, W)."""
-        return np.array([self.item_bytes, self.freed, *self.steps.tables])
-
-    @cached_property
     def stacked(self) -> StackedCosts:
         """The same for many plans at once."""
-        return StackedCosts(self.ladder, np.array(self.numbers)[:, None], self.tables[:, None])
+        tables = LevelTables(self.ladder, self.item_bytes)
+        tables.add(self.steps)
+        numbers = 0, 0, self.dense_peak_bytes, self.kv_cache_bytes, self.constant_bytes
+        return StackedCosts(tables, np.array([*numbers, *self.shared, 0])[:, None])
 
     @cached_property
     def least_peak_bytes(self) -> int:
@@ -108,10 +94,7 @@ class LadderCosts:
         Every sequence of valid actions ends there. Some plan on the way may need slightly
         less, because of what items share.
         """
-        # The sum of `StackedCosts.peaks`, without its tables: a reset needs it.
-        steps = self.steps
-        own_bytes = int(self.item_bytes.take(steps.lowest_levels).sum())
-        return own_bytes + self.constant_bytes + int(self.shared.of(steps.lowest_sharers))
+        return int(self.stacked.least_peak_bytes[0])
 
     @property
     def one_by_one(self) -> LadderCosts:
@@ -262,86 +245,257 @@ class LadderState:
         return self.changes(lowering)
 
 
-class StackedCosts:
-    """Bytes and next levels of many plans at once, each under one of s shapes of requests.
+class LevelTables:
+    """What the items of a ladder need at each of W levels, for requests of all shapes.
 
-    The methods take the positions of the levels of n plans, (n, items), and the number of
-    each plan's shape, (n,), or one number for all; for one plan also (items,). Two of them
-    take what `levels` returns of both.
+    The bytes of an item at a level are a constant, plus one of K numbers that depend on the
+    request: the bytes of a cache. Tables have the levels of all items in one row, (items *
+    W,); of what lowering does they have one such row after another for each of `steps`.
 
     Args:
         ladder: The items.
-        numbers: `LadderCosts.numbers` of each shape, (6, s).
-        tables: `LadderCosts.tables` of each shape, (5, s, items, W).
+        item_bytes: The constants, (items, W).
+        numbers: Which of the K numbers is added; 0, which is always 0, where none is,
+            (items, W). None is 0 everywhere.
+        count: K.
 
     Attributes:
-        dense_peak_bytes: Peak bytes of the native model under each shape, (s,).
-        kv_cache_bytes: Bytes of its KV cache, (s,).
+        every_level: The place of each level in a table, (items, W).
+        steps: The ways in which the lengths of requests skip levels.
+        item_bytes: As the argument.
+        numbers: As the argument.
+        freed_bytes: The constant part of the bytes that lowering frees.
+        freed_numbers: Which number is added to it: one of the K, or of as many that follow,
+            which are what lowering frees of each.
+        next_level: Position of the next level, -1 if there is none.
+        effects: `NO_MOVE`, `OWN_MOVE`, `WITH_CACHE` or `TOGETHER`.
+        next_numbers: The number that lowering puts in the place of each, (steps, K).
+        lowest_bytes: The constant bytes of all items once no action is valid, (steps,).
+        lowest_counts: How often each number is added there, (steps, K).
+        lowest_codes: What the items count for there, see `Ladder.sharer_codes`, (steps,).
     """
 
-    def __init__(self, ladder: Ladder, numbers: Counts, tables: Counts) -> None:
-        self.ladder, self._numbers, self._tables = ladder, numbers, tables
-        self.dense_peak_bytes, self.kv_cache_bytes, self._constant_bytes, *_ = numbers
-        self._item_bytes, self._freed, self._next_level, self._removes_cache, self._is_shared = (
-            tables
+    next_level: Counts
+    effects: Counts
+    next_numbers: Counts
+    lowest_bytes: Counts
+    lowest_counts: Counts
+    lowest_codes: Counts
+
+    def __init__(
+        self, ladder: Ladder, item_bytes: Counts, numbers: Counts | None = None, count: int = 1
+    ) -> None:
+        self.ladder, self.count, self.steps = ladder, count, list[LevelSteps]()
+        self.size = item_bytes.size
+        self.every_level = np.arange(self.size).reshape(item_bytes.shape)
+        self.item_bytes = item_bytes.ravel()
+        self.numbers = np.zeros_like(self.item_bytes) if numbers is None else numbers.ravel()
+        self.caches = np.array(ladder.caches, dtype=np.int64)
+
+    def add(self, steps: LevelSteps) -> int:
+        """Add a way of skipping levels; returns its place in `steps`."""
+        ladder, lower = self.ladder, steps.lower_levels
+        flat, numbers = lower.ravel(), self.numbers
+        if not self.steps:  # lengths skip levels of caches only, which have no constant part
+            self.freed_bytes = self.item_bytes - self.item_bytes.take(flat)
+            changes = numbers * (numbers.take(flat) != numbers)
+            of_caches = np.repeat(ladder.is_cache, ladder.width) & (numbers > 0)
+            self.freed_numbers = np.where(of_caches, numbers + self.count, changes)
+        next_numbers = np.arange(self.count)
+        positions = self.caches[:, None] * ladder.width + np.arange(ladder.width)
+        next_numbers[numbers.take(positions)] = numbers.take(flat.take(positions))
+        next_numbers[0] = 0
+        effects = np.where(steps.next_level >= 0, OWN_MOVE, NO_MOVE)
+        effects[steps.removes_cache], effects[steps.is_shared] = WITH_CACHE, TOGETHER
+        lowest = np.array(steps.lowest) + ladder.first_levels
+        rows: dict[str, Any] = {
+            "next_level": steps.next_level.ravel(),
+            "effects": effects.ravel(),
+            "next_numbers": next_numbers[None],
+            "lowest_bytes": self.item_bytes.take(lowest).sum(keepdims=True),
+            "lowest_counts": np.bincount(numbers.take(lowest), minlength=self.count)[None],
+            "lowest_codes": ladder.sharer_codes.take(lowest).sum(keepdims=True),
+        }
+        for name, row in rows.items():
+            setattr(self, name, np.concatenate([getattr(self, name), row]) if self.steps else row)
+        self.steps.append(steps)
+        return len(self.steps) - 1
+
+
+NUMBERS = 6 + len(SharedBytes._fields)
+"""How many numbers of each shape `StackedCosts` has."""
+
+_UNITS = SHARER_UNITS.tolist()
+_MOST_SHARERS = _UNITS[1] - 1
+
+NO_MOVE, OWN_MOVE, WITH_CACHE, TOGETHER = range(4)
+"""What lowering an item moves: nothing, the item, also its cache, all caches at its level."""
+
+
+class StackedCosts:
+    """Bytes and next levels of many plans at once, each under one of s shapes of requests.
+
+    Most methods take items by number, the positions of their levels, and the number of each
+    one's shape, arrays that are broadcast together. The positions of the counterparts are
+    those of the caches of attention blocks and the reverse, see `Ladder.counterparts`.
+
+    Args:
+        tables: What all shapes share.
+        numbers: Of each shape batch size, tokens of a sequence, native peak, KV cache of the
+            native model, constant bytes, the fields of `SharedBytes`, and the place of its
+            steps in those of the tables, (`NUMBERS`, s).
+        varying: The K numbers of `LevelTables` and what lowering frees of each, (s, 2K); None
+            is 0.
+
+    Attributes:
+        numbers: As the argument.
+        batch_sizes: The batch size of each shape, (s,).
+        seq_lens_tokens: The tokens of a sequence, (s,).
+        dense_peak_bytes: Peak bytes of the native model, (s,).
+        kv_cache_bytes: Bytes of its KV cache, (s,).
+        kinds: The place of the shape's steps in those of the tables, (s,).
+    """
+
+    batch_sizes: Counts
+    seq_lens_tokens: Counts
+    dense_peak_bytes: Counts
+    kv_cache_bytes: Counts
+    kinds: Counts
+
+    def __init__(self, tables: LevelTables, numbers: Counts, varying: Counts | None = None) -> None:
+        shape = numbers.shape[1], 2 * tables.count
+        self.tables, self.ladder, self.numbers = tables, tables.ladder, numbers
+        self._varying = np.zeros(shape, dtype=np.int64) if varying is None else varying
+        self._at = np.arange(shape[0]) * shape[1]
+        self.batch_sizes, self.seq_lens_tokens, self.dense_peak_bytes, self.kv_cache_bytes = (
+            numbers[:4]
         )
-        first_shapes = np.arange(tables.shape[1])[:, None] * (len(ladder) * ladder.width)
-        self._first_levels = first_shapes + ladder.first_levels
+        self._constant_bytes, self.kinds = numbers[4], numbers[-1]
+        self._first = tables.ladder.first_levels
 
-    @classmethod
-    def of_shapes(cls, ladder: Ladder, count: int) -> Self:
-        """Zeros for a number of shapes; `put` sets them."""
-        numbers = np.zeros((3 + len(SharedBytes._fields), count), dtype=np.int64)
-        return cls(ladder, numbers, np.zeros((5, count, len(ladder), ladder.width), dtype=np.int64))
+    def put(self, shapes: Counts, costs: StackedCosts, others: Any = slice(None)) -> None:
+        """Set the bytes of some shapes, given by number, (m,), to those of `others` of `costs`."""
+        self.numbers[:, shapes] = costs.numbers[:, others]
+        self._varying[shapes] = costs._varying[others]
 
-    def put(self, shapes: Counts, costs: Sequence[LadderCosts]) -> None:
-        """Set the bytes of some shapes, given by number, (m,)."""
-        self._numbers[:, shapes] = np.array([entry.numbers for entry in costs]).T
-        for shape, entry in zip(shapes.tolist(), costs, strict=True):
-            self._tables[:, shape] = entry.tables
+    def of_shape(self, shape: int) -> StackedCosts:
+        """Those of one shape, by its number."""
+        only = slice(shape, shape + 1)
+        return StackedCosts(self.tables, self.numbers[:, only], self._varying[only])
 
-    def levels(self, positions: Counts, shape: Counts | int = 0) -> Counts:
-        """Where tables (s, items, W) have the items' levels, if they are one row, (n, items)."""
-        return np.asarray(positions + self._first_levels[shape])
+    @property
+    def least_peak_bytes(self) -> Counts:
+        """Peak bytes under each shape once no action is valid, (s,)."""
+        tables, kinds, count = self.tables, self.kinds, self.tables.count
+        of_caches = (self._varying[:, :count] * tables.lowest_counts[kinds]).sum(axis=1)
+        own_bytes = tables.lowest_bytes[kinds] + of_caches + self._constant_bytes
+        return self.with_shared(own_bytes, tables.lowest_codes[kinds], slice(None))
 
-    def nexts(self, levels: Counts) -> Counts:
-        """The position of each item's next level, -1 if there is none, (n, items)."""
-        return np.asarray(self._next_level.take(levels))
+    def levels(self, items: Any, positions: npt.NDArray[Any]) -> Counts:
+        """Where the tables have items' levels."""
+        return np.asarray(self._first[items] + positions)
 
-    def peaks(self, positions: Counts, shape: Counts | int = 0) -> Counts:
-        """Peak bytes, (n,)."""
-        own_bytes = self._item_bytes.take(self.levels(positions, shape)).sum(axis=-1)
-        shared = SharedBytes(*self._numbers[3:, shape]).of(self.ladder.any_sharers(positions))
-        return np.asarray(own_bytes + self._constant_bytes[shape] + shared)
+    def nexts(self, positions: Counts, shape: Any = 0) -> Counts:
+        """The position of the next level of all items of plans, -1 if there is none, (n, items)."""
+        return self.of_steps(self.tables.next_level, self._first + positions, column(shape))
 
-    def freed_bytes(self, levels: Counts) -> Counts:
-        """Bytes that the next level of each item frees, shared ones left out, (n, items).
+    def of_steps(self, table: npt.NDArray[Any], levels: Counts, shape: Any) -> npt.NDArray[Any]:
+        """What a table with a row for each of the tables' steps has for levels."""
+        if len(self.tables.steps) > 1:
+            levels = levels + self.kinds[shape] * self.tables.size
+        return np.asarray(table.take(levels))
+
+    def item_bytes(self, levels: Counts, shape: Any) -> Counts:
+        """Bytes of items at levels."""
+        tables = self.tables
+        varying = self._varying.take(self._at[shape] + tables.numbers.take(levels))
+        return np.asarray(tables.item_bytes.take(levels) + varying)
+
+    def peaks(self, positions: Counts, shape: Any = 0) -> Counts:
+        """Peak bytes of plans, from the positions of all levels, (n, items) or (items,)."""
+        return self.with_shared(*self.sums(positions, shape), shape)
+
+    def sums(self, positions: Counts, shape: Any = 0) -> tuple[Counts, Counts]:
+        """What plans need without shared bytes, and what they count for: for `with_shared`."""
+        levels = self._first + positions
+        own_bytes = self.item_bytes(levels, column(shape)).sum(axis=-1)
+        own_bytes = own_bytes + self._constant_bytes[shape]
+        return own_bytes, self.ladder.sharer_codes.take(levels).sum(axis=-1)
+
+    def with_shared(self, own_bytes: Counts, codes: Counts, shape: Any) -> Counts:
+        """Peak bytes of plans, with what their items share, from the codes of their sharers."""
+        sharers = Sharers(*(codes & unit * _MOST_SHARERS for unit in _UNITS))
+        return np.asarray(own_bytes + SharedBytes(*self.numbers[5:-1, shape]).of(sharers))
+
+    def freed_bytes(
+        self,
+        items: Any,
+        positions: npt.NDArray[Any],
+        counterparts: npt.NDArray[Any],
+        shape: Any = 0,
+    ) -> Counts:
+        """Bytes that the next level of each item frees, shared ones left out.
 
         The cache of a removed attention block counts, other companions do not.
         """
-        ladder = self.ladder
-        freed: Counts = self._freed.take(levels)
-        if ladder.caches:
-            cache_bytes = self._item_bytes.take(levels[..., ladder.counterpart_array])
-            freed += cache_bytes * self._removes_cache.take(levels)
-        return freed
+        tables, levels, at = self.tables, self.levels(items, positions), self._at[shape]
+        freed = self._varying.take(at + tables.freed_numbers.take(levels))
+        freed = freed + tables.freed_bytes.take(levels)
+        if len(tables.caches):
+            removes = self.of_steps(tables.effects, levels, shape) == WITH_CACHE
+            cache_levels = self.levels(self.ladder.counterpart_array[items], counterparts)
+            freed = freed + removes * self.item_bytes(cache_levels, shape)
+        return np.asarray(freed)
 
-    def lowered(self, positions: Counts, items: Counts, shape: Counts | int = 0) -> Counts:
-        """The positions after an item of each plan, (n,), with its companions, was lowered.
+    def moves(
+        self, positions: npt.NDArray[Any], items: Counts, shape: Any = 0
+    ) -> tuple[Counts, Counts, Counts]:
+        """What lowering an item of each plan, (n,), moves; `LevelSteps.moves` is the same for one.
 
-        An item without a lower level changes nothing. `LevelSteps.moves` is the same for one
-        plan.
+        Args:
+            positions: The positions of the plans' levels, (n, items).
+            items: An item of each plan, (n,); one without a lower level moves nothing.
+            shape: The shape of each, (n,), or one number for all.
+
+        Returns:
+            The number of the plan, the item and its new position, (moves,) each.
         """
-        plans, ladder = np.arange(len(items)), self.ladder
-        all_levels, after = self.levels(positions, shape), positions.copy()
-        nexts, levels = self.nexts(all_levels), all_levels[plans, items]
-        lower = nexts[plans, items]
-        after[plans, items] = np.where(lower >= 0, lower, positions[plans, items])
-        if not ladder.caches:
-            return after
-        removes = self._removes_cache.take(levels) > 0
-        after[plans[removes], ladder.counterpart_array[items[removes]]] = ladder.removed_cache
-        shared = self._is_shared.take(levels) > 0
-        same = ladder.is_cache & (nexts[shared] == lower[shared, None])
-        after[shared] = np.where(same, lower[shared, None], after[shared])
+        tables, ladder, plans = self.tables, self.ladder, np.arange(len(items))
+        shape = np.full(len(items), shape) if isinstance(shape, int) else shape
+        levels = self.levels(items, positions[plans, items])
+        lower = self.of_steps(tables.next_level, levels, shape)
+        if not len(tables.caches):
+            (plans,) = (lower >= 0).nonzero()
+            return plans, items[plans], lower[plans]
+        effects = self.of_steps(tables.effects, levels, shape)
+        together = effects == TOGETHER
+        (own,), (with_cache,) = (
+            ((lower >= 0) & ~together).nonzero(),
+            (effects == WITH_CACHE).nonzero(),
+        )
+        (shared,) = together.nonzero()
+        parts = [(own, items[own], lower[own])]
+        if len(with_cache):
+            caches = ladder.counterpart_array[items[with_cache]]
+            parts.append((with_cache, caches, np.full_like(caches, ladder.removed_cache)))
+        if len(shared):
+            levels = self.levels(tables.caches, positions[shared[:, None], tables.caches])
+            nexts = self.of_steps(tables.next_level, levels, shape[shared, None])
+            rows, caches = (nexts == lower[shared, None]).nonzero()
+            parts.append((shared[rows], tables.caches[caches], lower[shared[rows]]))
+        if len(parts) == 1:
+            return parts[0]
+        plans, moved, lower = (np.concatenate(each) for each in zip(*parts, strict=True))
+        return plans, moved, lower
+
+    def lowered(self, positions: Counts, items: Counts, shape: Any = 0) -> Counts:
+        """The positions after an item of each plan, with its companions, was lowered."""
+        after = positions.copy()
+        plans, moved, lower = self.moves(positions, items, shape)
+        after[plans, moved] = lower
         return after
+
+
+def column(shape: Any) -> Any:
+    """Numbers of shapes as a column, so that they are those of all items of a plan."""
+    return shape[:, None] if isinstance(shape, np.ndarray) else shape

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.ladder.items import Counts, Ladder, Moves, Sharers
+from rap_env.ladder.items import Counts, Ladder, Moves
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,11 +83,6 @@ class LevelSteps:
         return np.asarray(shared & self.ladder.is_cache[:, None])
 
     @cached_property
-    def tables(self) -> Counts:
-        """`next_level`, `removes_cache` and `is_shared`, (3, items, W)."""
-        return np.array([self.next_level, self.removes_cache, self.is_shared])
-
-    @cached_property
     def _shared(self) -> list[list[bool]]:
         shared: list[list[bool]] = self.is_shared.tolist()
         return shared
@@ -100,16 +95,6 @@ class LevelSteps:
             while nexts[positions[item]] >= 0:
                 positions = self.after(positions, item)
         return positions
-
-    @cached_property
-    def lowest_levels(self) -> Counts:
-        """`lowest` if the levels of all items are in one row, (items,)."""
-        return np.array(self.lowest) + self.ladder.first_levels
-
-    @cached_property
-    def lowest_sharers(self) -> Sharers:
-        """What the plan at `lowest` counts for."""
-        return self.ladder.count_sharers(self.lowest)
 
     def moves(self, positions: Sequence[int], item: int) -> Moves:
         """What lowering an item that has a lower level changes, that item and its companions.

@@ -18,7 +18,6 @@ et al. 2020, MOPO, arXiv 2005.13239).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -28,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rap_env.errors import UnknownNameError
+from rap_env.ladder.items import Counts, Ladder
 from rap_env.plan import Plan
 
 Features = npt.NDArray[np.bool_]
@@ -49,6 +49,7 @@ SCALE = 256.0
 
 _COUNT_SCALE = 20.0  # brings squared counts of blocks near the other inputs
 _MOST_LOG = 50.0
+_HIGH, _LOW = 2.0**24, 2.0**60
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,13 +76,8 @@ class CorrectionNetwork:
     weights: tuple[Sequence[Sequence[int]], ...]
     biases: tuple[Sequence[int], ...]
 
-    def of_blocks(self, index: npt.NDArray[np.int64]) -> float:
-        """The correction of the plan that removes these blocks."""
-        first, *_ = self._layers
-        return float(self._output(first[0][index].sum(axis=0) + first[1])[0])
-
     def of_many(self, features: npt.NDArray[np.bool_]) -> Floats:
-        """The corrections of the rows of a feature matrix (N, 2L), as `of_blocks`, (N,)."""
+        """The corrections of the plans of a feature matrix (N, 2L), (N,)."""
         first, *_ = self._layers
         return np.asarray(self._output(features.astype(np.float64) @ first[0] + first[1])[:, 0])
 
@@ -142,44 +138,6 @@ class DeltaNLLPredictor:
     most: float
     correction: CorrectionNetwork | None = None
 
-    def delta_nll(self, plan: Plan, lowered: float = 0.0) -> float:
-        """The predicted delta_nll of a plan, nats per token.
-
-        Args:
-            plan: The plan, of which only the removed blocks are read.
-            lowered: What the other lowered items cost alone, nats per token, at least 0.
-        """
-        if not plan and lowered <= 0:
-            return 0.0
-        # Ascending: sums of floats depend on their order.
-        index = np.array(sorted(plan.removed), dtype=np.int64)
-        alone = self._alone[index]
-        ffn = int((index % 2).sum())
-        alone_costs = float(np.maximum(alone, 0).sum()) + lowered
-        terms = shape_terms(alone_costs, len(index) - ffn, ffn, self.offset)
-        log_delta = self.intercept + float(self._linear[index].sum())
-        log_delta += float(self._pairs[index[:, None], index].sum())
-        log_delta += sum(w * float(term) for w, term in zip(self.shape, terms, strict=True))
-        if self.correction is not None:
-            log_delta += self.correction.of_blocks(index)
-        least = max(self.least[len(index)], LEAST_SHARE * float(alone.max(initial=-np.inf)))
-        return min(max(math.exp(min(log_delta, _MOST_LOG)) - self.offset, least), self.most)
-
-    @cached_property
-    def _alone(self) -> Floats:
-        return np.array(self.alone)
-
-    @cached_property
-    def _linear(self) -> Floats:
-        return np.array(self.linear)
-
-    @cached_property
-    def _pairs(self) -> Floats:
-        """Weights of pairs as a matrix, each pair once, (2L, 2L)."""
-        matrix = np.zeros((len(self.alone), len(self.alone)))
-        matrix[pair_indices(len(self.alone), self.reach)] = self.pairs
-        return matrix
-
 
 @dataclass(frozen=True, eq=False)
 class ScoreModel:
@@ -195,20 +153,25 @@ class ScoreModel:
     pessimism: float = 0.0
 
     def delta_nll(self, plan: Plan, lowered: float = 0.0) -> float:
-        """Mean plus `pessimism` times the standard deviation of the members, nats per token."""
-        if len(self.members) == 1:
-            return self.members[0].delta_nll(plan, lowered)
-        predicted = [member.delta_nll(plan, lowered) for member in self.members]
-        return float(np.mean(predicted) + self.pessimism * np.std(predicted))
+        """As `delta_nll_many`, for one plan."""
+        features = np.zeros((1, len(self._alone)), dtype=bool)
+        features[0, list(plan.removed)] = True
+        return float(self.delta_nll_many(features, lowered)[0])
 
     def delta_nll_many(
         self, features: Features, lowered: Floats | float = 0.0, *, clamped: bool = True
     ) -> Floats:
-        """As `delta_nll`, for the rows of a feature matrix (N, 2L); nats per token, (N,).
+        """Mean plus `pessimism` times the standard deviation of the members, nats per token.
 
-        They equal those of `delta_nll` up to rounding. `lowered` is as there, for all or for
-        each, (N,). Without `clamped`, the bounds of `DeltaNLLPredictor` are left out: a
-        search that measures what it proposes needs to tell plans apart beyond the bounds too.
+        Args:
+            features: The removed blocks of plans, (N, 2L).
+            lowered: What their other lowered items cost alone, nats per token, at least 0; for
+                all or for each, (N,).
+            clamped: Whether the bounds of `DeltaNLLPredictor` hold. A search that measures what
+                it proposes needs to tell plans apart beyond the bounds too.
+
+        Returns:
+            (N,); that of a plan does not depend on the others.
         """
         mean, spread = self.mean_and_spread(features, lowered, clamped=clamped)
         return mean + self.pessimism * spread
@@ -217,9 +180,10 @@ class ScoreModel:
         self, features: Features, lowered: Floats | float = 0.0, *, clamped: bool = True
     ) -> tuple[Floats, Floats]:
         """Mean and standard deviation of the members' predictions, nats per token, (N,) each."""
-        rows = np.arange(len(features))
-        predicted = self._predicted(features, rows, np.full(len(rows), -1), lowered, clamped)
-        return predicted.mean(axis=0), predicted.std(axis=0)
+        predicted = self._predicted(self._sums(features), features, lowered, clamped=clamped)
+        if len(self.members) == 1:
+            return predicted[:, 0], np.zeros(len(predicted))
+        return predicted.mean(axis=1), predicted.std(axis=1)
 
     def delta_nll_below(
         self, features: Features, parents: Indices, removed: Indices, lowered: Floats
@@ -234,43 +198,56 @@ class ScoreModel:
             removed: The block that it removes beyond that, -1 for none, (N,).
             lowered: What its other lowered items cost alone, nats per token, (N,).
         """
-        predicted = self._predicted(features, parents, removed, lowered, clamped=False)
-        return np.asarray(predicted.mean(axis=0) + self.pessimism * predicted.std(axis=0))
+        more = removed >= 0
+        rows, blocks = parents[more], removed[more]
+        of_blocks, of_pairs, products = self._sums(features)
+        of_blocks, of_pairs, plans = of_blocks[parents], of_pairs[parents], features[parents]
+        of_blocks[more] += self._weights[blocks]
+        of_pairs[more] += 2 * products[rows, :, blocks]
+        plans[more, blocks] = True
+        sums = of_blocks, of_pairs, products
+        predicted = self._predicted(sums, plans, lowered, clamped=False)
+        return np.asarray(predicted.mean(axis=1) + self.pessimism * predicted.std(axis=1))
+
+    def _sums(self, features: Features) -> tuple[Floats, Floats, Floats]:
+        """The sums of `_weights` over the removed blocks of plans, and of `_pairs` over pairs.
+
+        Weights are in two parts, of which sums are exact in any order: the prediction for a
+        plan then depends neither on the plans beside it nor on the machine.
+
+        Returns:
+            Sums over blocks, (N, 4 + 2E), and twice those over pairs, (N, 2E); and the sums
+            over pairs with each block, (N, 2E, 2L).
+        """
+        x = features.astype(np.float64)
+        products = (x @ self._pairs).reshape(len(x), 2 * len(self.members), x.shape[1])
+        return x @ self._weights, np.einsum("neb,nb->ne", products, x), products
 
     def _predicted(
         self,
-        features: Features,
-        parents: Indices,
-        removed: Indices,
+        sums: tuple[Floats, Floats, Floats],
+        plans: Features,
         lowered: Floats | float,
         clamped: bool,
     ) -> Floats:
-        """Each member's prediction for the plans of `delta_nll_below`, nats per token, (E, N)."""
-        more = removed >= 0
-        rows, blocks = parents[more], removed[more]
-        counts = features.sum(axis=1)[parents] + more
-        ffn = features[:, 1::2].sum(axis=1)[parents] + (more & (removed % 2 == 1))
-        x, offset = features.astype(np.float64), self.members[0].offset
-        with_each = (x @ self._pairs).reshape(len(x), len(self.members), x.shape[1])
-        of_pairs = np.einsum("neb,nb->ne", with_each, x) / 2
-        logs = (self._intercept + x @ self._linear + of_pairs)[parents]
-        logs[more] += self._linear[blocks] + with_each[rows, :, blocks]
-        corrections = [member.correction for member in self.members]
-        if clamped or any(corrections):
-            plans = features[parents]
-            plans[more, blocks] = True
-        for column, correction in zip(logs.T, corrections, strict=True):
-            if correction is not None:
-                column += correction.of_many(plans)
-        alone_costs = (x @ self._positive)[parents] + lowered
-        alone_costs[more] += self._positive[blocks]
-        terms = np.stack(shape_terms(alone_costs, counts - ffn, ffn, offset), axis=1)
-        predicted = np.exp(np.minimum(logs + terms @ self._shape, _MOST_LOG)) - offset
+        """Each member's prediction for plans (N, 2L) with these `_sums`, nats per token, (N, E)."""
+        (of_blocks, of_pairs, _), count = sums, len(self.members)
+        numbers, ffn, alone_costs, rest = of_blocks[:, :4].T
+        alone_costs = alone_costs + rest + lowered
+        logs = self._intercept + (of_blocks[:, 4 : 4 + count] + of_blocks[:, 4 + count :])
+        logs += (of_pairs[:, :count] + of_pairs[:, count:]) / 2
+        terms = np.array(shape_terms(alone_costs, numbers - ffn, ffn, self.members[0].offset))
+        logs += (terms[:, :, None] * self._shape[:, None]).sum(axis=0)
+        for column, member in zip(logs.T, self.members, strict=True):
+            if member.correction is not None:
+                column += member.correction.of_many(plans)
+        predicted = np.exp(np.minimum(logs, _MOST_LOG)) - self.members[0].offset
         if clamped:
             worst = np.where(plans, self._alone, -np.inf).max(axis=1, initial=-np.inf)
-            least = np.maximum(self._least[counts], LEAST_SHARE * worst[:, None])
+            least = np.maximum(self._least[numbers.astype(np.int64)], LEAST_SHARE * worst[:, None])
             predicted = np.minimum(np.maximum(predicted, least), self._most)
-        return np.where((counts > 0) | (np.asarray(lowered) > 0), predicted.T, 0.0)
+        predicted[(numbers == 0) & (np.asarray(lowered) <= 0)] = 0.0
+        return predicted
 
     # The weights of all members side by side, so that one product serves all of them.
 
@@ -279,21 +256,28 @@ class ScoreModel:
         return np.array(self.members[0].alone)
 
     @cached_property
-    def _positive(self) -> Floats:
-        return np.maximum(self._alone, 0)
-
-    @cached_property
     def _intercept(self) -> Floats:
         return np.array([member.intercept for member in self.members])
 
     @cached_property
-    def _linear(self) -> Floats:
-        return np.array([member.linear for member in self.members]).T
+    def _weights(self) -> Floats:
+        """For each block 1, 1 if it is an FFN block, its cost alone and its weights, (2L, 4 + 2E).
+
+        Costs and weights are in two parts.
+        """
+        blocks = np.arange(len(self._alone))
+        alone = _exact_parts(np.maximum(self._alone, 0)[:, None])
+        linear = _exact_parts(np.array([member.linear for member in self.members]).T)
+        return np.hstack([np.ones((len(blocks), 1)), blocks[:, None] % 2, alone, linear])
 
     @cached_property
     def _pairs(self) -> Floats:
-        """Symmetric matrices side by side, (2L, E x 2L)."""
-        return np.hstack([member._pairs + member._pairs.T for member in self.members])
+        """Symmetric matrices side by side, in two parts, (2L, 2E x 2L)."""
+        count = len(self._alone)
+        matrices = np.zeros((len(self.members), count, count))
+        for matrix, member in zip(matrices, self.members, strict=True):
+            matrix[pair_indices(count, member.reach)] = member.pairs
+        return _exact_parts(np.hstack(list(matrices + matrices.transpose(0, 2, 1))))
 
     @cached_property
     def _shape(self) -> Floats:
@@ -306,6 +290,56 @@ class ScoreModel:
     @cached_property
     def _most(self) -> Floats:
         return np.array([member.most for member in self.members])
+
+
+class PlanFeatures:
+    """The predictor's inputs of the plans of a ladder, as arrays of positions of levels.
+
+    Args:
+        ladder: The items.
+        costs: ΔNLL if only this item has this level, nats per token, (items, W).
+        num_blocks: 2L.
+    """
+
+    def __init__(self, ladder: Ladder, costs: Floats, num_blocks: int) -> None:
+        self._num_blocks, self._first = num_blocks, ladder.first_levels
+        self._block = np.array([item.block for item in ladder.items])
+        (self._with_block,) = (self._block >= 0).nonzero()
+        lowered, removed = costs.copy(), np.zeros(costs.shape, dtype=bool)
+        for number, names in enumerate(ladder.level_names):
+            position = names.index("removed")  # for a cache one past its last level
+            removed[number, position:], lowered[number, position:] = True, 0.0
+        # The levels of all items in one row, which is read faster than by pairs of indices.
+        self._lowered, self._removed = lowered.ravel(), removed.ravel()
+
+    def removed(self, positions: Counts) -> Features:
+        """The removed blocks of plans, (n, 2L)."""
+        levels = positions[:, self._with_block] + self._first[self._with_block]
+        removed = np.zeros((len(positions), self._num_blocks), dtype=bool)
+        removed[:, self._block[self._with_block]] = self._removed.take(levels)
+        return removed
+
+    def block_removed(self, items: Counts, positions: Counts) -> Counts:
+        """The blocks that items at some positions of their levels remove, -1 for none, (n,)."""
+        return np.where(self._removed.take(self._first[items] + positions), self._block[items], -1)
+
+    def lowered(self, positions: Counts) -> Floats:
+        """What the levels of plans other than removal cost alone, nats per token, (n,)."""
+        costs = self._lowered.take(positions + self._first)
+        return np.maximum(np.add.accumulate(costs, axis=1)[:, -1], 0.0)
+
+    def masks(self, positions: Counts) -> Counts:
+        """The positions of the plans that only remove the blocks that some plans remove."""
+        return positions * self._removed.take(positions + self._first)
+
+
+def _exact_parts(weights: Floats) -> Floats:
+    """Two parts of weights (rows, columns) side by side: whole multiples of powers of two.
+
+    Sums of each part are exact; what is left out of a weight is below 2**-60.
+    """
+    high = np.rint(weights * _HIGH) / _HIGH
+    return np.hstack([high, np.rint((weights - high) * _LOW) / _LOW])
 
 
 def pair_indices(num_blocks: int, reach: int) -> tuple[Indices, Indices]:

@@ -9,6 +9,7 @@ It needs numpy only, neither torch nor transformers; only fitting a table of mor
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -16,8 +17,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from rap_env.artifacts import load_artifact, save_artifact, with_tuples
-from rap_env.errors import ArtifactError, ModelNotAvailableError
+from rap_env.errors import ArtifactError, ModelNotAvailableError, UnknownNameError
+from rap_env.ladder.items import Counts, Item, Ladder
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import Plan, block_name
 from rap_env.scoring.held_out import Fidelity, HeldOutLosses
@@ -25,11 +30,19 @@ from rap_env.scoring.interface import OnScore
 from rap_env.scoring.predictor import (
     CorrectionNetwork,
     DeltaNLLPredictor,
+    Features,
+    Floats,
     Lowered,
+    PlanFeatures,
     ScoreModel,
     lowered_cost,
 )
-from rap_env.scoring.predictor_fit import NETWORK_SCORES, fit_scores, necessary_plans
+from rap_env.scoring.predictor_fit import (
+    NETWORK_SCORES,
+    feature_matrix,
+    fit_scores,
+    necessary_plans,
+)
 
 PREFIX = "score_table:"
 """Prefix of a model name that is the name or path of a table."""
@@ -39,6 +52,7 @@ TABLES = Path(__file__).parent / "tables"
 
 _KIND, _FORMAT = "score table", 9
 _PREDICTIONS_KEPT = 2**17
+_LADDERS_KEPT = 8
 
 
 def packaged_tables() -> list[Path]:
@@ -254,24 +268,32 @@ class TableScorer:
         self.evaluation_s = table.evaluation_s
         self._facts = table.facts
         self._measured = table.scores
-        self._asked: set[Plan] = set()
+        self._asked: set[Any] = set()
+        self._forgotten = 0
         self._model = table.predictor
-        self._predict = lru_cache(_PREDICTIONS_KEPT)(self._predicted)
+        self._make_caches()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_predict"}
+        return {name: value for name, value in vars(self).items() if name not in self._CACHES}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         vars(self).update(state)
-        self._predict = lru_cache(_PREDICTIONS_KEPT)(self._predicted)  # a cache has no pickle
+        self._make_caches()
+
+    _CACHES = ("_predict", "_levels_of")  # they have no pickle
+
+    def _make_caches(self) -> None:
+        self._predict = lru_cache(_PREDICTIONS_KEPT)(self._predicted)
+        make_levels = lru_cache(_LADDERS_KEPT)(self._make_levels)
+        self._levels_of = lru_cache(_LADDERS_KEPT)(lambda ladder: make_levels(ladder.items))
 
     @property
     def known(self) -> int:
         """Plans asked for so far.
 
-        A predicted one counts again if 131,072 others were predicted since it was asked for.
+        One counts again if 131,072 others were asked for since.
         """
-        return len(self._asked) + self._predict.cache_info().misses
+        return self._forgotten + len(self._asked) + self._predict.cache_info().misses
 
     def is_predicted(self, plan: Plan) -> bool:
         """Whether the plan was not measured, so that its score comes from the predictor."""
@@ -292,12 +314,79 @@ class TableScorer:
         return nll
 
     def _predicted(self, plan: Plan) -> float:
-        """Predicted delta_nll, nats per token; relative to that of a plan's mask if it is known."""
-        mask = Plan(plan.removed)
-        predicted = self._model.delta_nll(mask, lowered_cost(plan, self._lowered))
-        if mask not in self._measured:
-            return predicted
-        return self._measured[mask] - self.dense_nll + predicted - self._model.delta_nll(mask)
+        """Predicted delta_nll, nats per token."""
+        features = feature_matrix([plan], self._facts.num_blocks)
+        lowered = np.array([lowered_cost(plan, self._lowered)])
+        mask_nll = np.array([self._measured.get(Plan(plan.removed), math.nan)])
+        return float(self._predicted_many(features, lowered, mask_nll)[0])
+
+    def _predicted_many(self, features: Features, lowered: Floats, mask_nll: Floats) -> Floats:
+        """Predicted delta_nll of plans, nats per token, (n,); relative to those of known masks.
+
+        Args:
+            features: Their removed blocks, (n, 2L).
+            lowered: What their other lowered items cost alone, nats per token, (n,).
+            mask_nll: The measured NLL of the plans that only remove these blocks, nats per
+                token, NaN where there is none, (n,).
+        """
+        (known,) = np.isfinite(mask_nll).nonzero()
+        if not len(known):
+            return self._model.delta_nll_many(features, lowered)
+        asked = np.concatenate([features, features[known]])
+        of_all = self._model.delta_nll_many(asked, np.append(lowered, np.zeros(len(known))))
+        predicted, of_masks = of_all[: len(lowered)], of_all[len(lowered) :]
+        predicted[known] = mask_nll[known] - self.dense_nll + predicted[known] - of_masks
+        return predicted
+
+    def nll_at(self, ladder: Ladder, positions: Counts) -> tuple[Floats, npt.NDArray[np.bool_]]:
+        """NLL of the plans with some positions of their levels on a ladder, (n, items).
+
+        Returns:
+            NLL in nats per token, and whether it is predicted, (n,) each. That of a plan does
+            not depend on the others.
+
+        Raises:
+            UnknownNameError: As for `nll`.
+        """
+        measured, features = self._levels_of(ladder)
+        keys = _keys(positions)
+        self._asked.update(keys)
+        if len(self._asked) > _PREDICTIONS_KEPT:
+            self._forgotten += len(self._asked)
+            self._asked.clear()
+        nll = np.array([measured.get(key, math.nan) for key in keys])
+        predicted = np.isnan(nll)
+        if predicted.any():
+            rows = positions[predicted]
+            if features is None:
+                delta_nll = np.array([self._predict(ladder.plan(row)) for row in rows.tolist()])
+            else:
+                masks = [measured.get(key, math.nan) for key in _keys(features.masks(rows))]
+                inputs = features.removed(rows), features.lowered(rows)
+                delta_nll = self._predicted_many(*inputs, np.array(masks))
+            nll[predicted] = self.dense_nll + delta_nll
+        return nll, predicted
+
+    def _make_levels(
+        self, items: tuple[Item, ...]
+    ) -> tuple[dict[bytes, float], PlanFeatures | None]:
+        """Measured NLL by what `_keys` gives for a plan, and the predictor's inputs.
+
+        These are None if a level of the ladder has no cost.
+        """
+        ladder = Ladder(items)
+        on_ladder = [(plan, nll) for plan, nll in self._measured.items() if ladder.has(plan)]
+        positions = np.array([ladder.positions(plan) for plan, _ in on_ladder])
+        measured = dict(zip(_keys(positions), (nll for _, nll in on_ladder), strict=True))
+        costs = np.zeros((len(ladder), ladder.width))
+        try:
+            for number, item in enumerate(ladder.items):
+                for position, level in enumerate(item.levels):
+                    plan = Plan.of({item.name: level})
+                    costs[number, position] = lowered_cost(plan, self._lowered)
+        except UnknownNameError:
+            return measured, None
+        return measured, PlanFeatures(ladder, costs, self._facts.num_blocks)
 
     def nll_many(self, plans: Sequence[Plan], on_score: OnScore | None = None) -> list[float]:
         """NLL of several plans, in their order; `on_score` is called after each one."""
@@ -310,3 +399,9 @@ class TableScorer:
     def nll_on(self, plans: Sequence[Plan], _windows: Sequence[int]) -> list[float]:
         """NLL of several plans on the whole text, because a table does not divide it."""
         return self.nll_many(plans)
+
+
+def _keys(positions: Counts) -> list[bytes]:
+    """A key for each row of positions (n, items)."""
+    width, row_bytes = positions.shape[1], positions.astype(np.int8).tobytes()
+    return [row_bytes[start : start + width] for start in range(0, len(row_bytes), width)]

@@ -13,10 +13,10 @@ from numbers import Real
 import numpy as np
 
 from rap_env.errors import InvalidRequestError
-from rap_env.ladder.items import Ladder
+from rap_env.ladder.items import Counts, Ladder
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.levels import LevelSpec, parse_levels
 from rap_env.memory import MemoryModel
-from rap_env.plan import Plan
 from rap_env.request import Request, whole_number
 from rap_env.specs import check
 
@@ -36,6 +36,23 @@ class RequestSampler(ABC):
     @abstractmethod
     def sample(self, rng: np.random.Generator) -> Request:
         """Draw a request that the model can serve, with any budget."""
+
+    def sample_many(self, rngs: Sequence[np.random.Generator]) -> tuple[Counts, Counts, Counts]:
+        """What `sample` draws from each of several generators, no two of them the same.
+
+        Returns:
+            Batch sizes, lengths in tokens and budgets in bytes, (n,) each.
+        """
+        requests = map(self.sample, rngs)
+        drawn = [(r.batch_size, r.seq_len_tokens, r.budget_bytes) for r in requests]
+        batch_sizes, lengths, budgets = np.array(drawn, dtype=np.int64).reshape(-1, 3).T
+        return batch_sizes, lengths, budgets
+
+    def sample_ahead(self, rng: np.random.Generator, count: int) -> tuple[Counts, Counts, Counts]:
+        """What `count` calls of `sample` draw, as in `sample_many`."""
+        each = [self.sample_many([rng]) for _ in range(count)]
+        batch_sizes, lengths, budgets = np.array(each, dtype=np.int64).reshape(-1, 3).T
+        return batch_sizes, lengths, budgets
 
 
 @dataclass(frozen=True)
@@ -158,22 +175,35 @@ class TightSampler(RequestSampler):
         check_range("lowered_share_range", self.lowered_share_range)
 
     @cached_property
-    def _lowered(self) -> Plan:
+    def _lowered(self) -> tuple[LadderBytes, Counts]:
+        """The bytes of the levels, and the positions of the lowest that remove no block."""
         facts, levels = self.memory.facts, parse_levels(self.levels)
         ladder = Ladder.of(facts, levels if facts.kv_heads else {**levels, "caches": ()})
-        return ladder.plan(
-            [len(item.levels) - 1 - (item.levels[-1] == "removed") for item in ladder.items]
-        )
+        lowest = [len(item.levels) - 1 - (item.levels[-1] == "removed") for item in ladder.items]
+        return LadderBytes(self.memory, ladder), np.array(lowest)
 
     def sample(self, rng: np.random.Generator) -> Request:
         """A request with a budget near the lowered peak."""
-        batch = 2 ** int(rng.integers(int(self.max_batch_size).bit_length()))
+        return Request(*(int(drawn[0]) for drawn in self.sample_many([rng])))
+
+    def sample_many(self, rngs: Sequence[np.random.Generator]) -> tuple[Counts, Counts, Counts]:
+        """Requests with budgets near the lowered peak, one from each generator."""
+        batches = int(self.max_batch_size).bit_length()
         shortest, longest = (min(n, self.memory.facts.max_positions) for n in self.seq_len_range)
-        length = round(math.exp(rng.uniform(math.log(shortest), math.log(longest))))
-        lowered = self.memory.peak_bytes(self._lowered, Request(batch, length, budget_bytes=1))
-        most = self.memory.dense_peak_bytes(batch, length) - 1
-        low, high = (min(round(share * lowered), most) for share in self.lowered_share_range)
-        return Request(batch, length, int(rng.integers(low, high + 1)))
+        logs = math.log(shortest), math.log(longest)
+        draws = [(rng.integers(batches), rng.uniform(*logs)) for rng in rngs]
+        batch = np.array([2 ** int(exponent) for exponent, _ in draws])
+        length = np.array([round(math.exp(log)) for _, log in draws])
+        ladder_bytes, positions = self._lowered
+        costs = ladder_bytes.stacked(batch, length)
+        most = costs.dense_peak_bytes - 1
+        lowered = costs.peaks(positions, np.arange(len(batch)))
+        low, high = (
+            np.minimum(np.rint(share * lowered).astype(np.int64), most).tolist()
+            for share in self.lowered_share_range
+        )
+        pairs = zip(rngs, low, high, strict=True)
+        return batch, length, np.array([int(rng.integers(lo, hi + 1)) for rng, lo, hi in pairs])
 
 
 def check_range(name: str, bounds: Sequence[float], below: float = math.inf) -> None:

@@ -25,6 +25,8 @@ import numpy.typing as npt
 
 from rap_env.artifacts import package_json
 from rap_env.errors import RapError
+from rap_env.ladder.items import Counts
+from rap_env.ladder.ladder_bytes import mask_bytes
 from rap_env.memory import MemoryModel
 from rap_env.request import Request, whole_number
 from rap_env.specs import check_settings, split_spec
@@ -71,9 +73,9 @@ class LengthTable:
     def _logs(self) -> npt.NDArray[np.float64]:
         return np.asarray(np.log(np.array(self.quantiles)))
 
-    def sample(self, rng: np.random.Generator) -> int:
-        """Draw a length in tokens: the quantile at a uniform draw, interpolated on a log scale."""
-        return round(float(np.exp(np.interp(rng.random(), _LEVELS, self._logs))))
+    def lengths(self, shares: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+        """Lengths in tokens: the quantiles at shares in [0, 1], interpolated on a log scale."""
+        return np.rint(np.exp(np.interp(shares, _LEVELS, self._logs))).astype(np.int64)
 
 
 class TraceRequest(NamedTuple):
@@ -186,16 +188,32 @@ class TrafficSampler(RequestSampler):
         check_range("budget_fraction_range", self.budget_fraction_range, below=1)
 
     @abstractmethod
-    def draw_length(self, rng: np.random.Generator) -> int:
-        """Draw the number of tokens of a sequence."""
+    def draw(self, rng: np.random.Generator) -> float:
+        """Draw what a length follows from."""
+
+    @abstractmethod
+    def lengths(self, draws: npt.NDArray[np.float64]) -> Counts:
+        """The numbers of tokens of sequences, from draws, (n,) each."""
 
     def sample(self, rng: np.random.Generator) -> Request:
         """A request with a length of the traffic."""
-        length = min(self.draw_length(rng), self.memory.facts.max_positions)
-        batch = 2 ** int(rng.integers(int(self.max_batch_size).bit_length()))
-        low, high = self.budget_fraction_range
-        fraction = float(rng.uniform(low, high))
-        return Request.at_fraction(self.memory, batch, length, fraction)
+        return Request(*(int(drawn[0]) for drawn in self.sample_many([rng])))
+
+    def sample_many(self, rngs: Sequence[np.random.Generator]) -> tuple[Counts, Counts, Counts]:
+        """Requests with lengths of the traffic, one from each generator."""
+        batches, (low, high) = int(self.max_batch_size).bit_length(), self.budget_fraction_range
+        draw = self.draw
+        drawn = [(draw(rng), rng.integers(batches), rng.uniform(low, high)) for rng in rngs]
+        draws, exponents, fractions = np.array(drawn, dtype=np.float64).T
+        lengths = np.minimum(self.lengths(draws), self.memory.facts.max_positions)
+        batch_sizes = 1 << exponents.astype(np.int64)
+        costs = mask_bytes(self.memory).stacked(batch_sizes, lengths)
+        budgets = fractions * costs.dense_peak_bytes
+        return batch_sizes, lengths, np.maximum(1, budgets.astype(np.int64))
+
+    def sample_ahead(self, rng: np.random.Generator, count: int) -> tuple[Counts, Counts, Counts]:
+        """As in `RequestSampler`; here no draw depends on the one before it."""
+        return self.sample_many([rng] * count)
 
 
 class AzureConvSampler(TrafficSampler):
@@ -203,9 +221,13 @@ class AzureConvSampler(TrafficSampler):
 
     table: LengthTable = AZURE_CONV
 
-    def draw_length(self, rng: np.random.Generator) -> int:
-        """A length of the fitted table."""
-        return self.table.sample(rng)
+    def draw(self, rng: np.random.Generator) -> float:
+        """A share of the requests of the fitted table."""
+        return rng.random()
+
+    def lengths(self, draws: npt.NDArray[np.float64]) -> Counts:
+        """The lengths below which these shares of the requests are."""
+        return self.table.lengths(draws)
 
 
 class AzureCodeSampler(AzureConvSampler):
@@ -233,9 +255,13 @@ class TraceSampler(TrafficSampler):
         super().__post_init__()
         self._lengths = read_lengths(self.path)
 
-    def draw_length(self, rng: np.random.Generator) -> int:
+    def draw(self, rng: np.random.Generator) -> float:
         """A length of the file."""
-        return int(rng.choice(self._lengths))
+        return float(rng.choice(self._lengths))
+
+    def lengths(self, draws: npt.NDArray[np.float64]) -> Counts:
+        """The lengths themselves."""
+        return draws.astype(np.int64)
 
 
 SAMPLERS: dict[str, type[RequestSampler]] = {

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 from gymnasium.error import ResetNeeded
 
@@ -86,3 +87,24 @@ def test_an_infeasible_budget_is_clipped_on_demand(context):
     assert terminated
     assert info["peak_bytes"] == env.request.budget_bytes
     assert "infeasible" not in env.reset(seed=0)[1]
+
+
+@pytest.mark.parametrize("workload", ["azure-conv", "grid", {"name": "tight"}], ids=str)
+def test_generators_are_where_the_requests_so_far_left_them(task, workload):
+    """Requests are drawn ahead, but nothing shows it."""
+    env, envs = task.make(workload=workload), task.make_vector(workload=workload)
+    expected = [np.random.default_rng(seed) for seed in (5, 6)]
+    env.reset(seed=5)
+    envs.reset(seed=5)
+    for count in range(1, 20):
+        for rng in expected:
+            env._task._draw([rng])
+        if count % 3 == 0:
+            state = expected[0].bit_generator.state
+            assert env.np_random.bit_generator.state == state == env.get_state()["generator"]
+            assert [g.bit_generator.state for g in envs.np_random[:2]] == [
+                rng.bit_generator.state for rng in expected
+            ]
+        env.reset()
+        envs.reset()
+        assert envs.requests[0] == env.request

@@ -6,7 +6,7 @@ import pytest
 from rap_env.errors import InvalidRequestError
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
-from rap_env.ladder.state import StackedCosts
+from rap_env.ladder.state import NUMBERS, StackedCosts
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan, every_mask
 from rap_env.request import Request
@@ -25,6 +25,12 @@ MADE = {
 LADDERS = ["all", "masks", "caches", {"weights": ["int8"], "caches": ["int4", "int4-window128"]}]
 
 
+def freed_bytes(stacked, positions, shape=0) -> list:
+    """What lowering each item of plans frees."""
+    items, others = np.arange(len(stacked.ladder)), stacked.ladder.counterpart_array
+    return stacked.freed_bytes(items, positions, positions[..., others], shape).tolist()
+
+
 def walk(memory, ladder, shape, seed, start=None):
     """Lower random items until none is valid; compare with the memory model at each step."""
     costs, request = LadderBytes(memory, ladder).costs(*shape), Request(*shape, 1)
@@ -33,9 +39,7 @@ def walk(memory, ladder, shape, seed, start=None):
     assert tracker.peak_bytes == memory.peak_bytes(plan, request)
     while valid := [n for n in range(len(ladder)) if tracker.is_valid(n)]:
         item = int(rng.choice(valid))
-        all_freed = costs.stacked.freed_bytes(
-            costs.stacked.levels(np.array(tracker.positions))
-        ).tolist()
+        all_freed = freed_bytes(costs.stacked, np.array(tracker.positions))
         assert all_freed == list(map(tracker.freed_bytes, range(len(ladder))))
         expected, held = tracker.preview(item).peak_bytes, tracker.freed_bytes(item)
         tracker.lower(item)
@@ -75,10 +79,7 @@ def test_all_masks_have_the_bytes_of_the_memory_model(name, shape):
     assert costs.dense_peak_bytes == memory.dense_peak_bytes(*shape)
     assert costs.kv_cache_bytes == memory.breakdown(Plan(), request).kv_cache
     assert costs.least_peak_bytes == memory.peak_bytes_without_blocks(request)
-    assert (
-        costs.stacked.freed_bytes(costs.stacked.levels(positions[0])).tolist()
-        == memory.freed_bytes(request).tolist()
-    )
+    assert freed_bytes(costs.stacked, positions[0]) == memory.freed_bytes(request).tolist()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -133,15 +134,19 @@ def test_stacked_costs_have_the_bytes_and_moves_of_single_states(name, together)
     memory, ladder = MemoryModel(made), Ladder.of(made, "all", together)
     made_bytes = LadderBytes(memory, ladder)
     costs = [made_bytes.costs(*shape) for shape in SHAPES]
-    stacked, shapes = StackedCosts.of_shapes(ladder, len(SHAPES)), np.arange(len(SHAPES))
-    stacked.put(shapes, costs)
+    shapes = np.arange(len(SHAPES))
+    stacked = StackedCosts(made_bytes.tables, np.zeros((NUMBERS, len(SHAPES)), dtype=np.int64))
+    for rows in (shapes[:2], shapes[2:]):
+        stacked.put(rows, made_bytes.stacked(*np.array(SHAPES)[rows].T))
+    assert stacked.dense_peak_bytes.tolist() == [memory.dense_peak_bytes(*s) for s in SHAPES]
+    assert stacked.least_peak_bytes.tolist() == [entry.least_peak_bytes for entry in costs]
     start = ladder.positions(Plan.of({"layer01.cache": "int8"}))
     states = [entry.state(start if row else None) for row, entry in enumerate(costs)]
     for _ in range(60):
         positions = np.array([state.positions for state in states])
         assert stacked.peaks(positions, shapes).tolist() == [s.peak_bytes for s in states]
         freed = [list(map(state.freed_bytes, range(len(ladder)))) for state in states]
-        assert stacked.freed_bytes(stacked.levels(positions, shapes)).tolist() == freed
+        assert freed_bytes(stacked, positions, shapes[:, None]) == freed
         items = rng.integers(len(ladder), size=len(states))
         after = stacked.lowered(positions, items, shapes)
         for state, item in zip(states, items.tolist(), strict=True):

@@ -214,7 +214,7 @@ def _sampled(seed: int) -> Iterator[Arrival]:
     moment = 0.0
     while True:
         moment += float(rng.exponential(60 / _ARRIVALS_PER_MINUTE))
-        tokens = AZURE_CONV.sample(rng)
+        tokens = int(AZURE_CONV.lengths(np.array([rng.random()]))[0])
         new = round(tokens * GENERATED_SHARE * 2 * float(rng.random()))
         new = min(max(1, new), max(1, tokens - 1))
         yield moment, max(1, tokens - new), new
