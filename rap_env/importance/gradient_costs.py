@@ -192,6 +192,7 @@ def _layer_costs(
                     continue
                 change = forward.run(step, entered, Plan.of({name: level})).detach() - output
                 sums[name][level] = 0.5 * float((slope * change).sum(-1).double().square().sum())
+                forward.release()
     return gradients[0]
 
 

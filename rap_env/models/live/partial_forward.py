@@ -243,6 +243,7 @@ class PartialForward:
                 item = self._llm._live.items[index]
                 for level in item.made:
                     item.forget(level)
+        device.return_freed_memory()
 
     def embeddings(self, level: WeightLevel) -> AbstractContextManager[object]:
         """Run embeddings and head at a level in a ``with`` block, without any change for native."""

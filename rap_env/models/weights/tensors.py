@@ -157,8 +157,10 @@ class StoredTensor:
         The file is read, not mapped. Safetensors' own reader maps the whole file, and every
         page that was read would count as memory of the process.
         """
-        if device.type == "cpu" and self.nbytes:  # its pages are freed with it
-            tensor = own_pages(self.nbytes, huge=True).view(self.dtype).view(self.shape)
+        if device.type == "cpu" and self.nbytes:
+            # Not itself a view of its pages: they are freed when it gets other data.
+            tensor = torch.empty(0, dtype=self.dtype)
+            tensor.data = own_pages(self.nbytes, huge=True).view(self.dtype).view(self.shape)
         else:
             tensor = torch.empty(self.shape, dtype=self.dtype, device=device)
         self.read_into(tensor)

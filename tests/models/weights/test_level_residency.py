@@ -1,6 +1,10 @@
 """Levels of weights that are not in use leave memory, and come back bit for bit."""
 
+import gc
+import mmap
+import weakref
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -72,6 +76,29 @@ def test_resident_weights_stay_in_memory_at_every_level_used() -> None:
         llm.apply(plan)
     assert llm.held_bytes.weights == tensor_bytes(llm) == native + llm.resident_bytes(Plan())
     assert llm.resident_bytes(Plan()) > 0
+
+
+def test_what_was_read_of_a_file_is_freed_with_the_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pages(mmap.mmap):
+        alive: ClassVar[weakref.WeakSet["Pages"]] = weakref.WeakSet()
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> "Pages":
+            pages = super().__new__(cls, *args, **kwargs)
+            cls.alive.add(pages)
+            return pages
+
+    offloaded().apply(INT4)  # it writes the files
+    llm = offloaded()
+    llm.apply(Plan())
+    monkeypatch.setattr(mmap, "PAGESIZE", 1)  # the weights of a tiny model have pages too
+    monkeypatch.setattr(mmap, "mmap", Pages)
+    with torch.enable_grad():
+        llm.apply(INT4.without(0, 1, 2))
+        assert Pages.alive
+        llm.apply(Plan.removing(*range(2 * LAYERS)))
+    gc.collect()
+    held = llm.held_bytes.weights
+    assert sum(len(pages) for pages in Pages.alive) <= held, "only what is in memory"
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "gemma2", "gpt2", "opt", "phi3"])
