@@ -111,6 +111,7 @@ def window_costs(
         with forward.loaded(layer):
             for step in layer:
                 state = forward.run(step, state).detach()
+        forward.forget(layer)
         states.append(state)
     nll, gradient = _final_gradient(forward, states.pop(), window)
     sums: Costs = {}
