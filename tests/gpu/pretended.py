@@ -8,7 +8,7 @@ memory, streams, gradients and sizes that depend on data are not pretended.
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -177,6 +177,8 @@ class _Places(TorchFunctionMode):
         tensor, *given = args
         named = next(filter(_is_place, (*given, *options.values())), None)
         like = next((value for value in given if isinstance(value, torch.Tensor)), None)
+        if named is not None and torch.device(named).type == "meta":
+            return cast(torch.Tensor, func(*args, **options))
         if named is not None:
             there = _indexed(named)
         elif like is not None:
