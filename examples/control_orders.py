@@ -36,11 +36,8 @@ class NoisyOrders(Method):
     def _choose(self, request: rap_env.Request, scores: CountingScorer) -> Plan:
         shape = request.batch_size, request.seq_len_tokens
         steps = greedy_order(self.level_costs, self.ladder_bytes, shape=shape).steps
-        rng, costs, places = (
-            self.random(request),
-            self.costs(request),
-            np.linspace(0, 1, len(steps)),
-        )
+        rng, costs = self.random(request), self.costs(request)
+        places = np.linspace(0, 1, len(steps))
         plans = []
         for _ in range(ORDERS):
             order = np.argsort(rng.normal(places, rng.choice(self.noise)))

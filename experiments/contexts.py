@@ -107,6 +107,14 @@ def reject_table(config: Config) -> None:
         )
 
 
+def load_model(config: Config) -> ElasticLLM:
+    """Load the live model of a study."""
+    from rap_env.models.files.loading import load_llm
+
+    model = config.model
+    return load_llm(model.name, device=model.device, dtype=model.dtype, weights=model.weights)
+
+
 def load_text(text: TextConfig, role: str, llm: ElasticLLM, *, progress: bool = True) -> Corpus:
     """Load a text for a role: ``"calibration"``, ``"selection"`` or ``"report"``."""
     from rap_env.scoring.corpus_loading import load_corpus

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from experiments.config import Config
-from experiments.contexts import load_text, measured_on
+from experiments.contexts import load_model, load_text, measured_on
 from experiments.launch import launch
 from experiments.study.harness import Job, Published, Study
 from experiments.study.json_records import Record
@@ -30,7 +30,6 @@ from rap_env.importance.gradient_costs import gradient_costs
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.ladder.items import Ladder
 from rap_env.memory import MemoryModel
-from rap_env.models.files.loading import load_llm
 from rap_env.models.live.calibration_text import mixed_windows
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import Plan
@@ -102,8 +101,8 @@ class GradientPlanRow(Record):
 
 def plan_jobs(config: Config, folder: Path) -> Iterator[Job[GradientPlanRow]]:
     """Yield the plans of both kinds of costs at all budgets; costs by gradient are made first."""
-    settings, model = config.gradient_plans, config.model
-    llm = load_llm(model.name, device=model.device, dtype=model.dtype, weights=model.weights)
+    settings = config.gradient_plans
+    llm = load_model(config)
     memory, table = MemoryModel(llm), ScoreTable.load(TABLES / settings.measured)
     measured = LevelCosts(**(table.levels or {}))
     items = Ladder.of(llm.facts, **config.env.ladder).items

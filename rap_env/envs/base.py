@@ -77,8 +77,8 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         self.current: Episode | None = None
         self._left_after = 0
 
-    # Gymnasium keeps the generator there. The queue holds what is drawn ahead from it; whoever
-    # asks for the generator gets it as without.
+    # Gymnasium keeps the generator there. Reading it rewinds the queue of what was drawn ahead
+    # from it, so that its state is that without a queue.
     @property
     def _np_random(self) -> np.random.Generator | None:
         if self._queue is not None:

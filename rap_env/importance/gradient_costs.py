@@ -18,7 +18,7 @@ layer's weights and one window's states are in memory.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import cast
@@ -193,7 +193,8 @@ def _layer_costs(
                     continue
                 change = forward.run(step, entered, Plan.of({name: level})).detach() - output
                 sums[name][level] = 0.5 * float((slope * change).sum(-1).double().square().sum())
-                forward.release()
+                if not is_cache(name):  # native weights serve all levels of a cache
+                    forward.release()
     return gradients[0]
 
 
@@ -302,10 +303,11 @@ def gradient_costs(
         for number in range(len(windows)):
             parts.append(window_costs(forward, windows[number, None], levels))
             bar.update()
-    costs = mean_costs(parts, windows.shape[1])
-    plans = joint_plans(costs, levels)
-    nlls = [plan_nll(forward, windows, plan) for plan in (Plan(), *plans.values())]
-    fitted = fitted_costs(llm.facts, costs, plans, nlls, text)
+
+    def measure(plans: Sequence[Plan]) -> list[float]:
+        return [plan_nll(forward, windows, plan) for plan in plans]
+
+    fitted = fitted_costs(llm.facts, parts, levels, text, measure)
     return replace(fitted, seconds=time.monotonic() - started)
 
 
@@ -325,27 +327,30 @@ def _in_float32(llm: ElasticLLM, levels: Mapping[str, Sequence[str]]) -> Elastic
 
 def fitted_costs(
     facts: ModelFacts,
-    costs: Costs,
-    plans: Mapping[Scaled, Plan],
-    nlls: Sequence[float],
+    parts: Sequence[WindowCosts],
+    levels: Mapping[str, Sequence[str]],
     text: Corpus,
+    measure: Callable[[Sequence[Plan]], Sequence[float]],
 ) -> LevelCosts:
-    """The costs that follow from the gradients on a text and the measured joint plans.
+    """The costs that follow from the gradients on a text and the `joint_plans`, measured here.
 
     Args:
         facts: Facts about the model.
-        costs: The `mean_costs` of the windows of the text.
-        plans: The `joint_plans`.
-        nlls: The NLL of the native model and of each of them, nats per token.
+        parts: What each window of the text tells.
+        levels: The levels of each item, as of `item_levels`.
         text: The text.
+        measure: Gives the NLL of plans, nats per token.
     """
-    native, *lowered = nlls
-    rises = [nll - native for nll in lowered]
-    measured = {pair: (plan, r) for (pair, plan), r in zip(plans.items(), rises, strict=True)}
-    evaluations = len(nlls)
+    window_tokens = text.tokens.shape[1]
+    costs = mean_costs(parts, window_tokens)
+    plans = joint_plans(costs, levels)
+    native, *lowered = measure([Plan(), *plans.values()])
+    pairs = zip(plans.items(), lowered, strict=True)
+    measured = {scaled: (plan, nll - native) for (scaled, plan), nll in pairs}
+    evaluations = 1 + len(plans)
     return LevelCosts(
         num_layers=facts.num_layers,
-        window_tokens=text.tokens.shape[1],
+        window_tokens=window_tokens,
         native_nll=native,
         costs=scaled_costs(costs, measured),
         joint={plan.to_json(): rise for plan, rise in measured.values()},

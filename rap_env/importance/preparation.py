@@ -32,8 +32,6 @@ from rap_env.importance.gradient_costs import (
     WindowCosts,
     fitted_costs,
     item_levels,
-    joint_plans,
-    mean_costs,
     plan_nll,
     window_costs,
 )
@@ -278,10 +276,9 @@ def _work(run: _Run, check: Check, note: Note) -> LevelCosts:
         for item, names in item_levels(llm.facts, CACHE_LEVELS, windows.shape[1]).items()
     }
     parts = _window_costs(run, windows, tasks, levels, llm)
-    costs = mean_costs(parts, windows.shape[1])
-    plans = joint_plans(costs, levels)
-    nlls = _plan_nlls(llm, windows, tasks, (Plan(), *plans.values()))
-    return fitted_costs(llm.facts, costs, plans, nlls, Corpus.of_tokens(windows, source=run.text))
+    text_of_costs = Corpus.of_tokens(windows, source=run.text)
+    measure = partial(_plan_nlls, llm, windows, tasks)
+    return fitted_costs(llm.facts, parts, levels, text_of_costs, measure)
 
 
 def _window_costs(

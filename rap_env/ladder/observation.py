@@ -106,9 +106,10 @@ class ObservationEncoder:
         `kind` is the place of the request's steps in those of the tables.
         """
         while len(self._fixed) <= kind:
-            steps, layers = self.ladder_bytes.tables.steps[len(self._fixed)], self.memory.facts
+            steps = self.ladder_bytes.tables.steps[len(self._fixed)]
             rows = np.zeros((len(self.ladder), self.ladder.width, len(self.features)), np.float32)
-            for name, values in self.importance.columns(steps, layers.num_layers).items():
+            columns = self.importance.columns(steps, self.memory.facts.num_layers)
+            for name, values in columns.items():
                 rows[..., self.features.index(name)] = values
             rows.flags.writeable = False
             self._fixed.append(rows)

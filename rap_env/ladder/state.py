@@ -469,10 +469,8 @@ class StackedCosts:
             return plans, items[plans], lower[plans]
         effects = self.of_steps(tables.effects, levels, shape)
         together = effects == TOGETHER
-        (own,), (with_cache,) = (
-            ((lower >= 0) & ~together).nonzero(),
-            (effects == WITH_CACHE).nonzero(),
-        )
+        (own,) = ((lower >= 0) & ~together).nonzero()
+        (with_cache,) = (effects == WITH_CACHE).nonzero()
         (shared,) = together.nonzero()
         parts = [(own, items[own], lower[own])]
         if len(with_cache):

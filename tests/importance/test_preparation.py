@@ -8,8 +8,6 @@ from rap_env.errors import ArtifactError, InvalidRequestError, ModelNotAvailable
 from rap_env.importance import preparation
 from rap_env.importance.gradient_costs import (
     fitted_costs,
-    joint_plans,
-    mean_costs,
     plan_nll,
     window_costs,
 )
@@ -22,7 +20,6 @@ from rap_env.models.live import calibration_text
 from rap_env.models.live.calibration_text import mixed_windows
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.paths import cache_dir, prepared_dir
-from rap_env.plan import Plan
 from rap_env.policies.loading import load_policy
 from rap_env.request import Request
 from rap_env.scoring.corpus import Corpus
@@ -82,10 +79,12 @@ def test_costs_are_those_of_the_model_in_memory_with_the_levels_that_were_made(r
     windows = mixed_windows(llm, 2, 32)
     forward = PartialForward(llm, widen=True, gradients=True)
     parts = [window_costs(forward, window[None], costs.costs) for window in windows]
-    gradient = mean_costs(parts, 32)
-    plans = joint_plans(gradient, costs.costs)
-    nlls = [plan_nll(forward, windows, plan) for plan in (Plan(), *plans.values())]
-    expected = fitted_costs(llm.facts, gradient, plans, nlls, Corpus.of_tokens(windows))
+
+    def measure(plans):
+        return [plan_nll(forward, windows, plan) for plan in plans]
+
+    text = Corpus.of_tokens(windows)
+    expected = fitted_costs(llm.facts, parts, costs.costs, text, measure)
     assert set(costs.costs["layer00.ffn"]) == {"int8", "int4-compact", "int3", "int2", "removed"}
     for item, levels in costs.costs.items():
         for level, cost in levels.items():

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments.config import Config
-from experiments.contexts import load_text
+from experiments.contexts import load_model, load_text
 from experiments.launch import launch
 from experiments.studies.replay.serving import SystemRun
 from experiments.studies.replay.study import decimals, outcome, percentile
@@ -30,7 +30,6 @@ from experiments.study.statistics import mean_of_known
 from experiments.study.table_format import TitledTable, columns_table, percent
 from rap_env.artifacts import digest
 from rap_env.memory import MemoryModel
-from rap_env.models.files.loading import load_llm
 from rap_env.policies.base import Policy
 from rap_env.policies.loading import load_policy
 
@@ -93,8 +92,8 @@ class ConversationRow(Record):
 
 def conversation_jobs(config: Config, folder: Path) -> Iterator[Job[ConversationRow]]:
     """Yield each system on each workload, then the last system while the limit falls."""
-    settings, replay, model = config.conversations, config.replay, config.model
-    llm = load_llm(model.name, device=model.device, dtype=model.dtype, weights=model.weights)
+    settings, replay = config.conversations, config.replay
+    llm = load_model(config)
     policy = load_policy(settings.policy, llm)
     memory = MemoryModel(llm, replay.prefill_chunk_tokens)
     corpus = load_text(replay.text, "report", llm, progress=config.progress)

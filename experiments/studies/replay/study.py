@@ -18,7 +18,7 @@ import torch
 from experiments.config import Config
 from experiments.config.common import parse_shape
 from experiments.config.study_settings import ReplayConfig
-from experiments.contexts import load_text
+from experiments.contexts import load_model, load_text
 from experiments.studies.replay.serving import SystemRun, check_system, system_policy
 from experiments.studies.replay.workload import ReplayRequest, cotenant_budget, make_requests
 from experiments.study.harness import Job, Published, Study, untitled
@@ -27,7 +27,6 @@ from experiments.study.statistics import bootstrap_mean
 from experiments.study.table_format import TitledTable, mebibytes, percent, seconds
 from rap_env.context.opening import open_store
 from rap_env.memory import MemoryModel
-from rap_env.models.files.loading import load_llm
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.models.live.partial_forward import PartialForward
@@ -133,10 +132,10 @@ class ReplayRow(Record):
 
 def replay_jobs(config: Config, folder: Path) -> Iterator[Job[ReplayRow]]:
     """Yield a job for each system; files that a system lacks are an error before any runs."""
-    settings, model = config.replay, config.model
+    settings = config.replay
     for name in settings.systems:
         check_system(name)
-    llm = load_llm(model.name, device=model.device, dtype=model.dtype, weights=model.weights)
+    llm = load_model(config)
     memory, judge = MemoryModel(llm), OutputJudge(llm)
     reference_bytes = memory.dense_peak_bytes(*parse_shape(settings.reference))
     budget = cotenant_budget(config.budget, reference_bytes)

@@ -101,6 +101,7 @@ def use_text(
         levels: Packed levels below int8.
     """
     text = hashlib.sha256(windows.cpu().contiguous().numpy().tobytes())
+    # "False" is a setting that went; score tables and caches have hashes with it.
     text.update(f"{tuple(windows.shape)} False {_DAMPING} v{_VERSION}".encode())
     digest = text.hexdigest()
     _use_files(llm, digest, levels)

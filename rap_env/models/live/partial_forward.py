@@ -236,7 +236,10 @@ class PartialForward:
         return self._llm.applied(Plan(self._llm.plan.removed.difference(*layer)))
 
     def forget(self, layer: Sequence[tuple[int, ...]]) -> None:
-        """Free what was widened, and levels of a layer's weights that were made for a run."""
+        """Free what was widened, and levels of a layer's weights that were made for a run.
+
+        Their memory returns to the system.
+        """
         self.release()
         if self._llm.residency == "resident":
             for index in itertools.chain(*layer):
