@@ -23,7 +23,7 @@ from rap_env.runtime.memory_monitor import MemoryMonitor, MemorySource, SafetyMa
 from rap_env.runtime.memory_source import open_memory
 from rap_env.runtime.plan_chooser import PlanChooser
 from rap_env.runtime.plan_switcher import Growth, PlanSwitcher
-from rap_env.runtime.records import DecisionLog, Trigger
+from rap_env.runtime.records import Trigger
 
 if TYPE_CHECKING:
     from rap_env.models.live.elastic import ElasticLLM
@@ -72,8 +72,7 @@ class RuntimeController:
         hold_s: Seconds for which headroom must last before items are raised.
         chunk_tokens: Most tokens that one pass through the model runs; fewer need less
             workspace.
-        log: Where to log decisions.
-        clock: Gives the time in seconds, for `hold_s`, the safety margin and the log.
+        clock: Gives the time in seconds, for `hold_s` and the safety margin.
 
     Attributes:
         estimator: Predicts bytes.
@@ -105,7 +104,6 @@ class RuntimeController:
         hysteresis_share: float = 0.05,
         hold_s: float = 2.0,
         chunk_tokens: int = PREFILL_CHUNK_TOKENS,
-        log: DecisionLog | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not 0 <= hysteresis_share < 1 or hold_s < 0:
@@ -130,7 +128,7 @@ class RuntimeController:
             max_delta_nll=max_delta_nll,
             most_delta_nll=most_delta_nll,
         )
-        self.switcher = PlanSwitcher(self.chooser, self.monitor, log, clock)
+        self.switcher = PlanSwitcher(self.chooser, self.monitor, clock)
         self.switcher.before_switch = self._leave_room
         self.free_kept: Callable[[int, bool], None] = lambda *_: None
         self.hold_s = hold_s

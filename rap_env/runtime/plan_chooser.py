@@ -7,7 +7,7 @@ import math
 import time
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -43,12 +43,10 @@ def no_prediction_text(name: str, max_delta_nll: float, policy: str) -> str:
 
 @dataclass(frozen=True)
 class PlanChoice:
-    """A plan that fits, what it needs, and whether the guard changed the policy's plan."""
+    """A plan that fits, and what it needs."""
 
     plan: Plan
     need_bytes: int
-    guarded: bool
-    decision_s: float = 0.0
 
 
 class PlanChooser:
@@ -202,12 +200,9 @@ class PlanChooser:
         """The policy's plan for a batch, made to fit a limit; None if no allowed plan fits."""
         started = time.perf_counter()
         choice = self._fitting(shape, limit_bytes)
-        seconds = time.perf_counter() - started
-        self.decision_s += seconds
+        self.decision_s += time.perf_counter() - started
         self.decisions += choice is not None
-        if choice is None or not self.allows(choice.plan, shape):
-            return None
-        return replace(choice, decision_s=seconds)
+        return choice if choice is not None and self.allows(choice.plan, shape) else None
 
     def fits(self, plan: Plan, shape: BatchShape, limit_bytes: int) -> bool:
         """Whether a plan fits a limit for a batch, and is allowed now."""
@@ -270,7 +265,7 @@ class PlanChooser:
         plan = self._policy_plan(shape, limit_bytes)
         need = self.estimator.peak_bytes(plan, shape)
         if need <= limit_bytes:
-            return PlanChoice(plan, need, guarded=False)
+            return PlanChoice(plan, need)
         return self.removing_more(plan, shape, limit_bytes)
 
     def removing_more(self, plan: Plan, shape: BatchShape, limit_bytes: int) -> PlanChoice | None:
@@ -282,7 +277,7 @@ class PlanChooser:
         smaller = self.estimator.shrink_to_fit(plan, order, shape, limit_bytes)
         if smaller is None:
             return None
-        return PlanChoice(smaller, self.estimator.peak_bytes(smaller, shape), guarded=True)
+        return PlanChoice(smaller, self.estimator.peak_bytes(smaller, shape))
 
     def _policy_plan(self, shape: BatchShape, limit_bytes: int) -> Plan:
         """The policy's plan; one for a lower budget if that needs more than the limit."""

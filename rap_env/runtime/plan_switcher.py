@@ -1,12 +1,10 @@
-"""Applies plans to a live model until the measured bytes fit, and records each switch."""
+"""Applies plans to a live model until the measured bytes fit."""
 
 from __future__ import annotations
 
-import datetime
 import logging
 import textwrap
 import time
-from collections import deque
 from collections.abc import Callable
 
 from rap_env.errors import ChecksumError, ModelNotAvailableError, RapError
@@ -16,7 +14,7 @@ from rap_env.plan import Plan, with_lowest_caches
 from rap_env.runtime.memory_estimator import EMPTY_BATCH, BatchShape, PassSize
 from rap_env.runtime.memory_monitor import MemoryMonitor
 from rap_env.runtime.plan_chooser import PlanChoice, PlanChooser
-from rap_env.runtime.records import Decision, DecisionLog, Trigger
+from rap_env.runtime.records import Trigger
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +22,6 @@ RETRY_S = 5.0
 """Seconds between two looks at weights that could not be read."""
 _UNREADABLE = (ChecksumError, ModelNotAvailableError)
 _ATTEMPTS = 4  # at making a plan fit by measured bytes
-_RECENT = 256
 
 
 def lowers_nothing(plan: Plan, before: Plan) -> bool:
@@ -53,21 +50,19 @@ class PlanSwitcher:
             `retry` finds that they can again, the plan is not to be raised.
         switches: How often the plan changed.
         switch_s: Seconds spent switching.
-        recent: The last decisions, the newest at the end.
+        last_shape: The batch for which the plan was switched last.
     """
 
     def __init__(
         self,
         chooser: PlanChooser,
         monitor: MemoryMonitor,
-        decision_log: DecisionLog | None,
         clock: Callable[[], float],
     ) -> None:
         self._chooser = chooser
         self._llm = chooser.llm
         self._estimator = chooser.estimator
         self._monitor = monitor
-        self._decision_log = decision_log
         self._clock = clock
         self.rows_plan: Callable[[], Plan] = lambda: self._llm.plan
         self.before_switch: Callable[[Plan, BatchShape, PassSize], None] = lambda *_: None
@@ -76,7 +71,7 @@ class PlanSwitcher:
         self._retry_at_s = 0.0
         self.switches = 0
         self.switch_s = 0.0
-        self.recent: deque[Decision] = deque(maxlen=_RECENT)
+        self.last_shape = EMPTY_BATCH
 
     def retry(self) -> bool:
         """Whether weights that could not be read are there again; looked at every `RETRY_S`."""
@@ -90,16 +85,6 @@ class PlanSwitcher:
         log.info("The weights of the plan can be read again.")
         self.unreadable = ""
         return True
-
-    @property
-    def lost_decisions(self) -> int:
-        """Decisions that could not be written to the log."""
-        return 0 if self._decision_log is None else self._decision_log.lost
-
-    @property
-    def last_shape(self) -> BatchShape:
-        """The batch for which the plan was switched last."""
-        return self.recent[-1].shape if self.recent else EMPTY_BATCH
 
     def choose(self, shape: BatchShape, limit_bytes: int, *, running: bool) -> PlanChoice | None:
         """The chooser's plan for a limit; None if running requests may not go on with it.
@@ -170,7 +155,7 @@ class PlanSwitcher:
     def remove_all(self) -> None:
         """Remove all that the guard may remove."""
         plan = self._chooser.smallest(EMPTY_BATCH, self._monitor.budget_bytes)
-        choice = PlanChoice(plan, self._estimator.peak_bytes(plan, EMPTY_BATCH), guarded=True)
+        choice = PlanChoice(plan, self._estimator.peak_bytes(plan, EMPTY_BATCH))
         self._switch(choice, EMPTY_BATCH, "budget_fell")
 
     def _note_unreadable(self, plan: Plan, error: RapError) -> None:
@@ -180,7 +165,7 @@ class PlanSwitcher:
         self.unreadable = str(error)
 
     def _switch(self, choice: PlanChoice, shape: BatchShape, trigger: Trigger) -> bool:
-        """Apply a plan, return freed memory to the system, measure, and record the decision.
+        """Apply a plan, return freed memory to the system, measure, and log the change.
 
         Returns:
             Whether its weights can be read; else the present plan stays.
@@ -188,7 +173,7 @@ class PlanSwitcher:
         monitor, before = self._monitor, self._llm.plan
         if choice.plan == before:
             return True
-        bytes_before, started = monitor.used_bytes, time.perf_counter()
+        started = time.perf_counter()
         try:
             self._llm.apply(choice.plan)
         except _UNREADABLE as error:
@@ -196,35 +181,18 @@ class PlanSwitcher:
             return False
         synchronise(self._llm.device)
         monitor.trim()
-        seconds = time.perf_counter() - started
         self.switches += 1
-        self.switch_s += seconds
-        decision = Decision(
-            time_s=self._clock(),
-            wall_time=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
-            trigger=trigger,
-            before=before,
-            after=self._llm.plan,
-            bytes_before=bytes_before,
-            bytes_after=monitor.used_bytes,
-            budget_bytes=monitor.budget_bytes,
-            shape=shape,
-            decision_s=choice.decision_s,
-            switch_s=seconds,
-            guarded=choice.guarded,
-        )
-        rise = self._chooser.rise(decision.after, shape.at_least_one[1])
+        self.switch_s += time.perf_counter() - started
+        self.last_shape = shape
+        rise = self._chooser.rise(choice.plan, shape.at_least_one[1])
         log.info(
             "Plan changed (%s): %s; budget %.1f MiB, peak %.1f MiB%s.",
             trigger,
-            textwrap.shorten(before.summary_of_change(decision.after), 280) or "nothing",
+            textwrap.shorten(before.summary_of_change(choice.plan), 280) or "nothing",
             monitor.budget_bytes / 2**20,
             choice.need_bytes / 2**20,
             "" if rise is None else f", ΔNLL {rise:.4g}",
         )
-        self.recent.append(decision)
-        if self._decision_log is not None:
-            self._decision_log.append(decision)
         return True
 
 

@@ -24,15 +24,15 @@ from rap_env.serving.http import (
     CLIENT_CLOSED_REQUEST,
     REQUEST_ID_HEADER,
     ApiError,
+    ApiKeys,
     RequestGate,
     failed,
     invalid,
-    open_keys,
     read_json,
     shown,
     unavailable,
 )
-from rap_env.serving.limits import LiveLimit, admin_router
+from rap_env.serving.limits import LiveLimit
 from rap_env.serving.metrics import CONTENT_TYPE, ServingMetrics
 from rap_env.serving.prompts import RequestBuilder, grammar_compiler
 from rap_env.serving.responses import (
@@ -84,7 +84,8 @@ class Service:
         self.limit = limit
         self.name = settings.served_name
         self.metrics = ServingMetrics(engine, settings)
-        self.api_keys, self.admin_keys = open_keys(settings)
+        keys = settings.api_key_file
+        self.api_keys = None if keys is None else ApiKeys(keys)
         self.closing = False
         self._running: set[Generation] = set()
         grammars = grammars or grammar_compiler(engine.llm, tokenizer, engine.vocab_size)
@@ -106,12 +107,6 @@ class Service:
         """Cancel all running generations because the server shuts down."""
         for generation in list(self._running):
             generation.cancel(_shutting_down())
-
-    def reload_keys(self) -> None:
-        """At SIGHUP: read the files of keys again; an invalid one changes nothing."""
-        for keys in (self.api_keys, self.admin_keys):
-            if keys is not None:
-                keys.reload()
 
     async def respond(self, request: Request, schema: Schema) -> Response:
         """Respond to a completion request; errors are left to the application's handlers."""
@@ -189,25 +184,22 @@ def create_app(
         engine: The engine.
         tokenizer: The tokenizer of its model.
         settings: Settings of the server.
-        limit: The memory limit, which administrators may change; None if the budget is
-            another.
+        limit: The memory limit, which may change; None if the budget is another.
         grammars: Compiles what answers have to follow, for the engine's model; by default one
             that loads its vocabulary for the first grammar.
 
     Raises:
-        ServingSettingsError: A file of keys cannot be read.
+        ServingSettingsError: The file of keys cannot be read.
     """
     service = Service(engine, tokenizer, settings, limit, grammars)
     no_docs: dict[str, Any] = dict.fromkeys(("docs_url", "redoc_url", "openapi_url"))
     app = FastAPI(title="rap-env", version=__version__, lifespan=service.lifespan, **no_docs)
     app.state.service = service
-    app.add_middleware(RequestGate, keys=service.api_keys, admin_keys=service.admin_keys)
+    app.add_middleware(RequestGate, keys=service.api_keys)
     _add_completion_routes(app, service)
     _add_token_routes(app, service)
     _add_probes(app, service)
     _add_error_handlers(app, service)
-    if service.admin_keys is not None:
-        app.include_router(admin_router(engine.controller.monitor, limit))
     return app
 
 
@@ -338,8 +330,7 @@ def _add_error_handlers(app: FastAPI, service: Service) -> None:
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:
         where = f"{request.method} {request.url.path}"
-        hint = "; start the server with --admin-key-file" * (request.url.path == "/admin/budget")
-        texts = {404: f"Invalid URL ({where}){hint}", 405: f"Method not allowed ({where})"}
+        texts = {404: f"Invalid URL ({where})", 405: f"Method not allowed ({where})"}
         message = texts.get(error.status_code, str(error.detail))
         headers = dict(error.headers or {})
         return ApiError(error.status_code, message, headers=headers).response(request.scope)

@@ -30,7 +30,7 @@ CLIENT_CLOSED_REQUEST = 499
 """Status of a response that no client receives, as in nginx's log."""
 PROBE_PATHS = frozenset({"/livez", "/readyz", "/healthz", "/health"})
 """Paths of the probes, which need no key."""
-UNLIMITED_PATHS = PROBE_PATHS | {"/metrics", "/admin/budget"}
+UNLIMITED_PATHS = PROBE_PATHS | {"/metrics"}
 """Paths that are answered above the connection limit too."""
 LINGER_BYTES = 8 * 1024 * 1024
 """Bytes of a rejected body that are still read and dropped: a client that is cut off while it
@@ -130,57 +130,45 @@ class ApiKeys:
 
     Args:
         path: The file: one key per line; empty lines and those that begin with # are skipped.
-        name: The setting that names the file.
 
     Raises:
         ServingSettingsError: The file cannot be read, has no key, or a line is not a key. The
             message does not quote the line.
     """
 
-    def __init__(self, path: str, name: str = "api_key_file") -> None:
-        self._path = path
-        self._name = name
-        self._digests = self._read()
-
-    def reload(self) -> None:
-        """Read the file again; if it is not valid, log why, and keep the keys."""
-        try:
-            self._digests = self._read()
-        except ServingSettingsError as error:
-            log.error("The keys stay as they were: %s", error)
-        else:
-            log.info("Read %d keys from %s.", len(self._digests), self._path)
-
-    def shares_with(self, other: ApiKeys) -> bool:
-        """Whether some key is in both files."""
-        return not self._digests.isdisjoint(other._digests)
+    def __init__(self, path: str) -> None:
+        self._digests = self._read(path)
 
     def __contains__(self, key: str) -> bool:
         """Whether a key is one of them; takes the same time for every key."""
         given = _digest(key)
         return sum(hmac.compare_digest(known, given) for known in self._digests) > 0
 
-    def _read(self) -> frozenset[bytes]:
-        name, path = self._name, self._path
+    @staticmethod
+    def _read(path: str) -> frozenset[bytes]:
         try:
             lines = Path(path).read_text(encoding="utf-8").splitlines()
         except OSError as error:
-            raise ServingSettingsError(f"Cannot read {name} {path}: {error.strerror}.") from None
+            raise ServingSettingsError(
+                f"Cannot read api_key_file {path}: {error.strerror}."
+            ) from None
         except UnicodeDecodeError:
-            raise ServingSettingsError(f"{name} {path} must be a text file in UTF-8.") from None
+            raise ServingSettingsError(
+                f"api_key_file {path} must be a text file in UTF-8."
+            ) from None
         digests = set()
         for number, line in enumerate(map(str.strip, lines), start=1):
             if not line or line.startswith("#"):
                 continue
             if not _KEY.fullmatch(line):
                 raise ServingSettingsError(
-                    f"Line {number} of {name} {path} must be a key of visible ASCII characters "
-                    "without spaces, or a comment that begins with #."
+                    f"Line {number} of api_key_file {path} must be a key of visible ASCII "
+                    "characters without spaces, or a comment that begins with #."
                 )
             digests.add(_digest(line))
         if not digests:
             raise ServingSettingsError(
-                f"{name} {path} has no key; write one per line, for example the output of "
+                f"api_key_file {path} has no key; write one per line, for example the output of "
                 "'openssl rand -hex 32'."
             )
         return frozenset(digests)
@@ -188,23 +176,6 @@ class ApiKeys:
 
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
-
-
-def open_keys(settings: ServerSettings) -> tuple[ApiKeys | None, ApiKeys | None]:
-    """The keys of clients and those of administrators; None for a file that is not set.
-
-    Raises:
-        ServingSettingsError: As for `ApiKeys`, or both files have a key in common.
-    """
-    clients, admins = settings.api_key_file, settings.admin_key_file
-    keys = None if clients is None else ApiKeys(clients)
-    admin_keys = None if admins is None else ApiKeys(admins, "admin_key_file")
-    if keys is not None and admin_keys is not None and keys.shares_with(admin_keys):
-        raise ServingSettingsError(
-            f"api_key_file {clients} and admin_key_file {admins} must have no key in common: with "
-            "it a client could set the memory limit."
-        )
-    return keys, admin_keys
 
 
 class RequestGate:
@@ -221,15 +192,11 @@ class RequestGate:
         app: The application.
         keys: The keys of clients, who send ``Authorization: Bearer KEY``; None if none is
             needed.
-        admin_keys: The keys of administrators, which the paths below ``/admin`` need instead.
     """
 
-    def __init__(
-        self, app: ASGIApp, keys: ApiKeys | None = None, admin_keys: ApiKeys | None = None
-    ) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeys | None = None) -> None:
         self._app = app
         self._keys = keys
-        self._admin_keys = admin_keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
@@ -268,13 +235,10 @@ class RequestGate:
 
     def _refusal(self, path: str, authorization: str) -> ApiError | None:
         """The error for a request without a valid key; None if it has one, or needs none."""
-        keys = self._keys
-        if self._admin_keys is not None and path.startswith("/admin"):
-            keys = self._admin_keys
         scheme, _, key = authorization.partition(" ")
-        if keys is None or path in PROBE_PATHS:
+        if self._keys is None or path in PROBE_PATHS:
             return None
-        if scheme.lower() == "bearer" and key.strip() in keys:
+        if scheme.lower() == "bearer" and key.strip() in self._keys:
             return None
         seen = "Incorrect API key provided" if key else "You didn't provide an API key"
         return ApiError(

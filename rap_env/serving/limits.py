@@ -1,34 +1,23 @@
-"""The memory limit of a running server, which a file or an administrator changes."""
+"""The memory limit of a running server, which a file changes."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-from fastapi import APIRouter
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from typing import TYPE_CHECKING
 
 from rap_env.errors import ServingSettingsError
-from rap_env.request import Request as ModelRequest
-from rap_env.request import parse_bytes
+from rap_env.request import Request, parse_bytes
 from rap_env.runtime.memory_monitor import HEADROOM_BYTES
-from rap_env.serving.http import ApiError, invalid, parse_json
 from rap_env.serving.settings import too_little
 
 if TYPE_CHECKING:
     from rap_env.runtime.controller import RuntimeController
-    from rap_env.runtime.memory_monitor import MemoryMonitor
 
 log = logging.getLogger(__name__)
-
-LimitSource = Literal["setting", "file", "admin"]
-"""What set a limit last: a setting, the file, or a request of an administrator."""
 
 _SETTLE_S = 0.05  # for which a file must be unchanged: a half-written one changes again
 _LONGEST_TEXT = 64
@@ -39,9 +28,8 @@ _MIB = 2**20
 class LiveLimit:
     """A limit that operators change while the server runs; call it to get the present bytes.
 
-    The last change holds, whether the file or an administrator made it. As long as the
-    file does not exist the limit stays as it is. A file that is incomplete, wrong or too
-    small changes nothing, and one warning is logged.
+    As long as the file does not exist the limit stays as it is. A file that is incomplete,
+    wrong or too small changes nothing, and one warning is logged.
 
     Args:
         name: The setting that it is: ``memory``, of the whole process, or ``model_memory``.
@@ -49,7 +37,6 @@ class LiveLimit:
         file: A file with a size such as ``300MiB``, which is read whenever it changes.
 
     Attributes:
-        source: What set the present value.
         nothing_fits: Says why no request fits the limit; empty if one does.
 
     Raises:
@@ -58,7 +45,6 @@ class LiveLimit:
 
     def __init__(self, name: str, limit_bytes: int, file: str | None = None) -> None:
         self.name = name
-        self.source: LimitSource = "setting"
         self._check: Callable[[int], None] = lambda limit_bytes: None
         self.nothing_fits: Callable[[], str] = lambda: ""
         self._bytes = limit_bytes
@@ -67,7 +53,7 @@ class LiveLimit:
         self._lock = threading.RLock()
         self._read_state = self._state()
         if self._read_state is not None:
-            self.set(self._read(), "file")
+            self.set(self._read())
 
     def __call__(self) -> int:
         """The bytes that are allowed now."""
@@ -99,14 +85,14 @@ class LiveLimit:
         """
         return max(1, min(_MOST_RETRY_S, round(time.monotonic() - self._set_s)))
 
-    def set(self, limit_bytes: int, source: LimitSource) -> None:
+    def set(self, limit_bytes: int) -> None:
         """Change the limit; a `ServingSettingsError` if it is too small, and it stays as it was."""
         self._check(limit_bytes)
         with self._lock:
-            if (limit_bytes, source) == (self._bytes, self.source):
+            if limit_bytes == self._bytes:
                 return
-            self._bytes, self.source, self._set_s = limit_bytes, source, time.monotonic()
-            log.info("%s is now %s (%s).", self.name, mebibytes(limit_bytes), source)
+            self._bytes, self._set_s = limit_bytes, time.monotonic()
+            log.info("%s is now %s.", self.name, mebibytes(limit_bytes))
             if problem := self.nothing_fits():
                 log.warning("%s", problem)
 
@@ -119,7 +105,7 @@ class LiveLimit:
             return
         self._read_state = state
         try:
-            self.set(self._read(), "file")
+            self.set(self._read())
         except ServingSettingsError as error:
             log.warning("%s stays at %s: %s", self.name, mebibytes(self._bytes), error)
 
@@ -149,7 +135,7 @@ class LiveLimit:
 
 def least_check(model: str, controller: RuntimeController) -> Callable[[int], None]:
     """What rejects a limit in which not even one token fits with every block removed."""
-    least = controller.estimator.memory.peak_bytes_without_blocks(ModelRequest(1, 1, 1))
+    least = controller.estimator.memory.peak_bytes_without_blocks(Request(1, 1, 1))
     source = controller.monitor.source
 
     def check(limit_bytes: int) -> None:
@@ -166,51 +152,6 @@ def least_check(model: str, controller: RuntimeController) -> Callable[[int], No
             )
 
     return check
-
-
-def admin_router(monitor: MemoryMonitor, limit: LiveLimit | None) -> APIRouter:
-    """Make the routes that show and set the memory limit, for administrators.
-
-    `limit` is None if the system's free memory is the budget, which cannot be set.
-    """
-    router = APIRouter()
-
-    def present() -> Response:
-        answer: dict[str, Any] = {
-            "limit": None if limit is None else limit.name,
-            "bytes": None if limit is None else limit(),
-            "source": monitor.source.name if limit is None else limit.source,
-            "budget_bytes": monitor.budget_now_bytes(),
-            "used_bytes": monitor.used_bytes,
-        }
-        others = monitor.source.other_bytes
-        return JSONResponse(answer if others is None else {**answer, "other_bytes": others})
-
-    @router.get("/admin/budget")
-    async def show_budget() -> Response:
-        return present()
-
-    @router.put("/admin/budget")
-    async def set_budget(request: Request) -> Response:
-        if limit is None:
-            raise ApiError(
-                409,
-                "The budget is the system's free memory, which cannot be set; start the server "
-                "with memory or model_memory as a number of bytes.",
-                code="budget_not_settable",
-            )
-        body = parse_json(await request.body())
-        size = body.get(limit.name) if len(body) == 1 else None
-        if not isinstance(size, str | int) or isinstance(size, bool):
-            example = f'{{"{limit.name}": "500MiB"}}'
-            raise invalid(f"The body must be a JSON object such as {example}.", limit.name)
-        try:
-            await asyncio.to_thread(limit.set, parse_bytes(limit.name, size), "admin")
-        except ServingSettingsError as error:
-            raise invalid(str(error), limit.name) from None
-        return present()
-
-    return router
 
 
 def mebibytes(number: int) -> str:

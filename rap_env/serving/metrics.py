@@ -150,8 +150,6 @@ class _EngineState(Collector):
         yield gauge("weights_unreadable", text, bool(switcher.unreadable))
         yield counter("plan_switches", "Changes of the plan.", switcher.switches)
         yield counter("plan_decisions", "Times that a plan was chosen.", chooser.decisions)
-        text = "Changes of the plan that the log of decisions lacks."
-        yield counter("decisions_lost", text, switcher.lost_decisions)
 
         # Memory
         held = {"weights": monitor.held.weights, "kv_cache": monitor.held.kv_cache}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-import threading
 from collections.abc import Callable
 from types import FrameType
 
@@ -125,18 +124,12 @@ class Server(uvicorn.Server):
 
     At SIGTERM or SIGINT it accepts no more requests. Running requests get `shutdown_grace_s`
     to finish; then they are cancelled with an error response. `on_ready` is called when the
-    server accepts requests, and `on_hangup` at SIGHUP, which ends the process if it is None.
+    server accepts requests.
     """
 
-    def __init__(
-        self,
-        app: FastAPI,
-        on_ready: Callable[[], None] = lambda: None,
-        on_hangup: Callable[[], None] | None = None,
-    ) -> None:
+    def __init__(self, app: FastAPI, on_ready: Callable[[], None] = lambda: None) -> None:
         self._service: Service = app.state.service
         self._on_ready = on_ready
-        self._on_hangup = on_hangup
         settings = self._service.settings
         super().__init__(
             uvicorn.Config(
@@ -161,9 +154,6 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to listen."""
         await super().startup(sockets)
-        on_hangup = self._on_hangup
-        if on_hangup is not None and threading.current_thread() is threading.main_thread():
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, on_hangup)
         self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -116,13 +116,11 @@ class ServerSettings:
         "Bytes of temporary files, such as 2GiB, to which what is kept goes when it has no room in "
         "memory; 0 for no files.",
     )
-    decisions: str | None = setting(
-        None, "File to which each change of the plan is appended as a JSON line.", group="Log"
-    )
     log_level: str = setting(
         "info",
-        "Least level of log lines; info has a line per request.",
+        "Least level of log lines; info has a line per request and per change of the plan.",
         choices=("debug", "info", "warning", "error"),
+        group="Log",
     )
     log_format: str = setting("text", "Text, or a JSON object per line.", choices=("text", "json"))
     host: str = setting("127.0.0.1", "Address to listen at.", group="Address and access")
@@ -131,11 +129,6 @@ class ServerSettings:
         None,
         "File of API keys, one per line, of which requests other than probes must send one as "
         "'Authorization: Bearer KEY'.",
-    )
-    admin_key_file: str | None = setting(
-        None,
-        "File of the keys for /admin/budget; null for no such route. A key of a client is none of "
-        "them.",
     )
     insecure: bool = setting(False, "Serve without API keys at an address that others can reach.")
     ssl_certfile: str | None = setting(

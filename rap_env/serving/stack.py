@@ -18,7 +18,6 @@ from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_meter import Meter, ResidentMeter, make_levels, process_meter
 from rap_env.runtime.memory_monitor import GivenMemory, MemorySource
 from rap_env.runtime.memory_source import open_memory
-from rap_env.runtime.records import DecisionLog
 from rap_env.runtime.running import Restore
 from rap_env.runtime.structured_output import GrammarCompiler
 from rap_env.serving.app import create_app
@@ -41,13 +40,7 @@ class ServerStack:
     settings: ServerSettings
     engine: Engine
     app: FastAPI
-    decisions: DecisionLog | None
     limit: LiveLimit | None
-
-    def close(self) -> None:
-        """Close the log of decisions."""
-        if self.decisions is not None:
-            self.decisions.close()
 
 
 def build_stack(
@@ -67,20 +60,14 @@ def build_stack(
         RapError: The model, the policy or the memory source is not available, or a limit does
             not suit the model.
     """
-    decisions = DecisionLog(settings.decisions) if settings.decisions else None
-    try:
-        limit = open_limit(settings) if memory is None else None
-        live, chosen, grammars = _load(settings, limit, llm, policy)
-        controller = _controller(settings, limit, live, chosen, memory, log=decisions, **controls)
-        engine = _engine(settings, limit, controller)
-        app = create_app(engine, live.tokenizer, settings, limit, grammars)
-        if llm is None and limit is not None and limit.of_process:
-            check_started(settings.model, limit)
-    except BaseException:
-        if decisions is not None:
-            decisions.close()
-        raise
-    return ServerStack(settings, engine, app, decisions, limit)
+    limit = open_limit(settings) if memory is None else None
+    live, chosen, grammars = _load(settings, limit, llm, policy)
+    controller = _controller(settings, limit, live, chosen, memory, **controls)
+    engine = _engine(settings, limit, controller)
+    app = create_app(engine, live.tokenizer, settings, limit, grammars)
+    if llm is None and limit is not None and limit.of_process:
+        check_started(settings.model, limit)
+    return ServerStack(settings, engine, app, limit)
 
 
 def open_limit(settings: ServerSettings) -> LiveLimit | None:
@@ -217,8 +204,6 @@ def greeting(stack: ServerStack, url: str) -> str:
         )
     longest = stack.settings.max_prompt_tokens or stack.engine.longest_prompt_tokens()
     lines.append(f"Prompts may have {longest} tokens.")
-    if stack.decisions is not None:
-        lines.append(f"Each change of the plan is a line in {stack.decisions.path}.")
     headers = "-H 'Content-Type: application/json'"
     if stack.settings.api_key_file is not None:
         headers += " -H 'Authorization: Bearer KEY'"

@@ -66,14 +66,9 @@ def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
             stack = build_stack(settings)
         finally:
             gc.enable()
-        try:
-            text = greeting(stack, url_of(bound, tls=settings.ssl_certfile is not None))
-            has_keys = settings.api_key_file or settings.admin_key_file
-            on_hangup = stack.app.state.service.reload_keys if has_keys else None
-            Server(stack.app, lambda: say(text), on_hangup).run(sockets=[bound])
-            say(farewell(stack.engine))
-        finally:
-            stack.close()
+        text = greeting(stack, url_of(bound, tls=settings.ssl_certfile is not None))
+        Server(stack.app, lambda: say(text)).run(sockets=[bound])
+        say(farewell(stack.engine))
 
 
 # The address
@@ -121,12 +116,13 @@ def check_access(settings: ServerSettings) -> None:
     """Check the files of keys and certificates.
 
     Raises:
-        ServingSettingsError: As for `rap_env.serving.http.open_keys`, or the certificate and
+        ServingSettingsError: As for `rap_env.serving.http.ApiKeys`, or the certificate and
             its key are not usable.
     """
-    from rap_env.serving.http import open_keys
+    from rap_env.serving.http import ApiKeys
 
-    open_keys(settings)
+    if settings.api_key_file is not None:
+        ApiKeys(settings.api_key_file)
     certificate, key = settings.ssl_certfile, settings.ssl_keyfile
     if certificate is None:
         if key is not None:

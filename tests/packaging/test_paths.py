@@ -1,8 +1,8 @@
 """How many files of the project each of three ways through the code enters, and that few do.
 
-The ways are a limit of a server that an administrator lowers, from the request to the changed plan;
-a chat request, from the request to its answer; a training on a score table. A file counts if one of
-its functions is called on the way, in any thread; an import alone does not count.
+The ways are a limit of a server that a file lowers, from the file to the changed plan; a chat
+request, from the request to its answer; a training on a score table. A file counts if one of its
+functions is called on the way, in any thread; an import alone does not count.
 ``python -m tests.packaging.test_paths -v`` prints the files.
 """
 
@@ -71,10 +71,9 @@ def serving_paths() -> tuple[set[str], set[str]]:
     llm = tiny_llm(layers=3, tokenizer=chat_tokenizer())
     llm.set_residency("offload")
     with tempfile.TemporaryDirectory() as folder:
-        keys = Path(folder) / "admins"
-        keys.write_text("admin")
+        limit = Path(folder) / "limit"
         settings = ServerSettings(
-            model_name="tiny", model_memory="1GiB", max_delta_nll=None, admin_key_file=str(keys)
+            model_name="tiny", model_memory="1GiB", max_delta_nll=None, memory_file=str(limit)
         )
         policy = knapsack_of(MemoryModel(llm))
         stack = build_stack(settings, llm=llm, policy=policy, meter=TensorMeter(llm))
@@ -86,11 +85,7 @@ def serving_paths() -> tuple[set[str], set[str]]:
                 chat(client_of(server))
             time.sleep(0.5)  # the last turn of the answer ends
             with entered_files() as lowered:
-                httpx.put(
-                    f"{server.url}/admin/budget",
-                    headers={"authorization": "Bearer admin"},
-                    json={"model_memory": int(0.9 * native)},
-                ).raise_for_status()
+                limit.write_text(str(int(0.9 * native)))
                 deadline = time.monotonic() + 30
                 while not llm.plan and time.monotonic() < deadline:
                     time.sleep(0.001)

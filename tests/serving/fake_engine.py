@@ -62,7 +62,7 @@ class FakeEngine:
             delta_nll=delta_nll,
         )
         self.controller = SimpleNamespace(
-            switcher=SimpleNamespace(switches=3, lost_decisions=2, unreadable="The file is gone."),
+            switcher=SimpleNamespace(switches=3, unreadable="The file is gone."),
             chooser=chooser,
             estimator=SimpleNamespace(memory=SimpleNamespace(facts=SimpleNamespace(num_layers=4))),
             monitor=SimpleNamespace(

@@ -10,7 +10,6 @@ import pytest
 
 from rap_env.errors import ServingSettingsError
 from rap_env.serving import stack, startup
-from rap_env.serving.http import ApiKeys
 from rap_env.serving.settings import ServerSettings
 from rap_env.serving.startup import bind, check_access, check_address
 from tests.serving.conftest import client_of, served
@@ -63,21 +62,6 @@ def test_all_else_is_unauthorized(guarded, header):
         assert response.headers["x-request-id"] == "mine"
         assert "third" not in response.text
     assert len(guarded.service.engine.handles) == handles
-
-
-def test_keys_are_read_again_and_stay_if_the_file_is_invalid(tmp_path, caplog):
-    path = tmp_path / "keys"
-    path.write_text("old")
-    keys = ApiKeys(str(path))
-    path.write_text("new")
-    assert "old" in keys
-    keys.reload()
-    assert "new" in keys
-    assert "old" not in keys
-    path.write_text("")
-    keys.reload()
-    assert "new" in keys
-    assert "has no key" in caplog.text
 
 
 def certificate(folder, name="tls"):

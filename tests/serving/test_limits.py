@@ -1,10 +1,9 @@
-"""The memory limit: checked early, reported, and changed by a file or an administrator."""
+"""The memory limit: checked early, reported, and changed by a file."""
 
 import logging
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -17,17 +16,12 @@ from rap_env.memory import MemoryModel
 from rap_env.models.device import drop_unused_pages, resident_bytes
 from rap_env.models.files import loading
 from rap_env.runtime.memory_meter import TensorMeter
-from rap_env.runtime.memory_monitor import GivenMemory
-from rap_env.runtime.memory_source import CgroupMemory
 from rap_env.serving import limits, stack
-from rap_env.serving.app import create_app
 from rap_env.serving.limits import LiveLimit
 from rap_env.serving.served_model import check_started
 from rap_env.serving.settings import ServerSettings
 from rap_env.serving.stack import build_stack, greeting, open_limit
-from rap_env.serving.startup import check_access
 from tests.serving.background import BackgroundServer
-from tests.serving.fake_engine import FakeEngine
 from tests.serving.test_app import PLAIN, error_of, post
 from tests.serving.test_policies import knapsack_of
 from tests.tiny import tiny_config, tiny_llm, tiny_model
@@ -150,10 +144,9 @@ def settled(limit):
 def test_the_limit_follows_its_file_however_it_is_written(tmp_path):
     path = tmp_path / "limit"
     limit = LiveLimit("memory", 500 * MIB, str(path))
-    assert (limit(), limit.source) == (500 * MIB, "setting")
+    assert limit() == 500 * MIB
     path.write_text("400MiB\n")
     assert settled(limit) == 400 * MIB
-    assert limit.source == "file"
     (tmp_path / "new").write_text("450 MiB")
     (tmp_path / "new").replace(path)
     assert settled(limit) == 450 * MIB
@@ -200,7 +193,7 @@ def test_the_time_to_ask_again_grows_with_the_time_since_the_change(monkeypatch)
     assert limit.retry_after_s == 30
     now_s = 500.0
     assert limit.retry_after_s == 60
-    limit.set(400 * MIB, "admin")
+    limit.set(400 * MIB)
     assert limit.retry_after_s == 1
 
 
@@ -232,105 +225,18 @@ def test_the_model_follows_the_file(tokenizer, tmp_path):
     assert settled(stack.limit) == MIB
 
 
-@pytest.fixture(scope="module")
-def administered(tokenizer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("keys")
-    (folder / "clients").write_text("client\n")
-    (folder / "admins").write_text("admin\n")
-    files = {"api_key_file": str(folder / "clients"), "admin_key_file": str(folder / "admins")}
-    engine, limit = FakeEngine(tokenizer), LiveLimit("model_memory", 500 * MIB)
-    source = GivenMemory(limit)
-    engine.controller.monitor = SimpleNamespace(source=source, budget_now_bytes=limit, used_bytes=5)
-    with BackgroundServer(create_app(engine, tokenizer, ServerSettings(**files), limit)) as server:
-        yield server.url, limit
-
-
-def ask(url, method="GET", key="admin", **given):
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    return httpx.request(method, f"{url}/admin/budget", headers=headers, **given)
-
-
-def test_an_administrator_sees_and_sets_the_limit(administered):
-    url, limit = administered
-    limit.set(500 * MIB, "setting")
-    seen = {"limit": "model_memory", "used_bytes": 5}
-    before = {"bytes": 500 * MIB, "budget_bytes": 500 * MIB, "source": "setting"}
-    assert ask(url).json() == {**seen, **before}
-    answer = ask(url, "PUT", json={"model_memory": "300MiB"})
-    after = {"bytes": 300 * MIB, "budget_bytes": 300 * MIB, "source": "admin"}
-    assert answer.json() == {**seen, **after}
-    assert limit() == 300 * MIB
-
-
-def test_a_limit_in_which_nothing_fits_warns_and_refuses_at_once(tokenizer, tmp_path, caplog):
-    (tmp_path / "admins").write_text("admin")
+def test_a_limit_in_which_nothing_fits_warns_and_refuses_at_once(tokenizer, caplog):
     llm = tiny_llm(layers=3, tokenizer=tokenizer)
     policy = knapsack_of(MemoryModel(llm))
-    settings = ServerSettings(
-        model_name="tiny",
-        model_memory="1GiB",
-        max_delta_nll=0.0,
-        admin_key_file=str(tmp_path / "admins"),
-    )
+    settings = ServerSettings(model_name="tiny", model_memory="1GiB", max_delta_nll=0.0)
     stack = build_stack(settings, llm=llm, policy=policy, meter=TensorMeter(llm))
     little = MemoryModel(llm).dense_peak_bytes(1, 1) // 2
     with BackgroundServer(stack.app) as server:
-        answer = ask(server.url, "PUT", json={"model_memory": little})
-        assert answer.json()["budget_bytes"] == little
+        stack.limit.set(little)
         (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
         assert "raise model_memory (or memory), or max_delta_nll" in warning
         assert httpx.get(f"{server.url}/readyz").json()["reason"] == warning
         error = error_of(post(server, PLAIN, "completions"), 503)
         assert (error["code"], error["message"]) == ("insufficient_memory", warning)
-        ask(server.url, "PUT", json={"model_memory": "1GiB"})
+        stack.limit.set(2**30)
         assert post(server, PLAIN, "completions").status_code == 200
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b'{"memory": "300MiB"}', b'{"model_memory": "much"}', b'{"model_memory": true}',
-     b'{"model_memory": "1MiB", "memory": 1}'],
-)  # fmt: skip
-def test_a_wrong_request_changes_nothing(administered, content):
-    url, limit = administered
-    before = limit()
-    answer = ask(url, "PUT", content=content)
-    assert answer.status_code == 400, answer.text
-    assert limit() == before
-
-
-def test_only_administrators_keys_open_the_limit_and_they_open_nothing_else(administered):
-    url, limit = administered
-    before = limit()
-    for key in ("client", "wrong", None):
-        assert ask(url, key=key).status_code == 401
-        assert ask(url, "PUT", key=key, json={"model_memory": 1}).status_code == 401
-    assert limit() == before
-    for key, status in (("client", 200), ("admin", 401)):
-        headers = {"authorization": f"Bearer {key}"}
-        assert httpx.get(f"{url}/v1/models", headers=headers).status_code == status
-
-
-def test_a_key_of_both_files_is_refused_before_the_start(tmp_path):
-    for name in ("clients", "admins"):
-        (tmp_path / name).write_text(f"{name}\nboth\n")
-    files = {"api_key_file": tmp_path / "clients", "admin_key_file": tmp_path / "admins"}
-    with pytest.raises(ServingSettingsError, match="must have no key in common"):
-        check_access(ServerSettings(**{name: str(path) for name, path in files.items()}))
-
-
-def test_a_budget_of_the_system_is_shown_and_cannot_be_set(tokenizer, tmp_path):
-    (tmp_path / "admins").write_text("admin")
-    engine = FakeEngine(tokenizer)
-    source = CgroupMemory()
-    engine.controller.monitor = SimpleNamespace(
-        source=source, budget_now_bytes=lambda: 7, used_bytes=5
-    )
-    settings = ServerSettings(admin_key_file=str(tmp_path / "admins"))
-    with BackgroundServer(create_app(engine, tokenizer, settings)) as server:
-        assert ask(server.url).json()["source"] == "cgroup"
-        assert ask(server.url, "PUT", json={"memory": "1GiB"}).status_code == 409
-        assert httpx.get(f"{server.url}/v1/models").status_code == 200
-    with BackgroundServer(create_app(engine, tokenizer, ServerSettings())) as server:
-        answer = ask(server.url, "PUT")  # there are no administrators
-        assert "start the server with --admin-key-file" in error_of(answer, 404)["message"]

@@ -200,7 +200,6 @@ def test_the_vocabulary_is_loaded_before_the_first_baseline_whatever_is_limited(
     settings = ServerSettings(policy="dense", device="cpu", **limit)
     stack = build_stack(settings, llm=byte_llm())
     assert stack.app.state.service.builder.grammars.loaded
-    stack.close()
 
 
 def test_without_the_library_the_error_names_the_extra(tokenizer, monkeypatch):

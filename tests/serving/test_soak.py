@@ -154,7 +154,6 @@ class Soak:
             max_batch_size=4,
             max_queue=32,
             queue_timeout_s=20,
-            decisions=str(folder / "decisions.jsonl"),
         )
         llm = load_served_model(settings)
         with patch.object(stack, "Engine", RecordingEngine):
@@ -191,7 +190,6 @@ class Soak:
                 self._budget_bytes = int(share * native_bytes)
                 time.sleep(min(self._random.expovariate(1 / PHASE_S), 5.0))
             self._measure_at_rest()
-        self._stack.close()
 
     def _measure_at_rest(self):
         """Measure resident memory and one answer of the native model, while no client sends."""
@@ -298,6 +296,4 @@ def test_a_server_under_load_and_a_moving_budget(tmp_path, random_plans):
     others = [replace(plan, removed=plan.removed ^ {4}) for plan in plans]
     assert any(map(is_wrong, itertools.repeat(fresh), engine.sample, others)), "the check sees all"
     assert len(engine.plans) > 2
-    switches = engine.controller.switcher.switches
-    assert switches > 5
-    assert len((tmp_path / "decisions.jsonl").read_text().splitlines()) == switches
+    assert engine.controller.switcher.switches > 5
