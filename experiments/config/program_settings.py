@@ -30,6 +30,8 @@ class EnvConfig:
     """Levels of ``RAPLadder-v0``: a name of `rap_env.levels.LADDERS`, or lists by kind."""
     together: list[str] = setting(["int8", "int4"])
     """Levels of ``RAPLadder-v0`` that all caches take together."""
+    freed_together: bool = False
+    """Whether its observations show what all caches that take a level together free."""
     invalid_action_penalty: float = setting(0.1, low=0)
     """What an invalid action costs."""
     max_invalid_actions: int = setting(10, low=1)
@@ -45,13 +47,13 @@ class EnvConfig:
     @property
     def arguments(self) -> dict[str, Any]:
         """What defines the levels, as arguments of the environment."""
-        names = [name for name in ("levels", "together") if name not in self.task.unused]
+        names = [name for name in TaskConfig.unused if name not in self.task.unused]
         return {name: getattr(self, name) for name in names}
 
     @property
     def ladder(self) -> dict[str, Any]:
         """What defines the ladder of a model, as `rap_env.ladder.items.Ladder.of` takes it."""
-        return {"levels": self.task.levels, "together": self.task.together, **self.arguments}
+        return self.task(**self.arguments).ladder
 
 
 @dataclass

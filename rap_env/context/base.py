@@ -226,7 +226,11 @@ def method_order(
 
 
 def make_encoder(
-    context: PruningContext, layout: str, levels: LevelSpec, together: Sequence[str]
+    context: PruningContext,
+    layout: str,
+    levels: LevelSpec,
+    together: Sequence[str],
+    freed_together: bool = False,
 ) -> ObservationEncoder:
     """Make what encodes the observations of a context's model.
 
@@ -236,6 +240,7 @@ def make_encoder(
             `RAPLadder-v0`, or ``"blocks"``, as in `RAPPrune-v0`, which removes blocks only.
         levels: As for `Ladder.of`.
         together: As for `Ladder.of`.
+        freed_together: As for `Ladder.of`.
 
     Raises:
         UnknownNameError: There is no such ladder or level.
@@ -244,7 +249,7 @@ def make_encoder(
     """
     if layout == ImportanceFeatures.key:
         return ObservationEncoder(mask_bytes(context.memory), context.features)
-    ladder = Ladder.of(context.memory.facts, levels, together)
+    ladder = Ladder.of(context.memory.facts, levels, together, freed_together)
     ladder_bytes = LadderBytes(context.memory, ladder)
     if context.importance == "none":
         return ObservationEncoder(ladder_bytes, ItemImportance.none(ladder))

@@ -60,7 +60,7 @@ class EnvConfig:
     """How the model is loaded, see `rap_env.load_llm`."""
     text: ClassVar[Mapping[str, Any]] = {}
     """Settings of the calibration text whose defaults are not those of `CorpusConfig`."""
-    unused: ClassVar[tuple[str, ...]] = ("levels", "together")
+    unused: ClassVar[tuple[str, ...]] = ("levels", "together", "freed_together")
     """Fields that are no arguments of the environment."""
     layout: ClassVar[str] = "blocks"
     """The layout of observations, see `rap_env.context.base.make_encoder`."""
@@ -94,6 +94,7 @@ class EnvConfig:
     store: str | None = "default"
     levels: str | Mapping[str, Any] = "masks"
     together: Sequence[str] = ()
+    freed_together: bool = False
 
     def __post_init__(self) -> None:
         check(self)
@@ -118,6 +119,11 @@ class EnvConfig:
     def names(cls) -> list[str]:
         """The names of the environment's arguments."""
         return [entry.name for entry in fields(cls) if entry.name not in cls.unused]
+
+    @property
+    def ladder(self) -> dict[str, Any]:
+        """What defines the ladder of a model, as `Ladder.of` takes it."""
+        return {name: getattr(self, name) for name in EnvConfig.unused}
 
     def of_context(self) -> dict[str, Any]:
         """Settings of the pruning context that have another name there."""

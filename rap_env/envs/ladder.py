@@ -74,7 +74,9 @@ class RAPLadderEnv(PruningEnv):
     | [:, 8] | place of the step to the next level in the greedy order | 0 (first) | 1 (last) |
     | [:, 9] | ΔNLL that this step adds in the greedy order | 0 | 1 |
 
-    Columns 6 to 9 are 0 where an item has no lower level.
+    Columns 6 to 9 are 0 where an item has no lower level. Of caches that take a level
+    together, column 6 shows what each one alone frees, or with `freed_together=True` what all
+    of them free, which is what the action does.
 
     `action_mask`: `MultiBinary(N)`, int8
 
@@ -158,6 +160,7 @@ class RAPLadderEnv(PruningEnv):
     | `model` | `"smollm2-135m"` | alias, hub id, folder or GGUF file, loaded as it is stored |
     | `levels` | `"all"` | `"all"`, `"four-bits"`, `"caches"`, `"masks"`, or a dict of lists |
     | `together` | `("int8", "int4")` | levels that all caches take with one action |
+    | `freed_together` | `False` | whether column 6 counts all caches that an action lowers |
     | `workload` | `{"name": "azure-conv", "budget_fraction_range": [0.25, 0.95]}` | sampler |
     | `reward` | `"perplexity"` | name or dict, as above |
     | `calibration` | `None` | text that NLL is measured on: source, or dict of `CorpusConfig` |

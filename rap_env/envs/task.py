@@ -32,7 +32,7 @@ from rap_env.specs import check_settings
 from rap_env.workload import make_sampler
 
 _MAX_DRAWS = 100
-_AHEAD = 16  # requests that a single environment draws at once
+_AHEAD = 16  # requests that a single environment draws at most at once
 
 Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
@@ -152,7 +152,7 @@ class PruningTask:
         self.info_key, self.delta_key = config.info_key, config.delta_key
         self._unchanged, self._verb = config.unchanged, config.verb
         self._names_removed = config.info_key == "removed"
-        self.encoder = make_encoder(self.context, config.layout, config.levels, config.together)
+        self.encoder = make_encoder(self.context, config.layout, **config.ladder)
         self.ladder = self.encoder.ladder
         if isinstance(self.context.scorer, TableScorer):
             # Makes its tables, so that the first step is as fast as others.
@@ -427,15 +427,16 @@ class StartQueue:
         self._task, self._rng = task, rng
         self._before: Mapping[str, Any] | None = None
         self._drawn, self._starts = 0, list[tuple[int, EpisodeStart]]()
+        self._count = 0  # few at first, because each reset with a seed begins a queue
 
     def next(self) -> EpisodeStart:
         """The next start; errors are those of `PruningTask.start_episode`."""
         if not self._starts:
-            if self._drawn < _AHEAD:  # the last requests of a batch were of no use
+            if self._drawn < self._count:  # the last requests of a batch were of no use
                 self.rewind()
-            self._drawn = 0
+            self._drawn, self._count = 0, min(_AHEAD, max(1, 4 * self._count))
             self._before = self._rng.bit_generator.state
-            self._starts = self._task.draw_ahead(self._rng, _AHEAD)[::-1]
+            self._starts = self._task.draw_ahead(self._rng, self._count)[::-1]
             if not self._starts:
                 self.rewind()
                 return self._task.start_episode(self._rng, None)

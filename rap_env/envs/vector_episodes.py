@@ -344,6 +344,11 @@ class _Requests:
         rows, valid = encoder.encode(self.costs, items, *shown, plans)
         cells = plans * positions.shape[1] + items
         self._seen_rows[cells], self._valid[cells] = rows, valid
+        if encoder.ladder.freed_together:
+            moved = np.unique(plans[encoder.ladder.is_cache[items]])
+            rows_of_moved = self.seen[encoder.key][moved]
+            encoder.show_together(rows_of_moved, self.costs, positions[moved], moved)
+            self.seen[encoder.key][moved] = rows_of_moved
         self._show_bytes_over()
 
     def _show_bytes_over(self) -> None:

@@ -151,10 +151,25 @@ class ObservationEncoder:
             shape: The number of each plan's shape, (n,), or one number for all.
         """
         items, others = np.arange(len(self.ladder)), positions[..., self.ladder.counterpart_array]
-        rows, valid = self.encode(costs, items, positions, others, column(shape))
-        return rows.view(np.float32).reshape(*positions.shape, len(self.features)), valid.astype(
-            np.int8
-        )
+        encoded, valid = self.encode(costs, items, positions, others, column(shape))
+        rows = encoded.view(np.float32).reshape(*positions.shape, len(self.features))
+        self.show_together(rows, costs, positions, shape)
+        return rows, valid.astype(np.int8)
+
+    def show_together(
+        self, rows: Floats, costs: StackedCosts, positions: Counts, shape: Counts | int
+    ) -> None:
+        """Show what caches that take a level together free, in rows (n, items, F) of plans.
+
+        This does nothing unless the ladder says so (`Ladder.freed_together`).
+        """
+        if self.ladder.freed_together:
+            plans, items, freed = costs.freed_together(
+                positions.reshape(-1, len(self.ladder)), shape
+            )
+            of_plans = shape[plans] if isinstance(shape, np.ndarray) else shape
+            shares = np.maximum(0, freed) / costs.dense_peak_bytes[of_plans]
+            rows.reshape(-1, *rows.shape[-2:])[plans, items, self.freed] = shares
 
     def request(self, costs: StackedCosts, budget_bytes: Counts) -> Floats:
         """What is observed of requests whatever the plan, (s, 5).
@@ -232,6 +247,9 @@ class ObservedState:
         state = self.state
         state.apply(lowering)
         changed = state.changes(lowering)
+        ladder = self._encoder.ladder
+        if ladder.freed_together and not changed.isdisjoint(ladder.caches):
+            changed = frozenset(range(len(ladder)))
         if len(changed) > _FEW:
             self._show_all()
         else:

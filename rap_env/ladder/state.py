@@ -431,7 +431,7 @@ class StackedCosts:
         self,
         items: Any,
         positions: npt.NDArray[Any],
-        counterparts: npt.NDArray[Any],
+        counterparts: Any,
         shape: Any = 0,
     ) -> Counts:
         """Bytes that the next level of each item frees, shared ones left out.
@@ -446,6 +446,29 @@ class StackedCosts:
             cache_levels = self.levels(self.ladder.counterpart_array[items], counterparts)
             freed = freed + removes * self.item_bytes(cache_levels, shape)
         return np.asarray(freed)
+
+    def freed_together(
+        self, positions: npt.NDArray[Any], shape: Any = 0
+    ) -> tuple[Counts, Counts, Counts]:
+        """What lowering caches frees where several take a level together.
+
+        Args:
+            positions: The positions of the plans' levels, (n, items).
+            shape: As for `moves`.
+
+        Returns:
+            The number of the plan, the cache, and the bytes that all of them free, (k,) each.
+        """
+        tables, caches = self.tables, self.tables.caches
+        levels, shape = self.levels(caches, positions[:, caches]), column(shape)
+        together = self.of_steps(tables.effects, levels, shape) == TOGETHER
+        plans, columns = together.nonzero()
+        of_each = shape[plans, 0] if isinstance(shape, np.ndarray) else shape
+        items, at = caches[columns], levels[together]
+        lower = self.of_steps(tables.next_level, at, of_each)
+        freed = self.freed_bytes(items, positions[plans, items], 0, of_each)
+        groups = plans * self.ladder.width + lower
+        return plans, items, np.bincount(groups, freed).astype(np.int64)[groups]
 
     def moves(
         self, positions: npt.NDArray[Any], items: Counts, shape: Any = 0

@@ -150,13 +150,17 @@ class Evaluation:
     def against(self, entry: Entry) -> tuple[float, float, float]:
         """Mean ΔNLL minus that of an entry, with a paired 95 % interval over the requests.
 
-        Negative values: this policy loses less. The interval is a bootstrap over requests,
-        which are the same for both.
+        Negative values: this policy loses less. The interval is a bootstrap over shapes of
+        requests, because the plans for one shape are alike; requests are the same for both.
         """
-        difference = self.scores - entry.scores(self.split)
+        difference, numbers = self.scores - entry.scores(self.split), dict[Any, int]()
+        requests = [(c.request.batch_size, c.request.seq_len_tokens) for c in self.cells]
+        shapes = [numbers.setdefault(shape, len(numbers)) for shape in requests]
+        sums, counts = np.bincount(shapes, difference), np.bincount(shapes)
         rng = np.random.default_rng(0)
-        drawn = rng.integers(len(difference), size=(_RESAMPLES, len(difference)))
-        low, high = np.percentile(difference[drawn].mean(axis=1), (2.5, 97.5))
+        drawn = rng.integers(len(sums), size=(_RESAMPLES, len(sums)))
+        means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+        low, high = np.percentile(means, (2.5, 97.5))
         return float(difference.mean()), float(low), float(high)
 
     def __str__(self) -> str:
@@ -176,7 +180,7 @@ class Evaluation:
             rows.append((float(entry.scores(self.split).mean()), entry.name, predicted, against))
         rows.sort(key=lambda row: row[0])
         width = max(len(name) for _, name, *_ in rows)
-        versus = f"  {own} minus it [95 % interval over requests]" if ranked else ""
+        versus = f"  {own} minus it [95 % interval over shapes]" if ranked else ""
         lines = [
             f"{self.task.name}, {self.split} text, {len(self.cells)} requests: mean ΔNLL in nats "
             "per token (less is better)",

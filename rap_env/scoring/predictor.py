@@ -173,17 +173,19 @@ class ScoreModel:
         Returns:
             (N,); that of a plan does not depend on the others.
         """
-        mean, spread = self.mean_and_spread(features, lowered, clamped=clamped)
-        return mean + self.pessimism * spread
+        return self.bound(self.of_members(features, lowered, clamped=clamped))
 
-    def mean_and_spread(
+    def of_members(
         self, features: Features, lowered: Floats | float = 0.0, *, clamped: bool = True
-    ) -> tuple[Floats, Floats]:
-        """Mean and standard deviation of the members' predictions, nats per token, (N,) each."""
-        predicted = self._predicted(self._sums(features), features, lowered, clamped=clamped)
+    ) -> Floats:
+        """The predictions of each member, nats per token, (N, E)."""
+        return self._predicted(self._sums(features), features, lowered, clamped=clamped)
+
+    def bound(self, predicted: Floats) -> Floats:
+        """What `delta_nll_many` makes of the members' predictions (N, E), (N,)."""
         if len(self.members) == 1:
-            return predicted[:, 0], np.zeros(len(predicted))
-        return predicted.mean(axis=1), predicted.std(axis=1)
+            return predicted[:, 0]
+        return np.asarray(predicted.mean(axis=1) + self.pessimism * predicted.std(axis=1))
 
     def delta_nll_below(
         self, features: Features, parents: Indices, removed: Indices, lowered: Floats
@@ -206,8 +208,7 @@ class ScoreModel:
         of_pairs[more] += 2 * products[rows, :, blocks]
         plans[more, blocks] = True
         sums = of_blocks, of_pairs, products
-        predicted = self._predicted(sums, plans, lowered, clamped=False)
-        return np.asarray(predicted.mean(axis=1) + self.pessimism * predicted.std(axis=1))
+        return self.bound(self._predicted(sums, plans, lowered, clamped=False))
 
     def _sums(self, features: Features) -> tuple[Floats, Floats, Floats]:
         """The sums of `_weights` over the removed blocks of plans, and of `_pairs` over pairs.

@@ -330,13 +330,12 @@ class TableScorer:
                 token, NaN where there is none, (n,).
         """
         (known,) = np.isfinite(mask_nll).nonzero()
-        if not len(known):
-            return self._model.delta_nll_many(features, lowered)
         asked = np.concatenate([features, features[known]])
-        of_all = self._model.delta_nll_many(asked, np.append(lowered, np.zeros(len(known))))
+        of_all = self._model.of_members(asked, np.append(lowered, np.zeros(len(known))))
         predicted, of_masks = of_all[: len(lowered)], of_all[len(lowered) :]
-        predicted[known] = mask_nll[known] - self.dense_nll + predicted[known] - of_masks
-        return predicted
+        rises = (mask_nll[known] - self.dense_nll)[:, None]
+        predicted[known] = rises + predicted[known] - of_masks
+        return self._model.bound(predicted)
 
     def nll_at(self, ladder: Ladder, positions: Counts) -> tuple[Floats, npt.NDArray[np.bool_]]:
         """NLL of the plans with some positions of their levels on a ladder, (n, items).

@@ -97,3 +97,25 @@ def test_costs_are_observed_on_a_log_scale():
     assert seen[:2].tolist() == [0, 0]
     assert (np.diff(seen[1:6]) > 0.005).all()
     assert seen[-2:].tolist() == [1, 1]
+
+
+def test_freed_bytes_can_count_all_caches_that_take_a_level_together():
+    spec = {"levels": "all", "together": ["int8", "int4"], "freed_together": True}
+    builder = made_ladder.encoder(spec=spec)
+    alone = made_ladder.encoder(spec={**spec, "freed_together": False})
+    assert builder.spec == {"layout": "ladder", **builder.ladder.spec}
+    assert builder.ladder.spec["freed_together"]
+    column, caches = COLUMN["freed_share"], list(builder.ladder.caches)
+    for plan in ({}, {"layer01.attn": "removed"}, {"layer00.cache": "int8"}):
+        request, seen = of(builder, plan)
+        _, single = of(alone, plan)
+        costs = builder.ladder_bytes.costs(request.batch_size, request.seq_len_tokens)
+        state = costs.state(builder.ladder.positions(Plan.of(plan)))
+        for item in filter(state.is_valid, range(len(builder.ladder))):
+            after = state.preview(item)
+            freed = state.peak_bytes - after.peak_bytes
+            freed += after.shared_bytes - costs.shared.of(state._sharers)
+            assert seen["ladder"][item, column] == pytest.approx(freed / costs.dense_peak_bytes)
+        assert (seen["ladder"][caches, column] > single["ladder"][caches, column]).any()
+        single["ladder"][caches, column] = seen["ladder"][caches, column]
+        assert (seen["ladder"] == single["ladder"]).all()

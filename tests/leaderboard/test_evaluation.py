@@ -146,6 +146,9 @@ def test_the_packaged_policy_has_its_published_result(packaged):
     mean, low, high = packaged.against(knapsack)
     assert mean == pytest.approx(packaged.mean_delta_nll - knapsack.scores("test").mean())
     assert low < mean < high < 0
+    shapes = np.split(packaged.scores - knapsack.scores("test"), 5)
+    assert low > min(shape.mean() for shape in shapes)
+    assert high < max(shape.mean() for shape in shapes)
     order = [line.partition("  ")[0] for line in str(packaged).splitlines()]
     assert order.index("packaged (this)") < order.index("Uniform settings")
 

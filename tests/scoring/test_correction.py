@@ -77,7 +77,7 @@ def test_one_mask_is_predicted_as_among_others_and_below_others(predictor):
     more[::2] = [int(np.flatnonzero(~row)[0]) if not row.all() else -1 for row in removed]
     plans = removed[parents]
     plans[more >= 0, more[more >= 0]] = True
-    free = model.mean_and_spread(plans, clamped=False)[0]
+    free = model.delta_nll_many(plans, clamped=False)
     below = model.delta_nll_below(removed, parents, more, np.zeros(len(parents)))
     assert below == pytest.approx(free, rel=1e-9, abs=1e-9)
 

@@ -157,15 +157,16 @@ def test_members_disagree_more_on_masks_unlike_those_measured(model):
     known = shallow()[1 + BLOCKS :]
     deep = masks(400, seed=3)[1 + BLOCKS :]
     deep = deep[deep.sum(axis=1) >= 10]
-    _, near = model.mean_and_spread(known, clamped=False)
-    _, far = model.mean_and_spread(deep, clamped=False)
+    near = model.of_members(known, clamped=False).std(axis=1)
+    far = model.of_members(deep, clamped=False).std(axis=1)
     assert np.median(far / losses(deep)) > 3 * np.median(near / losses(known))
 
 
 def test_pessimism_makes_a_prediction_worse_by_the_spread(model):
     other = masks(50, seed=6)[1 + BLOCKS :]
     pessimistic = ScoreModel(model.members, pessimism=2.0)
-    mean, spread = model.mean_and_spread(other)
+    members = model.of_members(other)
+    mean, spread = members.mean(axis=1), members.std(axis=1)
     assert pessimistic.delta_nll_many(other) == pytest.approx(mean + 2 * spread)
     assert (pessimistic.delta_nll_many(other) >= model.delta_nll_many(other)).all()
 

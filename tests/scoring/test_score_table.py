@@ -4,11 +4,13 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rap_env.artifacts import save_artifact
 from rap_env.errors import ArtifactError, ModelNotAvailableError, UnknownNameError
 from rap_env.plan import Plan, every_mask
+from rap_env.scoring.predictor_fit import feature_matrix
 from rap_env.scoring.score_table import (
     ScoreTable,
     TableScorer,
@@ -54,6 +56,25 @@ def test_a_table_round_trips_through_its_file(table, path):
     for name in ("context", "text", "settings", "evaluation_s"):
         assert getattr(again, name) == json.loads(json.dumps(getattr(table, name)))
     assert again.dense_nll == table.scores[Plan()]
+
+
+def test_an_unmeasured_plan_has_a_bound_of_its_whole_loss(table):
+    """Members agree on what was measured, so no bound of that part is subtracted."""
+    table = fitted_again(
+        table, members=3, pessimism=2.0, lowered=lambda plan: 0.02 * len(plan.levels)
+    )
+    scorer = TableScorer(table, lambda plan: 0.02 * len(plan.levels))
+    mask = Plan.removing(0, 4)
+    plan = mask.lower({"layer01.attn": "int8", "layer01.ffn": "int8"})
+    features = feature_matrix([plan, mask], BLOCKS)
+    of_plan, of_mask = table.predictor.of_members(features, np.array([0.04, 0.0]))
+    whole = table.scores[mask] + of_plan - of_mask
+    assert scorer.nll(plan) == pytest.approx(whole.mean() + 2 * whole.std())
+    assert scorer.nll(plan) > whole.mean()
+    unknown = Plan.removing(0, 1, 2, 3)
+    (members,) = table.predictor.of_members(feature_matrix([unknown], BLOCKS))
+    rise = scorer.nll(unknown) - scorer.dense_nll
+    assert rise == pytest.approx(members.mean() + 2 * members.std())
 
 
 def test_unmeasured_masks_are_predicted_and_flagged(table, path):
