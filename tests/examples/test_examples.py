@@ -196,13 +196,13 @@ def dataset(tmp_path_factory):
     """A small dataset of episodes, under the id that the examples load."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(tmp_path_factory.mktemp("minari")))
-        module = example("offline_episodes")
+        module = example("offline_learning")
         yield module.write(episodes=24).spec.dataset_id
 
 
 def test_offline_episodes(dataset):
     """Episodes end on the way to the plans, and are the same each time."""
-    module = example("offline_episodes")
+    module = example("offline_learning")
     env = gym.make(module.TASK, disable_env_checker=True)
     episodes = list(module.minari.load_dataset(dataset).iterate_episodes())
     assert len(episodes) == 24
@@ -218,7 +218,7 @@ def test_offline_episodes(dataset):
 
 @pytest.mark.slow
 def test_offline_cloning(dataset):
-    module = example("offline_cloning")
+    module = example("offline_learning")
     before, after = (
         rap_env.evaluate(module.train(dataset, updates), module.TASK, name="cloning")
         for updates in (0, 100)

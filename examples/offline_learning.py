@@ -1,10 +1,11 @@
-"""Episodes of a pinned task as a Minari dataset, for the offline examples.
+"""Offline learning: episodes of a pinned task as a Minari dataset, and behaviour cloning from it.
 
     pip install "minari[hdf5]"
-    PYTHONPATH=. python examples/offline_episodes.py   # in a checkout, for `agents`
+    PYTHONPATH=. python examples/offline_learning.py   # in a checkout, for `agents`
 
 The best measured plans and the packaged policy take turns. A plan is reached by random steps
-towards it, so that one plan gives many episodes.
+towards it, so that one plan gives many episodes. The network is that of `ppo_single_file.py`,
+and learns to repeat the actions of the episodes without a single step of the task.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from collections.abc import Callable
 import gymnasium as gym
 import minari
 import numpy as np
+import torch
 from minari.data_collector import EpisodeBuffer
 
 import rap_env
 from agents.trained_policy import PlanObserver
+from examples.ppo_single_file import TASK, Agent, flat
 
-TASK = "RAPLadder/SmolLM2-Table-v1"
 DATASET = "rapladder/smollm2-table/mixed-v0"
+UPDATES, BATCH, LEARNING_RATE = 600, 256, 3e-3
 
 Choose = Callable[[rap_env.Request], rap_env.Plan]
 
@@ -62,5 +65,36 @@ def write(dataset: str = DATASET, episodes: int = 400) -> minari.MinariDataset:
     )
 
 
+def transitions(dataset: str) -> tuple[dict[str, np.ndarray], torch.Tensor]:
+    """All observations in which an action was taken, and the actions."""
+    episodes = list(minari.load_dataset(dataset).iterate_episodes())
+    names = episodes[0].observations
+    seen = {
+        name: np.concatenate([one.observations[name][:-1] for one in episodes]) for name in names
+    }
+    return seen, torch.as_tensor(np.concatenate([one.actions for one in episodes]))
+
+
+def train(dataset: str = DATASET, updates: int = UPDATES, seed: int = 0) -> torch.nn.Module:
+    """An agent that was trained to repeat the actions of a dataset."""
+    torch.manual_seed(seed)
+    torch.set_num_threads(1)
+    seen, actions = transitions(dataset)
+    agent = Agent(seen["request"].shape[1], seen["action_mask"].shape[1])
+    inputs = flat(seen)
+    optimiser = torch.optim.Adam(agent.parameters(), lr=LEARNING_RATE)
+    for _ in range(updates):
+        part = torch.randint(len(actions), (BATCH,))
+        distribution, _ = agent(inputs[part])
+        loss = -distribution.log_prob(actions[part]).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return agent
+
+
 if __name__ == "__main__":
-    print(write().total_steps, "steps are in the dataset", DATASET)
+    if DATASET not in minari.list_local_datasets():
+        print(write().total_steps, "steps are in the dataset", DATASET)
+    print(rap_env.evaluate(train(updates=0), TASK, name="untrained"), end="\n\n")
+    print(rap_env.evaluate(train(), TASK, name="behaviour cloning"))
