@@ -6,7 +6,6 @@ import logging
 import math
 import threading
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,6 @@ from rap_env.errors import (
 )
 from rap_env.request import KEPT_DELTA_NLL
 from rap_env.runtime.admission import RequestQueue
-from rap_env.runtime.memory_estimator import BatchShape
 from rap_env.runtime.records import EngineStats
 from rap_env.runtime.request_handle import Listener, RequestHandle
 from rap_env.runtime.running import RESTORES, Restore
@@ -134,9 +132,6 @@ class Engine:
             keep_file_bytes=keep_file_bytes,
         )
         self.observers = self._scheduler.observers
-        self._longest_lock = threading.Lock()
-        # A budget, and the tokens that fit.
-        self._longest_prompt: tuple[int, int] | None = None
         self._turn_lock = threading.Lock()
         self._wake = threading.Event()
         self._closing = False
@@ -165,27 +160,6 @@ class Engine:
     def nothing_fits(self) -> str:
         """Why not even a request of one token fits now; empty if it does. From any thread."""
         return self._scheduler.admission.nothing_fits()
-
-    def longest_prompt_tokens(self) -> int:
-        """Most tokens of a prompt that fits the largest expected budget alone; 0 if none fits.
-
-        Within the quality floor, it is the longest for which a plan above the floor is found.
-        The safety margin is left out, since it changes: the engine may still reject a shorter
-        prompt. Any thread may call it; a new budget takes a search, up to a second.
-        """
-        budget = self.controller.monitor.budget_limit_bytes()
-        could_fit = self.controller.chooser.could_fit
-        with self._longest_lock:
-            if self._longest_prompt is None or self._longest_prompt[0] != budget:
-                # The last generated token is not fed back, so the cache holds the prompt
-                # alone.
-                tokens = bisect_left(
-                    range(1, self.max_seq_len_tokens),
-                    True,
-                    key=lambda tokens: not could_fit(BatchShape(1, tokens), budget),
-                )
-                self._longest_prompt = (budget, tokens)
-            return self._longest_prompt[1]
 
     def submit(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -279,16 +278,6 @@ class AnswerPlans:
             "plan_changed": self.changed,
             "kept_tokens": self.kept_tokens,
             "kept_levels": self.kept_levels or None,
-        }
-
-    def headers(self) -> dict[str, str]:
-        """The report as response headers; what is null there has no header."""
-        return {
-            f"x-rap-{name.replace('_', '-')}": value
-            if isinstance(value, str)
-            else json.dumps(value)
-            for name, value in self.report().items()
-            if value is not None
         }
 
 

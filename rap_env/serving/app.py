@@ -1,4 +1,4 @@
-"""ASGI application: OpenAI's completion routes, tokenizing, probes, versions and metrics."""
+"""ASGI application: OpenAI's completion routes, probes, versions and metrics."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ from rap_env.serving.http import (
     ApiKeys,
     RequestGate,
     failed,
-    invalid,
     read_json,
     shown,
     unavailable,
@@ -44,10 +43,7 @@ from rap_env.serving.responses import (
 from rap_env.serving.schemas import (
     ChatCompletionRequest,
     CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
     validate,
-    validate_fields,
 )
 from rap_env.serving.settings import ServerSettings
 from rap_env.version import __version__
@@ -137,7 +133,7 @@ class Service:
         finally:
             self._finish(generation)
         self.count(request, "ok")
-        return JSONResponse(writer.whole(deltas, usage_of(generation)), headers=writer.headers())
+        return JSONResponse(writer.whole(deltas, usage_of(generation)))
 
     async def _stream(
         self, request: Request, generation: Generation, writer: ResponseWriter
@@ -197,7 +193,6 @@ def create_app(
     app.state.service = service
     app.add_middleware(RequestGate, keys=service.api_keys)
     _add_completion_routes(app, service)
-    _add_token_routes(app, service)
     _add_probes(app, service)
     _add_error_handlers(app, service)
     return app
@@ -225,51 +220,9 @@ def _add_completion_routes(app: FastAPI, service: Service) -> None:
         return JSONResponse(model)
 
 
-def _add_token_routes(app: FastAPI, service: Service) -> None:
-    """Add ``/tokenize`` and ``/detokenize``, as in vLLM's server.
-
-    Texts and messages are encoded exactly as for completions.
-    """
-    builder, tokenizer, settings = service.builder, service.tokenizer, service.settings
-
-    def encode(body: TokenizeRequest) -> list[int]:
-        if body.prompt is not None and body.messages is None:
-            return builder.encode_text(body.prompt)
-        if body.messages is None or body.prompt is not None:
-            raise invalid("Give either 'prompt' or 'messages'.", "prompt")
-        return builder.encode_chat(body.messages, body.tools or [])
-
-    def decode(tokens: list[int]) -> str:
-        if tokens and max(tokens) >= len(tokenizer):
-            raise invalid(
-                f"Token {max(tokens)} is not in the tokenizer's vocabulary "
-                f"(0 to {len(tokenizer) - 1}).",
-                "tokens",
-            )
-        text: str = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
-        return text
-
-    @app.post("/tokenize")
-    async def tokenize(request: Request) -> Response:
-        body = validate_fields(TokenizeRequest, await read_json(request, settings))
-        builder.check_model(body.model)
-        tokens = await asyncio.to_thread(encode, body)
-        answer = {"count": len(tokens), "max_model_len": builder.context_tokens, "tokens": tokens}
-        return JSONResponse(answer)
-
-    @app.post("/detokenize")
-    async def detokenize(request: Request) -> Response:
-        body = validate_fields(DetokenizeRequest, await read_json(request, settings))
-        builder.check_model(body.model)
-        return JSONResponse({"prompt": await asyncio.to_thread(decode, body.tokens)})
-
-
 def _add_probes(app: FastAPI, service: Service) -> None:
-    """Add ``/livez``, ``/readyz``, ``/healthz``, ``/version`` and ``/metrics``.
-
-    ``/health`` is ``/healthz`` under the name that it has in vLLM's and llama.cpp's servers.
-    """
-    engine, settings = service.engine, service.settings
+    """Add ``/livez``, ``/readyz``, ``/health``, ``/version`` and ``/metrics``."""
+    engine = service.engine
     versions = {
         "version": __version__,
         "torch": version("torch"),
@@ -290,19 +243,14 @@ def _add_probes(app: FastAPI, service: Service) -> None:
         return JSONResponse({"status": "ready"})
 
     @app.get("/health")
-    @app.get("/healthz")
-    async def healthz() -> Response:
+    async def health() -> Response:
         if service.closing or not engine.alive:
             return JSONResponse({"status": "closing" if service.closing else "engine stopped"}, 503)
         return JSONResponse({"status": "ok", "model": service.name})
 
     @app.get("/version")
     async def show_versions() -> Response:
-        # In a thread: a new budget takes a search.
-        longest = settings.max_prompt_tokens or await asyncio.to_thread(
-            engine.longest_prompt_tokens
-        )
-        return JSONResponse({**versions, "max_prompt_tokens": longest})
+        return JSONResponse(versions)
 
     @app.get("/metrics")
     async def show_metrics() -> Response:

@@ -241,10 +241,6 @@ class Generation:
             choice.pending.append(self._logprob(first)._replace(logprob=None))
             choice.pending += map(self._logprob, event.samples)
             return None
-        has_failed = isinstance(event, EndEvent) and event.reason not in ("stop", "length")
-        if self.request.prompt_only and not has_failed:  # its one new token is left out
-            choice.handle.cancel()
-            return self._delta(choice, "", "length")
         if isinstance(event, TokenEvent):
             return self._token(choice, event)
         return self._end(choice, event)

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 REQUEST_ID_HEADER = "x-request-id"
 CLIENT_CLOSED_REQUEST = 499
 """Status of a response that no client receives, as in nginx's log."""
-PROBE_PATHS = frozenset({"/livez", "/readyz", "/healthz", "/health"})
+PROBE_PATHS = frozenset({"/livez", "/readyz", "/health"})
 """Paths of the probes, which need no key."""
 UNLIMITED_PATHS = PROBE_PATHS | {"/metrics"}
 """Paths that are answered above the connection limit too."""

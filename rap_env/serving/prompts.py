@@ -43,7 +43,6 @@ class GenerationRequest:
         prompts: Token ids of each prompt.
         n: Number of answers to each prompt.
         echo: Text of each prompt, which the answers begin with; empty for no such texts.
-        prompt_only: Whether the answers are prompts alone.
         include_usage: Whether a stream ends with the numbers of tokens.
         max_delta_nll: Floor of quality of its answers, nats per token; None for the server's
             alone.
@@ -59,7 +58,6 @@ class GenerationRequest:
     stop_strings: Sequence[str] = ()
     logprobs: bool = False
     echo: Sequence[str] = ()
-    prompt_only: bool = False
     chat: bool = False
     stream: bool = False
     include_usage: bool = False
@@ -105,7 +103,6 @@ class RequestBuilder:
     ) -> None:
         self._settings = settings
         self._model = settings.served_name
-        self._longest_prompt = engine.longest_prompt_tokens
         self._stop_token_ids = stop_tokens(engine.llm, tokenizer)
         self._tokenizer = tokenizer
         self.context_tokens = engine.max_seq_len_tokens
@@ -152,7 +149,6 @@ class RequestBuilder:
             # A number in a completion, 0 included; a flag in a chat.
             logprobs=bool(body.logprobs) if chat else body.logprobs is not None,
             echo=echo,
-            prompt_only=body.new_tokens == 0,
             chat=chat,
             stream=bool(body.stream),
             include_usage=bool(body.stream_options and body.stream_options.include_usage),
@@ -169,9 +165,9 @@ class RequestBuilder:
         message = ChatMessage.model_validate(given)
         self.answers.add(owner, _answer_key(message), text, token_ids)
 
-    def check_model(self, name: str | None) -> None:
-        """Raise an `ApiError` (404) unless a name is that of the served model, or not given."""
-        if name not in (None, self._model):
+    def check_model(self, name: str) -> None:
+        """Raise an `ApiError` (404) unless a name is that of the served model."""
+        if name != self._model:
             raise ApiError(
                 404,
                 f"The model `{shown(name)}` does not exist or you do not have access to it; "
@@ -210,33 +206,19 @@ class RequestBuilder:
         )
 
     def _check_prompt(self, tokens: int, body: BaseCompletionRequest) -> None:
-        most = self._settings.max_prompt_tokens
-        if most is not None and tokens > most:
-            raise self._too_long(
-                f"The prompt has {tokens} tokens; this server reads at most {most}.", body
-            )
-        if most is None and 0 < (fits := self._longest_prompt()) < tokens < self.context_tokens:
-            raise self._too_long(
-                f"The prompt has {tokens} tokens; at most {fits} fit the memory of this server.",
-                body,
-            )
         new = body.new_tokens or 1
         if tokens + new > self.context_tokens:
-            raise self._too_long(
+            raise invalid(
                 f"This model's maximum context length is {self.context_tokens} tokens. However, "
                 f"you requested {tokens + new} tokens ({tokens} in the prompt, {new} in the "
                 "completion). Please reduce the length of the prompt or of the completion.",
-                body,
+                "messages" if isinstance(body, ChatCompletionRequest) else "prompt",
+                "context_length_exceeded",
             )
-
-    @staticmethod
-    def _too_long(message: str, body: BaseCompletionRequest) -> ApiError:
-        field = "messages" if isinstance(body, ChatCompletionRequest) else "prompt"
-        return invalid(message, field, "context_length_exceeded")
 
     def _max_new_tokens(self, body: BaseCompletionRequest, prompt_tokens: int) -> int:
         if body.new_tokens is not None:
-            return max(1, body.new_tokens)  # the engine generates at least one
+            return body.new_tokens
         chat = isinstance(body, ChatCompletionRequest)
         default = self._settings.default_chat_tokens if chat else DEFAULT_COMPLETION_TOKENS
         most = min(default, self._settings.max_new_tokens)
@@ -323,15 +305,11 @@ class RequestBuilder:
         except UnsupportedModelError as error:
             raise _unsupported("tools", error) from None
 
-    def encode_text(self, text: str) -> list[int]:
-        """Token ids of a text."""
-        return self._encode(text, add_special_tokens=True)
-
     def encode_chat(
         self,
         messages: list[ChatMessage],
-        tools: Sequence[Tool] = (),
-        owner: str | None = None,
+        tools: Sequence[Tool],
+        owner: str,
     ) -> list[int]:
         """Token ids of messages in the model's chat template, which writes the special tokens.
 
@@ -361,8 +339,6 @@ class RequestBuilder:
             ) from None
         encode = partial(self._encode, add_special_tokens=False)
         ids = encode(text)
-        if owner is None:
-            return ids
         turns, parts = template_turns(messages), list[tuple[str, Sequence[int] | None]]()
         for place, message in enumerate(messages):
             content, known = message.content, None
@@ -389,7 +365,7 @@ class RequestBuilder:
         return text
 
     def _prompt(self, entry: str | list[int]) -> list[int]:
-        ids = self.encode_text(entry) if isinstance(entry, str) else entry
+        ids = self._encode(entry, add_special_tokens=True) if isinstance(entry, str) else entry
         start = self._tokenizer.bos_token_id
         if ids:
             return ids

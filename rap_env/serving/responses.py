@@ -37,10 +37,6 @@ class ResponseWriter:
             "model": model,
         }
 
-    def headers(self) -> dict[str, str]:
-        """Headers that say what produced the response, or the beginning of a stream."""
-        return self._plans.headers()
-
     def whole(self, deltas: Sequence[OutputDelta], usage: Mapping[str, Any]) -> dict[str, Any]:
         """Body of the response without streaming, from all deltas of all answers."""
         by_answer: list[list[OutputDelta]] = [[] for _ in range(self._request.size)]
@@ -226,12 +222,9 @@ class EventStreamResponse(StreamingResponse):
         self._outcome = "disconnected"
 
     async def first(self) -> None:
-        """Wait for the first delta, and take the headers of the plan that it was computed with."""
+        """Wait for the first delta."""
         async with cancel_on_disconnect(self._request, self._generation):
             self._first = await anext(self._deltas)
-        headers = self._writer.headers()
-        del headers["x-rap-plan-changed"]  # it is not known yet
-        self.headers.update(headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Write the stream."""

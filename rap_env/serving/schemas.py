@@ -219,41 +219,22 @@ class ChatCompletionRequest(BaseCompletionRequest):
 
 
 class CompletionRequest(BaseCompletionRequest):
-    """Body of ``POST /v1/completions``; with `echo`, the answer may have no tokens of its own."""
+    """Body of ``POST /v1/completions``."""
 
     prompt: Annotated[list[Any], BeforeValidator(_prompt_entries)] = [""]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: bool | None = None
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
-
-
-class TokenizeRequest(BaseModel):
-    """Body of ``POST /tokenize``: a text (`prompt`), or `messages` of a chat."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    model: str | None = None
-    prompt: str | None = None
-    messages: Messages | None = None
-    tools: list[Tool] | None = None
-
-
-class DetokenizeRequest(BaseModel):
-    """Body of ``POST /detokenize``: token ids."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
 
 
 BodyT = TypeVar("BodyT", bound=BaseCompletionRequest)
-FieldsT = TypeVar("FieldsT", bound=BaseModel)
 
 
 def validate(schema: type[BodyT], body: dict[str, Any]) -> BodyT:
     """Validate a parsed body; a missing, invalid or unsupported field is an `ApiError` (400)."""
-    request = validate_fields(schema, body)
+    try:
+        request = schema.model_validate(body)
+    except ValidationError as error:
+        raise _first_error(error) from None
     _check_other_fields(request.model_extra or {}, chat=schema is ChatCompletionRequest)
     if isinstance(request, ChatCompletionRequest):
         if request.top_logprobs and not request.logprobs:
@@ -262,19 +243,9 @@ def validate(schema: type[BodyT], body: dict[str, Any]) -> BodyT:
         chosen = request.chosen_function
         if (request.tool_choice == "required" and not names) or chosen not in (None, *names):
             raise invalid("'tool_choice' needs a function that is in 'tools'.", "tool_choice")
-    if isinstance(request, CompletionRequest) and request.max_tokens == 0 and not request.echo:
-        raise invalid("'max_tokens' must be at least 1 unless 'echo' is true.", "max_tokens")
     if request.stream_options is not None and not request.stream:
         raise invalid("'stream_options' is only allowed when 'stream' is true.", "stream_options")
     return request
-
-
-def validate_fields(schema: type[FieldsT], body: dict[str, Any]) -> FieldsT:
-    """Validate the declared fields of a parsed body; an invalid one is an `ApiError` (400)."""
-    try:
-        return schema.model_validate(body)
-    except ValidationError as error:
-        raise _first_error(error) from None
 
 
 def _first_error(error: ValidationError) -> ApiError:
@@ -289,8 +260,6 @@ def _first_error(error: ValidationError) -> ApiError:
         return invalid(
             f"Missing required parameter: '{param}'.", param, "missing_required_parameter"
         )
-    if details["type"] == "extra_forbidden":
-        return _unknown_parameter(param)
     wrong_type = details["type"].endswith("_type")
     return invalid(
         f"Invalid {'type' if wrong_type else 'value'} for '{param}': {details['msg']}, "

@@ -156,13 +156,9 @@ class ServerSettings:
         "one step after each chunk.",
         above=0,
     )
-    max_prompt_tokens: int | None = setting(
-        None,
-        "Most tokens of a prompt; null for what fits the budget alone, within the quality floor.",
-        low=1,
-        group="Limits of requests",
+    max_new_tokens: int = setting(
+        2048, "Most tokens that a request may ask for.", low=1, group="Limits of requests"
     )
-    max_new_tokens: int = setting(2048, "Most tokens that a request may ask for.", low=1)
     default_chat_tokens: int = setting(
         256, "Most tokens of a chat answer whose request sets no number.", low=1
     )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from typing import Any, cast
 
 from fastapi import FastAPI
 
-from rap_env.errors import ServingSettingsError, counted
+from rap_env.errors import ServingSettingsError
 from rap_env.models.device import choose_device, drop_unused_pages
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.policies.base import Policy, PolicyLike, as_policy
@@ -184,11 +183,6 @@ def _open_budget(
 def greeting(stack: ServerStack, url: str) -> str:
     """Text for the user once the server answers."""
     controller, name = stack.engine.controller, stack.settings.served_name
-    route = "completions"
-    body: dict[str, Any] = {"model": name, "prompt": "Once upon a time"}
-    if stack.engine.llm.tokenizer.chat_template:
-        message = {"role": "user", "content": "Hello!"}
-        route, body = "chat/completions", {"model": name, "messages": [message]}
     lines = [
         f"{name} is served at {url} (Ctrl+C ends it).",
         _limit_text(controller),
@@ -202,15 +196,6 @@ def greeting(stack: ServerStack, url: str) -> str:
             f"Plans that serve have a predicted rise in NLL of at most {floor} nats per token"
             f"{loaded} (max_delta_nll)."
         )
-    longest = stack.settings.max_prompt_tokens or stack.engine.longest_prompt_tokens()
-    lines.append(f"Prompts may have {longest} tokens.")
-    headers = "-H 'Content-Type: application/json'"
-    if stack.settings.api_key_file is not None:
-        headers += " -H 'Authorization: Bearer KEY'"
-    lines += [
-        f"Health: {url}/healthz, metrics: {url}/metrics. Try it:",
-        f"  curl {url}/v1/{route} {headers} -d '{json.dumps(body)}'",
-    ]
     return "\n".join(lines)
 
 
@@ -230,13 +215,3 @@ def _limit_text(controller: RuntimeController) -> str:
             f"{text}; the rest of the process takes {mebibytes(monitor.meter.baseline_bytes)} more."
         )
     return f"{text}."
-
-
-def farewell(engine: Engine) -> str:
-    """Summary of what the engine did, in one line."""
-    stats = engine.stats()
-    return (
-        f"Ended: {counted(stats.served, 'answer')} with {counted(stats.tokens, 'token')}, "
-        f"{stats.cancelled} cancelled, the plan changed "
-        f"{counted(engine.controller.switcher.switches, 'time')}."
-    )

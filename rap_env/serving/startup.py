@@ -59,7 +59,7 @@ def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
             # These import torch, which takes seconds.
             from rap_env.models.device import use_threads
             from rap_env.serving.server import Server
-            from rap_env.serving.stack import build_stack, farewell, greeting
+            from rap_env.serving.stack import build_stack, greeting
 
             if settings.threads is not None:
                 use_threads(settings.threads)
@@ -68,7 +68,6 @@ def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
             gc.enable()
         text = greeting(stack, url_of(bound, tls=settings.ssl_certfile is not None))
         Server(stack.app, lambda: say(text)).run(sockets=[bound])
-        say(farewell(stack.engine))
 
 
 # The address

@@ -233,7 +233,7 @@ def wait_until_ready(client: httpx.Client, server: PythonProgram) -> None:
     deadline = time.monotonic() + 120
     while server.poll() is None and time.monotonic() < deadline:
         try:
-            client.get("/healthz")
+            client.get("/health")
             return
         except httpx.ConnectError:
             time.sleep(0.2)

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rap_env.errors import InfeasibleBudgetError, InvalidRequestError, QualityFloorError
+from rap_env.errors import InvalidRequestError, QualityFloorError
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.knapsack import KnapsackPolicy
@@ -201,23 +201,6 @@ def test_a_request_that_waits_for_its_own_floor_does_not_hold_up_others(policy):
     engine.step()  # reads the budget
     harness.run(engine)
     assert set(strict.plans) == {NATIVE}
-
-
-@pytest.mark.parametrize("floor", [None, 0.0])
-def test_the_longest_prompt_is_the_longest_that_some_allowed_plan_fits(policy, floor):
-    harness = Harness(policy=policy, max_delta_nll=floor)
-    engine = harness.engine()
-    assert engine.longest_prompt_tokens() == 63  # all positions but one
-    monitor = harness.controller.monitor
-    smallest = policy.choose(BatchShape(1, 30).request(1))
-    for plan, longest in ((NATIVE, 63), (smallest, 30)):
-        harness.budget_bytes = monitor.max_budget_bytes = harness.need(plan, BatchShape(1, 30))
-        if floor is not None:
-            longest = 0 if plan == smallest else 30
-        assert engine.longest_prompt_tokens() == longest
-        if longest < 63:
-            with pytest.raises(InfeasibleBudgetError):
-                engine.submit(prompt(longest + 1), greedy(1))
 
 
 def test_what_a_prefill_took_is_expected_of_prefills_alone(policy):

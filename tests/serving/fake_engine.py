@@ -48,7 +48,6 @@ class FakeEngine:
         self.error = error
         self.plans = plans
         self.max_seq_len_tokens = 64
-        self.longest_prompt_tokens = lambda: self.max_seq_len_tokens - 1
         self.retry_after_s = lambda: 7
         self.vocab_size = 61
         self.handles = []

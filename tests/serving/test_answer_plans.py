@@ -57,7 +57,6 @@ def test_the_plan_with_the_largest_rise_is_reported():
     unknown = plans_of(PLAN, UNKNOWN, NATIVE)
     assert unknown.report()["plan"] == UNKNOWN.digest
     assert unknown.report()["delta_nll"] is None
-    assert "x-rap-delta-nll" not in unknown.headers()
     assert not plans_of(PLAN, PLAN).changed
 
 
@@ -71,7 +70,7 @@ def test_the_fingerprint_is_that_of_the_plans_in_their_order():
 
 
 @ROUTES
-def test_an_answer_and_its_headers_have_the_plan(lowered, body, route):
+def test_an_answer_has_the_plan(lowered, body, route):
     response = post(lowered, {**body, "max_tokens": 8}, route)
     found = response.json()["rap"]
     tokens = (PROMPT if body is CHAT else len("hi")) + 7
@@ -79,11 +78,6 @@ def test_an_answer_and_its_headers_have_the_plan(lowered, body, route):
         "plan": PLAN.digest, "levels": LEVELS, "delta_nll": delta_nll(PLAN, tokens),
         "plan_changed": True, "kept_tokens": 0, "kept_levels": None,
     }  # fmt: skip
-    headers = response.headers
-    assert headers["x-rap-plan"] == PLAN.digest
-    assert headers["x-rap-levels"] == LEVELS
-    assert float(headers["x-rap-delta-nll"]) == found["delta_nll"]
-    assert headers["x-rap-plan-changed"] == "true"
     first = post(lowered, {**body, "max_tokens": 2}, route)
     assert first.json()["rap"] == {
         "plan": NATIVE.digest, "levels": "native", "delta_nll": 0.0, "plan_changed": False,
@@ -101,9 +95,6 @@ def test_the_last_chunk_of_a_stream_has_the_plan(lowered, body, route, usage):
     assert not any("rap" in event for event in events)
     assert (last["rap"]["plan"], last["rap"]["plan_changed"]) == (PLAN.digest, True)
     assert bool(last["choices"]) != usage
-    assert response.headers["x-rap-plan"] == NATIVE.digest
-    assert response.headers["x-rap-levels"] == "native"
-    assert "x-rap-plan-changed" not in response.headers
     whole = post(lowered, body, route).json()
     alone = events_of(post(lowered, {**body, "stream": True}, route))
     assert alone[-1]["system_fingerprint"] == whole["system_fingerprint"]

@@ -254,21 +254,6 @@ def test_a_body_that_is_too_long_is_rejected_while_it_is_read(tokenizer, known_l
         assert post(server, CHAT).status_code == 200
 
 
-def test_only_prompts_within_the_limit_are_taken(tokenizer):
-    engine, fits = FakeEngine(tokenizer), [3]
-    engine.longest_prompt_tokens = lambda: fits[0]
-    for more, words in (({"max_prompt_tokens": 3}, "at most 3"), ({}, "at most 3 fit the memory")):
-        with served(engine, tokenizer, **more) as server:
-            assert post(server, {**PLAIN, "prompt": "abc"}, "completions").status_code == 200
-            error = error_of(post(server, {**PLAIN, "prompt": "abcd"}, "completions"), 400)
-            assert error["code"] == "context_length_exceeded"
-            assert words in error["message"]
-            assert httpx.get(f"{server.url}/version").json()["max_prompt_tokens"] == 3
-            if not more:
-                fits[0] = 0  # the engine says why nothing fits
-                assert post(server, {**PLAIN, "prompt": "abcd"}, "completions").status_code == 200
-
-
 @pytest.mark.parametrize(
     ("raised", "status", "code"),
     [
@@ -324,9 +309,9 @@ def test_the_process_lives_while_nothing_can_be_served(tokenizer):
         assert ready.json() == {"status": "not ready", "reason": "No plan fits."}
         assert httpx.get(f"{server.url}/livez").json() == {"status": "ok"}
         engine.unready = None
-        assert httpx.get(f"{server.url}/healthz").json() == {"status": "ok", "model": "tiny"}
+        assert httpx.get(f"{server.url}/health").json() == {"status": "ok", "model": "tiny"}
         engine.alive = False
-        assert httpx.get(f"{server.url}/healthz").status_code == 503
+        assert httpx.get(f"{server.url}/health").status_code == 503
         server.service.closing = True
         ready = httpx.get(f"{server.url}/readyz")
         assert (ready.status_code, ready.json()["reason"]) == (503, "The server is shutting down.")
@@ -337,5 +322,4 @@ def test_versions_name_what_serves(server):
     assert httpx.get(f"{server.url}/version").json() == {
         "version": rap_env.__version__, "torch": torch.__version__,
         "transformers": transformers.__version__, "model": "tiny", "fingerprint": "0123",
-        "max_prompt_tokens": 63,
     }  # fmt: skip

@@ -98,7 +98,7 @@ def refused_by(server):
 
 def test_connections_beyond_the_limit_are_rejected_but_probes_are_answered(tokenizer):
     with idle_connections(tokenizer, 3, accepted=3) as (server, _):
-        for path in ("/livez", "/readyz", "/healthz", "/metrics"):
+        for path in ("/livez", "/readyz", "/health", "/metrics"):
             response = httpx.get(f"{server.url}{path}")
             assert response.status_code == 200
             assert response.headers["connection"] == "close"

@@ -3,7 +3,6 @@
 import random
 from types import SimpleNamespace
 
-import httpx
 import pytest
 
 from rap_env.serving.answers import UNFINISHED, Detokenizer, StopStrings
@@ -107,31 +106,6 @@ def test_partial_stop_strings_are_released_and_without_any_no_text_is_held_back(
     assert stop.finish() == "##"
 
 
-MESSAGES = CHAT["messages"]
-
-
-def tokenize(server, **body):
-    return httpx.post(f"{server.url}/tokenize", json=body)
-
-
-def detokenize(server, **body):
-    return httpx.post(f"{server.url}/detokenize", json=body)
-
-
-def test_a_text_is_tokenized_and_back(server, tokenizer):
-    body = tokenize(server, model="tiny", prompt="hi there").json()
-    tokens = tokenizer.encode("hi there")
-    assert body == {"count": 8, "max_model_len": 64, "tokens": tokens}
-    assert detokenize(server, tokens=tokens).json() == {"prompt": "hi there"}
-    assert tokenize(server, prompt="").json()["tokens"] == []
-
-
-def test_messages_are_the_tokens_of_the_prompt_of_a_chat(server):
-    post(server, CHAT)
-    handle = server.service.engine.handles[-1]
-    assert tokenize(server, messages=MESSAGES).json()["tokens"] == list(handle.prompt_ids)
-
-
 def test_special_tokens_are_added_to_texts():
     tokenizer = byte_tokenizer()
     from tokenizers.processors import TemplateProcessing
@@ -140,37 +114,16 @@ def test_special_tokens_are_added_to_texts():
         single="</s> $A", special_tokens=[("</s>", 0)]
     )
     with served(FakeEngine(tokenizer), tokenizer) as server:
-        tokens = tokenize(server, prompt="a").json()["tokens"]
-        assert len(tokens) == 2
-        assert detokenize(server, tokens=tokens).json() == {"prompt": "</s>a"}
+        post(server, {**PLAIN, "prompt": "a"}, "completions")
+        ids = server.service.engine.handles[-1].prompt_ids
+        assert len(ids) == 2
+        assert tokenizer.decode(ids) == "</s>a"
 
 
-@pytest.mark.parametrize(
-    ("body", "param", "code"),
-    [
-        ({}, "prompt", "invalid_value"),
-        ({"prompt": "a", "messages": MESSAGES}, "prompt", "invalid_value"),
-        ({"prompt": "a", "promt": "a"}, "promt", "unknown_parameter"),
-    ],
-)
-def test_a_wrong_field_is_named(server, body, param, code):
-    error = error_of(tokenize(server, **body), 400)
-    assert (error["param"], error["code"]) == (param, code)
-
-
-@pytest.mark.parametrize("tokens", [[61], [3, 10**30], [-1], None])
-def test_only_ids_of_the_vocabulary_have_a_text(server, tokens):
-    error = error_of(detokenize(server, tokens=tokens), 400)
-    assert error["param"].startswith("tokens")
-
-
-def test_another_model_and_a_missing_chat_template_are_reported(server):
-    assert error_of(tokenize(server, model="gpt", prompt="a"), 404)["code"] == "model_not_found"
-    assert error_of(detokenize(server, model="gpt", tokens=[]), 404)["code"] == "model_not_found"
+def test_a_missing_chat_template_is_reported():
     tokenizer = tiny_tokenizer()
-    with served(FakeEngine(tokenizer), tokenizer) as other:
-        for response in (tokenize(other, messages=MESSAGES), post(other, CHAT)):
-            error = error_of(response, 400)
-            assert error["code"] == "no_chat_template"
-            assert "/v1/completions" in error["message"]
-        assert post(other, PLAIN, "completions").status_code == 200
+    with served(FakeEngine(tokenizer), tokenizer) as server:
+        error = error_of(post(server, CHAT), 400)
+        assert error["code"] == "no_chat_template"
+        assert "/v1/completions" in error["message"]
+        assert post(server, PLAIN, "completions").status_code == 200

@@ -70,14 +70,6 @@ def test_an_echo_with_log_probabilities_scores_the_prompt(client, llm, tokenizer
     assert best == pytest.approx(every.max(dim=-1).values.tolist(), abs=1e-4)
 
 
-def test_an_echo_of_no_new_tokens_is_the_prompt_alone(client):
-    answer = complete(client, prompt=["ab", "cde"], echo=True, logprobs=0, max_tokens=0)
-    assert [choice.text for choice in answer.choices] == ["ab", "cde"]
-    assert [len(choice.logprobs.tokens) for choice in answer.choices] == [2, 3]
-    assert answer.usage.completion_tokens == 0
-    assert {choice.finish_reason for choice in answer.choices} == {"length"}
-
-
 def test_an_echo_comes_first_in_a_stream_and_no_stop_string_is_sought_in_it(client):
     plain = complete(client).choices[0].text
     streamed = "".join(

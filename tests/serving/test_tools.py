@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-import httpx
 import openai
 import pytest
 from pydantic import BaseModel
 
 from rap_env.errors import UnsupportedModelError
+from rap_env.serving.schemas import ChatCompletionRequest
 from rap_env.serving.tool_calls import CallForm, ToolCallParser
 from tests.serving.conftest import chat, client_of, dense_engine, served
 from tests.serving.fake_engine import FakeEngine
@@ -218,8 +218,10 @@ def test_a_loop_of_call_result_and_answer(live, stream):
         assert answer.choices[0].message.content
     assert reason in ("stop", "length")
     sent = [m if isinstance(m, dict) else m.model_dump() for m in messages]
-    ids = httpx.post(f"{server.url}/tokenize", json={"messages": sent, "tools": [tool()]}).json()
-    text = server.service.tokenizer.decode(ids["tokens"])
+    body = {"model": "tiny", "messages": sent, "tools": [tool()]}
+    asked = ChatCompletionRequest.model_validate(body)
+    ids = server.service.builder.encode_chat(asked.messages, asked.tools, "another one")
+    text = server.service.tokenizer.decode(ids)
     assert text.startswith('tools: [{"type": "function", "function": {"name": "weather"')
     assert "12 degrees" in text
     assert "tool weather: 12 degrees\nassistant: " in text
