@@ -164,7 +164,7 @@ def record(llm: ElasticLLM, policy: Policy, seconds: float) -> Recording:
     controller = RuntimeController(
         llm, policy, GivenMemory(limit_bytes), max_delta_nll=DEFAULT_MAX_DELTA_NLL
     )
-    engine = Engine(llm, controller, max_batch_size=CHATS + 1, restore="next_request")
+    engine = Engine(llm, controller, max_batch_size=CHATS + 1)
     shape = BatchShape(CHATS + 1, max(map(len, chats)) + CHAT_TOKENS)
     native_bytes = controller.estimator.peak_bytes(Plan(), shape)
     recording = Recording(llm.facts.num_layers, seconds, native_bytes)

@@ -13,13 +13,11 @@ from rap_env.errors import (
     InfeasibleBudgetError,
     InvalidRequestError,
     QueueFullError,
-    check_name,
 )
 from rap_env.request import KEPT_DELTA_NLL
 from rap_env.runtime.admission import RequestQueue
 from rap_env.runtime.records import EngineStats
 from rap_env.runtime.request_handle import Listener, RequestHandle
-from rap_env.runtime.running import RESTORES, Restore
 from rap_env.runtime.sampling import SamplingParams
 from rap_env.runtime.scheduler import Scheduler
 from rap_env.runtime.sequence import TokenSequence
@@ -59,9 +57,6 @@ class Engine:
         max_seq_len_tokens: Longest prompt and answer together; by default the model's
             positions.
         prefill_chunk_tokens: Most tokens of a prefill chunk.
-        restore: What happens to the earlier tokens of restored attention blocks and of caches
-            whose level rises: ``"refill"`` computes them again where it pays, unless there
-            are copies; with ``"next_request"`` a request goes on with what its cache has.
         queue_timeout_s: Longest that a request may wait; None for no limit.
         target_itl_s: Mean seconds between the tokens of an answer while prompts of others are
             read: as many decode steps follow each chunk as that takes; None for one.
@@ -80,7 +75,6 @@ class Engine:
 
     Raises:
         InvalidRequestError: A limit is below 1, or longer than the model's positions.
-        UnknownNameError: There is no such restore mode.
     """
 
     def __init__(
@@ -92,7 +86,6 @@ class Engine:
         max_queue: int = 64,
         max_seq_len_tokens: int | None = None,
         prefill_chunk_tokens: int = 256,
-        restore: Restore = "refill",
         queue_timeout_s: float | None = None,
         target_itl_s: float | None = None,
         keep: bool = True,
@@ -100,7 +93,6 @@ class Engine:
         keep_file_bytes: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        check_name("restore mode", restore, RESTORES)
         facts = controller.estimator.memory.facts
         longest = facts.max_positions if max_seq_len_tokens is None else max_seq_len_tokens
         limits = (max_batch_size, max_queue, longest, prefill_chunk_tokens)
@@ -124,7 +116,6 @@ class Engine:
             clock,
             max_batch_size=max_batch_size,
             chunk_tokens=prefill_chunk_tokens,
-            restore=restore,
             queue_timeout_s=queue_timeout_s,
             target_itl_s=target_itl_s,
             keep=keep,
@@ -257,8 +248,7 @@ class Engine:
         stopped = self._turn_lock.acquire(timeout=-1 if timeout_s is None else timeout_s)
         try:
             scheduler = self._scheduler
-            running = (*scheduler.batch.sequences, *scheduler.paused)
-            for sequence in (*running, *waiting, *self._queue.close()):
+            for sequence in (*scheduler.batch.sequences, *waiting, *self._queue.close()):
                 scheduler.output.end(sequence, "cancelled", "The engine was closed.")
             if stopped:
                 scheduler.drop_all()

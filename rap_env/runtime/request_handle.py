@@ -140,7 +140,6 @@ class RequestHandle:
             that they had, also after preemptions. Its own tokens depend on them.
         preemptions: How often the request was preempted and restarted from its tokens.
         cancelled: Whether cancellation was requested.
-        paused: Whether it is not to run now; see `pause`.
     """
 
     def __init__(
@@ -174,7 +173,6 @@ class RequestHandle:
         self.kept_plans: frozenset[Plan] = frozenset()
         self.preemptions = 0
         self.cancelled = False
-        self.paused = False
         self._listener = listener
         self._lock = threading.RLock()
         self._ended = threading.Event()
@@ -193,18 +191,6 @@ class RequestHandle:
     def cancel(self) -> None:
         """Request cancellation, from any thread. The engine acts on it between two steps."""
         self.cancelled = True
-        self._wake()
-
-    def pause(self, paused: bool = True) -> None:
-        """Generate nothing, and hold no memory, until ``pause(False)``; from any thread.
-
-        The request is put aside between two steps. Later it continues from its tokens, as a
-        preempted one does, before those that wait.
-        """
-        self.paused = paused
-        self._wake()
-
-    def _wake(self) -> None:
         on_cancel = self._on_cancel
         if on_cancel is not None:
             on_cancel()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
@@ -68,12 +68,6 @@ class Pace:
         self.decode_s += _NEW_SHARE * (seconds - self.decode_s) if self.decode_s else seconds
 
 
-Restore = Literal["refill", "next_request"]
-"""What happens to the earlier tokens of a restored attention block, as for `Engine`."""
-
-RESTORES: tuple[Restore, ...] = get_args(Restore)
-
-
 TOKEN_NATS = 0.001
 """Rise in NLL, in nats, that the tokens to come must be spared for each token computed
 again."""
@@ -90,7 +84,6 @@ class RunningBatch:
 
     Args:
         llm: The live model.
-        restore: As for `Engine`.
         chunk_tokens: Most tokens of a prefill chunk.
         uniform: As for `BatchShape.of`.
         kept: Sequences that were read before, preempted ones included.
@@ -105,14 +98,12 @@ class RunningBatch:
     def __init__(
         self,
         llm: ElasticLLM,
-        restore: Restore,
         chunk_tokens: int,
         kept: KeptSequences,
         *,
         uniform: bool,
     ) -> None:
         self._llm = llm
-        self._restore: Restore = restore
         self.chunk_tokens = chunk_tokens
         self.kept = kept
         self._uniform = uniform
@@ -214,7 +205,7 @@ class RunningBatch:
         gains = {
             sequence: refill_gain(sequence, own, plan, chooser)
             for sequence, own in zip(self.decoding, self.rows.plans, strict=True)
-            if own != plan and sequence.refills and self._restore == "refill"
+            if own != plan and sequence.refills
         }
         best = max(gains, key=gains.__getitem__, default=None)
         return best if best is not None and gains[best] > 0 else None
@@ -281,7 +272,7 @@ class RunningBatch:
             self._llm,
             most_tokens=chunk_tokens or self.chunk_tokens,
             interrupt=interrupt,
-            copies=self.kept.files.folder if self._restore == "refill" else None,
+            copies=self.kept.files.folder,
         )
 
     def _reserve(self, sequences: Sequence[TokenSequence]) -> None:

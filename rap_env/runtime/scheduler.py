@@ -18,7 +18,7 @@ from rap_env.runtime.kept_sequences import KeptFiles, KeptSequences
 from rap_env.runtime.kept_tree import KeptQuality
 from rap_env.runtime.memory_estimator import BatchShape, PassSize
 from rap_env.runtime.records import Counters, StepKind, StepRecord
-from rap_env.runtime.running import Pace, Restore, RunningBatch
+from rap_env.runtime.running import Pace, RunningBatch
 from rap_env.runtime.sequence import OutputProcessor, PrefillingSequence, TokenSequence
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ class Scheduler:
         counters: Totals of requests and tokens.
         output: Delivers tokens and ends to request handles.
         plan: The plan of the last turn.
-        paused: Sequences that are put aside until their handles are no longer paused.
         observers: Called with a `StepRecord` after each pass.
     """
 
@@ -54,7 +53,6 @@ class Scheduler:
         *,
         max_batch_size: int,
         chunk_tokens: int,
-        restore: Restore,
         queue_timeout_s: float | None,
         target_itl_s: float | None,
         keep: bool,
@@ -75,10 +73,9 @@ class Scheduler:
         self._kept = KeptSequences(llm, quality, files, keep=keep)
         self._kept.room_bytes = lambda: controller.room_for_kept(self.batch.shape)
         controller.free_kept = lambda need, at_once: self._kept.free(need, at_once=at_once)
-        self.batch = RunningBatch(llm, restore, chunk_tokens, self._kept, uniform=uniform)
+        self.batch = RunningBatch(llm, chunk_tokens, self._kept, uniform=uniform)
         controller.switcher.rows_plan = lambda: self.batch.rows.lowest_plan
         self._next_refill_s = float("-inf")
-        self.paused: list[TokenSequence] = []
         self._next_look_s = 0.0
         self._interruptions = 0  # of the chunk that is next
         self.counters = Counters()
@@ -97,7 +94,6 @@ class Scheduler:
 
     def turn(self) -> bool:
         """Run one turn; return whether the model was run."""
-        self._put_aside()
         self._remove_cancelled()
         if self.admission.admit_next(self._must_interrupt):
             self._interruptions = 0
@@ -348,19 +344,6 @@ class Scheduler:
         if sequence is not None:
             batch.prefill(sequence, batch.chunk_tokens, self._must_interrupt, refills=True)
 
-    def _put_aside(self) -> None:
-        """Put paused requests aside, and those that are no longer paused back into the queue."""
-        for sequence in [sequence for sequence in self.paused if not _is_paused(sequence)]:
-            self.paused.remove(sequence)
-            sequence.queued_since_s = self._clock()
-            self._queue.put_first(sequence)
-        paused = [sequence for sequence in self.batch.sequences if _is_paused(sequence)]
-        if paused:
-            for sequence in paused:
-                self.batch.preempt(sequence)
-            self._controller.note_preemption()
-        self.paused += [*paused, *self._queue.remove_if(_is_paused)]
-
     def _remove_cancelled(self) -> None:
         """Remove cancelled requests."""
         for sequence in self._queue.remove_if(lambda waiting: waiting.handle.cancelled):
@@ -380,7 +363,3 @@ class Scheduler:
                     self.batch.keep(sequence)
         except Exception:
             log.exception("What was read could not be kept.")
-
-
-def _is_paused(sequence: TokenSequence) -> bool:
-    return sequence.handle.paused and not sequence.handle.cancelled

@@ -35,9 +35,6 @@ from rap_env.serving.tool_calls import ToolCallParser
 if TYPE_CHECKING:
     from rap_env.runtime.engine import Engine
 
-_MOST_UNREAD = 64
-"""Events of an answer that wait for its client; with more, nothing is generated until it
-reads."""
 MIN_LOGPROB = -9999.0  # what the API writes for a probability of zero
 # The API's error code for each reason of the engine to reject a request.
 _REJECTED: dict[Rejection, str] = {
@@ -97,7 +94,6 @@ class _Choice:
 class Generation:
     """Generates the answers to one request. All methods run in one event loop.
 
-    Answers whose output is not read are paused, and continue once most of it is read.
     `metrics` counts times; `plans` gets the plan of each pass before the output that it
     computed.
     """
@@ -118,7 +114,6 @@ class Generation:
         self._plans = plans
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
-        self._paused = False
         self._cancelled_by: Exception | None = None
         self._choices: list[_Choice] = []
 
@@ -176,7 +171,7 @@ class Generation:
         def listen(event: Event) -> None:  # called in a thread of the engine
             timer.add(event)
             with contextlib.suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(self._put, number, event)
+                self._loop.call_soon_threadsafe(self._queue.put_nowait, (number, event))
 
         return self._engine.submit(
             prompt,
@@ -185,16 +180,6 @@ class Generation:
             max_delta_nll=self.request.max_delta_nll,
             owner=self.request.owner,
         )
-
-    def _put(self, number: int, event: Event) -> None:
-        self._queue.put_nowait((number, event))
-        if not self._paused and self._queue.qsize() > _MOST_UNREAD * self.request.size:
-            self._pause(True)
-
-    def _pause(self, paused: bool) -> None:
-        self._paused = paused
-        for choice in self._choices:
-            choice.handle.pause(paused)
 
     def cancel(self, cause: Exception | None = None) -> None:
         """Cancel all answers; `deltas` soon raises the cause, or a general error."""
@@ -213,8 +198,6 @@ class Generation:
         running = self.request.size
         while running:
             number, event = await self._queue.get()
-            if self._paused and self._queue.qsize() < _MOST_UNREAD // 2:
-                self._pause(False)
             choice = self._choices[number]
             delta = None if choice.ended else self._delta_of(choice, event)
             if delta is None:

@@ -94,11 +94,6 @@ class ServerSettings:
     residency: str = setting(
         "offload", "Where unused weights are kept.", choices=("resident", "offload", "drop")
     )
-    restore: str = setting(
-        "refill",
-        "Whether restored attention computes the KV cache of earlier tokens again.",
-        choices=("refill", "next_request"),
-    )
     keep: str = setting(
         "on",
         "Whether prompts and answers stay in memory that is free, so that requests that begin as "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from fastapi import FastAPI
 
@@ -17,7 +17,6 @@ from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_meter import Meter, ResidentMeter, make_levels, process_meter
 from rap_env.runtime.memory_monitor import GivenMemory, MemorySource
 from rap_env.runtime.memory_source import open_memory
-from rap_env.runtime.running import Restore
 from rap_env.runtime.structured_output import GrammarCompiler
 from rap_env.serving.app import create_app
 from rap_env.serving.limits import LiveLimit, least_check, mebibytes
@@ -151,7 +150,6 @@ def _engine(
         max_queue=settings.max_queue,
         max_seq_len_tokens=settings.max_seq_len_tokens,
         prefill_chunk_tokens=settings.prefill_chunk_tokens,
-        restore=cast("Restore", settings.restore),
         queue_timeout_s=settings.queue_timeout_s,
         target_itl_s=settings.target_itl_s,
         keep=settings.keep == "on",

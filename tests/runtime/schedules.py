@@ -44,7 +44,6 @@ class Schedule:
             max_queue=8,
             prefill_chunk_tokens=draw.choice([4, 16]),
             queue_timeout_s=draw.choice([None, 15.0]),
-            restore=draw.choice(["refill", "next_request"]),
         )
         self.top = self.harness.need(Plan(), BatchShape(4, 40))
         self.least = self.harness.need(self.harness.everything, BatchShape(1, 4))

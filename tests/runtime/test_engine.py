@@ -251,19 +251,3 @@ def test_a_listener_that_raises_is_logged_and_not_called_again(caplog):
     assert len(calls) == 1
     assert made.token_ids == [1, 2]
     assert "not called again" in caplog.text
-
-
-def test_a_paused_request_holds_no_memory_lets_others_run_and_continues(harness, engine):
-    first, other = (engine.submit(prompt(5, n), greedy(20)) for n in range(2))
-    steps(engine, 6)
-    tokens = list(first.token_ids)
-    assert tokens
-    first.pause()
-    harness.run(engine)
-    assert (other.reason, first.reason) == ("length", None)
-    assert first.token_ids == tokens
-    assert harness.llm.held_bytes.kv_cache == 0
-    assert (engine.stats().queued, engine.stats().running) == (0, 0)
-    first.pause(False)
-    harness.run(engine)
-    assert first.token_ids == alone(harness.llm, prompt(5, 0), 20)

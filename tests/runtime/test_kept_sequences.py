@@ -547,20 +547,6 @@ def test_without_a_disk_it_reads_again_what_had_no_room():
     assert second.token_ids == alone(harness.llm, prompt(38, 1), 16)
 
 
-def test_a_paused_request_stays_in_memory_while_there_is_room():
-    harness, engine = conversing(residency="resident")
-    handle = engine.submit(prompt(40), greedy(16))
-    while len(handle.token_ids) < 5:
-        engine.step()
-    handle.pause()
-    engine.step()
-    assert kept_bytes(harness) > 0
-    handle.pause(False)
-    harness.run(engine)
-    assert engine.stats().repeated_tokens == 0
-    assert handle.token_ids == alone(harness.llm, prompt(40), 16)
-
-
 def test_a_prompt_that_was_read_in_part_is_kept_and_one_whose_probabilities_are_asked_is_not():
     for params, repeated in ((greedy(4), 0), (reading(4), 16)):
         harness = Harness(guard_order=(), hold_s=0.0)

@@ -3,6 +3,7 @@
 import torch
 
 from rap_env.plan import Plan
+from rap_env.runtime import running
 from rap_env.runtime.memory_estimator import BatchShape
 from rap_env.runtime.running import Pace
 from tests.runtime.harness import FakePolicy, Harness, alone, greedy, prompt
@@ -30,8 +31,9 @@ def turns(harness, engine, count: int) -> None:
         harness.time_s += 0.1
 
 
-def test_a_row_that_joins_after_memory_is_back_is_native_beside_older_ones():
-    harness, engine, first = squeezed(restore="next_request")
+def test_a_row_that_joins_after_memory_is_back_is_native_beside_older_ones(monkeypatch):
+    monkeypatch.setattr(running, "TOKEN_NATS", 1.0)  # no refill pays
+    harness, engine, first = squeezed()
     turns(harness, engine, 5)
     assert harness.llm.plan == Plan()
     second = engine.submit(prompt(36, 1), greedy(8))

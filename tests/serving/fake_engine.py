@@ -120,8 +120,6 @@ class FakeEngine:
             while self.gate and number == len(self.tokens) - 1 and not handle.cancelled:
                 if self.gate.wait(0.01):
                     break
-            while handle.paused and not handle.cancelled:
-                time.sleep(0.01)
             if handle.cancelled:
                 return handle.emit(EndEvent("cancelled", None, time.monotonic()))
             plan = self.plans[min(number, len(self.plans) - 1)]

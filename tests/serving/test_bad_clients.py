@@ -167,28 +167,6 @@ def test_an_answer_that_is_not_read_is_cut_off(tokenizer):
         assert engine.handles[0].cancelled or engine.handles[0].done
 
 
-def test_an_answer_that_is_not_read_is_paused_until_it_is(tokenizer):
-    engine = FakeEngine(tokenizer, "a" * 3000)
-    engine.max_seq_len_tokens = 10**6
-    with served(engine, tokenizer, max_new_tokens=10**6) as server:
-        connection = socket.socket()
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.settimeout(20)
-        host, port = server.url.removeprefix("http://").split(":")
-        connection.connect((host, int(port)))
-        connection.sendall(request(BODY, stream=True, max_tokens=10**5))
-        eventually(lambda: engine.handles and engine.handles[0].paused)
-        handle = engine.handles[0]
-        assert len(handle.token_ids) < 600
-        assert not handle.done
-        received = b""
-        while b"[DONE]" not in received[-40:]:
-            received += connection.recv(65536)
-        connection.close()
-        assert (received.count(b'"text": "a"'), handle.reason) == (3000, "stop")
-        assert answers(server)
-
-
 def test_all_choices_are_cancelled_when_one_is_rejected(tokenizer):
     engine = FakeEngine(tokenizer, "abc", gate=threading.Event())
     submit = engine.submit

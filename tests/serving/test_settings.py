@@ -18,7 +18,6 @@ from rap_env.policies.loading import load_policy
 from rap_env.policies.packaged_files import PACKAGED, default_facts
 from rap_env.request import parse_bytes
 from rap_env.runtime.plan_chooser import predicts
-from rap_env.runtime.running import RESTORES
 from rap_env.serving.settings import (
     ServerSettings,
     read_settings_file,
@@ -72,7 +71,6 @@ def test_bytes_are_read_with_their_unit():
 def test_names_are_those_of_the_model():
     settings = settings_of(ServerSettings)
     assert settings["residency"].choices == RESIDENCIES
-    assert settings["restore"].choices == RESTORES
     with pytest.raises(UnknownNameError, match="'prot'.*'max_queue'.*Did you mean 'port'"):
         ServerSettings.from_mapping({"prot": 1})
 
