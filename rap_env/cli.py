@@ -143,7 +143,7 @@ class _ServeCommand(click.Command):
 
 
 @cli.command(short_help="Serve a model over HTTP.", cls=_ServeCommand)
-@click.option("--config", type=Path, help="YAML or TOML file of settings. Options override it.")
+@click.option("--config", type=Path, help="YAML file of settings. Options override it.")
 @combined(*map(_server_option, _SETTINGS))
 def serve(config: Path | None, **options: str | bool | None) -> None:
     """Serve a model over HTTP within a memory budget.

@@ -218,8 +218,8 @@ def test_options_override_the_file_and_none_is_null(rap, monkeypatch, tmp_path):
 
     served = []
     monkeypatch.setattr(startup, "serve", lambda *given: served.append(given))
-    config = tmp_path / "serve.toml"
-    config.write_text('port = 1\nhost = "0.0.0.0"\nmax_queue = 3\n')
+    config = tmp_path / "serve.yaml"
+    config.write_text("port: 1\nhost: 0.0.0.0\nmax_queue: 3\n")
     code, _, err = rap("serve", "--config", config, "--port", 0, "--queue-timeout-s", "none",
                        "--model-memory", "300MiB", "--shutdown-grace-s", 1,
                        "--insecure")  # fmt: skip

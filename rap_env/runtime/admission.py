@@ -196,7 +196,7 @@ class Admission:
             if self._admit(sequence, chunk_tokens, interrupt, stalled=True):
                 return True
         if long and len(self._queue):
-            self._note_stall(self._batch.shape_alone(waiting[0]))
+            self._note_stall()
         return False
 
     def _admit(
@@ -303,7 +303,7 @@ class Admission:
                 message += f" Only plans{clause} are used."
             self._output.reject(sequence, rejection, message)
 
-    def _note_stall(self, shortest: BatchShape) -> None:
+    def _note_stall(self) -> None:
         """After nothing that waits fitted, and nothing runs: log why, once."""
         if self.stall_reason:
             return
@@ -313,8 +313,6 @@ class Admission:
             f"{human_bytes(max(0, monitor.budget_bytes))} (and "
             f"{human_bytes(monitor.usable_reserve_bytes)} of the reserve), "
             f"{human_bytes(monitor.used_bytes)} are used and "
-            f"{human_bytes(monitor.margin.bytes)} are a margin; the least plan"
-            f"{self._chooser.floor_clause} takes "
-            f"{human_bytes(self._chooser.least_bytes(shortest))} for the shortest of them."
+            f"{human_bytes(monitor.margin.bytes)} are a margin."
         )
         log.warning("%s", self.stall_reason)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,7 +22,6 @@ log = logging.getLogger(__name__)
 
 FLOOR_STEP = 0.1
 """Nats per token by which each waiting request raises a floor that follows the queue."""
-_LEAST_PARTS = 256
 _ASKS = 4  # of a policy, each with a lower limit
 _CACHED_RISES = 1024
 
@@ -216,13 +214,6 @@ class PlanChooser:
             return self._smallest_bytes(shape, limit_bytes) <= limit_bytes
         choice = self._fitting(shape, limit_bytes)
         return choice is not None and self.allows(choice.plan, shape, ever=True)
-
-    def least_bytes(self, shape: BatchShape) -> int:
-        """Bytes of which a batch needs at least so many, within a 256th of its native peak."""
-        native = self.estimator.peak_bytes(Plan(), shape)
-        sizes = [native * part // _LEAST_PARTS for part in range(1, _LEAST_PARTS + 1)]
-        index = bisect_left(sizes, True, key=lambda size: self.could_fit(shape, size))
-        return sizes[min(index, _LEAST_PARTS - 1)]
 
     def least_rise(self, shape: BatchShape, limit_bytes: int) -> float | None:
         """Rise in NLL of the plan for a limit, allowed or not, at the batch's longest sequence.

@@ -216,9 +216,6 @@ class AnswerTimer:
         metrics.answer_s.observe(seconds)
         metrics.prompt_tokens.observe(self._prompt_tokens)
         metrics.answer_tokens.observe(self._tokens)
-        if self._tokens > 1 and self.first_token_s is not None:
-            after_first_s = self._last_s - self._arrived_s - self.first_token_s
-            metrics.per_token_s.observe(max(0.0, after_first_s) / (self._tokens - 1))
 
 
 class AnswerPlans:

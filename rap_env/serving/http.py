@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import hmac
 import json
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from starlette.datastructures import Headers
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -35,8 +34,6 @@ UNLIMITED_PATHS = PROBE_PATHS | {"/metrics"}
 LINGER_BYTES = 8 * 1024 * 1024
 """Bytes of a rejected body that are still read and dropped: a client that is cut off while it
 sends seldom reads the error response."""
-LINGER_S = 2.0
-"""Longest time for that, in seconds."""
 _VALID_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _KEY = re.compile(r"[!-~]+")  # what a header can hold without quotes
 
@@ -295,17 +292,14 @@ async def read_json(request: Request, settings: ServerSettings) -> dict[str, Any
             code="unsupported_content_type",
         )
     most = settings.max_body_bytes
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > most:
-        if "expect" not in request.headers and int(declared) <= LINGER_BYTES:
-            await _drop_rest(request)
-        raise too_large(most)
-    body = bytearray()
+    body, seen_bytes = bytearray(), 0
     try:
         async with asyncio.timeout(settings.body_timeout_s):
             async for chunk in request.stream():
-                body += chunk
-                if len(body) > most:
+                seen_bytes += len(chunk)
+                if seen_bytes <= most:
+                    body += chunk
+                elif seen_bytes > most + LINGER_BYTES:
                     break
     except TimeoutError:
         raise ApiError(
@@ -314,22 +308,9 @@ async def read_json(request: Request, settings: ServerSettings) -> dict[str, Any
             code="request_timeout",
             headers={"connection": "close"},
         ) from None
-    if len(body) > most:
-        await _drop_rest(request)
+    if seen_bytes > most:
         raise too_large(most)
     return parse_json(bytes(body))
-
-
-async def _drop_rest(request: Request) -> None:
-    """Read and drop the rest of a body, within `LINGER_BYTES` and `LINGER_S`."""
-    seen = 0
-    with contextlib.suppress(TimeoutError, ClientDisconnect):
-        async with asyncio.timeout(LINGER_S):
-            while seen < LINGER_BYTES:
-                message = await request.receive()
-                if message["type"] != "http.request" or not message.get("more_body", False):
-                    return
-                seen += len(message.get("body", b""))
 
 
 def parse_json(body: bytes) -> dict[str, Any]:

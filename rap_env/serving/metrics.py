@@ -72,11 +72,6 @@ class ServingMetrics:
         self.between_tokens_s = histogram(
             "inter_token_latency_seconds", "Between two tokens of an answer.", _PER_TOKEN_S
         )
-        self.per_token_s = histogram(
-            "time_per_output_token_seconds",
-            "Mean of an answer's tokens after the first.",
-            _PER_TOKEN_S,
-        )
         self.answer_s = histogram(
             "answer_duration_seconds",
             "From a request's arrival to the end of its answer.",
@@ -149,7 +144,6 @@ class _EngineState(Collector):
         text = "Whether the weights of a higher plan cannot be read (1), so that it waits."
         yield gauge("weights_unreadable", text, bool(switcher.unreadable))
         yield counter("plan_switches", "Changes of the plan.", switcher.switches)
-        yield counter("plan_decisions", "Times that a plan was chosen.", chooser.decisions)
 
         # Memory
         held = {"weights": monitor.held.weights, "kv_cache": monitor.held.kv_cache}

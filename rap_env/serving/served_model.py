@@ -13,7 +13,6 @@ from rap_env.models.device import drop_unused_pages, resident_bytes
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.model_folder import made_apart
 from rap_env.models.live.elastic import ElasticLLM
-from rap_env.models.weights.tensors import copy_to_memory
 from rap_env.policies.base import Policy
 from rap_env.policies.loading import load_policy
 from rap_env.request import Request
@@ -54,8 +53,6 @@ def load_served_model(settings: ServerSettings, limit: LiveLimit | None = None) 
             if limit is not None and limits_process
             else None,
         )
-    if settings.residency == "resident":  # else weights are copied in any case
-        copy_to_memory(llm.model)
     llm.set_residency(cast("Residency", settings.residency))
     return llm
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +91,7 @@ class ServerSettings:
         "128MiB", "Bytes of the system to leave free, if the budget is its free memory."
     )
     residency: str = setting(
-        "offload", "Where unused weights are kept.", choices=("resident", "offload", "drop")
+        "offload", "Where unused weights are kept.", choices=("offload", "drop")
     )
     keep: str = setting(
         "on",
@@ -254,31 +253,21 @@ def too_little(model: str, least_bytes: int, given_bytes: int) -> str:
 
 
 def read_settings_file(path: Path) -> dict[str, Any]:
-    """Read names and values from a YAML (``.yaml``, ``.yml``) or TOML (``.toml``) file.
+    """Read names and values from a YAML file.
 
     Raises:
-        ServingSettingsError: The file does not exist, has another suffix or is not valid.
+        ServingSettingsError: The file cannot be read or is not valid.
     """
     require_extra("serve", "A file of settings")
     import yaml
 
-    parsers: dict[str, Callable[[str], Any]] = {
-        ".yaml": yaml.safe_load,
-        ".yml": yaml.safe_load,
-        ".toml": tomllib.loads,
-    }
-    if path.suffix not in parsers:
-        raise ServingSettingsError(
-            f"{path} must have the suffix .yaml, .yml or .toml, not {path.suffix!r}."
-        )
     try:
-        values = parsers[path.suffix](path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ServingSettingsError(f"Cannot read {path}: {error.strerror}.") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # A ValueError may be a TOMLDecodeError or a UnicodeDecodeError.
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise ServingSettingsError(f"{path} is not valid {path.suffix[1:]}: {reason}.") from None
+        raise ServingSettingsError(f"{path} is not valid YAML: {reason}.") from None
     if not isinstance(values, dict | None):
         raise ServingSettingsError(
             f"{path} must hold settings as 'name: value', not a {type(values).__name__}."

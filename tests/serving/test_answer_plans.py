@@ -134,7 +134,6 @@ def test_an_answer_is_measured_from_its_events(tokenizer):
         "queue_time_seconds": 3.0,
         "time_to_first_token_seconds": 4.0,
         "inter_token_latency_seconds": 3.0,
-        "time_per_output_token_seconds": 1.5,
         "answer_duration_seconds": 7.0,
         "prompt_length_tokens": 7,
         "answer_length_tokens": 3,

@@ -5,29 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import os
-import queue
-import re
-import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rap_env.artifacts import disk_errors
-from rap_env.errors import ModelNotAvailableError, UnsupportedModelError
+from rap_env.errors import ModelNotAvailableError, RapError, UnsupportedModelError
 
 log = logging.getLogger(__name__)
-
-PROBE_S = 5.0
-"""Seconds without an answer after which the hub counts as unreachable."""
 
 OFFLINE_VARIABLE = "RAP_OFFLINE"
 """Environment variable that forbids every download; ``HF_HUB_OFFLINE`` forbids the hub
 alone."""
 _TRUE = {"1", "ON", "YES", "TRUE"}
 
-_SAFETENSORS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-_PICKLES = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?")
-_SMALL = re.compile(r"[^/]+\.(json|model|txt|jinja|tiktoken)")
+_SAFETENSORS, _PICKLES = "model*.safetensors", "pytorch_model*.bin"
+_SMALL = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLES = ("model.safetensors", "pytorch_model.bin")
 
@@ -65,38 +58,39 @@ def hub_folder(repo_id: str, revision: str | None, check: Callable[[Path], objec
     if folder is not None:
         return folder
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import GatedRepoError
 
     if variable := _offline_variable():
         raise ModelNotAvailableError(
             f"{repo_id} is not in the hub's cache and {variable} is set; unset it and try again "
             "with a network, or give the path of a model folder or GGUF file."
         )
-    info = _ask(repo_id, revision)
-    small, weights = _files_to_download(info, repo_id)
-    sizes = [file.size for file in info.siblings if file.rfilename in {*small, *weights}]
-    total = "size unknown" if None in sizes else f"{sum(sizes) / 1e6:,.0f} MB"
     log.warning(
-        "Downloading %s from the Hugging Face hub, %s, into %s. Set %s=1 to forbid downloads.",
+        "Downloading %s from the Hugging Face hub into %s. Set %s=1 to forbid downloads.",
         repo_id,
-        total,
         constants.HF_HUB_CACHE,
         OFFLINE_VARIABLE,
     )
+    fetch = partial(snapshot_download, repo_id, revision=revision, ignore_patterns="*/*")
     try:
         with disk_errors(repo_id):
-            folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=small))
+            folder = Path(fetch(allow_patterns=_SMALL))
             check(folder)
-            snapshot_download(repo_id, revision=revision, allow_patterns=weights)
-    except GatedRepoError as error:
-        raise ModelNotAvailableError(
-            f"{repo_id} is a gated model of the hub; accept its licence on the model's page and "
-            "set HF_TOKEN."
-        ) from error
-    except Exception as error:
-        if isinstance(error, OSError) or _is_http(error):
-            raise _unreachable(repo_id, error) from error
+            for weights in (_SAFETENSORS, _PICKLES):
+                if not has_all_weights(folder):
+                    fetch(allow_patterns=weights)
+    except RapError:
         raise
+    except Exception as error:  # of the client or of its HTTP library
+        raise ModelNotAvailableError(
+            f"{repo_id} is not in the hub's cache and cannot be downloaded "
+            f"({' '.join(str(error).split())}); check the name and the network, set HF_TOKEN for "
+            "a private or gated model, or give the path of a model folder or GGUF file."
+        ) from error
+    if not has_all_weights(folder):
+        raise UnsupportedModelError(
+            f"{repo_id} has no weights in transformers' format; if it has a GGUF file, download "
+            "that and give its path."
+        )
     return folder
 
 
@@ -127,69 +121,3 @@ def _offline_variable() -> str | None:
         return OFFLINE_VARIABLE
     now = os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE
     return "HF_HUB_OFFLINE" if now or constants.HF_HUB_OFFLINE else None
-
-
-def _ask(repo_id: str, revision: str | None) -> Any:
-    """The hub's description of a model; waits at most `PROBE_S`, name resolution included."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import (
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    answers: queue.Queue[Any] = queue.Queue()
-
-    def ask() -> None:
-        options: dict[str, Any] = {"timeout": PROBE_S, "files_metadata": True}
-        try:
-            answers.put(HfApi().model_info(repo_id, revision=revision, **options))
-        except Exception as error:
-            answers.put(error)
-
-    # The client's own timeout does not hold while a name is resolved.
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        answer = answers.get(timeout=PROBE_S)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-    except queue.Empty:
-        raise _unreachable(repo_id, TimeoutError(f"no answer in {PROBE_S:g} s")) from None
-    except RevisionNotFoundError as error:
-        raise ModelNotAvailableError(
-            f"{repo_id} has no revision {revision!r} on the hub."
-        ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ModelNotAvailableError(
-            f"The hub has no model {repo_id!r} that you can read; check the spelling, and set "
-            "HF_TOKEN if it is private."
-        ) from error
-    except Exception as error:  # of the client or of its HTTP library
-        raise _unreachable(repo_id, error) from error
-
-
-def _files_to_download(info: Any, repo_id: str) -> tuple[list[str], list[str]]:
-    """Names of small files and of weight files to download; safetensors where there are any."""
-    names = [sibling.rfilename for sibling in info.siblings or []]
-    for pattern in (_SAFETENSORS, _PICKLES):
-        weights = [name for name in names if pattern.fullmatch(name)]
-        if weights:
-            return [name for name in names if _SMALL.fullmatch(name)], weights
-    raise UnsupportedModelError(
-        f"{repo_id} has no weights in transformers' format; if it has a GGUF file, download that "
-        "and give its path."
-    )
-
-
-def _is_http(error: Exception) -> bool:
-    """Whether an error comes from the hub client's HTTP library, which depends on its version."""
-    roots = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
-    return bool(roots & {"httpx", "httpx2", "httpcore", "requests"})
-
-
-def _unreachable(repo_id: str, error: Exception) -> ModelNotAvailableError:
-    return ModelNotAvailableError(
-        f"{repo_id} is not in the hub's cache and the hub cannot be reached ({error}); try again "
-        "with a network, or give the path of a model folder or GGUF file."
-    )

@@ -34,7 +34,6 @@ from rap_env.models.files.packed_folder import (
     model_without_weights,
     tensors_to_read,
     unread_bytes,
-    with_own_names,
 )
 from rap_env.models.files.pruned_checkpoint import PRUNED_FILE, load_pruned
 from rap_env.models.files.sources import TINY_MODELS, locate, looks_like_path
@@ -90,9 +89,9 @@ def load_llm(
         on_demand: Leave the weights of all blocks in the files. The model's plan removes every
             block at first, and its residency is ``"drop"``: a block is read when a plan needs
             it, and freed when a plan does not. Embeddings and head are in memory if they are
-            packed; else some of their rows are read at a time. Where files have other tensors
-            than transformers' model, such as single experts, they are written once more to
-            the cache. A pruned checkpoint is loaded whole.
+            packed; else some of their rows are read at a time. A pruned checkpoint is loaded
+            whole, and so is an unquantised model whose files have other tensors than
+            transformers' model, such as single experts.
         again: Whether the model was loaded before and its tokenizer is not needed again:
             nothing is logged, and there is none.
         before_weights: Called with an estimate of the bytes that loading (and
@@ -136,7 +135,10 @@ def load_llm(
     elif not packed and not has_all(LeanLlama(config, kind), folder):
         config = None
     if on_demand and not packed:
-        folder = with_own_names(folder)
+        bare_model = model_without_weights(read_config(folder), kind)
+        if not has_all(bare_model, folder):
+            log.warning("%s is loaded whole, because its files have other tensors", source.name)
+            on_demand = False
     if before_weights is not None:
         lean = config is not None
         size = unread_bytes(folder, kind) if on_demand else _loading_bytes(folder, kind, lean=lean)

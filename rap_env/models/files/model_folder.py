@@ -96,12 +96,7 @@ def manifest_source(folder: Path) -> dict[str, Any]:
     return source
 
 
-def made_once(
-    folder: Path,
-    make: Callable[[Path], dict[str, Any]],
-    announcement: str,
-    level: int = logging.INFO,
-) -> Path:
+def made_once(folder: Path, make: Callable[[Path], dict[str, Any]], announcement: str) -> Path:
     """The folder, created now if it is missing or damaged.
 
     An incomplete folder is never visible: it is filled under another name and moved at the
@@ -113,7 +108,6 @@ def made_once(
         make: Fills an empty folder and returns its source for the manifest. It can be
             pickled.
         announcement: What is logged before.
-        level: Level of that line.
     """
     if is_intact(folder):
         return folder
@@ -123,7 +117,7 @@ def made_once(
         if folder.exists():
             log.warning("%s is damaged; it is created again", folder)
         with scratch(folder) as work:
-            log.log(level, announcement)
+            log.info(announcement)
             source = in_child(make, work) if _apart.get() else make(work)
             files = {path.name: _entry(path) for path in sorted(work.iterdir())}
             save_artifact(work / MANIFEST, _KIND, _VERSION, {"files": files, "source": source})

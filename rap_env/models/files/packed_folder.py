@@ -10,12 +10,7 @@ not stored.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
-import logging
-import shutil
-import tempfile
-import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -26,12 +21,11 @@ from torch import nn
 from rap_env.errors import ModelNotAvailableError, UnsupportedModelError
 from rap_env.models.families.adapter import FamilyAdapter, adapter_for, read_config
 from rap_env.models.files.hub import has_all_weights
-from rap_env.models.files.model_folder import MANIFEST, file_states, made_once, models_dir
-from rap_env.models.files.weight_files import load_complete, reject_other_shapes
-from rap_env.models.progress import transformers_bars
+from rap_env.models.files.model_folder import file_states
+from rap_env.models.files.weight_files import reject_other_shapes
 from rap_env.models.weights.packed_layout import PackedLevel
 from rap_env.models.weights.packed_modules import from_matrices, from_tensors
-from rap_env.models.weights.tensors import StoredTensor, check_lengths, stored_dtype, stored_tensors
+from rap_env.models.weights.tensors import StoredTensor, check_lengths, stored_tensors
 
 PACKED_FILE = "packed.safetensors"
 """The file that makes a model folder a packed one."""
@@ -55,7 +49,7 @@ def load_native(
     """The model of a folder on the CPU, with packed modules in place.
 
     Args:
-        folder: A folder for which `is_packed` or `has_all` holds, or `with_own_names` returned.
+        folder: A folder for which `is_packed` or `has_all` holds.
         dtype: Dtype of activations and of all weights that are not packed.
         model: The model without its weights; transformers' own by default.
         unread: If given, the weights of blocks are not read, nor unpacked ones of embeddings
@@ -139,54 +133,6 @@ def _prefixes(adapter: FamilyAdapter) -> list[tuple[str, ...]]:
     ]
 
 
-def with_own_names(source: Path) -> Path:
-    """The folder of an unquantised model whose files have its tensors as transformers has them.
-
-    That is `source` itself, or a folder in the cache that is written once where transformers
-    makes other tensors of those in the files (experts of a mixture, prefixes of names).
-    """
-    if has_all(model_without_weights(read_config(source), torch.float32), source):
-        return source
-    return made_once(
-        models_dir() / f"named-{files_key(source)}-v{_VERSION}",
-        functools.partial(_rename, source),
-        f"Writing the tensors of {source} as transformers has them (once)",
-        logging.WARNING,
-    )
-
-
-def _rename(source: Path, folder: Path) -> dict[str, Any]:
-    """Let transformers read a folder with all layers left on disk, and write what it made."""
-    config = read_config(source)
-    adapter, bare = adapter_for(config), model_without_weights(config, torch.float32)
-    places: dict[str, str] = {}
-    module, prefix = bare, ""
-    for step in f"{adapter.family.decoder}.{adapter.family.layers}".split("."):
-        others = (name for name, _ in module.named_children() if name != step)
-        places |= {f"{prefix}{name}": "cpu" for name in others}
-        module, prefix = getattr(module, step), f"{prefix}{step}."
-    places |= {f"{prefix}{number}": "disk" for number in range(adapter.num_layers)}
-    # "on the meta device".
-    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
-    with (
-        tempfile.TemporaryDirectory(dir=folder.parent) as work,
-        transformers_bars(shown=False),
-        warnings.catch_warnings(),
-    ):
-        warnings.filterwarnings("ignore", ".*save a model with offloaded modules")
-        loaded, _ = load_complete(
-            source, stored_dtype(source), device_map=places, offload_folder=work
-        )
-        loaded.save_pretrained(folder, save_original_format=False, max_shard_size=_SHARD)
-    require_all(bare, stored_tensors(folder), source)
-    _copy_others(source, folder)
-    return {"file": source.name}
-
-
-_SHARD, _VERSION = "256MB", 1
-_OTHER_FILES = (".json", ".txt", ".model", ".jinja")
-
-
 def model_without_weights(config: Any, dtype: torch.dtype) -> Any:
     """The model with parameters on the meta device and real buffers."""
     from accelerate import init_empty_weights
@@ -243,11 +189,3 @@ def files_key(source: Path) -> str:
     weights = [*source.glob("*.safetensors"), *source.glob("*.bin")]
     files = sorted([source / "config.json", *weights])
     return file_states(*files)
-
-
-def _copy_others(source: Path, folder: Path) -> None:
-    """Copy config and tokenizer."""
-    for path in source.iterdir():
-        index = path.name.endswith(".index.json")
-        if path.is_file() and path.suffix in _OTHER_FILES and not index and path.name != MANIFEST:
-            shutil.copyfile(path, folder / path.name)

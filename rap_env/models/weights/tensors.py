@@ -50,22 +50,6 @@ def tensor_key(tensor: torch.Tensor) -> tuple[int, torch.dtype, int]:
     return tensor.data_ptr() or id(tensor), tensor.dtype, tensor.numel() * tensor.element_size()
 
 
-def copy_to_memory(model: nn.Module) -> None:
-    """Copy weights on the CPU, whose memory may be a mapping of a file, to memory of their own.
-
-    A process that reads a mapping is killed if another one truncates the file. Names of one
-    tensor still share its memory.
-    """
-    copies: dict[tuple[int, torch.dtype, int], torch.Tensor] = {}
-    done = set()
-    for _, tensor in named_weights(model):
-        if tensor.device.type == "cpu" and id(tensor) not in done:
-            key = tensor_key(tensor)
-            copies.setdefault(key, tensor.detach().clone())
-            tensor.data = copies[key].view(tensor.shape)
-            done.add(id(tensor))
-
-
 def distinct_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """As `named_weights`, each tensor once under the first of its names, in their order."""
     seen = set()
@@ -216,9 +200,11 @@ def stored_tensors(folder: Path, pattern: str = "*.safetensors") -> dict[str, St
     """
     tensors = {}
     for path in sorted(folder.glob(pattern)):
-        for name, entry in read_header(path).items():
-            if (dtype := _DTYPES.get(entry["dtype"])) is not None:
-                tensors[name] = StoredTensor(path, entry["at"], tuple(entry["shape"]), dtype, dtype)
+        table, begin = _header(path)
+        for name, entry in table.items():
+            if (dtype := _DTYPES.get(entry.get("dtype"))) is not None:
+                at = begin + entry["data_offsets"][0]
+                tensors[name] = StoredTensor(path, at, tuple(entry["shape"]), dtype, dtype)
     return tensors
 
 
@@ -228,23 +214,6 @@ def check_lengths(tensors: Iterable[StoredTensor]) -> None:
         end = tensor.offset + math.prod(tensor.shape) * tensor.stored_dtype.itemsize
         if tensor.path.stat().st_size < end:
             raise damaged_weights(tensor.path.parent, f"{tensor.path.name} is too short")
-
-
-def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of most weights in a folder's safetensors files; float32 without any."""
-    headers = (read_header(path).values() for path in folder.glob("*.safetensors"))
-    kinds = Counter(entry["dtype"] for header in headers for entry in header)
-    dtype = _DTYPES.get(kinds.most_common(1)[0][0]) if kinds else None
-    return dtype if dtype is not None and dtype.is_floating_point else torch.float32
-
-
-def read_header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file, by tensor name, with offsets from the start of the file."""
-    table, begin = _header(path)
-    table.pop("__metadata__", None)
-    return {
-        name: {**entry, "at": begin + entry["data_offsets"][0]} for name, entry in table.items()
-    }
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:

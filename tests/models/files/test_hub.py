@@ -1,6 +1,4 @@
 import json
-import socket
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -71,7 +69,7 @@ def test_a_hub_model_is_fetched_and_then_found_without_the_hub(serve: Serve) -> 
 def test_a_revision_can_be_named(serve: Serve) -> None:
     serve()
     assert load_llm(f"org/tiny@{COMMIT}", device="cpu").name == f"org/tiny@{COMMIT}"
-    with pytest.raises(ModelNotAvailableError, match="org/tiny has no revision 'v9' on the hub"):
+    with pytest.raises(ModelNotAvailableError, match="org/tiny is not .*cannot be downloaded"):
         load_llm("org/tiny@v9")
 
 
@@ -94,7 +92,9 @@ def test_a_repository_without_weights_is_rejected(serve: Serve, checkpoint: Path
 
 def test_a_model_that_the_hub_does_not_have(serve: Serve) -> None:
     serve()
-    with pytest.raises(ModelNotAvailableError, match=r"no model 'org/tinny' that you can read"):
+    with pytest.raises(
+        ModelNotAvailableError, match=r"org/tinny is not .*downloaded .*check the name"
+    ):
         load_llm("org/tinny")
 
 
@@ -134,24 +134,5 @@ def test_downloads_can_be_disabled(serve: Serve, monkeypatch: pytest.MonkeyPatch
 
 def test_a_hub_that_rejects_the_connection(lonely: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     connect(monkeypatch, "http://127.0.0.1:9")
-    with pytest.raises(ModelNotAvailableError, match=r"org/tiny is not .*hub cannot be reached"):
+    with pytest.raises(ModelNotAvailableError, match=r"org/tiny is not .*downloaded .*network"):
         load_llm("org/tiny")
-
-
-def test_a_name_that_is_never_resolved_times_out(lonely: Path, monkeypatch) -> None:
-    asked, ended = [], threading.Event()
-
-    def resolve(host: object, *_: object, **__: object) -> None:
-        asked.append(host)
-        ended.wait(20)
-        raise OSError("nothing is resolved")
-
-    monkeypatch.setattr(hub, "PROBE_S", 0.3)
-    monkeypatch.setattr(socket, "getaddrinfo", resolve)
-    connect(monkeypatch, "http://hub.example")
-    try:
-        with pytest.raises(ModelNotAvailableError, match=r"reached \(no answer in 0\.3 s\); try"):
-            load_llm("org/tiny")
-    finally:
-        ended.set()
-    assert "hub.example" in map(str, asked)

@@ -119,11 +119,11 @@ def test_files_in_parts_and_those_of_other_layouts_are_read(tmp_path, caplog) ->
     for family in ("llama_tied", "mixtral"):
         tiny_model(family).save_pretrained(tmp_path / family, max_shard_size=4096)
         tiny_tokenizer().save_pretrained(tmp_path / family)
-        first, again = loaded(tmp_path / family), loaded(tmp_path / family)
-        assert torch.equal(layer_by_layer(first), layer_by_layer(again))
-        assert (first.folder == tmp_path / family) == (family == "llama_tied")
-    assert [r.message for r in caplog.records if "(once)" in r.message] == [
-        f"Writing the tensors of {tmp_path / 'mixtral'} as transformers has them (once)"
+        llm, whole = (loaded(tmp_path / family, on_demand=read) for read in (True, False))
+        assert torch.equal(layer_by_layer(llm), layer_by_layer(whole))
+        assert llm.plan == (NOTHING if family == "llama_tied" else Plan())
+    assert [record.message for record in caplog.records if "loaded whole" in record.message] == [
+        "mixtral is loaded whole, because its files have other tensors"
     ]
 
 
