@@ -158,8 +158,6 @@ class KeptSequences:
     def match(self, sequence: TokenSequence) -> Match:
         """The longest beginning of a sequence that it may take over, without its last token."""
         best = Match()
-        if not sequence.resumable or not self._trees:
-            return best
         tokens = tuple(sequence.tokens[:-1])
         usable: dict[tuple[frozenset[Plan], Plan], bool] = {}
 

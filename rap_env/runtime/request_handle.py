@@ -64,17 +64,6 @@ class PlanEvent:
 
 
 @dataclass(frozen=True)
-class PromptEvent:
-    """The prompt was read, and log-probabilities of its tokens were asked for.
-
-    `samples` are its tokens from the second one on; the first one has no probability.
-    """
-
-    samples: tuple[Sample, ...]
-    time_s: float
-
-
-@dataclass(frozen=True)
 class TokenEvent:
     """A token was generated.
 
@@ -109,7 +98,7 @@ class EndEvent:
     stop_token: Sample | None = None
 
 
-Event = AdmitEvent | PlanEvent | PromptEvent | TokenEvent | EndEvent
+Event = AdmitEvent | PlanEvent | TokenEvent | EndEvent
 Listener = Callable[[Event], None]
 
 
@@ -126,8 +115,6 @@ class RequestHandle:
         ended_s: Time of the end; None before it.
         token_ids: The tokens generated so far.
         logprobs: Their log-probabilities in nats.
-        prompt_samples: Log-probabilities of the prompt's tokens from the second one on; None
-            before they are known, and if they were not asked for.
         plans: The plan that each of them was computed with.
         plan: The plan of the last pass for the request, over its prompt or a token; None
             before.
@@ -162,7 +149,6 @@ class RequestHandle:
         self.ended_s: float | None = None
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
-        self.prompt_samples: tuple[Sample, ...] | None = None
         self.plans: list[Plan] = []
         self.plan: Plan | None = None
         self.reason: Reason | None = None
@@ -232,8 +218,6 @@ class RequestHandle:
                     self.admitted_s = event.time_s
                     self.kept_tokens = event.kept_tokens
                     self.kept_levels = event.kept_levels
-            elif isinstance(event, PromptEvent):
-                self.prompt_samples = event.samples
             else:
                 self.ended_s, self.reason, self.error = event.time_s, event.reason, event.error
                 self.rejection = event.rejection

@@ -40,8 +40,6 @@ class SamplingParams:
         frequency_penalty: Subtracted for each time that the answer has the token, in nats.
         logit_bias: Token ids, and what is added to their logits, in nats.
         top_logprobs: Number of most likely tokens to report with each token of the answer.
-        prompt_logprobs: The same for each token of the prompt, whose own log-probabilities
-            are reported too; None to report nothing about the prompt.
         constraint: Makes a matcher of what the answer has to follow; None for nothing.
 
     Raises:
@@ -58,7 +56,6 @@ class SamplingParams:
     frequency_penalty: float = setting(0.0, low=-2, high=2)
     logit_bias: tuple[tuple[int, float], ...] = ()
     top_logprobs: int = setting(0, low=0)
-    prompt_logprobs: int | None = setting(None, low=0)
     constraint: Callable[[], GrammarMatcher] | None = None
 
     def __post_init__(self) -> None:

@@ -190,7 +190,6 @@ class Scheduler:
         """Keep a prefilled sequence, and let it decode, unless its first token ends it."""
         sequence = prefilled.sequence
         if not prefilled.refills:
-            self.output.deliver_prompt(prefilled)
             continues = self.output.deliver([sequence], logits, prefilled.batch.plans)[0]
             self._keep([sequence])
             if not continues:

@@ -5,31 +5,27 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from rap_env.errors import RapError
-from rap_env.models.device import send
 from rap_env.models.live.live_batch import LiveBatch
-from rap_env.models.live.partial_forward import PositionLogits
 from rap_env.plan import Plan
 from rap_env.runtime.memory_estimator import BatchShape, QualityBound
 from rap_env.runtime.records import Counters
 from rap_env.runtime.request_handle import (
     EndEvent,
-    PromptEvent,
     Reason,
     Rejection,
     RequestHandle,
     TokenEvent,
 )
-from rap_env.runtime.sampling import RowSampler, Sample, sample_rows, scored
+from rap_env.runtime.sampling import RowSampler, Sample, sample_rows
 
 if TYPE_CHECKING:
-    from rap_env.models.live.elastic import ElasticLLM
+    pass
 
 log = logging.getLogger(__name__)
 
@@ -103,12 +99,6 @@ class TokenSequence:
         cached = self.known_tokens - in_batch
         return cached, self.handle.final_tokens - cached
 
-    @property
-    def resumable(self) -> bool:
-        """Whether its prompt need not be read as a whole, as its log-probabilities would."""
-        handle = self.handle
-        return handle.params.prompt_logprobs is None or handle.prompt_samples is not None
-
     def preempt(self, time_s: float) -> None:
         """Note that the sequence goes back to the queue."""
         self.handle.preemptions += 1
@@ -121,22 +111,18 @@ class PrefillingSequence:
     Args:
         sequence: The sequence.
         batch: A batch for it: empty, or with what was kept of the beginning of its tokens.
-        llm: The live model.
         chunk_tokens: Most tokens of a chunk.
         refills: Whether it decodes meanwhile, with another cache that this one will replace.
             Then its last token is left out, as decoding does.
 
     Attributes:
         read: The plans under which the batch was computed.
-        prompt_samples: Log-probabilities of the prompt's tokens so far, from the second one
-            on, if the request asked for them and has not got them; else None.
     """
 
     def __init__(
         self,
         sequence: TokenSequence,
         batch: LiveBatch,
-        llm: ElasticLLM,
         chunk_tokens: int,
         *,
         refills: bool = False,
@@ -146,11 +132,6 @@ class PrefillingSequence:
         self.batch = batch
         self.read = sequence.read if batch.size else ReadPlans()
         self._chunk_tokens = chunk_tokens
-        self.prompt_samples: list[Sample] | None = None
-        top_logprobs = sequence.handle.params.prompt_logprobs
-        if top_logprobs is not None and not sequence.resumable and not refills:
-            self.prompt_samples, self._top = [], top_logprobs
-            self._positions = PositionLogits(llm)
 
     @property
     def tokens_left(self) -> int:
@@ -175,36 +156,14 @@ class PrefillingSequence:
             number of tokens in the chunk.
 
         Raises:
-            RapError: The prompt's log-probabilities are wanted, and logits are not finite.
             PassInterruptedError: `interrupt` has ended the chunk. The next call repeats it.
         """
         cached = self.batch.length
         chunk = self.sequence.tokens[cached : cached + self.next_tokens]
-        recording = self._positions.recording if self.prompt_samples is not None else nullcontext
-        with recording():
-            logits = self._run(chunk)
+        run = self.batch.append if self.batch.size else self.batch.prefill
+        logits = run([chunk])
         self.read.note(self.batch.length, self.batch.plans[0])
-        if self.prompt_samples is not None:
-            self.prompt_samples += self._scored(chunk)
         return (None if self.tokens_left else logits), len(chunk)
-
-    def _run(self, chunk: Sequence[int]) -> torch.Tensor:
-        return self.batch.append([chunk]) if self.batch.size else self.batch.prefill([chunk])
-
-    def _scored(self, chunk: Sequence[int]) -> list[Sample]:
-        """The tokens that follow those of a chunk in the prompt."""
-        first = self.batch.length - len(chunk) + 1
-        following = self.sequence.handle.prompt_ids[first : first + len(chunk)]
-        samples: list[Sample | None] = []
-        for logits in self._positions.parts():
-            tokens = following[len(samples) : len(samples) + len(logits)]
-            rows = logits[: len(tokens)]
-            index = send(torch.tensor(tokens, dtype=torch.long), logits.device)
-            samples += scored(rows, index, [self._top] * len(tokens))
-        finite = [sample for sample in samples if sample is not None]
-        if len(finite) < len(samples):
-            raise RapError(NOT_FINITE)
-        return finite
 
 
 class OutputProcessor:
@@ -258,12 +217,6 @@ class OutputProcessor:
                 self.counters.served += 1
             end = EndEvent(reason, error, self._clock(), rejection, stop_token)
             sequence.handle.emit(end)
-
-    def deliver_prompt(self, prefilled: PrefillingSequence) -> None:
-        """Deliver the log-probabilities of a prompt that was prefilled, if they were asked for."""
-        samples = prefilled.prompt_samples
-        if samples is not None:
-            prefilled.sequence.handle.emit(PromptEvent(tuple(samples), self._clock()))
 
     def reject(self, sequence: TokenSequence, rejection: Rejection, error: str) -> None:
         """End a request that waits in the queue and cannot be admitted."""

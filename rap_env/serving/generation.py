@@ -19,7 +19,6 @@ from rap_env.runtime.request_handle import (
     EndEvent,
     Event,
     PlanEvent,
-    PromptEvent,
     Rejection,
     RequestHandle,
     TokenEvent,
@@ -47,13 +46,12 @@ _REJECTED: dict[Rejection, str] = {
 class TokenLogprob(NamedTuple):
     """A token's text, maybe part of a character, and the natural log of its probability.
 
-    The first token of a prompt has none. `top` has texts and log probabilities of the most
-    likely tokens, most likely first. Special tokens are not `in_text`: the answer's text
-    leaves them out.
+    `top` has texts and log probabilities of the most likely tokens, most likely first.
+    Special tokens are not `in_text`: the answer's text leaves them out.
     """
 
     token: str
-    logprob: float | None
+    logprob: float
     top: tuple[tuple[str, float], ...] = ()
     in_text: bool = True
 
@@ -83,7 +81,6 @@ class _Choice:
     stops: StopStrings
     timer: AnswerTimer
     call_parser: ToolCallParser | None
-    echo: str = ""  # what the answer still has to begin with
     text: str = ""  # as it was generated
     content: str = ""  # of it what is no tool call
     tokens: int = 0
@@ -160,7 +157,6 @@ class Generation:
                         StopStrings(request.stop_strings),
                         timer,
                         parser,
-                        echo=request.echo[number // request.n] if request.echo else "",
                     )
                 )
         except BaseException as error:
@@ -219,11 +215,6 @@ class Generation:
         if isinstance(event, PlanEvent):
             self._plans.add(event.plan)
             return None
-        if isinstance(event, PromptEvent):
-            first = Sample(choice.handle.prompt_ids[0], 0.0)
-            choice.pending.append(self._logprob(first)._replace(logprob=None))
-            choice.pending += map(self._logprob, event.samples)
-            return None
         if isinstance(event, TokenEvent):
             return self._token(choice, event)
         return self._end(choice, event)
@@ -237,7 +228,7 @@ class Generation:
         if self.request.logprobs:
             sample = Sample(event.token_id, event.logprob, event.top)
             choice.pending.append(self._logprob(sample))
-        return self._delta(choice, text, None) if text or choice.echo else None
+        return self._delta(choice, text, None) if text else None
 
     def _end(self, choice: _Choice, event: EndEvent) -> OutputDelta:
         if event.reason not in ("stop", "length"):
@@ -255,8 +246,7 @@ class Generation:
         return delta
 
     def _delta(self, choice: _Choice, text: str, reason: str | None) -> OutputDelta:
-        """New output, with what the answer has to begin with, and its tool calls."""
-        text, choice.echo = choice.echo + text, ""
+        """New output, and its tool calls."""
         choice.text += text
         logprobs, choice.pending = tuple(choice.pending), []
         calls: Sequence[dict[str, Any]] = ()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rap_env.errors import InvalidGrammarError, MissingDependencyError, UnsupportedModelError
 from rap_env.runtime.sampling import SamplingParams
 from rap_env.runtime.structured_output import GrammarCompiler, GrammarKind, GrammarMatcher
-from rap_env.serving.answers import WrittenAnswers, encode_parts, plain_text
+from rap_env.serving.answers import WrittenAnswers, encode_parts
 from rap_env.serving.http import ApiError, invalid, shown
 from rap_env.serving.schemas import (
     BaseCompletionRequest,
@@ -42,7 +42,6 @@ class GenerationRequest:
     Attributes:
         prompts: Token ids of each prompt.
         n: Number of answers to each prompt.
-        echo: Text of each prompt, which the answers begin with; empty for no such texts.
         include_usage: Whether a stream ends with the numbers of tokens.
         max_delta_nll: Floor of quality of its answers, nats per token; None for the server's
             alone.
@@ -57,7 +56,6 @@ class GenerationRequest:
     n: int = 1
     stop_strings: Sequence[str] = ()
     logprobs: bool = False
-    echo: Sequence[str] = ()
     chat: bool = False
     stream: bool = False
     include_usage: bool = False
@@ -124,7 +122,6 @@ class RequestBuilder:
         self._check_new_tokens(body.new_tokens)
         chat, n = isinstance(body, ChatCompletionRequest), body.n or 1
         self._check_choices(n, 1 if isinstance(body, ChatCompletionRequest) else len(body.prompt))
-        echo: Sequence[str] = ()
         call_parser = None
         if isinstance(body, ChatCompletionRequest):
             prompts = [self.encode_chat(body.messages, body.offered_tools, owner)]
@@ -134,11 +131,6 @@ class RequestBuilder:
                 call_parser = partial(ToolCallParser, self.call_form, names, single=single)
         else:
             prompts = [self._prompt(entry) for entry in body.prompt]
-            if body.echo:
-                echo = [
-                    entry if isinstance(entry, str) else plain_text(self._tokenizer, prompt)
-                    for entry, prompt in zip(body.prompt, prompts, strict=True)
-                ]
         longest = max(map(len, prompts))
         self._check_prompt(longest, body)
         return GenerationRequest(
@@ -148,7 +140,6 @@ class RequestBuilder:
             stop_strings=body.stop or (),
             # A number in a completion, 0 included; a flag in a chat.
             logprobs=bool(body.logprobs) if chat else body.logprobs is not None,
-            echo=echo,
             chat=chat,
             stream=bool(body.stream),
             include_usage=bool(body.stream_options and body.stream_options.include_usage),
@@ -229,10 +220,7 @@ class RequestBuilder:
         top_p = 1.0 if body.top_p is None else body.top_p
         if top_p == 0:  # an empty nucleus: take the most likely token
             temperature, top_p = 0.0, 1.0
-        if isinstance(body, ChatCompletionRequest):
-            top, echoed = body.top_logprobs or 0, False
-        else:
-            top, echoed = body.logprobs or 0, bool(body.echo) and body.logprobs is not None
+        likely = body.top_logprobs if isinstance(body, ChatCompletionRequest) else body.logprobs
         constraint = self._constraint(body)
         if body.ignore_eos and constraint is not None:
             raise invalid(
@@ -249,8 +237,7 @@ class RequestBuilder:
             presence_penalty=body.presence_penalty or 0.0,
             frequency_penalty=body.frequency_penalty or 0.0,
             logit_bias=_bias(body.logit_bias or {}),
-            top_logprobs=top,
-            prompt_logprobs=top if echoed else None,
+            top_logprobs=likely or 0,
             constraint=constraint,
         )
 

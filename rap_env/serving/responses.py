@@ -138,10 +138,8 @@ class ResponseWriter:
         }
 
 
-def _likely(entry: TokenLogprob) -> dict[str, float] | None:
+def _likely(entry: TokenLogprob) -> dict[str, float]:
     """The most likely tokens and the token itself; of tokens with one text, the likeliest."""
-    if entry.logprob is None:
-        return None
     pairs = [(entry.token, entry.logprob), *reversed(entry.top)]
     return dict(pairs)
 
@@ -153,7 +151,7 @@ def _chat_logprob(entry: TokenLogprob) -> dict[str, Any]:
     }
 
 
-def _token_json(token: str, logprob: float | None) -> dict[str, Any]:
+def _token_json(token: str, logprob: float) -> dict[str, Any]:
     whole = "\N{REPLACEMENT CHARACTER}" not in token
     return {
         "token": token,
