@@ -40,9 +40,8 @@ class Engine:
     delays others by no more than a chunk at a time. Before each pass through the model the
     controller reads the budget; if it falls below what is used during a chunk, the chunk ends
     before its next layer, and is repeated later. A request waits while no plan makes it fit
-    with the running batch; others overtake it only if it waits for a floor of its own, which
-    no plan reaches even for it alone, or if nothing has run for a moment: then the shortest
-    one that fits runs, and soon whatever margin was learned. If no plan fits the running
+    with the running batch; others overtake it only if nothing has run for a moment: then the
+    shortest one that fits runs, and soon whatever margin was learned. If no plan fits the running
     batch, the newest request is preempted: it returns to the front of the queue with its
     tokens and what it has cached (`KeptSequences`), and later goes on from there. Once memory is
     back, lowered caches are read back from files, or refilled one at a time.
@@ -158,7 +157,6 @@ class Engine:
         params: SamplingParams,
         listener: Listener | None = None,
         *,
-        max_delta_nll: float | None = None,
         owner: str = "",
     ) -> RequestHandle:
         """Add a request to the queue; from any thread.
@@ -168,28 +166,21 @@ class Engine:
             params: How much to generate, and how to sample.
             listener: Called with each event, in the engine's thread, which waits: it should hand
                 the event over and return. One that raises is not called again.
-            max_delta_nll: Floor of quality of this request, nats per token: no pass for it
-                runs with a plan whose predicted rise in NLL is above it. The controller's own
-                floor holds in any case.
             owner: Only what was kept of requests of the same owner is used for it.
 
         Raises:
             InvalidRequestError: The prompt is empty or too long together with the answer; the
-                prompt or the bias has an id that is not in the model's vocabulary; or the
-                policy predicts nothing for `max_delta_nll`.
+                prompt or the bias has an id that is not in the model's vocabulary.
             InfeasibleBudgetError: No plan could ever make it fit; a `QualityFloorError` if
                 none above the floor could.
             QueueFullError: Too many requests wait.
             EngineClosedError: The engine was closed.
         """
         prompt = self._check_prompt(prompt_ids, params)
-        if max_delta_nll is not None:
-            self.controller.chooser.check_bound("max_delta_nll", max_delta_nll)
         handle = RequestHandle(
             prompt,
             params,
             self.clock(),
-            max_delta_nll=max_delta_nll,
             listener=listener,
             on_cancel=self._wake.set,
         )

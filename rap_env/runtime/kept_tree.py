@@ -140,12 +140,8 @@ class KeptQuality:
         present = rise(plan, tokens)
         if present is None:
             return False
-        bounds = (
-            present + self.max_rise,
-            self._chooser.max_delta_nll,
-            sequence.handle.max_delta_nll,
-        )
-        most = min(bound for bound in bounds if bound is not None)
+        floor = self._chooser.max_delta_nll
+        most = min(present + self.max_rise, math.inf if floor is None else floor)
         return all(
             (own_rise := rise(each, tokens)) is not None and own_rise <= most for each in own
         )

@@ -37,19 +37,6 @@ _CACHED = 1024  # results for pairs of a plan and a shape
 _PASS_FACTOR = 2.5
 
 
-@dataclass(frozen=True, order=True)
-class QualityBound:
-    """A bound on the plans that may serve a batch.
-
-    Attributes:
-        seq_len_tokens: Length at which the plan's rise in NLL is predicted.
-        max_delta_nll: Largest rise in NLL that may be predicted, nats per token.
-    """
-
-    seq_len_tokens: int
-    max_delta_nll: float
-
-
 @dataclass(frozen=True)
 class PassSize:
     """Tokens of the next pass through the model. ``PassSize()`` is an unknown pass.
@@ -80,7 +67,6 @@ class BatchShape:
             them while they are shorter, and a cache in groups takes some bytes for each.
         longest_tokens: Tokens of the longest sequence at its end, without padding; it may be
             longer than those of the largest batch. By default `seq_len_tokens`.
-        bounds: What its requests demand of the plan besides the server's own floor.
         kept_bytes: Bytes of caches in memory beside those of the batch.
 
     Raises:
@@ -91,7 +77,6 @@ class BatchShape:
     seq_len_tokens: int = 0
     rows: int = 0
     longest_tokens: int = field(default=0, repr=False)
-    bounds: tuple[QualityBound, ...] = field(default=(), repr=False)
     kept_bytes: int = field(default=0, repr=False)
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rap_env.errors import ArtifactError, InvalidRequestError, UnknownNameError
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
-from rap_env.runtime.memory_estimator import EMPTY_BATCH, BatchShape, MemoryEstimator, QualityBound
+from rap_env.runtime.memory_estimator import BatchShape, MemoryEstimator
 
 if TYPE_CHECKING:
     from rap_env.models.live.elastic import ElasticLLM
@@ -31,11 +31,12 @@ def predicts(policy: Policy) -> bool:
     return policy.delta_nll(Plan(), 1) is not None
 
 
-def no_prediction_text(name: str, max_delta_nll: float, policy: str) -> str:
-    """The message for a bound, called `name`, with a policy that predicts no rise in NLL."""
+def no_prediction_text(max_delta_nll: object, policy: str) -> str:
+    """The message for a quality floor with a policy that predicts no rise in NLL."""
     return (
-        f"{name}={max_delta_nll} needs a policy that predicts the rise in NLL of its plans, as "
-        f"knapsack and rap do, and {policy} does not: choose such a policy, or set {name} to null."
+        f"max_delta_nll={max_delta_nll} needs a policy that predicts the rise in NLL of its plans, "
+        f"as knapsack and rap do, and {policy} does not: choose such a policy, or set "
+        "max_delta_nll to null."
     )
 
 
@@ -53,9 +54,8 @@ class PlanChooser:
     A policy is asked again with a lower limit where its plan does not fit. Where the plan
     does not fit then, the guard removes more blocks in its own order. With a quality floor,
     no plan is chosen for a batch if the predicted rise in NLL of the one that fits is above
-    `max_delta_nll` or unknown. The bounds of a batch's own requests count likewise. The
-    settings are those of `RuntimeController`; whether a batch could fit is asked at the
-    floor's highest value.
+    `max_delta_nll` or unknown. The settings are those of `RuntimeController`; whether a batch
+    could fit is asked at the floor's highest value.
 
     Attributes:
         llm: The live model.
@@ -95,29 +95,17 @@ class PlanChooser:
         self._all_removable = Plan.removing(*blocks).check(num_blocks)
         self.rise = lru_cache(maxsize=_CACHED_RISES)(self.delta_nll)
         if max_delta_nll is not None:
-            self.check_bound("max_delta_nll", max_delta_nll)
+            if not 0 <= max_delta_nll < math.inf:
+                raise InvalidRequestError(
+                    "max_delta_nll must be at least 0 nats per token and finite, not "
+                    f"{max_delta_nll}."
+                )
+            if not predicts(policy):
+                raise InvalidRequestError(no_prediction_text(max_delta_nll, policy.name))
         self.decisions = 0
         self.decision_s = 0.0
 
     # Quality
-
-    def check_bound(self, name: str, max_delta_nll: float) -> None:
-        """Check a bound on predicted rises in NLL.
-
-        Args:
-            name: What the error message calls it.
-            max_delta_nll: The bound, nats per token.
-
-        Raises:
-            InvalidRequestError: It is no finite number of at least 0, or the policy predicts
-                nothing.
-        """
-        if not 0 <= max_delta_nll < math.inf:
-            raise InvalidRequestError(
-                f"{name} must be at least 0 nats per token and finite, not {max_delta_nll}."
-            )
-        if not predicts(self.policy):
-            raise InvalidRequestError(no_prediction_text(name, max_delta_nll, self.policy.name))
 
     def follow_queue(
         self, waiting: int, plan: Plan, running: BatchShape, *, stalled: bool = False
@@ -145,18 +133,11 @@ class PlanChooser:
     @property
     def floor_clause(self) -> str:
         """Words that qualify "plan" in messages about the quality floor; empty without a floor."""
-        return self.clause_for(EMPTY_BATCH)
-
-    def clause_for(self, shape: BatchShape) -> str:
-        """As `floor_clause`, with the strictest bound of a batch and of the floor."""
-        bounds = self._bounds(shape, self.most_delta_nll)
-        if not bounds:
+        if self.most_delta_nll is None:
             return ""
-        floor = min(bound.max_delta_nll for bound in bounds)
-        whose = "" if floor == self.most_delta_nll else " of the request"
         return (
-            f" with a predicted rise in NLL of at most {floor} nats per token "
-            f"(max_delta_nll{whose})"
+            f" with a predicted rise in NLL of at most {self.most_delta_nll} nats per token "
+            "(max_delta_nll)"
         )
 
     def delta_nll(self, plan: Plan, seq_len_tokens: int) -> float | None:
@@ -181,16 +162,11 @@ class PlanChooser:
 
         `ever` asks at the floor's highest value.
         """
-        return not shape or all(
-            (rise := self.rise(plan, bound.seq_len_tokens)) is not None
-            and rise <= bound.max_delta_nll
-            for bound in self._bounds(shape, self.most_delta_nll if ever else self.max_delta_nll)
-        )
-
-    def _bounds(self, shape: BatchShape, floor: float | None) -> tuple[QualityBound, ...]:
-        if floor is None:
-            return shape.bounds
-        return (QualityBound(shape.longest_tokens, floor), *shape.bounds)
+        floor = self.most_delta_nll if ever else self.max_delta_nll
+        if not shape or floor is None:
+            return True
+        rise = self.rise(plan, shape.longest_tokens)
+        return rise is not None and rise <= floor
 
     # Plans
 
@@ -210,7 +186,7 @@ class PlanChooser:
         """Whether some plan that may ever be allowed fits a limit; any thread may call it."""
         if self.fits(self.llm.plan, shape, limit_bytes):  # faster than a search
             return True
-        if not self._bounds(shape, self.most_delta_nll):
+        if self.most_delta_nll is None:
             return self._smallest_bytes(shape, limit_bytes) <= limit_bytes
         choice = self._fitting(shape, limit_bytes)
         return choice is not None and self.allows(choice.plan, shape, ever=True)

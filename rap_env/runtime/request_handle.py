@@ -107,8 +107,6 @@ class RequestHandle:
 
     Attributes:
         id: A number that is unique in this process.
-        max_delta_nll: Its own floor of quality: largest rise in NLL, in nats per token, that
-            may be predicted for a plan that serves it; None for the engine's floor alone.
         arrived_s: Time of arrival.
         admitted_s: Time at which it left the queue for the first time; None before.
         first_token_s: Time of the first token; None before it.
@@ -135,12 +133,10 @@ class RequestHandle:
         params: SamplingParams,
         arrived_s: float,
         *,
-        max_delta_nll: float | None = None,
         listener: Listener | None = None,
         on_cancel: Callable[[], None] | None = None,
     ) -> None:
         self.id = next(_ids)
-        self.max_delta_nll = max_delta_nll
         self.prompt_ids = prompt_ids
         self.params = params
         self.arrived_s = arrived_s

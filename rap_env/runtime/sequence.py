@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +12,7 @@ import torch
 from rap_env.errors import RapError
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
-from rap_env.runtime.memory_estimator import BatchShape, QualityBound
+from rap_env.runtime.memory_estimator import BatchShape
 from rap_env.runtime.records import Counters
 from rap_env.runtime.request_handle import (
     EndEvent,
@@ -63,8 +62,6 @@ class TokenSequence:
         owner: Whose kept sequences it may use; see `KeptSequences`.
         read: The plans under which its cache was computed.
         queued_since_s: When it last entered the queue, on the engine's clock.
-        unfit_bytes: Bytes in which no plan above its own floor fitted it alone; 0 if not
-            known.
         computed_tokens: Most of its tokens that were in a cache so far.
         refills: Whether its cache may be computed again at better levels.
     """
@@ -75,7 +72,6 @@ class TokenSequence:
         self.read = ReadPlans()
         self.sampler = RowSampler(handle.params)
         self.queued_since_s = handle.arrived_s
-        self.unfit_bytes = 0
         self.computed_tokens = 0
         self.refills = True
 
@@ -259,7 +255,7 @@ def shape_of(
     *,
     uniform: bool = False,
 ) -> BatchShape:
-    """The largest batch that sequences will form together, with the bounds of all.
+    """The largest batch that sequences will form together.
 
     Args:
         running: Sequences that decode.
@@ -275,11 +271,4 @@ def shape_of(
         rows.append((cached + ahead, to_come - ahead))
     if joining is not None:
         rows.append(joining.progress(in_batch=False))
-    sequences = [*running, *([] if joining is None else [joining])]
-    handles = [sequence.handle for sequence in sequences]
-    bounds = {
-        QualityBound(handle.final_tokens, floor)
-        for handle in handles
-        if (floor := handle.max_delta_nll) is not None
-    }
-    return replace(BatchShape.of(rows, uniform=uniform), bounds=tuple(sorted(bounds)))
+    return BatchShape.of(rows, uniform=uniform)

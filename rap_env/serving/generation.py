@@ -173,7 +173,6 @@ class Generation:
             prompt,
             self.request.params_of(number),
             listen,
-            max_delta_nll=self.request.max_delta_nll,
             owner=self.request.owner,
         )
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from rap_env.errors import ServingSettingsError
 from rap_env.request import Request, parse_bytes
 from rap_env.runtime.memory_monitor import HEADROOM_BYTES
-from rap_env.serving.settings import too_little
 
 if TYPE_CHECKING:
     from rap_env.runtime.controller import RuntimeController
@@ -141,7 +140,10 @@ def least_check(model: str, controller: RuntimeController) -> Callable[[int], No
     def check(limit_bytes: int) -> None:
         if source.other_bytes is None:
             if limit_bytes < least:
-                raise ServingSettingsError(too_little(model, least, limit_bytes))
+                raise ServingSettingsError(
+                    f"model_memory must be at least {least:,} bytes for {model}, which it needs "
+                    f"for one token without any block, not {limit_bytes:,}; give more."
+                )
             return
         others = source.other_bytes + HEADROOM_BYTES
         if limit_bytes < least + others:

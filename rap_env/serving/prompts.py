@@ -43,8 +43,6 @@ class GenerationRequest:
         prompts: Token ids of each prompt.
         n: Number of answers to each prompt.
         include_usage: Whether a stream ends with the numbers of tokens.
-        max_delta_nll: Floor of quality of its answers, nats per token; None for the server's
-            alone.
         owner: Whose kept sequences may be used for it: those of its key and its salt.
         call_parser: Makes what finds the tool calls of an answer; None if it may not call.
         written: Called with content and tool calls of each answer that ended by itself, the text
@@ -59,7 +57,6 @@ class GenerationRequest:
     chat: bool = False
     stream: bool = False
     include_usage: bool = False
-    max_delta_nll: float | None = None
     owner: str = ""
     call_parser: Callable[[], ToolCallParser] | None = None
     written: Callable[[str, Sequence[Any], str, Sequence[int]], None] | None = None
@@ -118,7 +115,6 @@ class RequestBuilder:
         """
         owner = f"{key} {body.cache_salt or ''}"
         self.check_model(body.model)
-        self._check_floor(body.max_delta_nll)
         self._check_new_tokens(body.new_tokens)
         chat, n = isinstance(body, ChatCompletionRequest), body.n or 1
         self._check_choices(n, 1 if isinstance(body, ChatCompletionRequest) else len(body.prompt))
@@ -143,7 +139,6 @@ class RequestBuilder:
             chat=chat,
             stream=bool(body.stream),
             include_usage=bool(body.stream_options and body.stream_options.include_usage),
-            max_delta_nll=body.max_delta_nll,
             call_parser=call_parser,
             owner=owner,
             written=partial(self._note_written, owner) if chat and self._keeps else None,
@@ -184,17 +179,6 @@ class RequestBuilder:
                 f"and {n * prompts} were asked for.",
                 "prompt" if n == 1 else "n",
             )
-
-    def _check_floor(self, max_delta_nll: float | None) -> None:
-        strictest = self._settings.min_quality_per_request
-        if max_delta_nll is None or (strictest is not None and max_delta_nll >= strictest):
-            return
-        allowed = "no floor of their own" if strictest is None else f"{strictest} or more"
-        raise invalid(
-            f"'max_delta_nll' must not be {max_delta_nll}: requests to this server may ask for "
-            f"{allowed} (min_quality_per_request).",
-            "max_delta_nll",
-        )
 
     def _check_prompt(self, tokens: int, body: BaseCompletionRequest) -> None:
         new = body.new_tokens or 1

@@ -157,8 +157,7 @@ class BaseCompletionRequest(BaseModel):
     Not part of the OpenAI API are `top_k`, which 0 or -1 disables, `ignore_eos`, with which
     an end token does not end the answer, and `structured_outputs`, all of which vLLM's server
     has too, as it has `cache_salt` (only what was kept of requests with the same one is used)
-    and a `response_format` in plain completions; and `max_delta_nll`, the request's floor of
-    quality in nats per token.
+    and a `response_format` in plain completions.
     """
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -177,7 +176,6 @@ class BaseCompletionRequest(BaseModel):
         | None
     ) = None
     ignore_eos: bool | None = None
-    max_delta_nll: Annotated[Number, Field(ge=0)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=_MAX_SALT_CHARS)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None

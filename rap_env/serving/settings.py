@@ -65,12 +65,6 @@ class ServerSettings:
         low=0,
         choices=("auto",),
     )
-    min_quality_per_request: float | None = setting(
-        None,
-        "Strictest floor that a request may ask for in its field max_delta_nll, in nats per token; "
-        "0 allows the native plan alone, null no request to ask.",
-        low=0,
-    )
     memory: str | int = setting(
         "auto",
         "Memory limit: auto (free memory of the device or of the cgroup), cgroup, cuda, or bytes "
@@ -176,12 +170,6 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         check(self, ServingSettingsError, none="null")
-        floor, strictest = self.floor_if_predicted, self.min_quality_per_request
-        if floor is not None and strictest is not None and strictest > floor:
-            raise ServingSettingsError(
-                f"min_quality_per_request must be at most max_delta_nll ({floor}), so that a "
-                f"request can ask for a stricter floor, not {strictest}."
-            )
         # Raise if they are no bytes.
         _ = self.process_bytes, self.model_bytes, self.reserve_bytes, self.most_file_bytes
         if self.model_memory is not None and self.memory != ServerSettings.memory:
@@ -242,14 +230,6 @@ class ServerSettings:
     def most_file_bytes(self) -> int:
         """Most bytes of files with kept sequences."""
         return parse_bytes("keep_file_bytes", self.keep_file_bytes)
-
-
-def too_little(model: str, least_bytes: int, given_bytes: int) -> str:
-    """The message for a limit of the model in which its smallest plan does not fit."""
-    return (
-        f"model_memory must be at least {least_bytes:,} bytes for {model}, which it needs for one "
-        f"token without any block, not {given_bytes:,}; give more."
-    )
 
 
 def read_settings_file(path: Path) -> dict[str, Any]:

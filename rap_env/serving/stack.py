@@ -124,7 +124,7 @@ def _controller(
         if controls.get("meter") is None:
             controls["meter"] = process_meter(llm)
         memory = _open_budget(settings, llm, limit, controls["meter"])
-    controller = RuntimeController(
+    return RuntimeController(
         llm,
         policy,
         memory,
@@ -133,10 +133,6 @@ def _controller(
         chunk_tokens=settings.prefill_chunk_tokens,
         **controls,
     )
-    strictest = settings.min_quality_per_request
-    if strictest is not None:
-        controller.chooser.check_bound("min_quality_per_request", strictest)
-    return controller
 
 
 def _engine(

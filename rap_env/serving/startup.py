@@ -25,14 +25,11 @@ from rap_env.model_facts import ModelFacts
 from rap_env.policies.loading import check_policy, load_policy
 from rap_env.policies.packaged_files import KNAPSACKS, default_facts
 from rap_env.policies.registry import policy_names
-from rap_env.request import Request
 from rap_env.runtime.plan_chooser import no_prediction_text, predicts
-from rap_env.serving.settings import ServerSettings, too_little
+from rap_env.serving.settings import ServerSettings
 
 log = logging.getLogger(__name__)
 
-_PREDICTING = (*KNAPSACKS, "rap", "rap-low-bits", "rap-recall")
-"""Names of the policies that predict the rise in NLL of their plans."""
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 _TEXT = "%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s"
 _TIME = "%Y-%m-%dT%H:%M:%S"
@@ -163,52 +160,32 @@ def check_address(bound: socket.socket, settings: ServerSettings) -> None:
 
 
 def check_before_loading(settings: ServerSettings) -> None:
-    """Check policy, model and memory as far as files and the facts in the package tell.
+    """Check dtype and policy, for all but the default policies by the facts of the model.
 
-    The facts of the default model are known; those of another one are read where the policy
-    may not suit it. `build_stack` checks the rest.
+    `build_stack` checks the rest.
 
     Raises:
         UnknownNameError: There is no such dtype, or no policy of this name and no such file.
         ArtifactError: The policy file is damaged, or of another model.
         PluginError: Several packages offer the policy.
-        ServingSettingsError: `model_memory` is less than the smallest plan needs, or the
-            policy predicts nothing for a floor of quality.
+        ServingSettingsError: The policy predicts nothing for a floor of quality.
     """
     check_name("dtype", settings.dtype, _DTYPES)
-    known = {*policy_names()}
-    for name in ("max_delta_nll", "min_quality_per_request"):
-        bound = getattr(settings, name)
-        if bound not in (None, "auto") and settings.policy in known - {*_PREDICTING}:
-            raise ServingSettingsError(no_prediction_text(name, bound, settings.policy))
     check_policy(settings.policy)
-    serves_any = settings.policy in ("dense", *KNAPSACKS)
+    floor = settings.max_delta_nll
+    if settings.policy in ("dense", *KNAPSACKS) and floor in (None, "auto"):
+        return  # they are for every model
     facts = _known_facts(settings)
     if facts is None:
-        bounds = {settings.max_delta_nll, settings.min_quality_per_request}
-        if settings.policy in known and not (serves_any and bounds <= {None, "auto"}):
-            _check_policy_of_other(settings)
-        return
-    memory = MemoryModel(facts)
-    least = memory.peak_bytes_without_blocks(Request(1, 1, 1))
-    if settings.model_bytes is not None and settings.model_bytes < least:
-        raise ServingSettingsError(too_little(settings.model, least, settings.model_bytes))
-    certain = settings.policy in known or settings.dtype == facts.dtype
-    if certain and not serves_any:
-        load_policy(settings.policy, memory)
+        from rap_env.models.files.loading import load_llm  # it imports torch
 
-
-def _check_policy_of_other(settings: ServerSettings) -> None:
-    """Raise if a policy is not for a model, or predicts nothing for a bound that was given."""
-    from rap_env.models.files.loading import load_llm  # it imports torch
-
-    how = {name: getattr(settings, name) for name in ("device", "dtype", "weights")}
-    facts = load_llm(settings.model, **how, lean=True, on_demand=True).facts
+        how = {name: getattr(settings, name) for name in ("device", "dtype", "weights")}
+        facts = load_llm(settings.model, **how, lean=True, on_demand=True).facts
+    elif settings.policy not in policy_names():
+        return  # its file is for a dtype, which torch has to tell
     policy = load_policy(settings.policy, MemoryModel(replace(facts, name=settings.model)))
-    for name in ("max_delta_nll", "min_quality_per_request"):
-        bound = getattr(settings, name)
-        if bound not in (None, "auto") and not predicts(policy):
-            raise ServingSettingsError(no_prediction_text(name, bound, policy.name))
+    if floor not in (None, "auto") and not predicts(policy):
+        raise ServingSettingsError(no_prediction_text(floor, policy.name))
 
 
 def _known_facts(settings: ServerSettings) -> ModelFacts | None:

@@ -245,10 +245,12 @@ class TestRoom:
         assert handle.token_ids == alone(harness.llm, prompt(40), 8)
         assert answer(harness, engine, prompt(40)).kept_tokens == 39  # what was read anew
 
-    def test_a_request_with_a_floor_of_its_own_uses_nothing_below_it(self):
+    def test_a_request_uses_nothing_below_the_floor(self):
         harness, engine, _ = lowering(1.5)
         history = [*prompt(96), *prompt(9, 1)]
-        handle = answer(harness, engine, history, max_delta_nll=0.0)
+        chooser = harness.controller.chooser
+        chooser.max_delta_nll = chooser.most_delta_nll = 0.0
+        handle = answer(harness, engine, history)
         assert handle.kept_tokens == 32  # which was not lowered
         assert handle.kept_levels == "native"
 

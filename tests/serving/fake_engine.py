@@ -91,7 +91,7 @@ class FakeEngine:
         for handle in self.handles:
             handle.cancel()
 
-    def submit(self, prompt_ids, params, listener=None, *, max_delta_nll=None, owner=""):
+    def submit(self, prompt_ids, params, listener=None, *, owner=""):
         if isinstance(self.end, Exception):
             raise self.end
         handle = RequestHandle(tuple(prompt_ids), params, self.clock(), listener=listener)

@@ -21,8 +21,7 @@ from rap_env.serving.startup import check_before_loading
 from tests.models.states import saved
 from tests.policies.test_knapsack import costs
 from tests.serving.background import BackgroundServer
-from tests.serving.conftest import served, tiny_stack
-from tests.serving.fake_engine import FakeEngine
+from tests.serving.conftest import tiny_stack
 from tests.serving.test_app import PLAIN, error_of, post
 from tests.tiny import tiny_llm
 
@@ -89,26 +88,6 @@ def test_a_fixed_budget_in_which_nothing_fits_above_the_floor_is_refused_at_the_
         RapError, match="max_delta_nll. fits a request of one token .*; raise model_memory"
     ):
         build_stack(ServerSettings(model_memory=budget, max_delta_nll=0.0), **given)
-
-
-def test_a_request_may_ask_for_a_stricter_floor_within_the_limit_of_the_server(tokenizer):
-    budget = 10**9
-    stack = stack_of(tokenizer, lambda: budget, min_quality_per_request=0.1, queue_timeout_s=0.2)
-    budget = int(0.8 * peak_of(stack))
-    with BackgroundServer(stack.app) as server:
-        answer = post(server, ASKED, "completions").json()
-        best = answer["rap"]["delta_nll"]
-        assert best > 0.1
-        message = refusal(post(server, {**ASKED, "max_delta_nll": 0.1}, "completions"))
-        assert "at most 0.1 nats per token (max_delta_nll of the request)" in message
-        assert f"has {best:.4g}" in message
-        assert post(server, {**ASKED, "max_delta_nll": best}, "completions").status_code == 200
-        error = error_of(post(server, {**ASKED, "max_delta_nll": 0.05}, "completions"), 400)
-        assert error["param"] == "max_delta_nll"
-        assert "0.1 or more (min_quality_per_request)" in error["message"]
-    with served(FakeEngine(tokenizer), tokenizer) as server:
-        error = error_of(post(server, {**ASKED, "max_delta_nll": 1.0}, "completions"), 400)
-    assert "no floor of their own (min_quality_per_request)" in error["message"]
 
 
 def test_without_predictions_there_is_no_default_floor_and_the_log_says_so(tokenizer, caplog):

@@ -21,7 +21,7 @@ from rap_env.serving.settings import (
     ServerSettings,
     read_settings_file,
 )
-from rap_env.serving.startup import _PREDICTING, bind, check_before_loading, url_of
+from rap_env.serving.startup import bind, check_before_loading, url_of
 from rap_env.specs import settings_of
 
 
@@ -35,7 +35,6 @@ from rap_env.specs import settings_of
         ({"residency": "ofload"}, "residency 'ofload'.* Did you mean 'offload'"),
         ({"max_delta_nll": float("inf")}, "max_delta_nll must be .* not inf"),
         ({"max_delta_nll": "low"}, "max_delta_nll 'low'; known are 'auto'. A number is allowed"),
-        ({"min_quality_per_request": 0.2}, r"at most max_delta_nll \(0.1\)"),
         ({"threads": 100_000}, r"threads must be from 1 to \d+, or null, not 100000"),
         ({"port": "8000"}, "port must be of type int, not '8000'"),
     ],
@@ -132,7 +131,6 @@ def folder(tmp_path):
         ({"policy": "{folder}/facts.json"}, "facts.json is of the kind 'model facts', but"),
         ({"policy": "frontier"}, "other weights or another dtype"),
         ({"policy": "rap", "weights": "bf16"}, "exported for smollm2-135m.*needs weights='native'"),
-        ({"model_memory": "1MiB"}, r"model_memory must be at least [\d,]+ bytes"),
         ({"dtype": "int3"}, "Unknown dtype 'int3'"),
     ],
 )  # fmt: skip
@@ -154,14 +152,19 @@ def test_what_can_serve_passes(folder, right):
     check_before_loading(ServerSettings(**given))
 
 
-def test_the_policies_without_predictions_are_named():
-    trained = {"rap", "rap-low-bits", "rap-recall", "rap-v0"}
-    names = {"dense", "frontier", "knapsack", *trained}
+@pytest.mark.parametrize(
+    ("names", "predicted"),
+    [(("knapsack", "rap", "rap-low-bits", "rap-recall"), True),
+     (("dense", "frontier", "rap-v0"), False)],
+)  # fmt: skip
+def test_a_floor_needs_a_policy_with_predictions(names, predicted):
     for name in names:
-        masks = name in ("frontier", "rap-v0")
-        memory = MemoryModel(default_facts("bf16" if masks else "native"))
-        assert predicts(load_policy(name, memory)) == (name in _PREDICTING)
-    for name in names - {*_PREDICTING}:
-        settings = ServerSettings(policy=name, min_quality_per_request=0.1)
-        with pytest.raises(RapError, match=f"min_quality_per_request=0.1 needs .* {name} does not"):
+        weights = "bf16" if name in ("frontier", "rap-v0") else "native"
+        settings = ServerSettings(policy=name, max_delta_nll=0.1, weights=weights)
+        memory = MemoryModel(default_facts(weights))
+        assert predicts(load_policy(name, memory)) == predicted
+        if predicted:
             check_before_loading(settings)
+        else:
+            with pytest.raises(RapError, match=f"max_delta_nll=0.1 needs .* {name} does not"):
+                check_before_loading(settings)
