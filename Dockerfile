@@ -32,4 +32,4 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=5m --retries=3 \
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["rap"]
 # The server starts at this address only with --api-key-file or --insecure.
-CMD ["serve", "--host", "0.0.0.0", "--port", "8000", "--log-format", "json"]
+CMD ["serve", "--host", "0.0.0.0", "--port", "8000"]

@@ -14,7 +14,7 @@ from typing import Literal
 
 from rap_env.errors import InfeasibleBudgetError, QualityFloorError
 from rap_env.plan import Plan
-from rap_env.runtime.sampling import Sample, SamplingParams
+from rap_env.runtime.sampling import SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -88,14 +88,12 @@ class EndEvent:
         error: An error message for the user; None if nothing failed.
         rejection: Set if the engine gave the request up. If it did while the request waited,
             a later attempt may succeed.
-        stop_token: The token that ended the answer, if one did.
     """
 
     reason: Reason
     error: str | None
     time_s: float
     rejection: Rejection | None = None
-    stop_token: Sample | None = None
 
 
 Event = AdmitEvent | PlanEvent | TokenEvent | EndEvent

@@ -201,7 +201,6 @@ class OutputProcessor:
         error: str | None = None,
         *,
         rejection: Rejection | None = None,
-        stop_token: Sample | None = None,
     ) -> None:
         """End a request, unless it has ended."""
         if not sequence.handle.done:
@@ -211,8 +210,7 @@ class OutputProcessor:
                 self.counters.failed += 1
             else:
                 self.counters.served += 1
-            end = EndEvent(reason, error, self._clock(), rejection, stop_token)
-            sequence.handle.emit(end)
+            sequence.handle.emit(EndEvent(reason, error, self._clock(), rejection))
 
     def reject(self, sequence: TokenSequence, rejection: Rejection, error: str) -> None:
         """End a request that waits in the queue and cannot be admitted."""
@@ -238,7 +236,7 @@ class OutputProcessor:
             self.end(sequence, "error", reason or NOT_FINITE, rejection=rejection)
             return False
         if sample.token_id in params.stop_token_ids:
-            self.end(sequence, "stop", stop_token=sample)
+            self.end(sequence, "stop")
             return False
         handle.emit(TokenEvent(sample.token_id, sample.logprob, now, plan, sample.top))
         self.counters.tokens += 1

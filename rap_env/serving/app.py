@@ -31,7 +31,6 @@ from rap_env.serving.http import (
     shown,
     unavailable,
 )
-from rap_env.serving.limits import LiveLimit
 from rap_env.serving.metrics import CONTENT_TYPE, ServingMetrics
 from rap_env.serving.prompts import RequestBuilder, grammar_compiler
 from rap_env.serving.responses import (
@@ -71,13 +70,11 @@ class Service:
         engine: Engine,
         tokenizer: Any,
         settings: ServerSettings,
-        limit: LiveLimit | None = None,
         grammars: GrammarCompiler | None = None,
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self.settings = settings
-        self.limit = limit
         self.name = settings.served_name
         self.metrics = ServingMetrics(engine, settings)
         keys = settings.api_key_file
@@ -108,8 +105,9 @@ class Service:
         """Respond to a completion request; errors are left to the application's handlers."""
         if self.closing:
             raise _shutting_down()
-        if self.limit is not None and (problem := self.limit.nothing_fits()):
-            wait_s = self.limit.retry_after_s
+        is_given = self.engine.controller.monitor.source.is_given
+        if is_given and (problem := self.engine.nothing_fits()):
+            wait_s = self.engine.retry_after_s()
             raise unavailable(problem, "insufficient_memory", retry_after_s=wait_s)
         body = validate(schema, await read_json(request, self.settings))
         built = await asyncio.to_thread(self.builder.build, body, request.state.owner)
@@ -169,7 +167,6 @@ def create_app(
     engine: Engine,
     tokenizer: Any,
     settings: ServerSettings,
-    limit: LiveLimit | None = None,
     grammars: GrammarCompiler | None = None,
 ) -> FastAPI:
     """Make the server's ASGI application, which starts and closes the engine.
@@ -180,14 +177,13 @@ def create_app(
         engine: The engine.
         tokenizer: The tokenizer of its model.
         settings: Settings of the server.
-        limit: The memory limit, which may change; None if the budget is another.
         grammars: Compiles what answers have to follow, for the engine's model; by default one
             that loads its vocabulary for the first grammar.
 
     Raises:
         ServingSettingsError: The file of keys cannot be read.
     """
-    service = Service(engine, tokenizer, settings, limit, grammars)
+    service = Service(engine, tokenizer, settings, grammars)
     no_docs: dict[str, Any] = dict.fromkeys(("docs_url", "redoc_url", "openapi_url"))
     app = FastAPI(title="rap-env", version=__version__, lifespan=service.lifespan, **no_docs)
     app.state.service = service

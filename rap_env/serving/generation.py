@@ -47,13 +47,11 @@ class TokenLogprob(NamedTuple):
     """A token's text, maybe part of a character, and the natural log of its probability.
 
     `top` has texts and log probabilities of the most likely tokens, most likely first.
-    Special tokens are not `in_text`: the answer's text leaves them out.
     """
 
     token: str
     logprob: float
     top: tuple[tuple[str, float], ...] = ()
-    in_text: bool = True
 
 
 @dataclass(frozen=True)
@@ -235,8 +233,6 @@ class Generation:
         text = choice.stops.add(choice.detokenizer.finish())
         reason = "stop" if choice.stops.matched else event.reason
         text += choice.stops.finish()
-        if event.stop_token and self.request.logprobs and not self.request.chat:
-            choice.pending.append(self._logprob(event.stop_token))
         delta = self._delta(choice, text, reason)
         token_ids, written = choice.handle.token_ids, self.request.written
         special = not self._special_ids.isdisjoint(token_ids)  # the text lacks them
@@ -265,7 +261,6 @@ class Generation:
             token,
             max(MIN_LOGPROB, sample.logprob),
             tuple(zip(others, values, strict=True)),
-            sample.token_id not in self._special_ids,
         )
 
     def _failure(self, event: EndEvent) -> Exception:

@@ -253,18 +253,9 @@ def _log_request(scope: Scope, status: int, seconds: float) -> None:
     known |= state.get("log_fields", dict)()
     known = {name: value for name, value in known.items() if value is not None}
     words = [f" {name}={_quoted(value)}" for name, value in known.items()]
-    fields = {
-        "request_id": state["request_id"],
-        "method": method,
-        "path": path,
-        "status": status,
-        "seconds": round(seconds, 3),
-        **known,
-    }
     log.log(
         logging.DEBUG if scope["path"] in UNLIMITED_PATHS else logging.INFO,
         f"{state['request_id']} {method} {path} {status} {seconds:.3f} s{''.join(words)}",
-        extra={"fields": fields, "event": "request ended"},
     )
 
 

@@ -20,7 +20,6 @@ log = logging.getLogger(__name__)
 
 _SETTLE_S = 0.05  # for which a file must be unchanged: a half-written one changes again
 _LONGEST_TEXT = 64
-_MOST_RETRY_S = 60
 _MIB = 2**20
 
 
@@ -35,9 +34,6 @@ class LiveLimit:
         limit_bytes: Value of the setting.
         file: A file with a size such as ``300MiB``, which is read whenever it changes.
 
-    Attributes:
-        nothing_fits: Says why no request fits the limit; empty if one does.
-
     Raises:
         ServingSettingsError: The file exists and does not hold a size.
     """
@@ -45,9 +41,7 @@ class LiveLimit:
     def __init__(self, name: str, limit_bytes: int, file: str | None = None) -> None:
         self.name = name
         self._check: Callable[[int], None] = lambda limit_bytes: None
-        self.nothing_fits: Callable[[], str] = lambda: ""
         self._bytes = limit_bytes
-        self._set_s = time.monotonic()
         self._file = None if file is None else Path(file)
         self._lock = threading.RLock()
         self._read_state = self._state()
@@ -61,14 +55,13 @@ class LiveLimit:
                 self._follow()
         return self._bytes
 
-    def attach(self, check: Callable[[int], None], nothing_fits: Callable[[], str]) -> None:
+    def attach(self, check: Callable[[int], None]) -> None:
         """Check the present value and all later ones against what is served.
 
         Args:
             check: Raises a `ServingSettingsError` for a number of bytes that is too small.
-            nothing_fits: Says why no request fits; empty if one does.
         """
-        self._check, self.nothing_fits = check, nothing_fits
+        self._check = check
         check(self())
 
     @property
@@ -76,24 +69,14 @@ class LiveLimit:
         """Whether it limits the whole process, not the model alone."""
         return self.name == "memory"
 
-    @property
-    def retry_after_s(self) -> int:
-        """Seconds after which to ask again where nothing fits: as long as that has lasted, 1 to 60.
-
-        That counts from the last change of the limit.
-        """
-        return max(1, min(_MOST_RETRY_S, round(time.monotonic() - self._set_s)))
-
     def set(self, limit_bytes: int) -> None:
         """Change the limit; a `ServingSettingsError` if it is too small, and it stays as it was."""
         self._check(limit_bytes)
         with self._lock:
             if limit_bytes == self._bytes:
                 return
-            self._bytes, self._set_s = limit_bytes, time.monotonic()
+            self._bytes = limit_bytes
             log.info("%s is now %s.", self.name, mebibytes(limit_bytes))
-            if problem := self.nothing_fits():
-                log.warning("%s", problem)
 
     def _follow(self) -> None:
         """Read the file if it has changed, once its own time says that it is no longer written."""

@@ -134,8 +134,7 @@ class RequestBuilder:
             params=self._sampling(body, self._max_new_tokens(body, longest)),
             n=n,
             stop_strings=body.stop or (),
-            # A number in a completion, 0 included; a flag in a chat.
-            logprobs=bool(body.logprobs) if chat else body.logprobs is not None,
+            logprobs=isinstance(body, ChatCompletionRequest) and bool(body.logprobs),
             chat=chat,
             stream=bool(body.stream),
             include_usage=bool(body.stream_options and body.stream_options.include_usage),
@@ -204,7 +203,7 @@ class RequestBuilder:
         top_p = 1.0 if body.top_p is None else body.top_p
         if top_p == 0:  # an empty nucleus: take the most likely token
             temperature, top_p = 0.0, 1.0
-        likely = body.top_logprobs if isinstance(body, ChatCompletionRequest) else body.logprobs
+        likely = body.top_logprobs if isinstance(body, ChatCompletionRequest) else None
         constraint = self._constraint(body)
         if body.ignore_eos and constraint is not None:
             raise invalid(

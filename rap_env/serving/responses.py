@@ -30,7 +30,6 @@ class ResponseWriter:
         self._request = request
         self._plans = plans
         self._unfinished = request.size
-        self._lengths: dict[int, int] = {}  # characters written of each answer
         self._head = {
             "id": f"{'chatcmpl' if request.chat else 'cmpl'}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -60,7 +59,7 @@ class ResponseWriter:
         return {
             "index": index,
             "finish_reason": deltas[-1].finish_reason,
-            "logprobs": self._logprobs_json(index, logprobs),
+            "logprobs": self._logprobs_json(logprobs),
             **({"message": message} if self._request.chat else {"text": text}),
         }
 
@@ -105,7 +104,7 @@ class ResponseWriter:
         choice = {
             "index": index,
             **body,
-            "logprobs": self._logprobs_json(index, logprobs) if logprobs else None,
+            "logprobs": self._logprobs_json(logprobs) if logprobs else None,
             "finish_reason": finish_reason,
         }
         chunk = {**self._stream_head(), "choices": [choice]}
@@ -120,28 +119,10 @@ class ResponseWriter:
         fingerprint = self._plans.fingerprint  # of the plans so far
         return {**self._head, "system_fingerprint": fingerprint, "object": kind}
 
-    def _logprobs_json(self, index: int, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+    def _logprobs_json(self, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if not self._request.logprobs:
             return None
-        most = self._request.params.top_logprobs
-        if self._request.chat:
-            return {"content": [_chat_logprob(entry) for entry in entries], "refusal": None}
-        offsets = []
-        for entry in entries:
-            offsets.append(self._lengths.get(index, 0))
-            self._lengths[index] = offsets[-1] + len(entry.token) * entry.in_text
-        return {
-            "tokens": [entry.token for entry in entries],
-            "token_logprobs": [entry.logprob for entry in entries],
-            "top_logprobs": [_likely(entry) for entry in entries] if most else None,
-            "text_offset": offsets,
-        }
-
-
-def _likely(entry: TokenLogprob) -> dict[str, float]:
-    """The most likely tokens and the token itself; of tokens with one text, the likeliest."""
-    pairs = [(entry.token, entry.logprob), *reversed(entry.top)]
-    return dict(pairs)
+        return {"content": [_chat_logprob(entry) for entry in entries], "refusal": None}
 
 
 def _chat_logprob(entry: TokenLogprob) -> dict[str, Any]:

@@ -220,7 +220,6 @@ class CompletionRequest(BaseCompletionRequest):
     """Body of ``POST /v1/completions``."""
 
     prompt: Annotated[list[Any], BeforeValidator(_prompt_entries)] = [""]
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
 
 BodyT = TypeVar("BodyT", bound=BaseCompletionRequest)

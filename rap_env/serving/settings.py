@@ -110,7 +110,6 @@ class ServerSettings:
         choices=("debug", "info", "warning", "error"),
         group="Log",
     )
-    log_format: str = setting("text", "Text, or a JSON object per line.", choices=("text", "json"))
     host: str = setting("127.0.0.1", "Address to listen at.", group="Address and access")
     port: int = setting(8000, "Port to listen at; 0 takes a free one.", low=0, high=65535)
     api_key_file: str | None = setting(

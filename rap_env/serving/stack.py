@@ -62,7 +62,7 @@ def build_stack(
     live, chosen, grammars = _load(settings, limit, llm, policy)
     controller = _controller(settings, limit, live, chosen, memory, **controls)
     engine = _engine(settings, limit, controller)
-    app = create_app(engine, live.tokenizer, settings, limit, grammars)
+    app = create_app(engine, live.tokenizer, settings, grammars)
     if llm is None and limit is not None and limit.of_process:
         check_started(settings.model, limit)
     return ServerStack(settings, engine, app, limit)
@@ -153,8 +153,8 @@ def _engine(
         keep_file_bytes=settings.most_file_bytes,
     )
     if limit is not None:
-        limit.attach(least_check(settings.model, controller), engine.nothing_fits)
-        if controller.chooser.max_delta_nll is not None and (problem := limit.nothing_fits()):
+        limit.attach(least_check(settings.model, controller))
+        if controller.chooser.max_delta_nll is not None and (problem := engine.nothing_fits()):
             raise ServingSettingsError(problem)
     return engine
 

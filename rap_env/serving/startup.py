@@ -9,14 +9,12 @@ import contextlib
 import errno
 import gc
 import ipaddress
-import json
 import logging
 import socket
 import ssl
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from rap_env.errors import ServingSettingsError, check_name
 from rap_env.extras import require_extra
@@ -126,16 +124,10 @@ def check_access(settings: ServerSettings) -> None:
                 "ssl_keyfile needs ssl_certfile, the certificate that belongs to the key."
             )
         return
-    for name, path in (("ssl_certfile", certificate), ("ssl_keyfile", key)):
-        try:
-            if path is not None:
-                Path(path).read_bytes()
-        except OSError as error:
-            raise ServingSettingsError(f"Cannot read {name} {path}: {error.strerror}.") from None
     try:
         # A password callback, so that an encrypted key is an error instead of a question.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, lambda: "")
-    except (ssl.SSLError, ValueError) as error:
+    except (OSError, ValueError) as error:  # an SSLError is an OSError
         raise ServingSettingsError(
             f"ssl_certfile {certificate} and ssl_keyfile {key or '(the same file)'} must be a "
             f"certificate and its unencrypted private key in PEM format ({error})."
@@ -208,28 +200,6 @@ class TextFormatter(logging.Formatter):
         self.converter = time.gmtime
 
 
-class JsonFormatter(TextFormatter):
-    """A JSON object per line: ``time``, ``level``, ``logger`` and ``message``.
-
-    A record's ``fields``, given as ``extra={"fields": {...}, "event": "..."}``, are further
-    keys, and its ``event`` is the message then, which repeats none of them. A traceback is in
-    ``exception``.
-    """
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The line of a record."""
-        entry = {
-            "time": f"{self.formatTime(record, _TIME)}.{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": vars(record).get("event") or record.getMessage(),
-            **vars(record).get("fields", {}),
-        }
-        if record.exc_info:
-            entry["exception"] = self.formatException(record.exc_info)
-        return json.dumps(entry, default=str)
-
-
 @contextlib.contextmanager
 def server_logging(settings: ServerSettings) -> Iterator[None]:
     """Log to standard error as the settings say, within a ``with`` block.
@@ -240,7 +210,7 @@ def server_logging(settings: ServerSettings) -> Iterator[None]:
     level = settings.log_level.upper()
     handlers, package_level = root.handlers[:], package.level
     handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter() if settings.log_format == "json" else TextFormatter())
+    handler.setFormatter(TextFormatter())
     handler.setLevel(level)
     package.setLevel(level)
     root.handlers[:] = [*(h for h in handlers if type(h) is not logging.StreamHandler), handler]

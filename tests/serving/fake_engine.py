@@ -49,6 +49,7 @@ class FakeEngine:
         self.plans = plans
         self.max_seq_len_tokens = 64
         self.retry_after_s = lambda: 7
+        self.nothing_fits = lambda: ""
         self.vocab_size = 61
         self.handles = []
         self.alive = True

@@ -29,11 +29,6 @@ def client(llm, tokenizer):
         yield opened
 
 
-def complete(client, **more):
-    asked = {"model": "tiny", "prompt": "a big cat", "temperature": 0, "max_tokens": 4, **more}
-    return client.completions.create(**asked)
-
-
 @torch.no_grad()
 def test_likely_tokens_of_a_chat(client):
     (choice,) = chat(client, logprobs=True, top_logprobs=3).choices
@@ -44,14 +39,6 @@ def test_likely_tokens_of_a_chat(client):
             entry.token, entry.logprob,
         )  # fmt: skip
         assert entry.top_logprobs[0].logprob >= entry.top_logprobs[1].logprob
-
-
-def test_a_stop_token_is_scored_in_a_plain_completion(client, tokenizer):
-    stop = {str(tokenizer.eos_token_id): 100}
-    (choice,) = complete(client, logprobs=1, max_tokens=1, logit_bias=stop).choices
-    assert choice.finish_reason == "stop"
-    assert choice.text == ""
-    assert choice.logprobs.tokens == ["</s>"]
 
 
 def test_penalties_and_biases_reach_the_sampler(client, tokenizer):

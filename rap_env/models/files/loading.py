@@ -33,7 +33,6 @@ from rap_env.models.files.packed_folder import (
     load_native,
     model_without_weights,
     tensors_to_read,
-    unread_bytes,
 )
 from rap_env.models.files.pruned_checkpoint import PRUNED_FILE, load_pruned
 from rap_env.models.files.sources import TINY_MODELS, locate, looks_like_path
@@ -96,7 +95,8 @@ def load_llm(
             nothing is logged, and there is none.
         before_weights: Called with an estimate of the bytes that loading (and
             `set_residency`) still takes at its peak, before the tokenizer is read and again,
-            closer, before the weights are; an error that it raises ends the loading.
+            closer, before the weights are; an error that it raises ends the loading. Not for
+            a model that is loaded on demand.
 
     Returns:
         A new model; see `shared_llm` for one that the process shares.
@@ -141,11 +141,11 @@ def load_llm(
             on_demand = False
     if before_weights is not None:
         lean = config is not None
-        size = unread_bytes(folder, kind) if on_demand else _loading_bytes(folder, kind, lean=lean)
+        size = _loading_bytes(folder, kind, lean=lean)
         before_weights(size + _tokenizer_bytes(folder))
     # Before the weights, because it takes twice its size.
     tokenizer = None if again else load_tokenizer(folder)
-    if before_weights is not None and not on_demand:
+    if before_weights is not None:
         if not lean:  # it imports all of transformers' modules, but takes no memory for weights
             model_without_weights(read_config(folder), kind)
         return_freed_memory()

@@ -10,7 +10,6 @@ not stored.
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from torch import nn
 
 from rap_env.errors import ModelNotAvailableError, UnsupportedModelError
-from rap_env.models.families.adapter import FamilyAdapter, adapter_for, read_config
+from rap_env.models.families.adapter import adapter_for, read_config
 from rap_env.models.files.hub import has_all_weights
 from rap_env.models.files.model_folder import file_states
 from rap_env.models.files.weight_files import reject_other_shapes
@@ -71,7 +70,10 @@ def load_native(
     embeddings = () if unread is None else _embedding_names(model)
     if unread is not None:
         check_lengths(stored.values())
-        in_blocks = tuple(itertools.chain.from_iterable(_prefixes(adapter_for(config))))
+        adapter = adapter_for(config)
+        in_blocks = tuple(
+            f"{path}." for n in range(adapter.num_blocks) for path in adapter.module_paths(n)
+        )
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in stored.items():
         owner, _, part = name.rpartition(".")
@@ -104,33 +106,12 @@ def tensors_to_read(folder: Path, dtype: torch.dtype) -> dict[str, StoredTensor]
     }
 
 
-def unread_bytes(folder: Path, dtype: torch.dtype) -> int:
-    """Bytes of a model whose blocks are read when they are used, with its largest layer."""
-    config, stored = read_config(folder), tensors_to_read(folder, dtype)
-    for name in _embedding_names(model_without_weights(config, dtype)):
-        stored.pop(name, None)
-    layers = [
-        sum(tensor.nbytes for name, tensor in stored.items() if name.startswith(prefixes))
-        for prefixes in _prefixes(adapter_for(config))
-    ]
-    return sum(tensor.nbytes for tensor in stored.values()) - sum(layers) + max(layers)
-
-
 def _embedding_names(model: Any) -> list[str]:
     """Names of the weights of embeddings and head, unless other modules have them too."""
     ids = [id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings())]
     named = model.named_parameters(remove_duplicate=False)
     names = [name for name, parameter in named if id(parameter) in ids]
     return names if len(names) == len(ids) else []
-
-
-def _prefixes(adapter: FamilyAdapter) -> list[tuple[str, ...]]:
-    """What the names of the tensors of each layer's blocks begin with, (L,)."""
-    paths = [adapter.module_paths(index) for index in range(adapter.num_blocks)]
-    return [
-        tuple(f"{path}." for path in (*attn, *ffn))
-        for attn, ffn in zip(paths[::2], paths[1::2], strict=True)
-    ]
 
 
 def model_without_weights(config: Any, dtype: torch.dtype) -> Any:
