@@ -250,13 +250,11 @@ class Engine:
             self._thread.join(timeout_s)
 
     def retry_after_s(self) -> int:
-        """Seconds after which to ask again: until the first running request will have ended.
+        """Seconds after which to ask again: as long as requests have waited, 1 to 60.
 
-        That is by the steps so far; it may end sooner. Where requests wait and nothing runs,
-        it is as long as they have waited, up to a minute. At least 1; any thread may call it.
+        Any thread may call it.
         """
-        stalled_s = min(_MOST_RETRY_S, self._scheduler.admission.stalled_s)
-        return max(1, math.ceil(max(stalled_s, self._scheduler.shortest_wait_s())))
+        return max(1, math.ceil(min(_MOST_RETRY_S, self._scheduler.admission.stalled_s)))
 
     def stats(self) -> EngineStats:
         """The counters and the present state; from any thread, without waiting for a step."""

@@ -9,8 +9,8 @@ import logging
 import math
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from rap_env.errors import MemorySourceError
@@ -136,36 +136,17 @@ class GivenMemory(MemorySource):
         return max(0, int(budget) - (0 if others is None else others + HEADROOM_BYTES))
 
 
-@dataclass
-class _Excess:
-    """The largest excess of one kind of step in this window and in the last one.
-
-    `since_s` is when this window began; it has had `steps` steps.
-    """
-
-    since_s: float
-    steps: int = 0
-    most_bytes: int = 0
-    earlier_bytes: int = 0
-
-    def start_window(self, time_s: float, most_bytes: int = 0) -> None:
-        self.earlier_bytes, self.most_bytes = self.most_bytes, most_bytes
-        self.since_s, self.steps = time_s, 0
-
-
 class SafetyMargin:
     """Bytes reserved on top of a prediction: the largest recent excess of a step.
 
     Weights and KV cache are predicted exactly, the workspace is estimated. Allocations inside
     libraries and heap fragmentation are unknown. They persist, so a measured excess is
-    expected again. It expires after one to two windows that did not reach it: otherwise one
+    expected again. It expires after some time in which it was not reached: otherwise one
     burst of unrelated allocations in the process would cost blocks forever. Each kind of step
-    has its own windows, since a thousand decode steps tell nothing about the next prefill; a
-    window ends after `window` steps of its kind, or after `window_s` seconds.
+    is learned separately, since decode steps tell nothing about the next prefill.
 
     Args:
-        window: Steps of a kind after which a new maximum is started.
-        window_s: Seconds after which it is started, even without a step.
+        lasts_s: Seconds after which an excess is forgotten.
         clock: Gives the time in seconds.
 
     Attributes:
@@ -174,16 +155,12 @@ class SafetyMargin:
     """
 
     def __init__(
-        self,
-        window: int = 512,
-        *,
-        window_s: float = 25.0,
-        clock: Callable[[], float] = time.monotonic,
+        self, lasts_s: float = 40.0, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._window = window
-        self._window_s = window_s
+        self._lasts_s = lasts_s
         self._clock = clock
-        self._kinds: dict[str, _Excess] = {}
+        # By kind the times of excesses that no later one reached, the largest first.
+        self._kinds: dict[str, deque[tuple[float, int]]] = {}
         self.bytes = self.decode_bytes = 0
 
     def observe(self, kind: str, excess_bytes: int) -> None:
@@ -193,26 +170,22 @@ class SafetyMargin:
             kind: What the step did (``"prefill"``, ``"decode"``, ...).
             excess_bytes: Measured bytes above the prediction; negative if below.
         """
-        now, excess = self._clock(), max(0, excess_bytes)
-        seen = self._kinds.setdefault(kind, _Excess(now))
-        seen.steps += 1
-        seen.most_bytes = max(seen.most_bytes, excess)
-        if seen.steps >= self._window:
-            seen.start_window(now, excess)
+        recent, excess = self._kinds.setdefault(kind, deque()), max(0, excess_bytes)
+        while recent and recent[-1][1] <= excess:
+            recent.pop()
+        recent.append((self._clock(), excess))
         self.expire()
 
     def expire(self) -> None:
         """Forget what is too long ago."""
-        now = self._clock()
-        for seen in self._kinds.values():
-            past_s = now - seen.since_s
-            if past_s >= self._window_s:
-                seen.start_window(now)
-            if past_s >= 2 * self._window_s:
-                seen.earlier_bytes = 0
-        recent = {k: max(seen.most_bytes, seen.earlier_bytes) for k, seen in self._kinds.items()}
-        prefill_bytes = recent.pop("prefill", 0)
-        self.decode_bytes = max(recent.values(), default=0)
+        oldest_s = self._clock() - self._lasts_s
+        most = {"prefill": 0, "decode": 0}
+        for kind, recent in self._kinds.items():
+            while recent and recent[0][0] < oldest_s:
+                recent.popleft()
+            most[kind] = recent[0][1] if recent else 0
+        prefill_bytes = most.pop("prefill")
+        self.decode_bytes = max(most.values())
         self.bytes = max(self.decode_bytes, prefill_bytes)
 
     def forget(self) -> None:

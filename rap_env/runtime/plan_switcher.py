@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 
 from rap_env.errors import ChecksumError, ModelNotAvailableError, RapError
-from rap_env.levels import WEIGHT_LEVELS
 from rap_env.models.device import synchronise
 from rap_env.plan import Plan, with_lowest_caches
 from rap_env.runtime.memory_estimator import EMPTY_BATCH, BatchShape, PassSize
@@ -24,20 +23,6 @@ _UNREADABLE = (ChecksumError, ModelNotAvailableError)
 _ATTEMPTS = 4  # at making a plan fit by measured bytes
 
 
-def lowers_nothing(plan: Plan, before: Plan) -> bool:
-    """Whether no item has a lower level in a plan than it had before."""
-    weights = [(level, before.weight_level(index)) for index, level in plan.weights]
-    rank = WEIGHT_LEVELS.index
-    return (
-        plan.removed <= before.removed
-        and all(rank(n) <= rank(old) for n, old in [*weights, (plan.embeddings, before.embeddings)])
-        and all(
-            2 * layer in before.removed or level.lowest(old := before.cache_level(layer)) == old
-            for layer, level in plan.caches
-        )
-    )
-
-
 class PlanSwitcher:
     """Applies plans until the measured bytes fit; only the thread that runs the model may call it.
 
@@ -50,7 +35,6 @@ class PlanSwitcher:
             `retry` finds that they can again, the plan is not to be raised.
         switches: How often the plan changed.
         switch_s: Seconds spent switching.
-        last_shape: The batch for which the plan was switched last.
     """
 
     def __init__(
@@ -71,7 +55,6 @@ class PlanSwitcher:
         self._retry_at_s = 0.0
         self.switches = 0
         self.switch_s = 0.0
-        self.last_shape = EMPTY_BATCH
 
     def retry(self) -> bool:
         """Whether weights that could not be read are there again; looked at every `RETRY_S`."""
@@ -101,17 +84,16 @@ class PlanSwitcher:
     def improves(self, plan: Plan, shape: BatchShape) -> bool:
         """Whether a plan is better than the present one.
 
-        It is if it lowers nothing, else if the policy predicts a smaller rise in NLL. Without
-        a prediction, more bytes count as better.
+        It is if the policy predicts a smaller rise in NLL. Without a prediction, and where
+        both have the same, more bytes of weights and caches count as better.
         """
-        before, tokens = self._llm.plan, shape.at_least_one[1]
-        if plan == before or lowers_nothing(plan, before):
-            return plan != before
-        rise, rise_before = (self._chooser.rise(each, tokens) for each in (plan, before))
-        if rise is None or rise_before is None:
-            peak_bytes = self._estimator.peak_bytes
-            return peak_bytes(plan, shape) > peak_bytes(before, shape)
-        return rise < rise_before
+        plans, tokens = (plan, self._llm.plan), shape.at_least_one[1]
+        rise, before = (self._chooser.rise(each, tokens) for each in plans)
+        if rise is None or before is None or rise == before:
+            request = shape.request(1)
+            size, before_size = (self._estimator.memory.peak_bytes(p, request) for p in plans)
+            return size > before_size
+        return rise < before
 
     def settle(
         self,
@@ -183,7 +165,6 @@ class PlanSwitcher:
         monitor.trim()
         self.switches += 1
         self.switch_s += time.perf_counter() - started
-        self.last_shape = shape
         rise = self._chooser.rise(choice.plan, shape.at_least_one[1])
         log.info(
             "Plan changed (%s): %s; budget %.1f MiB, peak %.1f MiB%s.",
@@ -271,8 +252,7 @@ class Growth:
             return
         available = self._monitor.trimmed_bytes(shape, next_pass) - self._reserve_bytes()
         choice = self._chooser.choose(shape, min(need + lasting, available))
-        trigger: Trigger = "left" if shape.tokens < self._switcher.last_shape.tokens else "room"
-        if not self._raise_to(choice, shape, trigger, next_pass):
+        if not self._raise_to(choice, shape, "room", next_pass):
             self._failure = shape, lasting + least  # with headroom for one more block
 
     def _raise_to(

@@ -10,9 +10,9 @@ from rap_env.plan import Plan
 
 StepKind = Literal["prefill", "decode"]
 
-Trigger = Literal["arrival", "budget_fell", "room", "left"]
-"""What caused a switch: a request arrived, the budget fell below the need, there was headroom
-again, or a request left and freed memory."""
+Trigger = Literal["arrival", "budget_fell", "room"]
+"""What caused a switch: a request arrived, the budget fell below the need, or there was
+headroom again."""
 
 
 @dataclass(frozen=True)

@@ -113,12 +113,6 @@ class Scheduler:
         self.admission.note_turn(ran=prefilled or decoded)
         return prefilled or decoded
 
-    def shortest_wait_s(self) -> float:
-        """Seconds of decoding until a running request has all of its tokens; 0 if nothing runs."""
-        handles = (sequence.handle for sequence in self.batch.sequences)
-        to_come = (handle.params.max_new_tokens - len(handle.token_ids) for handle in handles)
-        return min(to_come, default=0) * self._pace.decode_s
-
     def check_feasible(self, sequence: TokenSequence) -> None:
         """Raise `InfeasibleBudgetError` if no plan can ever fit a sequence; from any thread."""
         shape = self.batch.shape_alone(sequence)

@@ -31,6 +31,8 @@ PROBE_PATHS = frozenset({"/livez", "/readyz", "/health"})
 """Paths of the probes, which need no key."""
 UNLIMITED_PATHS = PROBE_PATHS | {"/metrics"}
 """Paths that are answered above the connection limit too."""
+BODY_TIMEOUT_S = 20.0
+"""Seconds until a body must be complete."""
 LINGER_BYTES = 8 * 1024 * 1024
 """Bytes of a rejected body that are still read and dropped: a client that is cut off while it
 sends seldom reads the error response."""
@@ -285,7 +287,7 @@ async def read_json(request: Request, settings: ServerSettings) -> dict[str, Any
     most = settings.max_body_bytes
     body, seen_bytes = bytearray(), 0
     try:
-        async with asyncio.timeout(settings.body_timeout_s):
+        async with asyncio.timeout(BODY_TIMEOUT_S):
             async for chunk in request.stream():
                 seen_bytes += len(chunk)
                 if seen_bytes <= most:
@@ -295,7 +297,7 @@ async def read_json(request: Request, settings: ServerSettings) -> dict[str, Any
     except TimeoutError:
         raise ApiError(
             408,
-            f"The request body was not complete after {settings.body_timeout_s:g} seconds.",
+            f"The request body was not complete after {BODY_TIMEOUT_S:g} seconds.",
             code="request_timeout",
             headers={"connection": "close"},
         ) from None

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 Body = ChatCompletionRequest | CompletionRequest
 
 _TURN_FIELDS = {"role", "content", "tool_calls", "tool_call_id"}
+MOST_ANSWERS = 8
+"""Most answers to one request: prompts times n."""
+DEFAULT_CHAT_TOKENS = 256
+"""Most tokens of a chat answer whose request sets no number."""
 DEFAULT_COMPLETION_TOKENS = 16
 """Most tokens of a plain completion that does not set a number, as in the OpenAI API."""
 
@@ -171,10 +175,9 @@ class RequestBuilder:
             )
 
     def _check_choices(self, n: int, prompts: int) -> None:
-        most = self._settings.max_choices
-        if n * prompts > most:
+        if n * prompts > MOST_ANSWERS:
             raise invalid(
-                f"This server gives at most {most} answers to one request, "
+                f"This server gives at most {MOST_ANSWERS} answers to one request, "
                 f"and {n * prompts} were asked for.",
                 "prompt" if n == 1 else "n",
             )
@@ -194,7 +197,7 @@ class RequestBuilder:
         if body.new_tokens is not None:
             return body.new_tokens
         chat = isinstance(body, ChatCompletionRequest)
-        default = self._settings.default_chat_tokens if chat else DEFAULT_COMPLETION_TOKENS
+        default = DEFAULT_CHAT_TOKENS if chat else DEFAULT_COMPLETION_TOKENS
         most = min(default, self._settings.max_new_tokens)
         return max(1, min(most, self.context_tokens - prompt_tokens))
 

@@ -17,6 +17,10 @@ from rap_env.serving.app import Service
 from rap_env.serving.http import UNLIMITED_PATHS, unavailable
 from rap_env.serving.settings import ServerSettings
 
+HEADER_TIMEOUT_S = 20.0
+"""Seconds until a header must be complete."""
+WRITE_TIMEOUT_S = 60.0
+"""Seconds that an answer may stay unread before its connection is closed."""
 _MAX_HEADER_BYTES = 64 * 1024
 _KEEP_ALIVE_S = 15
 _UNREAD_BYTES = 16 * 1024
@@ -61,7 +65,7 @@ def guarded_protocol(
                     oldest.transport.close()
 
         def _start_header_timer(self) -> None:
-            self._header_timer = self.loop.call_later(settings.header_timeout_s, self._no_header)
+            self._header_timer = self.loop.call_later(HEADER_TIMEOUT_S, self._no_header)
 
         def handle_events(self) -> None:
             before = self.cycle
@@ -80,7 +84,7 @@ def guarded_protocol(
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            self._write_timer = self.loop.call_later(settings.write_timeout_s, self.transport.abort)
+            self._write_timer = self.loop.call_later(WRITE_TIMEOUT_S, self.transport.abort)
 
         def resume_writing(self) -> None:
             self._write_timer = _cancelled(self._write_timer)

@@ -41,7 +41,7 @@ class ServerSettings:
     weights: str = setting(
         "native",
         "Format of the weights: native is that of the model's file, bf16 is unquantised.",
-        choices=("native", "bf16", "int8", "int4"),
+        choices=("native", "bf16"),
     )
     threads: int | None = setting(
         None,
@@ -146,10 +146,6 @@ class ServerSettings:
     max_new_tokens: int = setting(
         2048, "Most tokens that a request may ask for.", low=1, group="Limits of requests"
     )
-    default_chat_tokens: int = setting(
-        256, "Most tokens of a chat answer whose request sets no number.", low=1
-    )
-    max_choices: int = setting(8, "Most answers to one request (prompts x n).", low=1)
     max_body_bytes: int = setting(
         256 * 1024,
         "Most bytes of a request's body; with --max-connections it bounds what requests take in "
@@ -158,11 +154,6 @@ class ServerSettings:
         group="Connections",
     )
     max_connections: int = setting(128, "Most open connections; more get status 503.", low=1)
-    header_timeout_s: float = setting(20.0, "Seconds until a header must be complete.", above=0)
-    body_timeout_s: float = setting(20.0, "Seconds until a body must be complete.", above=0)
-    write_timeout_s: float = setting(
-        60.0, "Seconds that an answer may stay unread before its connection is closed.", above=0
-    )
     shutdown_grace_s: float = setting(
         10.0, "Seconds for running requests to finish when the server ends.", above=0
     )

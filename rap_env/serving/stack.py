@@ -182,14 +182,6 @@ def greeting(stack: ServerStack, url: str) -> str:
         _limit_text(controller),
         f"Policy: {controller.chooser.policy.name}; unused weights: {stack.settings.residency}.",
     ]
-    chooser = controller.chooser
-    if (floor := chooser.max_delta_nll) is not None:
-        most = chooser.most_delta_nll
-        loaded = "" if most == floor else f", and of {most} while others wait"
-        lines.append(
-            f"Plans that serve have a predicted rise in NLL of at most {floor} nats per token"
-            f"{loaded} (max_delta_nll)."
-        )
     return "\n".join(lines)
 
 

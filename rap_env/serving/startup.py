@@ -182,8 +182,6 @@ def check_before_loading(settings: ServerSettings) -> None:
 
 def _known_facts(settings: ServerSettings) -> ModelFacts | None:
     """Facts of the default model in bfloat16, whatever its dtype; None for any other."""
-    if settings.weights not in ("native", "bf16"):
-        return None
     facts = default_facts(settings.weights)
     same = settings.model.partition("@")[0] == facts.name.partition("@")[0]
     return facts if same else None

@@ -178,7 +178,7 @@ def test_a_request_that_leaves_gives_headroom(triggers):
         harness.time_s = time_s
         harness.controller.check(BatchShape(1, 20))
     assert len(harness.mask.removed) < 4
-    assert triggers()[-1] == "left"
+    assert triggers()[-1] == "room"
 
 
 def switches(*, share, hold_s) -> int:

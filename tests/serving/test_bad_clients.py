@@ -52,8 +52,9 @@ def answers(server):
     return response.status_code == 200 and response.json()["choices"][0]["text"] != ""
 
 
-def test_a_slow_body_times_out_without_delaying_others(tokenizer):
-    with served(FakeEngine(tokenizer), tokenizer, body_timeout_s=0.3) as server:
+def test_a_slow_body_times_out_without_delaying_others(tokenizer, monkeypatch):
+    monkeypatch.setattr("rap_env.serving.http.BODY_TIMEOUT_S", 0.3)
+    with served(FakeEngine(tokenizer), tokenizer) as server:
         slow = raw(server, HEAD.format(length=1000).encode() + b'{"model":')
         assert answers(server)
         received = everything(slow)
@@ -61,8 +62,9 @@ def test_a_slow_body_times_out_without_delaying_others(tokenizer):
         assert b"request_timeout" in received
 
 
-def test_a_missing_header_closes_the_connection(tokenizer):
-    with served(FakeEngine(tokenizer), tokenizer, header_timeout_s=0.3) as server:
+def test_a_missing_header_closes_the_connection(tokenizer, monkeypatch):
+    monkeypatch.setattr("rap_env.serving.server.HEADER_TIMEOUT_S", 0.3)
+    with served(FakeEngine(tokenizer), tokenizer) as server:
         for begun in (b"", b"POST /v1/completions HTTP/1.1\r\nhost: te"):
             assert everything(raw(server, begun)) == b""
         again = raw(server, request(BODY))
@@ -72,9 +74,10 @@ def test_a_missing_header_closes_the_connection(tokenizer):
         assert answers(server)
 
 
-def test_a_long_answer_is_no_idle_connection(tokenizer):
+def test_a_long_answer_is_no_idle_connection(tokenizer, monkeypatch):
+    monkeypatch.setattr("rap_env.serving.server.HEADER_TIMEOUT_S", 0.2)
     engine = FakeEngine(tokenizer, "abcdef", pace_s=0.1)
-    with served(engine, tokenizer, header_timeout_s=0.2) as server:
+    with served(engine, tokenizer) as server:
         assert answers(server)
 
 
@@ -154,11 +157,12 @@ def test_a_disconnect_in_a_body_leaves_nothing_behind(tokenizer):
         assert answers(server)
 
 
-def test_an_answer_that_is_not_read_is_cut_off(tokenizer):
+def test_an_answer_that_is_not_read_is_cut_off(tokenizer, monkeypatch):
+    monkeypatch.setattr("rap_env.serving.server.WRITE_TIMEOUT_S", 0.5)
     engine = FakeEngine(tokenizer, "a" * 60)
     engine.max_seq_len_tokens = 10**6
     engine.tokens = engine.tokens * 1000
-    with served(engine, tokenizer, write_timeout_s=0.5, max_new_tokens=10**6) as server:
+    with served(engine, tokenizer, max_new_tokens=10**6) as server:
         connection = raw(server)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.sendall(request(BODY, stream=True, max_tokens=10**5))
