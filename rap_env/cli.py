@@ -39,7 +39,6 @@ from rap_env.serving.settings import (
     DEFAULT_MAX_DELTA_NLL,
     DEFAULT_MOST_DELTA_NLL,
     ServerSettings,
-    read_settings_file,
 )
 from rap_env.specs import Setting, settings_of
 from rap_env.version import __version__
@@ -143,15 +142,13 @@ class _ServeCommand(click.Command):
 
 
 @cli.command(short_help="Serve a model over HTTP.", cls=_ServeCommand)
-@click.option("--config", type=Path, help="YAML file of settings. Options override it.")
 @combined(*map(_server_option, _SETTINGS))
-def serve(config: Path | None, **options: str | bool | None) -> None:
+def serve(**options: str | bool | None) -> None:
     """Serve a model over HTTP within a memory budget.
 
     The API is that of OpenAI: /v1/chat/completions, /v1/completions and /v1/models.
     """
-    values = (read_settings_file(config) if config else {}) | _parse_settings(options)
-    settings = ServerSettings.from_mapping(values)
+    settings = ServerSettings(**_parse_settings(options))
     from rap_env.serving.startup import serve as serve_until_interrupted
 
     serve_until_interrupted(settings, click.echo)

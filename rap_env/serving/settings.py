@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from rap_env.errors import ServingSettingsError
-from rap_env.extras import require_extra
 from rap_env.request import KEPT_DELTA_NLL, parse_bytes
-from rap_env.specs import check, check_settings, setting, settings_of
+from rap_env.specs import check, setting
 
 MEMORY_SOURCES = ("auto", "cgroup", "cuda")
 DEFAULT_MAX_DELTA_NLL = 0.1
@@ -173,17 +169,6 @@ class ServerSettings:
                 f"the size in the file limits and holds until the file exists, not {self.memory}."
             )
 
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> ServerSettings:
-        """Make settings of names and values, such as a file holds.
-
-        Raises:
-            UnknownNameError: A name is not a setting; the message lists the settings.
-            ServingSettingsError: A value has the wrong type or is out of range.
-        """
-        check_settings(values, "the server", settings_of(cls))
-        return cls(**values)
-
     @property
     def served_name(self) -> str:
         """Name that clients send as ``model``."""
@@ -220,26 +205,3 @@ class ServerSettings:
     def most_file_bytes(self) -> int:
         """Most bytes of files with kept sequences."""
         return parse_bytes("keep_file_bytes", self.keep_file_bytes)
-
-
-def read_settings_file(path: Path) -> dict[str, Any]:
-    """Read names and values from a YAML file.
-
-    Raises:
-        ServingSettingsError: The file cannot be read or is not valid.
-    """
-    require_extra("serve", "A file of settings")
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ServingSettingsError(f"Cannot read {path}: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise ServingSettingsError(f"{path} is not valid YAML: {reason}.") from None
-    if not isinstance(values, dict | None):
-        raise ServingSettingsError(
-            f"{path} must hold settings as 'name: value', not a {type(values).__name__}."
-        )
-    return values or {}

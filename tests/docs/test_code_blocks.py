@@ -13,7 +13,6 @@ import httpx
 import pytest
 import torch
 import transformers
-import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import open_dict
@@ -24,14 +23,13 @@ from experiments.launch import CONF_DIR, register_program
 from rap_env.errors import RapError
 from rap_env.models.files.gguf_source import SMOLLM2, gguf_folder_name
 from rap_env.models.files.model_folder import made_once, models_dir
-from rap_env.serving.settings import ServerSettings
 from tests.programs import PythonProgram, run_python
 from tests.tiny import VOCAB_SIZE, randomise, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-LANGUAGES = {"python", "bash", "toml", "json", "yaml"}
+LANGUAGES = {"python", "bash", "toml", "json"}
 
 COMPOSED = ["compose only"]
 """In the place of settings: the program takes too long, so its settings are composed."""
@@ -120,12 +118,6 @@ def test_code_blocks_have_known_languages():
 def test_toml_is_valid(page):
     for code in blocks(page, "toml"):
         assert tomllib.loads(code)
-
-
-def test_yaml_has_settings_of_the_server():
-    for page in PAGES:
-        for code in blocks(page, "yaml"):
-            assert ServerSettings.from_mapping(yaml.safe_load(code))
 
 
 @each_page("python")

@@ -162,9 +162,8 @@ def test_rap_choose_and_info_need_no_model(installed):
 
 @pytest.mark.slow
 def test_rap_serves_a_model_over_http(installed, model_folder):
-    config = installed.folder / "serve.yaml"
-    config.write_text("port: 0\npolicy: dense\nmodel_name: tiny\ndtype: float32\nthreads: 1\n")
-    command = [str(installed.bin / "rap"), "serve", "--config", str(config),
+    command = [str(installed.bin / "rap"), "serve", "--port", "0", "--policy", "dense",
+               "--model-name", "tiny", "--dtype", "float32", "--threads", "1",
                "--model", str(model_folder), "--memory", "2GiB"]  # fmt: skip
     process = subprocess.Popen(
         command, cwd=installed.folder, env=installed.environment, stdout=subprocess.PIPE,

@@ -9,7 +9,6 @@ from rap_env.artifacts import save_artifact
 from rap_env.errors import (
     RapError,
     ServingSettingsError,
-    UnknownNameError,
 )
 from rap_env.memory import MemoryModel
 from rap_env.models.weights.residency import RESIDENCIES
@@ -19,7 +18,6 @@ from rap_env.request import parse_bytes
 from rap_env.runtime.plan_chooser import predicts
 from rap_env.serving.settings import (
     ServerSettings,
-    read_settings_file,
 )
 from rap_env.serving.startup import bind, check_before_loading, url_of
 from rap_env.specs import settings_of
@@ -69,33 +67,6 @@ def test_bytes_are_read_with_their_unit():
 def test_names_are_those_of_the_model():
     settings = settings_of(ServerSettings)
     assert {*settings["residency"].choices} < {*RESIDENCIES}
-    with pytest.raises(UnknownNameError, match="'prot'.*'max_queue'.*Did you mean 'port'"):
-        ServerSettings.from_mapping({"prot": 1})
-
-
-def test_files_give_settings(tmp_path):
-    path = tmp_path / "serve.yaml"
-    path.write_text("policy: dense\nport: 0\nqueue_timeout_s: null\nmemory: 300MiB\n")
-    found = ServerSettings.from_mapping(read_settings_file(path))
-    assert found == ServerSettings(policy="dense", port=0, memory="300MiB", queue_timeout_s=None)
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "words"),
-    [
-        ("absent.yaml", None, "Cannot read .*absent.yaml: No such file"),
-        ("a.yaml", "a: [", "a.yaml is not valid YAML"),
-        ("a.yaml", "- a", "must hold settings as 'name: value', not a list"),
-        ("a.yaml", 9999 * "[", "a.yaml is not valid YAML"),
-    ],
-)
-def test_a_file_that_cannot_be_read_is_named(tmp_path, name, text, words):
-    if text is not None:
-        (tmp_path / name).write_text(text)
-    with pytest.raises(ServingSettingsError, match=words):
-        read_settings_file(tmp_path / name)
-    (tmp_path / "empty.yaml").write_text("# nothing\n")
-    assert read_settings_file(tmp_path / "empty.yaml") == {}
 
 
 def test_an_address_can_be_bound_only_once():
