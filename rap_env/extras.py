@@ -11,7 +11,7 @@ EXTRAS = {
     "model": ("torch", "transformers", "accelerate", "gguf", "huggingface_hub", "tqdm", "filelock"),
     "plots": ("matplotlib",),
     "ray": ("ray",),
-    "serve": ("fastapi", "uvicorn", "prometheus_client", "jinja2", "yaml"),
+    "serve": ("fastapi", "uvicorn", "prometheus_client", "jinja2"),
     "structured": ("llguidance",),
 }
 """Modules that each extra of ``pyproject.toml`` provides."""

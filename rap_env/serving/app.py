@@ -187,7 +187,12 @@ def create_app(
     no_docs: dict[str, Any] = dict.fromkeys(("docs_url", "redoc_url", "openapi_url"))
     app = FastAPI(title="rap-env", version=__version__, lifespan=service.lifespan, **no_docs)
     app.state.service = service
-    app.add_middleware(RequestGate, keys=service.api_keys)
+    app.add_middleware(
+        RequestGate,
+        keys=service.api_keys,
+        most_open=settings.max_open_requests,
+        on_refusal=service.metrics.refused_requests.inc,
+    )
     _add_completion_routes(app, service)
     _add_probes(app, service)
     _add_error_handlers(app, service)

@@ -10,6 +10,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,7 +31,7 @@ CLIENT_CLOSED_REQUEST = 499
 PROBE_PATHS = frozenset({"/livez", "/readyz", "/health"})
 """Paths of the probes, which need no key."""
 UNLIMITED_PATHS = PROBE_PATHS | {"/metrics"}
-"""Paths that are answered above the connection limit too."""
+"""Paths that are answered above the limit of open requests too."""
 BODY_TIMEOUT_S = 20.0
 """Seconds until a body must be complete."""
 LINGER_BYTES = 8 * 1024 * 1024
@@ -191,11 +192,18 @@ class RequestGate:
         app: The application.
         keys: The keys of clients, who send ``Authorization: Bearer KEY``; None if none is
             needed.
+        most_open: Most requests, other than probes, that are open at a time; more get status
+            503.
+        on_refusal: Called for each of these.
     """
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys | None = None) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: ApiKeys | None, most_open: int, on_refusal: Callable[[], None]
+    ) -> None:
         self._app = app
         self._keys = keys
+        self._most_open, self._on_refusal = most_open, on_refusal
+        self._open = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
@@ -218,13 +226,19 @@ class RequestGate:
             await send(message)
 
         refusal = self._refusal(scope["path"], headers.get("authorization", ""))
+        limited = scope["path"] not in UNLIMITED_PATHS
+        if refusal is None and limited and self._open >= self._most_open:
+            self._on_refusal()
+            refusal = unavailable("Too many requests are open; ask again later.", "too_many_open")
         app = self._app if refusal is None else refusal.response(scope)
+        self._open += limited
         try:
             await app(scope, receive, send_with_id)
         except Exception:
             status = 500
             raise
         finally:
+            self._open -= limited
             _log_request(scope, status, time.monotonic() - started)
 
     def _owner(self, authorization: str) -> str:

@@ -54,9 +54,9 @@ class ServingMetrics:
             ["endpoint", "outcome"],
             registry=registry,
         )
-        self.refused_connections = Counter(
-            "rap_connections_refused",
-            "Connections above the limit that got an error response.",
+        self.refused_requests = Counter(
+            "rap_requests_refused",
+            "Requests above max_open_requests, which got an error response.",
             registry=registry,
         )
         self.queue_s = histogram(

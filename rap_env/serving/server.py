@@ -1,4 +1,4 @@
-"""uvicorn with a connection limit, timeouts for slow clients, and a graceful shutdown."""
+"""uvicorn with timeouts for slow clients and a graceful shutdown."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rap_env.serving.app import Service
-from rap_env.serving.http import UNLIMITED_PATHS, unavailable
-from rap_env.serving.settings import ServerSettings
 
 HEADER_TIMEOUT_S = 20.0
 """Seconds until a header must be complete."""
@@ -25,76 +22,56 @@ _MAX_HEADER_BYTES = 64 * 1024
 _KEEP_ALIVE_S = 15
 _UNREAD_BYTES = 16 * 1024
 """Bytes of an answer that wait for its client here, and about as many in the system."""
-_MOST_ABOVE_LIMIT = 64
-"""Most connections above the limit that are open at a time, for probes."""
 _FLUSH_S = 5
 """Seconds after the grace period in which error responses are still written to clients."""
 
 
-def guarded_protocol(
-    settings: ServerSettings, on_refusal: Callable[[], None] = lambda: None
-) -> type[H11Protocol]:
-    """Make uvicorn's HTTP protocol with a connection limit and timeouts.
+class _GuardedProtocol(H11Protocol):
+    """uvicorn's HTTP protocol with timeouts.
 
     It closes connections that do not send a header in time or do not read their answer.
-    Connections above the limit get one response: probes and metrics are answered, all else is
-    rejected with status 503. A few of them are open at a time; a further one closes the
-    oldest. `on_refusal` is called for each that gets an error or is closed.
     """
-    above_limit: dict[GuardedProtocol, None] = {}  # the oldest first
 
-    class GuardedProtocol(H11Protocol):
-        _header_timer: asyncio.TimerHandle | None = None
-        _write_timer: asyncio.TimerHandle | None = None
+    _header_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
 
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            # So that what a client does not read is noticed here, not kept by the system.
-            transport.set_write_buffer_limits(high=_UNREAD_BYTES)
-            transport.get_extra_info("socket").setsockopt(
-                socket.SOL_SOCKET, socket.SO_SNDBUF, _UNREAD_BYTES
-            )
-            self._start_header_timer()
-            if len(self.connections) - len(above_limit) > settings.max_connections:
-                above_limit[self] = None
-                self.app = _answer_above_limit(self.app, on_refusal)
-                if len(above_limit) > _MOST_ABOVE_LIMIT:
-                    on_refusal()
-                    oldest = next(iter(above_limit))
-                    del above_limit[oldest]
-                    oldest.transport.close()
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        # So that what a client does not read is noticed here, not kept by the system.
+        transport.set_write_buffer_limits(high=_UNREAD_BYTES)
+        transport.get_extra_info("socket").setsockopt(
+            socket.SOL_SOCKET, socket.SO_SNDBUF, _UNREAD_BYTES
+        )
+        self._start_header_timer()
 
-        def _start_header_timer(self) -> None:
-            self._header_timer = self.loop.call_later(HEADER_TIMEOUT_S, self._no_header)
+    def _start_header_timer(self) -> None:
+        self._header_timer = self.loop.call_later(HEADER_TIMEOUT_S, self._no_header)
 
-        def handle_events(self) -> None:
-            before = self.cycle
-            super().handle_events()
-            if self.cycle is not before:
-                self._header_timer = _cancelled(self._header_timer)
-            elif self._header_timer is None and (before is None or before.response_complete):
-                # The first bytes of another request on this connection.
-                self._start_header_timer()
-
-        def connection_lost(self, exc: Exception | None) -> None:
+    def handle_events(self) -> None:
+        before = self.cycle
+        super().handle_events()
+        if self.cycle is not before:
             self._header_timer = _cancelled(self._header_timer)
-            self._write_timer = _cancelled(self._write_timer)
-            above_limit.pop(self, None)
-            super().connection_lost(exc)
+        elif self._header_timer is None and (before is None or before.response_complete):
+            # The first bytes of another request on this connection.
+            self._start_header_timer()
 
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            self._write_timer = self.loop.call_later(WRITE_TIMEOUT_S, self.transport.abort)
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._header_timer = _cancelled(self._header_timer)
+        self._write_timer = _cancelled(self._write_timer)
+        super().connection_lost(exc)
 
-        def resume_writing(self) -> None:
-            self._write_timer = _cancelled(self._write_timer)
-            super().resume_writing()
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._write_timer = self.loop.call_later(WRITE_TIMEOUT_S, self.transport.abort)
 
-        def _no_header(self) -> None:
-            if self.cycle is None or self.cycle.response_complete:
-                self.transport.abort()
+    def resume_writing(self) -> None:
+        self._write_timer = _cancelled(self._write_timer)
+        super().resume_writing()
 
-    return GuardedProtocol
+    def _no_header(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.abort()
 
 
 def _cancelled(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
@@ -102,25 +79,6 @@ def _cancelled(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
     if timer is not None:
         timer.cancel()
     return None
-
-
-def _answer_above_limit(app: ASGIApp, on_refusal: Callable[[], None]) -> ASGIApp:
-    """Application of a connection above the limit, which is closed after its first response."""
-
-    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_and_close(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"connection", b"close")]
-            await send(message)
-
-        unlimited = scope["path"] in UNLIMITED_PATHS
-        if not unlimited:
-            on_refusal()
-        refusal = unavailable("Too many connections; ask again later.", "too_many_connections")
-        response = app if unlimited else refusal.response(scope)
-        await response(scope, receive, send_and_close)
-
-    return answer
 
 
 class Server(uvicorn.Server):
@@ -138,7 +96,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=guarded_protocol(settings, self._service.metrics.refused_connections.inc),
+                http=_GuardedProtocol,
                 ws="none",
                 loop="asyncio",
                 lifespan="on",

@@ -144,12 +144,14 @@ class ServerSettings:
     )
     max_body_bytes: int = setting(
         256 * 1024,
-        "Most bytes of a request's body; with --max-connections it bounds what requests take in "
+        "Most bytes of a request's body; with --max-open-requests it bounds what requests take in "
         "addition to the model.",
         low=1,
         group="Connections",
     )
-    max_connections: int = setting(128, "Most open connections; more get status 503.", low=1)
+    max_open_requests: int = setting(
+        128, "Most requests that are open at a time; more get status 503.", low=1
+    )
     shutdown_grace_s: float = setting(
         10.0, "Seconds for running requests to finish when the server ends.", above=0
     )

@@ -81,43 +81,25 @@ def test_a_long_answer_is_no_idle_connection(tokenizer, monkeypatch):
         assert answers(server)
 
 
-@contextlib.contextmanager
-def idle_connections(tokenizer, number, accepted):
-    """A server of three connections with idle ones, and these; it answers once they close."""
-    with served(FakeEngine(tokenizer), tokenizer, max_connections=3) as server:
-        idle = [raw(server) for _ in range(number)]
-        connections = server._server.server_state.connections
-        eventually(lambda: len(connections) == accepted)
-        yield server, idle
-        for connection in idle:
-            connection.close()
-        eventually(lambda: not connections)
-        assert answers(server)
-
-
-def refused_by(server):
-    return server.service.metrics.refused_connections.collect()[0].samples[0].value
-
-
-def test_connections_beyond_the_limit_are_rejected_but_probes_are_answered(tokenizer):
-    with idle_connections(tokenizer, 3, accepted=3) as (server, _):
+def test_requests_above_the_limit_are_rejected_but_probes_are_answered(tokenizer):
+    engine = FakeEngine(tokenizer, "abc", gate=threading.Event())
+    with served(engine, tokenizer, max_open_requests=2) as server:
+        idle = [raw(server) for _ in range(20)]  # they are no requests
+        waiting = [raw(server, request(BODY)) for _ in range(2)]
+        eventually(lambda: len(engine.handles) == 2)
         for path in ("/livez", "/readyz", "/health", "/metrics"):
-            response = httpx.get(f"{server.url}{path}")
-            assert response.status_code == 200
-            assert response.headers["connection"] == "close"
-        assert refused_by(server) == 0
-        refused = everything(raw(server, request(BODY)))
-        assert refused.startswith(b"HTTP/1.1 503")
-        error = json.loads(refused.partition(b"\r\n\r\n")[2])["error"]
-        assert error["code"] == "too_many_connections"
-        assert refused_by(server) == 1
-
-
-def test_a_flood_of_idle_connections_neither_grows_nor_silences_probes(tokenizer):
-    with idle_connections(tokenizer, 100, accepted=3 + 64) as (server, idle):
-        assert httpx.get(f"{server.url}/readyz").status_code == 200
-        assert everything(idle[3]) == b""  # the oldest above the limit
-        assert refused_by(server) == 100 - 3 - 64 + 1  # the probe took a place, too
+            assert httpx.get(f"{server.url}{path}").status_code == 200
+        response = httpx.post(f"{server.url}/v1/completions", json={"model": "tiny"})
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == "too_many_open"
+        metric = server.service.metrics.refused_requests
+        assert metric.collect()[0].samples[0].value == 1
+        engine.gate.set()
+        for connection in waiting:
+            assert b"HTTP/1.1 200" in connection.recv(65536)
+        for connection in (*idle, *waiting):
+            connection.close()
+        assert answers(server)
 
 
 def test_invalid_http_is_rejected(tokenizer):
