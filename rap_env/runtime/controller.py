@@ -55,8 +55,8 @@ class RuntimeController:
     Only the thread that runs the model may call it; any thread may read the counters.
 
     Args:
-        llm: The live model. Set its residency first: with ``"resident"``, removing an FFN
-            block frees nothing, and the guard takes that into account.
+        llm: The live model. With residency ``"resident"`` nothing would be freed, so that
+            becomes ``"offload"``.
         policy: Chooses plans: a `Policy`, or any object with a name and ``choose(request)``.
         memory: Gives the budget: a source, or what `open_memory` accepts.
         meter: Measures what is used; by default the process or the device.
@@ -111,6 +111,8 @@ class RuntimeController:
                 "hysteresis_share must be from 0 to below 1 and hold_s at least 0, "
                 f"not {hysteresis_share} and {hold_s}."
             )
+        if llm.residency == "resident":
+            llm.set_residency("offload")
         self.llm = llm
         self.estimator = MemoryEstimator(llm, chunk_tokens)
         self.monitor = MemoryMonitor(

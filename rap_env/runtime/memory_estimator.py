@@ -2,8 +2,6 @@
 
 Beyond the peak bytes of `rap_env.memory`, a live model takes:
 
-- with residency ``"resident"``, the native weights of removed and lowered blocks, and all
-  levels that were used so far;
 - one layer's keys and values a second time: where rows join or leave and where quantised
   caches grow, caches are copied, one layer at a time;
 - 2 bytes a token and sequence for each removed attention block (see
@@ -180,7 +178,6 @@ class MemoryEstimator:
         facts = self.memory.facts
         windows = (facts.max_positions if w is None else w for w in facts.kv_window_tokens)
         self._layer_kinds = set(zip(facts.kv_bytes_per_token, windows, strict=True))
-        self._native_weights = facts.base_bytes + sum(facts.block_param_bytes)
         self._cached_peak = lru_cache(maxsize=_CACHED)(self._compute_peak)
         self._cache_sizes = lru_cache(maxsize=_CACHED)(self._compute_cache_sizes)
 
@@ -190,8 +187,7 @@ class MemoryEstimator:
         Raises:
             InvalidRequestError: The model cannot serve so many tokens.
         """
-        added = self._llm.resident_bytes(plan) if self._llm.residency == "resident" else None
-        return self._cached_peak(plan, shape, added)
+        return self._cached_peak(plan, shape)
 
     def workspace_bytes(self, shape: BatchShape) -> int:
         """The memory model's estimate for activations and logits, plus one copied cache layer."""
@@ -249,12 +245,8 @@ class MemoryEstimator:
         batch, tokens = shape.at_least_one
         freed = self.memory.freed_bytes(shape.request(1)).tolist()
         freed[0::2] = (size - _PLACEHOLDER_BYTES * batch * tokens for size in freed[0::2])
-        if self._llm.residency == "resident":
-            weights = facts.block_param_bytes
-            freed = [size - kept for size, kept in zip(freed, weights, strict=True)]
-        else:
-            for index, level in plan.weights:
-                freed[index] -= facts.block_param_bytes[index] - facts.weight_levels(index)[level]
+        for index, level in plan.weights:
+            freed[index] -= facts.block_param_bytes[index] - facts.weight_levels(index)[level]
         native = self.memory.kv_bytes_by_layer(batch, tokens).tolist()
         for layer, cache in plan.caches:
             freed[2 * layer] -= native[layer] - self._cache_bytes(cache, layer, shape)
@@ -310,13 +302,10 @@ class MemoryEstimator:
         sizes = enumerate(self._cache_sizes(plan, shape))
         return [size for layer, size in sizes if 2 * layer not in plan.removed]
 
-    def _compute_peak(self, plan: Plan, shape: BatchShape, added: int | None) -> int:
-        """Peak bytes of a plan; `added` are the bytes that a resident model has for its levels."""
+    def _compute_peak(self, plan: Plan, shape: BatchShape) -> int:
         request, caches = shape.request(1), self._kept_caches(plan, shape)
         parts = self.memory.breakdown(plan, request)
         peak = parts.peak + sum(caches) - parts.kv_cache
         tokens = request.batch_size * request.seq_len_tokens
         peak += _PLACEHOLDER_BYTES * tokens * plan.count_removed("attn")
-        if added is not None:
-            peak += self._native_weights - parts.weights - parts.embeddings + added
         return peak + shape.kept_bytes + (max(caches, default=0) if shape else 0)

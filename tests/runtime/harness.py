@@ -50,7 +50,7 @@ class Harness:
         name="llama",
         layers=3,
         policy=None,
-        residency="offload",
+        disk=True,
         budget=PLENTY,
         mask=Plan(),
         meter=NoisyMeter,
@@ -60,7 +60,8 @@ class Harness:
         **settings,
     ) -> None:
         self.llm = llm or tiny_llm(name, layers=layers, positions=positions)
-        self.llm.set_residency(residency)
+        self.llm.set_residency("offload")
+        self.disk = disk
         self.llm.apply(mask)
         self.budget_bytes = budget
         self.time_s = 0.0
@@ -91,6 +92,9 @@ class Harness:
     def engine(self, **settings) -> Engine:
         engine = Engine(self.llm, self.controller, clock=lambda: self.time_s, **settings)
         engine.observers.append(self.records.append)
+        if not self.disk:  # as with residency drop
+            engine._scheduler._kept.files.folder = None
+            engine._scheduler.batch.clear()
         return engine
 
     def run(self, engine: Engine, *, turns=500, seconds=0.1, before=None) -> int:

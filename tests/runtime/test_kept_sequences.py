@@ -455,9 +455,8 @@ def small(seed: int) -> int:
     """Run a schedule of few tokens; returns those that were taken over."""
     names = ("llama", "gpt2", "llama", "gemma3", "llama", "mistral_sliding")
     files = (0, 20_000, PLENTY)[seed % 3]
-    residency = "offload" if seed % 5 else "resident"
     llm = shared_llm(names[seed % 6])
-    settings = {"llm": llm, "residency": residency, "keep_file_bytes": files}
+    settings = {"llm": llm, "disk": seed % 5 > 0, "keep_file_bytes": files}
     return Conversations(seed, moves=0.3, new=5, **settings).run(3)
 
 
@@ -494,9 +493,9 @@ def test_no_token_is_wrong_over_thousands_of_schedules(part):
 # Preempted requests
 
 
-def squeezed(residency="offload", **settings):
+def squeezed(disk=True, **settings):
     """Two requests, of which the second one has just been preempted."""
-    harness = Harness(guard_order=(), residency=residency, hold_s=0.5)
+    harness = Harness(guard_order=(), disk=disk, hold_s=0.5)
     engine = harness.engine(prefill_chunk_tokens=16, **settings)
     first = engine.submit(prompt(36), greedy(16))
     second = engine.submit(prompt(38, 1), greedy(16))
@@ -533,7 +532,7 @@ def test_a_preempted_request_goes_on_from_a_file_without_computing_again(name, k
 
 
 def test_without_a_disk_it_reads_again_what_had_no_room():
-    harness, engine, (_, second) = squeezed("resident")
+    harness, engine, (_, second) = squeezed(disk=False)
     assert harness.llm.kept_bytes == 0
     harness.run(engine)
     assert engine.stats().repeated_tokens > 38

@@ -27,18 +27,6 @@ def test_a_mask_needs_its_peak_bytes_and_one_more_layer_of_keys_and_values(llm):
     assert estimator.peak_bytes(Plan(), SHAPE) == peak + layer
 
 
-def test_resident_weights_are_not_freed_and_the_guard_skips_them(llm):
-    llm.set_residency("resident")
-    estimator = MemoryEstimator(llm)
-    freed = estimator.freed_bytes(SHAPE)
-    assert set(freed[1::2]) == {0}
-    assert min(freed[0::2]) > 0
-    limit = estimator.peak_bytes(Plan.removing(0, 2), SHAPE)
-    order = [1, 0, 3, 2, 5, 4]
-    found = estimator.shrink_to_fit(Plan(), order, SHAPE, limit)
-    assert found == Plan.removing(0, 2)
-
-
 def test_the_guard_removes_blocks_in_order_until_the_mask_fits(llm):
     estimator, order = MemoryEstimator(llm), [4, 1, 0, 5, 2, 3]
     for count in range(7):

