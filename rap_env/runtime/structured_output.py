@@ -1,4 +1,4 @@
-"""Output that follows a JSON schema, a regular expression or a grammar, by `llguidance`.
+"""Output that follows a JSON schema or a grammar, by `llguidance`.
 
 The library is the extra ``structured``. Shapes: V entries of the model's vocabulary.
 """
@@ -18,9 +18,8 @@ import torch
 from rap_env.errors import InvalidGrammarError, MissingDependencyError, UnsupportedModelError
 from rap_env.extras import require_extra
 
-GrammarKind = Literal["json_schema", "regex", "choice", "grammar"]
-"""How a grammar is written: as a JSON schema, a regular expression, a JSON list of strings to
-choose from, or a context-free grammar in the form of Lark or GBNF."""
+GrammarKind = Literal["json_schema", "grammar"]
+"""How a grammar is written: as a JSON schema, or in the form of Lark."""
 
 MAX_GRAMMAR_CHARS = 32_768
 """Longest text of a grammar: its length bounds the time to compile it, to some 2 seconds."""

@@ -20,7 +20,7 @@ from rap_env.serving.schemas import (
     ChatMessage,
     CompletionRequest,
     Tool,
-    grammar_of,
+    answer_schema,
 )
 from rap_env.serving.settings import ServerSettings
 from rap_env.serving.tool_calls import CallForm, ToolCallParser
@@ -229,12 +229,12 @@ class RequestBuilder:
 
     def _constraint(self, body: Body) -> Callable[[], GrammarMatcher] | None:
         """Compile what the answers have to follow; errors are `ApiError` (400)."""
-        grammars = [grammar_of(body)]
+        answer = answer_schema(body.response_format)
+        grammars: list[tuple[str, GrammarKind, str] | None] = []
+        if answer is not None:
+            grammars.append(("response_format", "json_schema", json.dumps(answer)))
         if isinstance(body, ChatCompletionRequest) and body.offered_tools:
-            field, _, text = grammars[0] or ("response_format", "", "null")
-            if field != "response_format":
-                raise invalid(f"'{field}' is not supported beside 'tools'.", field)
-            grammars.append(self._tool_grammar(body, json.loads(text)))
+            grammars.append(self._tool_grammar(body, answer))
         constraint = None
         for field, kind, text in filter(None, grammars):
             try:

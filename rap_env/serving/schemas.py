@@ -7,7 +7,6 @@ wrong answer, and an unknown field is most likely misspelt.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -26,7 +25,6 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from rap_env.artifacts import package_json
-from rap_env.runtime.structured_output import GrammarKind
 from rap_env.serving.http import ApiError, invalid, shown
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -155,9 +153,9 @@ class BaseCompletionRequest(BaseModel):
     """Fields that both kinds of completion share.
 
     Not part of the OpenAI API are `top_k`, which 0 or -1 disables, `ignore_eos`, with which
-    an end token does not end the answer, and `structured_outputs`, all of which vLLM's server
-    has too, as it has `cache_salt` (only what was kept of requests with the same one is used)
-    and a `response_format` in plain completions.
+    an end token does not end the answer, `cache_salt` (only what was kept of requests with
+    the same one is used), and a `response_format` in plain completions, all of which vLLM's
+    server has too.
     """
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -181,7 +179,6 @@ class BaseCompletionRequest(BaseModel):
     frequency_penalty: Penalty | None = None
     logit_bias: dict[str, Bias] | None = None
     response_format: dict[str, Any] | None = None
-    structured_outputs: dict[str, Any] | None = None
 
     @property
     def new_tokens(self) -> int | None:
@@ -289,43 +286,20 @@ def _check_other_fields(fields: Mapping[str, Any], *, chat: bool) -> None:
             raise invalid(message, name, "unsupported_parameter")
 
 
-_ANY_OBJECT = '{"type": "object"}'
 _FORMATS = ("text", "json_object", "json_schema")
-_OPTIONS: dict[str, GrammarKind] = {
-    "json": "json_schema",
-    "json_object": "json_schema",
-    "regex": "regex",
-    "choice": "choice",
-    "grammar": "grammar",
-}
 
 
-def grammar_of(body: BaseCompletionRequest) -> tuple[str, GrammarKind, str] | None:
-    """What the answers have to follow: the field that says so, and a grammar; None for free text.
+def answer_schema(given: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The JSON schema of a `response_format`, as in OpenAI's API; None for free text.
 
     Raises:
-        ApiError: A field is invalid, or both fields ask for a grammar (400).
+        ApiError: The format is invalid (400).
     """
-    by_field = {
-        "response_format": _of_format(body.response_format),
-        "structured_outputs": _of_options(body.structured_outputs),
-    }
-    given = [(field, *grammar) for field, grammar in by_field.items() if grammar is not None]
-    if len(given) > 1:
-        raise invalid(
-            "Only one of 'response_format' and 'structured_outputs' is allowed.",
-            "structured_outputs",
-        )
-    return given[0] if given else None
-
-
-def _of_format(given: dict[str, Any] | None) -> tuple[GrammarKind, str] | None:
-    """The grammar of a `response_format`, as in OpenAI's API."""
-    if given is None or given.get("type") == "text":
+    kind = "text" if given is None else given.get("type")
+    if given is None or kind == "text":
         return None
-    kind = given.get("type")
     if kind == "json_object":
-        return "json_schema", _ANY_OBJECT
+        return {"type": "object"}
     if kind != "json_schema":
         raise invalid(
             f"Invalid value for 'response_format.type': {shown(repr(kind))}; supported are "
@@ -340,33 +314,4 @@ def _of_format(given: dict[str, Any] | None) -> tuple[GrammarKind, str] | None:
             "response_format.json_schema.schema",
             "invalid_type",
         )
-    return "json_schema", json.dumps(schema)
-
-
-def _of_options(given: dict[str, Any] | None) -> tuple[GrammarKind, str] | None:
-    """The grammar of `structured_outputs`, as in vLLM's server."""
-    options = {name: value for name, value in (given or {}).items() if value not in (None, False)}
-    if not options:
-        return None
-    (name, value), *more = options.items()
-    if more or name not in _OPTIONS:
-        raise invalid(
-            f"'structured_outputs' must have exactly one of {', '.join(map(repr, _OPTIONS))}, "
-            f"not {shown(', '.join(map(repr, options)))}.",
-            "structured_outputs",
-        )
-    if name == "json_object":
-        return "json_schema", _ANY_OBJECT
-    if name == "json" and isinstance(value, dict):
-        return "json_schema", json.dumps(value)
-    if name == "choice":
-        if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
-            return "choice", json.dumps(value)
-    elif isinstance(value, str):
-        return _OPTIONS[name], value
-    expected = {"json": "a JSON schema", "choice": "a list of strings"}.get(name, "a string")
-    raise invalid(
-        f"'structured_outputs.{name}' must be {expected}, not {shown(repr(value))}.",
-        f"structured_outputs.{name}",
-        "invalid_type",
-    )
+    return schema

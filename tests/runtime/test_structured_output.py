@@ -34,14 +34,7 @@ SCHEMA = {
 }
 KINDS = {
     "json_schema": json.dumps(SCHEMA),
-    "regex": "[a-c]{3,9}é",
-    "choice": '["yes", "no", "may be"]',
     "grammar": 'start: "<" item ("," item)* ">"\nitem: /[0-9]{1,3}/',
-}
-PATTERNS = {
-    "regex": "[a-c]{3,9}é",
-    "choice": "yes|no|may be",
-    "grammar": r"<\d{1,3}(,\d{1,3})*>",
 }
 
 
@@ -59,7 +52,7 @@ def matches(kind, text):
     if kind == "json_schema":
         content = json.loads(text)
         return set(content) == {"ok", "n"} and content["n"] in (1, 22, 333)
-    return re.fullmatch(PATTERNS[kind], text) is not None
+    return re.fullmatch(r"<\d{1,3}(,\d{1,3})*>", text) is not None
 
 
 def random_answer(grammar, seed, tokenizer):
@@ -76,9 +69,7 @@ def test_whatever_is_drawn_follows_the_grammar(kind, compiler, llm):
     grammar = compiler.compile(kind, KINDS[kind])
     for seed in range(5):
         assert matches(kind, random_answer(grammar, seed, llm.tokenizer))
-    gbnf = compiler.compile("grammar", 'root ::= "a" ("b" | "c") "d"')
-    assert {random_answer(gbnf, seed, llm.tokenizer) for seed in range(9)} == {"abd", "acd"}
-    allowed = compiler.compile("regex", r"[\s\S]*")().allowed()
+    allowed = compiler.compile("grammar", r"start: /[\s\S]*/")().allowed()
     assert allowed.shape == (300,)
     assert not allowed[len(llm.tokenizer) :].any()  # logits without a token
 
@@ -88,10 +79,9 @@ def test_whatever_is_drawn_follows_the_grammar(kind, compiler, llm):
     [
         ("json_schema", '{"type": "number", "type": "foo"}', "Invalid type: foo"),
         ("json_schema", '{"type": "array", "uniqueItems": true}', "uniqueItems"),
-        ("regex", "(a", "unclosed group"),
         ("grammar", "start: other", 'unknown name: "other"'),
-        ("regex", "a" * (MAX_GRAMMAR_CHARS + 1), f"at most {MAX_GRAMMAR_CHARS}"),
-        ("regex", r"[^\s\S]", "no text follows it"),
+        ("grammar", "a" * (MAX_GRAMMAR_CHARS + 1), f"at most {MAX_GRAMMAR_CHARS}"),
+        ("grammar", r"start: /[^\s\S]/", "no text follows it"),
         ("json_schema", '{"items":' * 900 + "{}" + "}" * 900, "recursion limit"),
     ],
 )
@@ -123,12 +113,12 @@ def test_tokens_with_byte_fallback_are_the_bytes_that_the_library_reads():
 def test_a_tokenizer_that_the_library_does_not_read_is_named():
     compiler = GrammarCompiler(tiny_tokenizer(), vocab_size=61, stop_token_ids=[2])
     with pytest.raises(UnsupportedModelError, match="tokenizer"):
-        compiler.compile("regex", "a")
+        compiler.compile("grammar", "start: /a/")
     compiler.load()  # at the start of a server it is no error
     assert not compiler.loaded
     compiler = GrammarCompiler(byte_tokenizer(), vocab_size=300, stop_token_ids=[])
     with pytest.raises(UnsupportedModelError, match="ends an answer"):
-        compiler.compile("regex", "a")
+        compiler.compile("grammar", "start: /a/")
 
 
 def engine_of(llm, policy=None):
@@ -155,7 +145,7 @@ def test_each_row_of_a_batch_follows_its_own_grammar(llm, compiler):
         for kind, text in KINDS.items()
     }
     again = submitted(engine, None, max_new_tokens=20)
-    short = submitted(engine, compiler.compile("regex", "[ab]{30}"), max_new_tokens=7)
+    short = submitted(engine, compiler.compile("grammar", "start: /[ab]{30}/"), max_new_tokens=7)
     finish(engine)
     assert short.reason == "length"
     assert set(llm.tokenizer.decode(short.token_ids)) <= {"a", "b"}
@@ -169,7 +159,7 @@ def test_preemptions_and_changes_of_the_plan_keep_the_place_in_the_grammar(llm, 
     plans = [Plan(), Plan.removing(0, 3), Plan.removing(1, 2, 5)]
     policy = FakePolicy(Plan())
     engine = engine_of(llm, policy)
-    handle = submitted(engine, compiler.compile("regex", "[ab]{10}-[0-9]{10}"))
+    handle = submitted(engine, compiler.compile("grammar", "start: /[ab]{10}-[0-9]{10}/"))
     other = submitted(engine, compiler.compile("json_schema", KINDS["json_schema"]))
     for number in range(12):
         policy.mask = plans[number % 3]
@@ -202,7 +192,7 @@ def test_a_grammar_that_fails_in_the_answer_ends_its_request_alone(llm, compiler
 
     engine = engine_of(llm)
     bad = submitted(engine, Failing)
-    good = submitted(engine, compiler.compile("choice", KINDS["choice"]))
+    good = submitted(engine, compiler.compile("grammar", KINDS["grammar"]))
     finish(engine)
     assert (bad.reason, bad.rejection, bad.error) == ("error", "constraint", "Too complex.")
     assert len(bad.token_ids) == 3

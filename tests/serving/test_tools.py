@@ -348,8 +348,6 @@ CALLED = {"role": "assistant", "tool_calls": [
         ({"tool_choice": "required"}, "tool_choice", "in 'tools'"),
         ({"tools": [tool()], "tool_choice": "always"}, "tool_choice", "'required'"),
         ({"tools": [tool()], "tool_choice": tool("other")}, "tool_choice", "in 'tools'"),
-        ({"tools": [tool()], "extra_body": {"structured_outputs": {"regex": "a"}}},
-         "structured_outputs", "beside 'tools'"),
         ({"tools": [tool()], "response_format": {"type": "json_schema", "json_schema":
          {"name": "a", "schema": {"type": "foo"}}}}, "response_format", "foo"),
         ({"tools": [tool(parameters={"type": "foo"})], "tool_choice": "required"}, "tools",
