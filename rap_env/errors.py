@@ -108,10 +108,6 @@ class WorkerError(RapError, RuntimeError):
     """Workers for scoring cannot start, are lost again and again, or would give other scores."""
 
 
-class ForkedProcessError(RapError, RuntimeError):
-    """A process cannot use CUDA, because its parent did before it forked."""
-
-
 class MissingDependencyError(RapError, ImportError):
     """A feature needs an optional package that is not installed."""
 

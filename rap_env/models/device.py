@@ -26,7 +26,6 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from rap_env.errors import (
-    ForkedProcessError,
     InvalidRequestError,
     MemorySourceError,
     UnknownNameError,
@@ -41,8 +40,6 @@ DTYPES = {
     "float16": torch.float16,
 }
 
-_forked_from_cuda = False
-
 BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16")
 """Capabilities of CPUs that multiply bfloat16 matrices without emulation."""
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ \S+ (\d+)")  # range, rights, inode
@@ -52,12 +49,6 @@ _EARLY_BYTES, _MMAP_MAX = 2**17, 2**16  # glibc's own defaults, which it raises 
 
 def choose_device(name: str = "auto") -> torch.device:
     """The device for a name: ``"auto"`` (CUDA if any), ``"cpu"``, ``"cuda"`` or ``"cuda:1"``."""
-    if name != "cpu" and _forked_from_cuda:
-        raise ForkedProcessError(
-            "This process was forked from one that had used CUDA, which CUDA does not support. "
-            "Start it with the method 'spawn' (vector environments: context='spawn'), or let all "
-            "sub-environments share one process and one model."
-        )
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         return torch.device("cuda:0" if count else "cpu")
@@ -106,15 +97,6 @@ def cpu_capabilities() -> dict[str, Any]:
     """What torch says of this machine's CPU by name; nothing in versions that cannot tell."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return dict(capabilities)
-
-
-def _after_fork() -> None:
-    global _forked_from_cuda
-    _forked_from_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 def send(values: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from rap_env.errors import InvalidRequestError
 from rap_env.levels import GROUP_TOKENS, SINK_GROUPS, CacheLevel
 from rap_env.memory import PREFILL_CHUNK_TOKENS, MemoryModel
 from rap_env.plan import Plan
@@ -66,9 +65,6 @@ class BatchShape:
         longest_tokens: Tokens of the longest sequence at its end, without padding; it may be
             longer than those of the largest batch. By default `seq_len_tokens`.
         kept_bytes: Bytes of caches in memory beside those of the batch.
-
-    Raises:
-        InvalidRequestError: One of them is negative, or one is 0 and the other is not.
     """
 
     batch_size: int = 0
@@ -81,13 +77,6 @@ class BatchShape:
         object.__setattr__(self, "rows", max(self.rows, self.batch_size))
         if not self.longest_tokens:
             object.__setattr__(self, "longest_tokens", self.seq_len_tokens)
-        if min(self.batch_size, self.seq_len_tokens) < 0 or (
-            (self.batch_size == 0) != (self.seq_len_tokens == 0)
-        ):
-            raise InvalidRequestError(
-                "A batch shape needs a positive number of sequences and of tokens, or 0 of both; "
-                f"it was {self.batch_size} x {self.seq_len_tokens}."
-            )
 
     def __bool__(self) -> bool:
         return self.batch_size > 0

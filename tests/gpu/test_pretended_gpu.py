@@ -1,8 +1,6 @@
 """Every path gives on a pretended GPU what it gives on the CPU, for every family."""
 
 import copy
-import os
-from functools import partial
 
 import numpy as np
 import pytest
@@ -10,8 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from rap_env.errors import RapError, UnsupportedModelError
-from rap_env.models.device import choose_device
+from rap_env.errors import UnsupportedModelError
 from rap_env.models.files.loading import load_llm
 from rap_env.models.live.calibration import calibrate
 from rap_env.models.live.calibration_text import generate_windows
@@ -264,32 +261,6 @@ def test_dropped_weights_are_read_again_to_the_gpu(tmp_path):
             model = AutoModelForCausalLM.from_pretrained(tmp_path).to(device)
             actual.append(lowered(ElasticLLM(model, None, name="llama", folder=tmp_path), ["drop"]))
     np.testing.assert_allclose(*actual, rtol=1e-3, atol=1e-3)
-
-
-def in_a_fork(run):
-    """The text of the error that `run` raises in a forked child, or nothing."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if not child:
-        try:
-            run()
-        except RapError as error:
-            os.write(writing, str(error).encode())
-        os._exit(0)
-    os.close(writing)
-    os.waitpid(child, 0)
-    with os.fdopen(reading) as file:
-        return file.read()
-
-
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_process_forked_from_one_with_cuda_is_told_so():
-    assert in_a_fork(lambda: choose_device("auto")) == ""
-    with pretended_gpu():
-        assert choose_device("cuda") == GPU
-        for name in ("auto", "cuda", "cuda:0"):
-            assert "method 'spawn'" in in_a_fork(partial(choose_device, name))
-        assert in_a_fork(lambda: choose_device("cpu")) == ""
 
 
 @pytest.fixture(scope="module")
