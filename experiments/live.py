@@ -180,7 +180,6 @@ def record(llm: ElasticLLM, policy: Policy, seconds: float) -> Recording:
         params = SamplingParams(max_new_tokens=tokens, stop_token_ids=stop, **sampling)
         return engine.submit(ids, params)
 
-    engine.warm_up()
     engine.observers.append(on_step)
     questions = itertools.cycle(QUESTIONS)
     asked: RequestHandle | None = None

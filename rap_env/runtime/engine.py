@@ -211,15 +211,6 @@ class Engine:
                 counters.overhead_s += self.controller.overhead_s - overhead_s
             return worked
 
-    def warm_up(self) -> None:
-        """Run a dummy prefill chunk, so that the controller learns what a step takes.
-
-        Does nothing while requests run, or if the budget is too small. `start` calls it.
-        """
-        tokens = min(self.prefill_chunk_tokens, self.max_seq_len_tokens - 1)
-        with self._turn_lock:
-            self._scheduler.warm_up(max(1, tokens))
-
     def start(self) -> None:
         """Run turns in a separate thread until `close`."""
         if self._thread is None and not self._closing:
@@ -288,7 +279,6 @@ class Engine:
         return prompt
 
     def _run(self) -> None:
-        self._try(self.warm_up)
         while not self._closing:
             self._wake.clear()
             if not self._try(self.step):

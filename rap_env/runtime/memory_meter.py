@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rap_env.models.live.elastic import ElasticLLM
 
 _PAGE_BYTES = 4096
+_WARM_UP_TOKENS = 256
 _SAMPLE_S = 0.005  # between samples; one takes 20 microseconds
 _SAMPLED_S = 60.0  # for the longest step, where `rest` is never called
 
@@ -236,7 +237,7 @@ def make_levels(llm: ElasticLLM, policy: Policy) -> None:
     return_freed_memory()
 
 
-def warm_up(llm: ElasticLLM, tokens: int = 256) -> None:
+def warm_up(llm: ElasticLLM) -> None:
     """Load the kept weights, and the libraries that a step needs, into memory.
 
     Files are mapped and code is loaded at first use: measured before that, the baseline would
@@ -252,6 +253,6 @@ def warm_up(llm: ElasticLLM, tokens: int = 256) -> None:
             if weight.device.type == "cpu" and weight.numel():
                 weight.detach().reshape(-1)[:: max(1, _PAGE_BYTES // weight.itemsize)].sum()
         batch = LiveBatch(llm)
-        batch.prefill([[0] * min(tokens, llm.adapter.max_positions - 1)])
+        batch.prefill([[0] * min(_WARM_UP_TOKENS, llm.adapter.max_positions - 1)])
         batch.extend([0])
         batch.close()

@@ -16,7 +16,7 @@ from rap_env.plan import Plan
 from rap_env.runtime.admission import Admission, RequestQueue
 from rap_env.runtime.kept_sequences import KeptFiles, KeptSequences
 from rap_env.runtime.kept_tree import KeptQuality
-from rap_env.runtime.memory_estimator import BatchShape, PassSize
+from rap_env.runtime.memory_estimator import BatchShape
 from rap_env.runtime.records import Counters, StepKind, StepRecord
 from rap_env.runtime.running import Pace, RunningBatch
 from rap_env.runtime.sequence import OutputProcessor, PrefillingSequence, TokenSequence
@@ -118,20 +118,6 @@ class Scheduler:
         shape = self.batch.shape_alone(sequence)
         if not self.admission.could_ever_fit(shape):
             raise self.admission.misfit(shape, expected=True)
-
-    def warm_up(self, tokens: int) -> None:
-        """Run `tokens` dummies through two layers: the controller learns what steps take."""
-        shape = BatchShape(1, tokens + 1)
-        first = PassSize(tokens, tokens)
-        if self.batch.sequences or not self._controller.admit(shape, next_pass=first):
-            return
-        with self._llm.exclusive(), self._llm.end_layers():
-            batch = self.batch.new_rows()
-            batch.prefill([[0] * tokens])
-            self._controller.observe(shape, "prefill")
-            batch.extend([0])
-            self._controller.observe(shape, "decode")
-            batch.close()
 
     def drop_all(self) -> None:
         """Free all rows and drop their sequences."""

@@ -31,7 +31,6 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _PER_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _REQUEST_S = (*_PER_TOKEN_S[3:], 30, 60, 120, 300, 600)
 _TOKENS = tuple(2**n for n in range(16))
-_OUTCOMES = ("served", "refused", "cancelled", "failed")
 
 
 class ServingMetrics:
@@ -174,10 +173,6 @@ class _EngineState(Collector):
         text = "Time for which answers have waited while none was generated."
         yield gauge("stalled_seconds", text, stats.stalled_s)
         yield gauge("running", "Answers that are being generated.", stats.running)
-        text = "Those of them whose caches are below the plan's levels."
-        yield gauge("lowered_rows", text, stats.lowered_rows)
-        text = "Answers by how they ended in the engine; a stop string cancels what would follow."
-        yield counter("answers[outcome]", text, {n: getattr(stats, n) for n in _OUTCOMES})
         tokens = {
             "prompt": stats.prompt_tokens,
             "repeated": stats.repeated_tokens,
@@ -187,8 +182,6 @@ class _EngineState(Collector):
         }
         yield counter("tokens[part]", "Tokens by where they are.", tokens)
         yield counter("preemptions", "Answers put back into the queue.", stats.preemptions)
-        text = "Prefill chunks ended early because the budget fell."
-        yield counter("interruptions", text, stats.interruptions)
         text = "Time spent on choosing and switching plans."
         yield counter("controller_overhead_seconds", text, stats.overhead_s)
         yield counter("busy_seconds", "Time spent in steps of the engine.", stats.busy_s)

@@ -213,16 +213,6 @@ def test_a_request_that_can_never_fit_is_rejected(harness):
     assert engine.stats().refused == 1
 
 
-def test_warm_up_teaches_the_margin_and_leaves_no_rows(harness):
-    engine = harness.engine(prefill_chunk_tokens=8)
-    harness.meter.noise_bytes = 10**6
-    engine.warm_up()
-    assert harness.controller.monitor.margin.bytes > 9 * 10**5
-    assert harness.llm.held_bytes.kv_cache == 0
-    assert harness.llm.plan == engine.stats().plan == Plan()
-    assert engine.stats().tokens == 0
-
-
 def handle(listener) -> RequestHandle:
     return RequestHandle((3, 4), SamplingParams(), 1.0, listener=listener)
 

@@ -132,7 +132,6 @@ class SystemRun:
             clock=self._clock,
             **options,
         )
-        self._engine.warm_up()  # as `Engine.start` does
         self._engine.observers.append(self._on_step)
         self._clock.start()
         try:
