@@ -1,4 +1,4 @@
-"""ASGI application: OpenAI's completion routes, probes, versions and metrics."""
+"""ASGI application: OpenAI's completion routes, probes and metrics."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from functools import partial
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
@@ -222,15 +221,8 @@ def _add_completion_routes(app: FastAPI, service: Service) -> None:
 
 
 def _add_probes(app: FastAPI, service: Service) -> None:
-    """Add ``/livez``, ``/readyz``, ``/health``, ``/version`` and ``/metrics``."""
+    """Add ``/livez``, ``/readyz``, ``/health`` and ``/metrics``."""
     engine = service.engine
-    versions = {
-        "version": __version__,
-        "torch": version("torch"),
-        "transformers": version("transformers"),
-        "model": service.name,
-        "fingerprint": engine.llm.fingerprint,
-    }
 
     @app.get("/livez")
     async def livez() -> Response:
@@ -248,10 +240,6 @@ def _add_probes(app: FastAPI, service: Service) -> None:
         if service.closing or not engine.alive:
             return JSONResponse({"status": "closing" if service.closing else "engine stopped"}, 503)
         return JSONResponse({"status": "ok", "model": service.name})
-
-    @app.get("/version")
-    async def show_versions() -> Response:
-        return JSONResponse(versions)
 
     @app.get("/metrics")
     async def show_metrics() -> Response:

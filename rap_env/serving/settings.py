@@ -132,13 +132,6 @@ class ServerSettings:
     prefill_chunk_tokens: int = setting(
         256, "Prompt tokens per step; smaller chunks delay running answers less.", low=1
     )
-    target_itl_s: float | None = setting(
-        0.1,
-        "Mean seconds between tokens of an answer to aim at while others' prompts are read, by "
-        "decode steps after each chunk; while n more requests wait, 1 + n times as long. null for "
-        "one step after each chunk.",
-        above=0,
-    )
     max_new_tokens: int = setting(
         2048, "Most tokens that a request may ask for.", low=1, group="Limits of requests"
     )

@@ -30,6 +30,8 @@ from rap_env.serving.served_model import (
 )
 from rap_env.serving.settings import DEFAULT_MOST_DELTA_NLL, ServerSettings
 
+_TARGET_ITL_S = 0.1  # while prompts of others are read
+
 
 @dataclass(frozen=True)
 class ServerStack:
@@ -147,7 +149,7 @@ def _engine(
         max_seq_len_tokens=settings.max_seq_len_tokens,
         prefill_chunk_tokens=settings.prefill_chunk_tokens,
         queue_timeout_s=settings.queue_timeout_s,
-        target_itl_s=settings.target_itl_s,
+        target_itl_s=_TARGET_ITL_S,
         keep=settings.keep == "on",
         keep_delta_nll=settings.keep_delta_nll,
         keep_file_bytes=settings.most_file_bytes,

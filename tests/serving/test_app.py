@@ -4,10 +4,7 @@ import json
 
 import httpx
 import pytest
-import torch
-import transformers
 
-import rap_env
 from rap_env.errors import (
     EngineClosedError,
     InfeasibleBudgetError,
@@ -316,10 +313,3 @@ def test_the_process_lives_while_nothing_can_be_served(tokenizer):
         ready = httpx.get(f"{server.url}/readyz")
         assert (ready.status_code, ready.json()["reason"]) == (503, "The server is shutting down.")
     assert engine.closed
-
-
-def test_versions_name_what_serves(server):
-    assert httpx.get(f"{server.url}/version").json() == {
-        "version": rap_env.__version__, "torch": torch.__version__,
-        "transformers": transformers.__version__, "model": "tiny", "fingerprint": "0123",
-    }  # fmt: skip
