@@ -114,12 +114,6 @@ class ServerSettings:
         "'Authorization: Bearer KEY'.",
     )
     insecure: bool = setting(False, "Serve without API keys at an address that others can reach.")
-    ssl_certfile: str | None = setting(
-        None, "File of the TLS certificate with its chain (PEM); null for HTTP without TLS."
-    )
-    ssl_keyfile: str | None = setting(
-        None, "File of the certificate's private key; null if ssl_certfile holds it."
-    )
     model_name: str | None = setting(None, "Name that clients send as model; null for --model.")
     max_batch_size: int = setting(8, "Most sequences in a batch.", low=1, group="Scheduling")
     max_queue: int = setting(64, "Most requests that wait; more get status 429.", low=1)

@@ -11,7 +11,6 @@ import gc
 import ipaddress
 import logging
 import socket
-import ssl
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -42,10 +41,14 @@ def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
 
     Raises:
         RapError: As for `rap_env.serving.stack.build_stack`, the address is not available, or
-            `check_access`, `check_address` or `check_before_loading` rejects the settings.
+            `rap_env.serving.http.ApiKeys`, `check_address` or `check_before_loading` rejects the
+            settings.
     """
     require_extra("serve", "Serving")
-    check_access(settings)
+    if settings.api_key_file is not None:
+        from rap_env.serving.http import ApiKeys
+
+        ApiKeys(settings.api_key_file)
     check_before_loading(settings)
     with server_logging(settings), bind(settings.host, settings.port) as bound:
         check_address(bound, settings)
@@ -61,7 +64,7 @@ def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
             stack = build_stack(settings)
         finally:
             gc.enable()
-        text = greeting(stack, url_of(bound, tls=settings.ssl_certfile is not None))
+        text = greeting(stack, url_of(bound))
         Server(stack.app, lambda: say(text)).run(sockets=[bound])
 
 
@@ -94,44 +97,15 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def url_of(bound: socket.socket, *, tls: bool = False) -> str:
+def url_of(bound: socket.socket) -> str:
     """URL of a bound socket, for clients."""
     host, port = bound.getsockname()[:2]
     if host in ("0.0.0.0", "::"):
         host = "127.0.0.1"
-    scheme = "https" if tls else "http"
-    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 # Checks
-
-
-def check_access(settings: ServerSettings) -> None:
-    """Check the files of keys and certificates.
-
-    Raises:
-        ServingSettingsError: As for `rap_env.serving.http.ApiKeys`, or the certificate and
-            its key are not usable.
-    """
-    from rap_env.serving.http import ApiKeys
-
-    if settings.api_key_file is not None:
-        ApiKeys(settings.api_key_file)
-    certificate, key = settings.ssl_certfile, settings.ssl_keyfile
-    if certificate is None:
-        if key is not None:
-            raise ServingSettingsError(
-                "ssl_keyfile needs ssl_certfile, the certificate that belongs to the key."
-            )
-        return
-    try:
-        # A password callback, so that an encrypted key is an error instead of a question.
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, lambda: "")
-    except (OSError, ValueError) as error:  # an SSLError is an OSError
-        raise ServingSettingsError(
-            f"ssl_certfile {certificate} and ssl_keyfile {key or '(the same file)'} must be a "
-            f"certificate and its unencrypted private key in PEM format ({error})."
-        ) from None
 
 
 def check_address(bound: socket.socket, settings: ServerSettings) -> None:

@@ -17,7 +17,7 @@ class BackgroundServer:
         self._server = Server(app)
         bound = bind("127.0.0.1", 0)
         self._thread = threading.Thread(target=self._server.run, args=([bound],), daemon=True)
-        self.url = url_of(bound, tls=self._server.config.is_ssl)
+        self.url = url_of(bound)
 
     def __enter__(self):
         self._thread.start()

@@ -1,8 +1,4 @@
-"""API keys, TLS, and addresses that others can reach."""
-
-import datetime
-import json
-import ssl
+"""API keys, and addresses that others can reach."""
 
 import httpx
 import openai
@@ -10,8 +6,9 @@ import pytest
 
 from rap_env.errors import ServingSettingsError
 from rap_env.serving import stack, startup
+from rap_env.serving.http import ApiKeys
 from rap_env.serving.settings import ServerSettings
-from rap_env.serving.startup import bind, check_access, check_address
+from rap_env.serving.startup import bind, check_address
 from tests.serving.conftest import client_of, served
 from tests.serving.fake_engine import FakeEngine
 
@@ -64,67 +61,6 @@ def test_all_else_is_unauthorized(guarded, header):
     assert len(guarded.service.engine.handles) == handles
 
 
-def certificate(folder, name="tls"):
-    """A self-signed certificate of 127.0.0.1 and its key, as two files."""
-    pytest.importorskip("cryptography", reason="cryptography is not installed")
-    from ipaddress import ip_address
-
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
-    now = datetime.datetime.now(datetime.UTC)
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(subject).issuer_name(subject).public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(
-            x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False
-        )
-        .sign(key, hashes.SHA256())
-    )  # fmt: skip
-    files = folder / f"{name}.crt", folder / f"{name}.key"
-    files[0].write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    form, plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    files[1].write_bytes(key.private_bytes(serialization.Encoding.PEM, form, plain))
-    return tuple(map(str, files))
-
-
-def test_with_a_certificate_the_server_speaks_tls(tokenizer, tmp_path):
-    certfile, keyfile = certificate(tmp_path)
-    settings = {"ssl_certfile": certfile, "ssl_keyfile": keyfile}
-    with served(FakeEngine(tokenizer), tokenizer, **settings) as server:
-        assert server.url.startswith("https://127.0.0.1:")
-        trusted = ssl.create_default_context(cafile=certfile)
-        body = {"model": "tiny", "prompt": "a", "stream": True}
-        answer = httpx.post(f"{server.url}/v1/completions", json=body, verify=trusted)
-        chunks = [json.loads(line[6:]) for line in answer.text.split("\n\n")[:-2]]
-        assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "hello"
-        with pytest.raises(httpx.HTTPError):
-            httpx.get(server.url.replace("https", "http") + "/livez")
-
-
-def test_unusable_certificates_are_named(tmp_path):
-    certfile, keyfile = certificate(tmp_path)
-    other = certificate(tmp_path, "other")[1]
-    check_access(ServerSettings(ssl_certfile=certfile, ssl_keyfile=keyfile))
-    for files, words in (
-        ((None, keyfile), "ssl_keyfile needs ssl_certfile"),
-        ((certfile, None), "(the same file) must be a certificate"),
-        ((certfile, other), "unencrypted private key"),
-        ((certfile, str(tmp_path / "gone")), "Cannot read ssl_keyfile"),
-        ((str(tmp_path), keyfile), "Cannot read ssl_certfile"),
-        ((keyfile, keyfile), "must be a certificate"),
-    ):
-        with pytest.raises(ServingSettingsError) as found:
-            check_access(ServerSettings(ssl_certfile=files[0], ssl_keyfile=files[1]))
-        assert words in str(found.value)
-
-
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -140,7 +76,7 @@ def test_an_unusable_file_of_keys_is_named_without_its_content(tmp_path, content
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ServingSettingsError, match=words) as found:
-        check_access(ServerSettings(api_key_file=str(path)))
+        ApiKeys(str(path))
     assert "secret" not in str(found.value)
 
 
@@ -160,6 +96,6 @@ def test_only_a_loopback_address_is_open_without_a_key(host, key_file, caplog):
 
 def test_access_is_checked_before_the_model_is_loaded(monkeypatch):
     monkeypatch.setattr(stack, "build_stack", lambda _settings: pytest.fail("a model was loaded"))
-    for wrong in ({"host": "0.0.0.0", "port": 0}, {"api_key_file": "/no"}, {"ssl_keyfile": "/no"}):
+    for wrong in ({"host": "0.0.0.0", "port": 0}, {"api_key_file": "/no"}):
         with pytest.raises(ServingSettingsError):
             startup.serve(ServerSettings(**wrong), print)
