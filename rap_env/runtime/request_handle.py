@@ -70,14 +70,12 @@ class TokenEvent:
     Attributes:
         logprob: Its log-probability in nats under the plan.
         plan: The plan that the token was computed with.
-        top: The most likely tokens with their log-probabilities, if they were asked for.
     """
 
     token_id: int
     logprob: float
     time_s: float
     plan: Plan = _NATIVE
-    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)

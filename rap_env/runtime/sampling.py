@@ -39,7 +39,6 @@ class SamplingParams:
         presence_penalty: Subtracted from the logits of tokens that the answer has, in nats.
         frequency_penalty: Subtracted for each time that the answer has the token, in nats.
         logit_bias: Token ids, and what is added to their logits, in nats.
-        top_logprobs: Number of most likely tokens to report with each token of the answer.
         constraint: Makes a matcher of what the answer has to follow; None for nothing.
 
     Raises:
@@ -55,7 +54,6 @@ class SamplingParams:
     presence_penalty: float = setting(0.0, low=-2, high=2)
     frequency_penalty: float = setting(0.0, low=-2, high=2)
     logit_bias: tuple[tuple[int, float], ...] = ()
-    top_logprobs: int = setting(0, low=0)
     constraint: Callable[[], GrammarMatcher] | None = None
 
     def __post_init__(self) -> None:
@@ -73,15 +71,10 @@ class SamplingParams:
 
 
 class Sample(NamedTuple):
-    """A token and its log-probability in nats under the model, before any warping.
-
-    `top` has the most likely tokens with their log-probabilities, most likely first, as many
-    as were asked for.
-    """
+    """A token and its log-probability in nats under the model, before any warping."""
 
     token_id: int
     logprob: float
-    top: tuple[tuple[int, float], ...] = ()
 
 
 class RowSampler:
@@ -183,7 +176,7 @@ def sample_rows(samplers: Sequence[RowSampler], logits: torch.Tensor) -> list[Sa
         drawn = torch.searchsorted(sums, drawn_sums, right=True).clamp(max=logits.shape[1] - 1)
         for number, row in enumerate(drawing):
             chosen[row] = drawn[number, 0]
-    samples = scored(logits, chosen, [sampler.params.top_logprobs for sampler in samplers])
+    samples = _scored(logits, chosen)
     for row, (sampler, sample) in enumerate(zip(samplers, samples, strict=True)):
         if sampler.error is not None:
             samples[row] = None
@@ -192,37 +185,15 @@ def sample_rows(samplers: Sequence[RowSampler], logits: torch.Tensor) -> list[Sa
     return samples
 
 
-def scored(logits: torch.Tensor, tokens: torch.Tensor, top: Sequence[int]) -> list[Sample | None]:
-    """The log-probabilities of tokens.
-
-    Args:
-        logits: (B, V), float32.
-        tokens: One for each row, (B,), on the same device.
-        top: Number of most likely tokens to report for each row.
-
-    Returns:
-        A sample for each row; None where the logits are not finite.
-    """
+def _scored(logits: torch.Tensor, tokens: torch.Tensor) -> list[Sample | None]:
+    """The log-probabilities of tokens, (B,); None where the logits, (B, V), are not finite."""
     chosen = logits.gather(1, tokens[:, None]).squeeze(1)
-    totals = torch.logsumexp(logits, dim=-1)
-    columns = [tokens.double(), chosen.double(), totals.double()]
-    most = min(max(top, default=0), logits.shape[1])
-    if most:
-        best = logits.topk(most, dim=-1)
-        columns += [*best.indices.double().T, *best.values.double().T]
-    samples: list[Sample | None] = []
-    # Read at once, since reading waits for the device.
-    for count, (token, score, total, *likely) in zip(
-        top, torch.stack(columns, dim=1).tolist(), strict=True
-    ):
-        if not math.isfinite(total):
-            samples.append(None)
-            continue
-        ids, scores = likely[:most][:count], likely[most:][:count]
-        pairs = zip(ids, scores, strict=True)
-        likeliest = tuple((int(other), value - total) for other, value in pairs)
-        samples.append(Sample(int(token), score - total, likeliest))
-    return samples
+    columns = [tokens.double(), chosen.double(), torch.logsumexp(logits, dim=-1).double()]
+    rows = torch.stack(columns, dim=1).tolist()  # read at once: reading waits for the device
+    return [
+        Sample(int(token), score - total) if math.isfinite(total) else None
+        for token, score, total in rows
+    ]
 
 
 def _add(logits: torch.Tensor, tokens: Sequence[int], amounts: torch.Tensor) -> None:

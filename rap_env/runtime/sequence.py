@@ -238,7 +238,7 @@ class OutputProcessor:
         if sample.token_id in params.stop_token_ids:
             self.end(sequence, "stop")
             return False
-        handle.emit(TokenEvent(sample.token_id, sample.logprob, now, plan, sample.top))
+        handle.emit(TokenEvent(sample.token_id, sample.logprob, now, plan))
         self.counters.tokens += 1
         if len(handle.token_ids) < params.max_new_tokens:
             return True

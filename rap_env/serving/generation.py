@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from rap_env.errors import (
     EngineClosedError,
@@ -24,7 +24,6 @@ from rap_env.runtime.request_handle import (
     TokenEvent,
     rejection_of,
 )
-from rap_env.runtime.sampling import Sample
 from rap_env.serving.answers import AnswerPlans, AnswerTimer, Detokenizer, StopStrings
 from rap_env.serving.http import ApiError, failed, invalid, unavailable
 from rap_env.serving.metrics import ServingMetrics
@@ -34,7 +33,6 @@ from rap_env.serving.tool_calls import ToolCallParser
 if TYPE_CHECKING:
     from rap_env.runtime.engine import Engine
 
-MIN_LOGPROB = -9999.0  # what the API writes for a probability of zero
 # The API's error code for each reason of the engine to reject a request.
 _REJECTED: dict[Rejection, str] = {
     "queue_timeout": "insufficient_memory",
@@ -43,20 +41,9 @@ _REJECTED: dict[Rejection, str] = {
 }
 
 
-class TokenLogprob(NamedTuple):
-    """A token's text, maybe part of a character, and the natural log of its probability.
-
-    `top` has texts and log probabilities of the most likely tokens, most likely first.
-    """
-
-    token: str
-    logprob: float
-    top: tuple[tuple[str, float], ...] = ()
-
-
 @dataclass(frozen=True)
 class OutputDelta:
-    """New output of answer `index`, with the log probabilities of its tokens if requested.
+    """New output of answer `index`.
 
     The last one has a `finish_reason`, ``"stop"``, ``"length"`` or ``"tool_calls"``, and the
     tool calls.
@@ -64,7 +51,6 @@ class OutputDelta:
 
     index: int
     text: str
-    logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: str | None = None
     calls: Sequence[dict[str, Any]] = ()
 
@@ -83,7 +69,6 @@ class _Choice:
     content: str = ""  # of it what is no tool call
     tokens: int = 0
     ended: bool = False
-    pending: list[TokenLogprob] = field(default_factory=list)
 
 
 class Generation:
@@ -222,9 +207,6 @@ class Generation:
         if choice.stops.matched:
             choice.handle.cancel()
             return self._delta(choice, text, "stop")
-        if self.request.logprobs:
-            sample = Sample(event.token_id, event.logprob, event.top)
-            choice.pending.append(self._logprob(sample))
         return self._delta(choice, text, None) if text else None
 
     def _end(self, choice: _Choice, event: EndEvent) -> OutputDelta:
@@ -243,25 +225,12 @@ class Generation:
     def _delta(self, choice: _Choice, text: str, reason: str | None) -> OutputDelta:
         """New output, and its tool calls."""
         choice.text += text
-        logprobs, choice.pending = tuple(choice.pending), []
         calls: Sequence[dict[str, Any]] = ()
         if choice.call_parser is not None:
             text, calls = choice.call_parser.add(text, ended=reason is not None)
         choice.content += text
         reason = "tool_calls" if calls and reason == "stop" else reason
-        return OutputDelta(choice.index, text, logprobs, reason, calls)
-
-    def _logprob(self, sample: Sample) -> TokenLogprob:
-        token, *others = (
-            self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
-            for token_id in (sample.token_id, *(other for other, _ in sample.top))
-        )
-        values = (max(MIN_LOGPROB, logprob) for _, logprob in sample.top)
-        return TokenLogprob(
-            token,
-            max(MIN_LOGPROB, sample.logprob),
-            tuple(zip(others, values, strict=True)),
-        )
+        return OutputDelta(choice.index, text, reason, calls)
 
     def _failure(self, event: EndEvent) -> Exception:
         if self._cancelled_by is not None:

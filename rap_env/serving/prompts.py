@@ -57,7 +57,6 @@ class GenerationRequest:
     params: SamplingParams
     n: int = 1
     stop_strings: Sequence[str] = ()
-    logprobs: bool = False
     chat: bool = False
     stream: bool = False
     include_usage: bool = False
@@ -138,7 +137,6 @@ class RequestBuilder:
             params=self._sampling(body, self._max_new_tokens(body, longest)),
             n=n,
             stop_strings=body.stop or (),
-            logprobs=isinstance(body, ChatCompletionRequest) and bool(body.logprobs),
             chat=chat,
             stream=bool(body.stream),
             include_usage=bool(body.stream_options and body.stream_options.include_usage),
@@ -206,7 +204,6 @@ class RequestBuilder:
         top_p = 1.0 if body.top_p is None else body.top_p
         if top_p == 0:  # an empty nucleus: take the most likely token
             temperature, top_p = 0.0, 1.0
-        likely = body.top_logprobs if isinstance(body, ChatCompletionRequest) else None
         constraint = self._constraint(body)
         if body.ignore_eos and constraint is not None:
             raise invalid(
@@ -223,7 +220,6 @@ class RequestBuilder:
             presence_penalty=body.presence_penalty or 0.0,
             frequency_penalty=body.frequency_penalty or 0.0,
             logit_bias=_bias(body.logit_bias or {}),
-            top_logprobs=likely or 0,
             constraint=constraint,
         )
 

@@ -15,7 +15,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from rap_env.serving.answers import AnswerPlans
-from rap_env.serving.generation import Generation, OutputDelta, TokenLogprob
+from rap_env.serving.generation import Generation, OutputDelta
 from rap_env.serving.http import ApiError
 from rap_env.serving.prompts import GenerationRequest
 
@@ -52,14 +52,13 @@ class ResponseWriter:
 
     def _whole_choice(self, index: int, deltas: Sequence[OutputDelta]) -> dict[str, Any]:
         text = "".join(delta.text for delta in deltas)
-        logprobs = [entry for delta in deltas for entry in delta.logprobs]
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if calls := deltas[-1].calls:
             message |= {"content": text or None, "tool_calls": calls}
         return {
             "index": index,
             "finish_reason": deltas[-1].finish_reason,
-            "logprobs": self._logprobs_json(logprobs),
+            "logprobs": None,
             **({"message": message} if self._request.chat else {"text": text}),
         }
 
@@ -68,23 +67,23 @@ class ResponseWriter:
         if not self._request.chat:
             return []
         delta = {"role": "assistant", "content": "", "refusal": None}
-        return [self._chunk(i, {"delta": delta}, [], None) for i in range(self._request.size)]
+        return [self._chunk(i, {"delta": delta}, None) for i in range(self._request.size)]
 
     def chunks(self, delta: OutputDelta) -> list[bytes]:
         """Events of a stream for one delta; in a chat, the finish reason is a separate event."""
         self._unfinished -= delta.finish_reason is not None
         if not self._request.chat:
             body = {"text": delta.text}
-            return [self._chunk(delta.index, body, delta.logprobs, delta.finish_reason)]
+            return [self._chunk(delta.index, body, delta.finish_reason)]
         events = []
-        if delta.text or delta.logprobs:
+        if delta.text:
             content = {"delta": {"content": delta.text}}
-            events.append(self._chunk(delta.index, content, delta.logprobs, None))
+            events.append(self._chunk(delta.index, content, None))
         if delta.calls:
             calls = [{"index": number, **call} for number, call in enumerate(delta.calls)]
-            events.append(self._chunk(delta.index, {"delta": {"tool_calls": calls}}, [], None))
+            events.append(self._chunk(delta.index, {"delta": {"tool_calls": calls}}, None))
         if delta.finish_reason:
-            events.append(self._chunk(delta.index, {"delta": {}}, [], delta.finish_reason))
+            events.append(self._chunk(delta.index, {"delta": {}}, delta.finish_reason))
         return events
 
     def closing(self, usage: Mapping[str, Any]) -> list[bytes]:
@@ -94,19 +93,8 @@ class ResponseWriter:
         last = {**self._stream_head(), "choices": [], "usage": dict(usage)}
         return [event({**last, "rap": self._plans.report()}), DONE]
 
-    def _chunk(
-        self,
-        index: int,
-        body: Mapping[str, Any],
-        logprobs: Sequence[TokenLogprob],
-        finish_reason: str | None,
-    ) -> bytes:
-        choice = {
-            "index": index,
-            **body,
-            "logprobs": self._logprobs_json(logprobs) if logprobs else None,
-            "finish_reason": finish_reason,
-        }
+    def _chunk(self, index: int, body: Mapping[str, Any], finish_reason: str | None) -> bytes:
+        choice = {"index": index, **body, "logprobs": None, "finish_reason": finish_reason}
         chunk = {**self._stream_head(), "choices": [choice]}
         if self._request.include_usage:
             chunk["usage"] = None
@@ -118,27 +106,6 @@ class ResponseWriter:
         kind = "chat.completion.chunk" if self._request.chat else "text_completion"
         fingerprint = self._plans.fingerprint  # of the plans so far
         return {**self._head, "system_fingerprint": fingerprint, "object": kind}
-
-    def _logprobs_json(self, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-        if not self._request.logprobs:
-            return None
-        return {"content": [_chat_logprob(entry) for entry in entries], "refusal": None}
-
-
-def _chat_logprob(entry: TokenLogprob) -> dict[str, Any]:
-    return {
-        **_token_json(entry.token, entry.logprob),
-        "top_logprobs": [_token_json(token, logprob) for token, logprob in entry.top],
-    }
-
-
-def _token_json(token: str, logprob: float) -> dict[str, Any]:
-    whole = "\N{REPLACEMENT CHARACTER}" not in token
-    return {
-        "token": token,
-        "logprob": logprob,
-        "bytes": list(token.encode()) if whole else None,
-    }
 
 
 def usage_of(generation: Generation) -> dict[str, Any]:
