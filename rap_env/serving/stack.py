@@ -197,9 +197,4 @@ def _limit_text(controller: RuntimeController) -> str:
             f"Memory: at most {whole} for the whole process, of which {others} are everything but "
             f"the model; it may take {budget} now."
         )
-    text = f"Memory: at most {budget} for the model now ({source.name})"
-    if isinstance(monitor.meter, ResidentMeter):
-        return (
-            f"{text}; the rest of the process takes {mebibytes(monitor.meter.baseline_bytes)} more."
-        )
-    return f"{text}."
+    return f"Memory: at most {budget} for the model now ({source.name})."

@@ -59,10 +59,11 @@ def hub_folder(repo_id: str, revision: str | None, check: Callable[[Path], objec
         return folder
     from huggingface_hub import constants, snapshot_download
 
-    if variable := _offline_variable():
+    if downloads_forbidden() or constants.HF_HUB_OFFLINE:
         raise ModelNotAvailableError(
-            f"{repo_id} is not in the hub's cache and {variable} is set; unset it and try again "
-            "with a network, or give the path of a model folder or GGUF file."
+            f"{repo_id} is not in the hub's cache and {OFFLINE_VARIABLE} or HF_HUB_OFFLINE is set; "
+            "unset it and try again with a network, or give the path of a model folder or GGUF "
+            "file."
         )
     log.warning(
         "Downloading %s from the Hugging Face hub into %s. Set %s=1 to forbid downloads.",
@@ -111,13 +112,3 @@ def has_all_weights(folder: Path) -> bool:
 def downloads_forbidden() -> bool:
     """Whether the user forbade all downloads (``RAP_OFFLINE=1``)."""
     return os.environ.get(OFFLINE_VARIABLE, "").upper() in _TRUE
-
-
-def _offline_variable() -> str | None:
-    """The environment variable that forbids the use of the hub, if one does."""
-    from huggingface_hub import constants
-
-    if downloads_forbidden():
-        return OFFLINE_VARIABLE
-    now = os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE
-    return "HF_HUB_OFFLINE" if now or constants.HF_HUB_OFFLINE else None
