@@ -104,8 +104,7 @@ class Service:
         """Respond to a completion request; errors are left to the application's handlers."""
         if self.closing:
             raise _shutting_down()
-        is_given = self.engine.controller.monitor.source.is_given
-        if is_given and (problem := self.engine.nothing_fits()):
+        if self.settings.limits_bytes and (problem := self.engine.nothing_fits()):
             wait_s = self.engine.retry_after_s()
             raise unavailable(problem, "insufficient_memory", retry_after_s=wait_s)
         body = validate(schema, await read_json(request, self.settings))
