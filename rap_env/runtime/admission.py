@@ -278,11 +278,14 @@ class Admission:
             return
         oldest_s = self._clock() - timeout_s
         for sequence in self._queue.remove_if(lambda waiting: waiting.queued_since_s < oldest_s):
-            error = self.misfit(self._batch.shape_alone(sequence), expected=False)
+            shape = self._batch.shape_alone(sequence)
             message = f"The request waited longer than {timeout_s} s."
             rejection: Rejection = "queue_timeout"
-            if isinstance(error, QualityFloorError):
-                message, rejection = f"{message} {error}", "below_floor"
+            if not self._chooser.could_fit(shape, self._monitor.budget_bytes):
+                error = self.misfit(shape, expected=False)
+                message = f"{message} {error}"
+                if isinstance(error, QualityFloorError):
+                    rejection = "below_floor"
             self._output.reject(sequence, rejection, message)
 
     def _note_stall(self) -> None:
