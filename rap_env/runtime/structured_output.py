@@ -74,11 +74,6 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._vocabulary: Any = None
 
-    @property
-    def loaded(self) -> bool:
-        """Whether the vocabulary is in memory."""
-        return self._vocabulary is not None
-
     def load(self) -> None:
         """Load the vocabulary now, so that no later grammar takes its memory and time.
 

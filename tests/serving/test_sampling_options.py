@@ -43,7 +43,7 @@ def test_penalties_and_biases_reach_the_sampler(client, tokenizer):
         ({"frequency_penalty": 2.1}, "frequency_penalty"),
         ({"logit_bias": {"5": 101}}, "logit_bias.5"),
         ({"logit_bias": {"-1": 1}}, "logit_bias"),
-        ({"logprobs": True, "top_logprobs": 2}, "logprobs.*PlanLM"),
+        ({"logprobs": True, "top_logprobs": 2}, "logprobs"),
         ({"logit_bias": {"100000": 1}}, None),  # no such token
     ],
 )
@@ -124,7 +124,7 @@ def test_the_vocabulary_is_loaded_before_the_first_baseline_whatever_is_limited(
     pytest.importorskip("llguidance", reason="the extra structured is not installed")
     settings = ServerSettings(policy="dense", device="cpu", **limit)
     stack = build_stack(settings, llm=byte_llm())
-    assert stack.app.state.service.builder.grammars.loaded
+    assert stack.app.state.service.builder.grammars._vocabulary is not None
 
 
 def test_without_the_library_the_error_names_the_extra(tokenizer, monkeypatch):

@@ -336,11 +336,8 @@ _ROW_VALUES = 2**22
 def _groups(
     tensors: Mapping[str, torch.Tensor], levels: Collection[WeightLevel]
 ) -> Iterator[WeightGroup]:
-    """Groups of tensors that the same levels use, one for each device."""
-    by_device: dict[torch.device, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        by_device.setdefault(tensor.device, {})[name] = tensor
-    return (WeightGroup(on_device, levels) for on_device in by_device.values())
+    """The group of tensors that the same levels use; none without tensors."""
+    return iter([WeightGroup(tensors, levels)] if tensors else [])
 
 
 def _native_groups(item: WeightItem, weights: Mapping[str, torch.Tensor]) -> Iterator[WeightGroup]:
