@@ -118,7 +118,7 @@ def test_a_plan_stays_whole_while_a_block_cannot_be_read(tmp_path, damage) -> No
 def test_no_file_of_a_served_model_stays_mapped(tmp_path, name) -> None:
     folder = saved(tmp_path, name)
     plain = opened(folder)
-    settings = ServerSettings(model=str(folder), dtype="bfloat16", residency="resident")
+    settings = ServerSettings(model=str(folder), dtype="bfloat16")
     llm = load_served_model(settings)
     before, tied = logits(plain), llm.model.get_input_embeddings().weight.data_ptr()
     assert torch.equal(logits(llm), before)
