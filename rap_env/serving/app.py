@@ -79,6 +79,7 @@ class Service:
         keys = settings.api_key_file
         self.api_keys = None if keys is None else ApiKeys(keys)
         self.closing = False
+        self._limited = settings.limits_bytes
         self._running: set[Generation] = set()
         grammars = grammars or grammar_compiler(engine.llm, tokenizer, engine.vocab_size)
         self.builder = RequestBuilder(engine, tokenizer, settings, grammars)
@@ -104,7 +105,7 @@ class Service:
         """Respond to a completion request; errors are left to the application's handlers."""
         if self.closing:
             raise _shutting_down()
-        if self.settings.limits_bytes and (problem := self.engine.nothing_fits()):
+        if self._limited and (problem := self.engine.nothing_fits()):
             wait_s = self.engine.retry_after_s()
             raise unavailable(problem, "insufficient_memory", retry_after_s=wait_s)
         body = validate(schema, await read_json(request, self.settings))
