@@ -13,7 +13,6 @@ from experiments.config.program_settings import EvaluateConfig
 from experiments.study.console import ExperimentError
 from experiments.study.json_records import Cell
 from rap_env.context.base import ContextConfig, PruningContext
-from rap_env.context.live import LiveContext
 from rap_env.context.opening import open_context
 from rap_env.errors import ArtifactError
 from rap_env.ladder.items import Ladder
@@ -72,8 +71,6 @@ def context_config(config: Config, *, profiled: bool = True) -> ContextConfig:
         gsi_method=config.importance.gsi_method,
         frontier=None if own else str(frontier),
         store=config.store,
-        workers=config.scoring.workers,
-        workers_address=config.scoring.address,
     )
 
 
@@ -137,9 +134,8 @@ def held_out_scorer(
 
     corpus = load_text(text, role, context.llm)
     ensure_disjoint(context.corpus, corpus)
-    workers = context.workers if isinstance(context, LiveContext) else None
     make = AgreementScorer if compare else PlanScorer
-    return make(context.llm, corpus, context.store, workers=workers)
+    return make(context.llm, corpus, context.store)
 
 
 def measured_on(scorer: PlanScorer) -> dict[str, Any]:

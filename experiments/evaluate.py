@@ -6,14 +6,14 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agents.checkpoint import latest_checkpoint
 from agents.trained_policy import TrainedPolicy
-from experiments.comparison.result_rows import QUALITY, ResultRow, again_depends_on, read_recorded
+from experiments.comparison.result_rows import QUALITY, ResultRow
 from experiments.comparison.run_records import TABLE_FILE, TrainingRun, training_dirs
 from experiments.comparison.summaries import REFERENCE, Comparison
 from experiments.config import Config
@@ -39,16 +39,13 @@ from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.policies.loading import check_policy, make_method
-from rap_env.policies.method import MeasuredChoice, measure_choice
-from rap_env.request import Request
+from rap_env.policies.method import measure_choice
 from rap_env.scoring.score_table import ScoreTable
 
 if TYPE_CHECKING:
     from rap_env.scoring.tasks import TaskScorer
 
 log = logging.getLogger(__name__)
-
-_ROWS_EACH = 8  # for each worker
 
 
 Scores = Callable[[Sequence[Plan]], Sequence[float]]
@@ -83,8 +80,6 @@ def check_names(config: Config) -> None:
         PluginError: A baseline of another package cannot be loaded.
         ExperimentError: A folder holds no training run, or there is nothing to compare.
     """
-    if config.evaluate.plans:
-        return
     for name in config.evaluate.baselines:
         check_policy(name)
     folders = agent_folders(config)
@@ -201,7 +196,6 @@ class Evaluator:
 
             settings = task_config(config.evaluate.tasks)
             self.tasks = TaskScorer(model.llm, settings, store=model.store)
-        self._choices: dict[tuple[int, Request], MeasuredChoice] = {}
         self._warm: set[int] = set()
         self.depends_on: dict[str, Any] = {
             "model_fingerprint": model.memory.facts.fingerprint,
@@ -212,9 +206,8 @@ class Evaluator:
             "report_sha256": corpus.sha256,
             "tasks": self._tasks(config),
             "ladder": config.env.ladder,
+            "importance": self._importance(config),
         }
-        if not config.evaluate.plans:
-            self.depends_on["importance"] = self._importance(config)
 
     def jobs(self, config: Config, cells: Sequence[EvaluationCell]) -> Iterator[Job[ResultRow]]:
         """Yield what is measured: each method at each cell."""
@@ -223,48 +216,15 @@ class Evaluator:
             for cell in cells:
                 identity = (method.name, method.seed, cell.cell)
                 make = partial(self.measure, method, cell)
-                yield Job(ResultRow, identity, depends_on, make, subject=(method, cell))
-
-    def again(self, config: Config) -> Iterator[Job[ResultRow]]:
-        """Yield the plans of earlier results, which are measured on this text and these tasks.
-
-        All that describes the choices (method, seed, cell, evaluations, decision time) is
-        kept.
-        """
-        for row in read_recorded(config.evaluate.plans, self.depends_on):
-            identity = (row.method, row.seed, row.cell)
-            depends_on = again_depends_on(row, self.depends_on)
-            make = partial(self.measure_again, row)
-            yield Job(ResultRow, identity, depends_on, make, subject=row)
-
-    def prepare(self, jobs: Sequence[Job[ResultRow]]) -> None:
-        """Let methods choose, and score all plans in one call each, so that workers share them."""
-        plans = []
-        for job in jobs:
-            if isinstance(job.subject, ResultRow):
-                plans.append(job.subject.plan)
-                continue
-            method, cell = job.subject
-            if "run" in method.identity and id(method) not in self._warm:
-                method.policy.choose(
-                    cell.request
-                )  # unmeasured: torch initialises at the first call
-                self._warm.add(id(method))
-            choice = measure_choice(method.policy, cell.request, self.scores.scorer)
-            self._choices[id(method), cell.request] = choice
-            plans.append(choice.plan)
-        if self._choices:
-            self.scores.scorer.nll_many(plans)
-        self.report.nll_many(plans)
-
-    def measure_again(self, row: ResultRow) -> ResultRow:
-        """Return the row of a recorded plan."""
-        return replace(row, **self.losses(row.plan))
+                yield Job(ResultRow, identity, depends_on, make)
 
     def measure(self, method: ComparedMethod, cell: EvaluationCell) -> ResultRow:
         """Return the row of one choice; an NLL of NaN or infinity is a `NonFiniteScoreError`."""
         request, scorer = cell.request, self.scores.scorer
-        choice = self._choices.pop((id(method), request))
+        if "run" in method.identity and id(method) not in self._warm:
+            method.policy.choose(request)  # unmeasured: torch initialises at the first call
+            self._warm.add(id(method))
+        choice = measure_choice(method.policy, request, scorer)
         plan = choice.plan
         peak_bytes = self.scores.memory.peak_bytes(plan, request)
         return ResultRow(
@@ -335,8 +295,6 @@ def task_fields(tasks: TaskScorer, plan: Plan) -> dict[str, Any]:
 def evaluate(config: Config, folder: Path, scores: PruningContext | None = None) -> Path:
     """Compare all methods on all cells; existing rows are not computed again.
 
-    With ``evaluate.plans``, the plans of earlier results are measured instead.
-
     Args:
         config: All settings.
         folder: The run folder.
@@ -354,19 +312,15 @@ def evaluate(config: Config, folder: Path, scores: PruningContext | None = None)
     run, started = RunFolder(folder), time.monotonic()
     model = build_context(config)
     scores = model if scores is None else scores
-    again = config.evaluate.plans
     ladder_bytes = make_ladder_bytes(config, scores)
-    cells = [] if again else evaluation_cells(config.evaluate, ladder_bytes)
+    cells = evaluation_cells(config.evaluate, ladder_bytes)
     run.start(config)
     trim_metrics(run.metrics, -1)  # metrics of an evaluation are those of its last run
     with open_loggers(config, folder, job="evaluate") as loggers:
         evaluator = Evaluator(config, model, scores)
-        jobs = list(evaluator.again(config) if again else evaluator.jobs(config, cells))
+        jobs = list(evaluator.jobs(config, cells))
         set_aside(run.results, ResultRow, {job.key for job in jobs})
-        at_once = max(1, _ROWS_EACH * config.scoring.workers)
-        rows = measured(
-            jobs, folder, "evaluate", config.progress, evaluator.prepare, at_once=at_once
-        )
+        rows = measured(jobs, folder, "evaluate", config.progress)
         _log_results(Comparison(rows), loggers)
     run.finish(started, rows=len(rows))
     log.info("Evaluation: %d rows in %s.", len(rows), run.results)

@@ -221,28 +221,22 @@ def set_threads(config: Config) -> None:
     from rap_env.models.device import bound_kernel_caches, use_threads
 
     bound_kernel_caches()  # before the first matrix product
-    use_threads(
-        config.threads or _stored_threads(config.root / _THREADS_FILE, config.scoring.workers)
-    )
+    use_threads(config.threads or _stored_threads(config.root / _THREADS_FILE))
 
 
-def _stored_threads(path: Path, workers: int) -> int:
-    """The number of threads stored for this comparison; chooses and stores it if missing.
-
-    It is torch's own, or 1 if workers measure plans: workers have as many threads as this
-    process.
-    """
+def _stored_threads(path: Path) -> int:
+    """The number of threads stored for this comparison; stores torch's own if missing."""
     import torch
 
     try:
         return max(1, int(path.read_text()))
     except (FileNotFoundError, ValueError):
-        threads = 1 if workers else torch.get_num_threads()
+        threads = torch.get_num_threads()
     write_text(path, f"{threads}\n")
     return threads
 
 
-MODEL = ("model", "scoring", "calibration", "importance", "store", "threads")
+MODEL = ("model", "calibration", "importance", "store", "threads")
 """What a program reads that measures on a model."""
 
 READS: dict[str, tuple[str, ...]] = {
@@ -256,7 +250,6 @@ READS: dict[str, tuple[str, ...]] = {
     "report": ("report",),
     "export_scores": (*MODEL, "export", "env.id"),
     **dict.fromkeys(("ladder", "equal_bytes"), (*MODEL, "ladder", "evaluate.text")),
-    "level_scan": MODEL,
     "gradient_plans": ("model", "store", "threads", "env.levels", "evaluate.pinned",
                        "gradient_plans"),
     "replay": ("model", "store", "threads", "replay", "budget"),

@@ -104,8 +104,6 @@ class NonFiniteScoreError(RapError, ArithmeticError):
     """The model returned NaN or infinity instead of a score."""
 
 
-class WorkerError(RapError, RuntimeError):
-    """Workers for scoring cannot start, are lost again and again, or would give other scores."""
 
 
 class MissingDependencyError(RapError, ImportError):

@@ -10,7 +10,6 @@ EXTRAS = {
     "eval": ("datasets", "lm_eval"),
     "model": ("torch", "transformers", "accelerate", "gguf", "huggingface_hub", "tqdm", "filelock"),
     "plots": ("matplotlib",),
-    "ray": ("ray",),
     "serve": ("fastapi", "uvicorn", "prometheus_client", "jinja2"),
     "structured": ("llguidance",),
 }

@@ -5,7 +5,7 @@ import rap_env
 from tests.imports import loaded_by
 
 HEAVY = (
-    "torch", "transformers", "matplotlib", "stable_baselines3", "hydra", "lm_eval", "PIL", "ray",
+    "torch", "transformers", "matplotlib", "stable_baselines3", "hydra", "lm_eval", "PIL",
 )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ fi
 
 # Modules are compiled when they are first imported: that is a fifth of them.
 say "packages (about 600 MB the first time; a few minutes)"
-$pip install --no-compile --constraint constraints.txt --editable '.[eval,plots,ray,serve,structured]' \
+$pip install --no-compile --constraint constraints.txt --editable '.[eval,plots,serve,structured]' \
     --group agents --group sweeps --group dev --group docs \
     > "$venv/setup.log" 2>&1 || { tail -n 30 "$venv/setup.log" >&2; exit 1; }
 say "done: $("$venv/bin/python" --version), torch $("$venv/bin/python" -c 'import torch; print(torch.__version__)')"

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from experiments.study.console import ExperimentError
 from experiments.study.json_records import CellRecord, record_files
-from rap_env.artifacts import digest
 from rap_env.plan import Plan
 
 QUALITY = (
@@ -127,45 +123,3 @@ class ResultRow(CellRecord):
 def rows_below(folder: Path) -> list[ResultRow]:
     """Read all rows of the ``results.jsonl`` at any depth below a folder."""
     return [row for path in record_files(folder, ResultRow.file) for row in ResultRow.read(path)]
-
-
-def read_recorded(paths: Iterable[str], depends_on: Mapping[str, Any]) -> list[ResultRow]:
-    """Read the rows of earlier results, each once.
-
-    Args:
-        paths: Files, or folders with ``results.jsonl`` at any depth.
-        depends_on: What the new rows depend on.
-
-    Raises:
-        ExperimentError: There are no rows, or they are of another model or calibration text:
-            the new report text is only known to share nothing with the configured one.
-        ArtifactError: A record is damaged.
-    """
-    files: dict[Path, None] = {}
-    for path in map(Path, paths):
-        below = [path] if path.is_file() else record_files(path, "results.jsonl")
-        files |= dict.fromkeys(file.resolve() for file in below)
-    rows = {row.key: row for file in files for row in ResultRow.read(file)}
-    if not rows:
-        raise ExperimentError(
-            f"There are no results in {', '.join(paths)}; evaluate.plans names folders or files "
-            "that experiments.evaluate wrote."
-        )
-    for row in rows.values():
-        recorded = row.depends_on
-        for key, words in _EQUAL.items():
-            if recorded.get(key) != depends_on.get(key):
-                raise ExperimentError(
-                    f"The recorded plans of {row.method} were chosen with another {words} "
-                    f"({str(recorded.get(key))[:12]} instead of {str(depends_on.get(key))[:12]}); "
-                    "give the settings of that evaluation, apart from evaluate.text and "
-                    "evaluate.tasks."
-                )
-    return list(rows.values())
-
-
-def again_depends_on(row: ResultRow, depends_on: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a recorded plan's new row depends on: the recorded choice, the new text."""
-    measured = {key: depends_on[key] for key in _MEASURED}
-    plan = digest(row.plan.to_json())
-    return {**row.depends_on, **measured, "plan": plan}

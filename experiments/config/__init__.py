@@ -37,10 +37,8 @@ class Config:
     progress: bool = True
     """Whether progress bars are shown."""
     threads: int | None = setting(None, low=1)
-    """Threads of torch; null takes torch's own number, or 1 if workers measure, for all
-    stages of a comparison."""
+    """Threads of torch; null takes torch's own number for all stages of a comparison."""
     model: common.ModelConfig = field(default_factory=common.ModelConfig)
-    scoring: common.ScoringConfig = field(default_factory=common.ScoringConfig)
     calibration: common.TextConfig = field(default_factory=common.TextConfig)
     importance: common.ImportanceConfig = field(default_factory=common.ImportanceConfig)
     workload: dict[str, Any] = setting({})
@@ -70,11 +68,6 @@ class Config:
         check(self, ExperimentError, none="null")
         if self.model.weights == "auto":
             self.model.weights = self.env.task.weights
-        if self.scoring.address is not None and not self.scoring.workers:
-            raise ExperimentError(
-                "scoring.address names a Ray cluster, but scoring.workers is 0: nothing would run "
-                "there. Set scoring.workers to the number of workers."
-            )
         if not re.fullmatch(r"[\w.+-]+", self.name):
             raise ExperimentError(
                 f"name must be one folder name of letters, digits and . _ + -, not {self.name!r}."

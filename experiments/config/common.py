@@ -85,17 +85,6 @@ class ModelConfig:
 
 
 @dataclass
-class ScoringConfig:
-    """Where plans are measured; the scores do not depend on it."""
-
-    workers: int = setting(0, low=0)
-    """Processes that measure, each with a model of its own; 0 measures in this process."""
-    address: str | None = None
-    """HOST:PORT of a Ray cluster, or auto for the one on this machine; null starts the
-    workers on this machine."""
-
-
-@dataclass
 class ImportanceConfig:
     """Importance scores that the agent observes."""
 

@@ -153,9 +153,6 @@ class EvaluateConfig:
     """Number of masks that an agent samples before it takes the best by its scores; 1 uses no
     scores. The first entry is the agent's method; each other entry is a separate method."""
     baselines: list[str] = setting([])
-    plans: list[str] = setting([])
-    """Earlier results (folders or files) whose plans are measured again, on this text and
-    these tasks; nothing chooses plans then."""
     random_seeds: list[int] = setting([0, 1, 2])
     text: TextConfig = field(default_factory=lambda: TextConfig(source="self"))
     selection: TextConfig | None = field(

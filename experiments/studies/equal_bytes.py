@@ -66,7 +66,7 @@ class EqualBytesRow(DeltaNLLRecord):
         method: ``"uniform"`` and ``"knapsack"``, levels of this package; ``"llama.cpp"``.
         name: The level, the knapsack's budget, or the kind of file.
         weight_bytes: Bytes of all weights, embeddings included.
-        kl_divergence_mean: As in `rap_env.scoring.interface.NativeAgreement`, from the
+        kl_divergence_mean: As in `rap_env.scoring.native_agreement.NativeAgreement`, from the
             unquantised model.
         kl_divergence_p99: See there.
         same_top_token_share: See there.

@@ -137,8 +137,7 @@ def plan_jobs(config: Config, folder: Path) -> Iterator[Job[GradientPlanRow]]:
             identity, uniform = (kind, str(cell)), cell.target_delta_nll or 0.0
             make = partial(measure, *identity, plan, used, uniform)
             depends_on = {**measured_on(scorer), "costs": digest(used.costs), "plan": plan.levels}
-            needed = [Plan(), plan]
-            yield Job(GradientPlanRow, identity, depends_on, make, scorer=scorer, plans=needed)
+            yield Job(GradientPlanRow, identity, depends_on, make)
 
 
 def report_texts(config: Config, llm: ElasticLLM) -> dict[str, Corpus]:

@@ -6,14 +6,13 @@ the tables of that name stand between them.
 
 from __future__ import annotations
 
-import itertools
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from experiments.config import Config
 from experiments.study.console import say
@@ -21,11 +20,6 @@ from experiments.study.json_records import Record, RowFile, row_key, write_text
 from experiments.study.run_folder import RunFolder, git_state
 from experiments.study.table_format import TitledTable, document, terminal, wrapped
 from rap_env.models.progress import progress_bar
-from rap_env.plan import Plan
-
-if TYPE_CHECKING:
-    from rap_env.scoring.scorer import PlanScorer
-
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"
@@ -125,11 +119,6 @@ class Job(Generic[RowT]):
             each identity and `depends_on`.
         make: Measures the row; its provenance is added.
         facts: More entries of its provenance, on which it does not depend.
-        scorer: Scores `plans` before the row is made, together with those of the neighbouring
-            jobs with the same scorer, since steps that plans share then run once; None to
-            score nothing before.
-        plans: What the row needs scored.
-        subject: What the row is about, for those who prepare jobs.
     """
 
     row_type: type[RowT]
@@ -137,9 +126,6 @@ class Job(Generic[RowT]):
     depends_on: Mapping[str, Any]
     make: Callable[[], RowT]
     facts: Mapping[str, Any] = field(default_factory=dict)
-    scorer: PlanScorer | None = None
-    plans: Sequence[Plan] = ()
-    subject: Any = None
 
     @cached_property
     def key(self) -> str:
@@ -220,14 +206,7 @@ class Study:
         return "\n\n".join(filter(None, parts))
 
 
-def measured(
-    jobs: Sequence[Job[Any]],
-    folder: Path,
-    name: str,
-    progress: bool,
-    prepare: Callable[[Sequence[Job[Any]]], None] | None = None,
-    at_once: int = 1,
-) -> list[Any]:
+def measured(jobs: Sequence[Job[Any]], folder: Path, name: str, progress: bool) -> list[Any]:
     """Return the rows of all jobs, in their order; rows that the folder lacks are measured.
 
     Args:
@@ -235,31 +214,14 @@ def measured(
         folder: The run folder.
         name: Name of the study, for the progress bar.
         progress: Whether to show progress.
-        prepare: Called with the next jobs before their rows are made.
-        at_once: Jobs that `prepare` gets in one call.
     """
-    from rap_env.scoring.interface import bar_callback
-    from rap_env.scoring.plan_runner import chunks
-
     files = {kind: RowFile(folder / kind.file, kind) for kind in {job.row_type for job in jobs}}
     missing = [job for job in jobs if not files[job.row_type].has(job.key)]
     if missing:
         say(f"{name}: {len(missing)} of {len(jobs)} rows are to be measured.")
     git, done = git_state(), len(jobs) - len(missing)
     with progress_bar(progress, total=len(jobs), initial=done, desc=name, unit="row") as bar:
-        for _, group in itertools.groupby(missing, key=lambda job: id(job.scorer)):
-            neighbours = list(group)
-            scorer = neighbours[0].scorer
-            plans = [plan for job in neighbours for plan in job.plans]
-            if scorer is not None and plans:
-                with progress_bar(progress, total=len(set(plans)), desc="plans") as of_plans:
-                    scorer.nll_many(plans, bar_callback(of_plans))
-            for chunk in chunks(neighbours, at_once):
-                if prepare is not None:
-                    prepare(chunk)
-                for job in chunk:
-                    files[job.row_type].get(job.key, partial(job.row, git))
-                    bar.update()
-            if scorer is not None:
-                scorer.release()
+        for job in missing:
+            files[job.row_type].get(job.key, partial(job.row, git))
+            bar.update()
     return [files[job.row_type][job.key] for job in jobs]

@@ -62,10 +62,6 @@ class ContextConfig:
         frontier: Path of a frontier artifact (`rap_env.importance.plan_table`); None if
             nothing needs the best known plans.
         store: ``"default"`` (in the cache), a path, or None to keep scores in memory.
-        workers: Number of workers that measure, each with a model (see
-            `rap_env.scoring.workers.WorkerPool`); 0 measures in this process.
-        workers_address: ``HOST:PORT`` of a Ray cluster, or ``"auto"``; None starts workers on
-            this machine.
 
     Raises:
         InvalidRequestError: A value has the wrong type or is out of range.
@@ -82,8 +78,6 @@ class ContextConfig:
     gsi_method: str = setting("exact", choices=GSI_METHODS, kind="GSI method")
     frontier: str | None = None
     store: str | None = "default"
-    workers: int = setting(0, low=0)
-    workers_address: str | None = None
 
     def __post_init__(self) -> None:
         check(self)

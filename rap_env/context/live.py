@@ -25,7 +25,6 @@ from rap_env.scoring.store import ScoreStore
 
 if TYPE_CHECKING:
     from rap_env.models.live.elastic import ElasticLLM
-    from rap_env.scoring.workers import WorkerPool
 
 log = logging.getLogger(__name__)
 
@@ -68,15 +67,13 @@ class LiveContext(PruningContext):
         frontier: str | None = None,
         folder: Path | None = None,
         progress: bool = True,
-        workers: WorkerPool | None = None,
         reopen: Callable[[], PruningContext] | None = None,
     ) -> None:
         from rap_env.scoring.scorer import PlanScorer
 
         self.store = store
         self.memory = MemoryModel(llm)
-        self.workers = workers
-        self.scorer: PlanScorer = PlanScorer(llm, calibration, store, workers=workers)
+        self.scorer: PlanScorer = PlanScorer(llm, calibration, store)
         self.frontier_path = frontier
         self.importance = importance
         self._gsi_removals = gsi_removals

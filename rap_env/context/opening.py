@@ -6,7 +6,6 @@ import logging
 import multiprocessing
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from rap_env.context.base import IMPORTANCES, ContextConfig, PruningContext
 from rap_env.context.live import LiveContext
@@ -19,10 +18,6 @@ from rap_env.request import Request
 from rap_env.scoring.corpus import check_source
 from rap_env.scoring.score_table import table_path
 from rap_env.scoring.store import ScoreStore
-
-if TYPE_CHECKING:
-    from rap_env.models.live.elastic import ElasticLLM
-    from rap_env.scoring.workers import WorkerPool
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +50,7 @@ def _open_live(config: ContextConfig) -> LiveContext:
     from rap_env.models.files.loading import shared_llm
     from rap_env.scoring.corpus_loading import load_corpus
 
-    llm = shared_llm(**_model_settings(config))
-    # Before a text is written.
-    workers = _shared_workers(config, llm) if config.workers else None
+    llm = shared_llm(config.model, device=config.device, dtype=config.dtype, weights=config.weights)
     context = LiveContext(
         llm,
         load_corpus(config.calibration, llm),
@@ -67,40 +60,10 @@ def _open_live(config: ContextConfig) -> LiveContext:
         gsi_method=config.gsi_method,
         frontier=config.frontier,
         folder=cache_dir() / "importance",
-        workers=workers,
         reopen=partial(open_context, config),
     )
     _warn_of_a_copy(context)
     return context
-
-
-def _model_settings(config: ContextConfig) -> dict[str, Any]:
-    """The settings of a context that determine its model."""
-    names = ("model", "device", "dtype", "weights")
-    return {name: getattr(config, name) for name in names}
-
-
-def _shared_workers(config: ContextConfig, llm: ElasticLLM) -> WorkerPool:
-    """The workers for a context; contexts of one model share them."""
-    from rap_env.models.files.sources import looks_like_path
-
-    settings = _model_settings(config)  # "auto" may be something else on another machine
-    settings |= {"device": llm.device.type, "dtype": str(llm.dtype).removeprefix("torch.")}
-    if looks_like_path(config.model):  # a worker may have another working directory
-        settings["model"] = str(Path(config.model).expanduser().resolve())
-    return _worker_pool(tuple(settings.items()), config.workers, config.workers_address)
-
-
-@cache
-def _worker_pool(
-    model_settings: tuple[tuple[str, Any], ...], count: int, address: str | None
-) -> WorkerPool:
-    from rap_env.models.files.loading import shared_llm
-    from rap_env.scoring.workers import WorkerPool
-
-    settings = dict(model_settings)
-    gpu = settings["device"] == "cuda"
-    return WorkerPool(partial(shared_llm, **settings), count, address=address, gpu=gpu)
 
 
 def _warn_of_a_copy(context: LiveContext) -> None:

@@ -7,9 +7,8 @@ returns them, so that memory is bounded and nothing is rounded or left out.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import astuple, replace
-from functools import cached_property
+from collections.abc import Collection, Sequence
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -18,12 +17,28 @@ import torch
 from torch.nn import functional
 
 from rap_env.plan import Plan
-from rap_env.scoring.interface import Measured, NativeAgreement, ScoringJob
 from rap_env.scoring.plan_runner import Node, OnLogits, predictions, tokens_at_once
 from rap_env.scoring.scorer import PlanScorer
 
 METRIC = "native_agreement"
 """The store's metric for the fields of `NativeAgreement`."""
+
+
+@dataclass(frozen=True)
+class NativeAgreement:
+    """How close the next-token distributions of a plan are to the native model's on a text.
+
+    Attributes:
+        kl_divergence_mean: Mean over the text's tokens of the KL divergence from the native
+            model, the sum over the vocabulary of p log(p / q) with the native probabilities p
+            and the plan's q, nats.
+        kl_divergence_p99: Its 99th percentile over tokens, nats.
+        same_top_token_share: Share of tokens for which both rate the same token highest.
+    """
+
+    kl_divergence_mean: float
+    kl_divergence_p99: float
+    same_top_token_share: float
 
 
 class TokenComparison:
@@ -96,11 +111,6 @@ class AgreementScorer(PlanScorer):
         self.window_nll(plan)
         return self._agreements[plan]
 
-    @cached_property
-    def job(self) -> ScoringJob:
-        """What workers need to score as this scorer does."""
-        return replace(super().job, compare=True)
-
     def release(self) -> None:
         """Free what is kept for later calls."""
         self._native_states.clear()
@@ -117,24 +127,16 @@ class AgreementScorer(PlanScorer):
         self._agreements[plan] = NativeAgreement(*stored)
         return values
 
-    def take(self, measured: Measured) -> None:
-        """Store and count what a worker measured."""
-        super().take(measured)
-        self._keep(measured.agreements)
-
     def _measure(self, plans: Sequence[Plan], keep: Collection[Node]) -> None:
         self._comparisons = []
         super()._measure(plans, keep)
         by_batch = [comparison.by_plan() for comparison in self._comparisons]
         self._comparisons = []
         tokens = {plan: [part[plan] for part in by_batch if plan in part] for plan in plans}
-        self._keep({p: agreement_of(np.concatenate(parts, axis=1)) for p, parts in tokens.items()})
-
-    def _keep(self, agreements: Mapping[Plan, NativeAgreement]) -> None:
-        self._agreements.update(agreements)
-        if self.store is not None:
-            for plan, agreement in agreements.items():
-                self.store.put(self.context, plan, METRIC, astuple(agreement))
+        for plan, parts in tokens.items():
+            self._agreements[plan] = agreement_of(np.concatenate(parts, axis=1))
+            if self.store is not None:
+                self.store.put(self.context, plan, METRIC, astuple(self._agreements[plan]))
 
     def _on_logits(self, batch: int, plans: Sequence[Plan]) -> OnLogits | None:
         comparison = TokenComparison(self._native_logits(batch), plans)

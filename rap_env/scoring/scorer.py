@@ -21,7 +21,7 @@ from rap_env.models.live.lean_llama import LeanLlama
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.plan import Plan
 from rap_env.scoring.corpus import Corpus
-from rap_env.scoring.interface import Measured, OnScore, ScoringJob, notify
+from rap_env.scoring.interface import OnScore, notify
 from rap_env.scoring.plan_runner import (
     Node,
     OnLogits,
@@ -70,14 +70,10 @@ class PlanScorer:
             kept.
         masks_together: Most plans that share a batch; None is 1 on a CPU, and
             as many as fill an accelerator.
-        workers: Workers that hold the same model (`rap_env.scoring.workers.WorkerPool`); what
-            several plans need is spread over them. None runs everything in this process.
 
     Attributes:
         runner: Runs plans on the text and counts blocks.
         evaluations: Plans that the model ran; those found in the store do not count.
-        options: The arguments of a scorer that gives the same scores, other than model and
-            text.
         stride: The states of every `stride`-th step of a plan are kept.
         context: What determines the scores, besides the plan; part of their keys in the
             store.
@@ -96,13 +92,11 @@ class PlanScorer:
         batch_tokens: int = _BATCH_TOKENS,
         prefix_cache_bytes: int = _PREFIX_BYTES,
         masks_together: int | None = None,
-        workers: Any = None,
     ) -> None:
         keep_freed_memory()
         self.llm = llm
         self.corpus = text if isinstance(text, Corpus) else Corpus.of_tokens(text)
         self.store = store
-        self.workers = workers
         self.evaluations = 0
         tokens = self.corpus.tokens
         length = tokens.shape[1]
@@ -114,11 +108,6 @@ class PlanScorer:
         rows = max(1, batch_tokens // length)
         batches = tuple(batch.to(llm.device) for batch in torch.split(tokens, rows))
         width = masks_together or _batch_width(llm, batches[0])
-        self.options: Mapping[str, Any] = {
-            "batch_tokens": batch_tokens,
-            "prefix_cache_bytes": prefix_cache_bytes,
-            "masks_together": width,
-        }
         self._whole = isinstance(llm.model, LeanLlama)
         partial_forward = PartialForward(llm, widen=True, whole=self._whole)
         cache = StateCache(prefix_cache_bytes)
@@ -158,11 +147,6 @@ class PlanScorer:
         shares = ((part, part.num_windows / self.num_windows) for part in self._parts.values())
         parts = sum(part.block_forwards * share for part, share in shares)
         return self.runner.block_runs / len(self.batches) + parts
-
-    @cached_property
-    def job(self) -> ScoringJob:
-        """What workers need to score as this scorer does."""
-        return ScoringJob(self.corpus.tokens.numpy(), self.options, dict(self.context))
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -238,16 +222,11 @@ class PlanScorer:
         order = partial(sharing_order, num_blocks=self.llm.facts.num_blocks)
         distinct = sorted(set(plans), key=order)
         missing = [plan for plan in distinct if self.look_up(plan) is None]
-        if self.workers is not None and len(missing) > 1:
-            for batch in self.workers.measure(self.job, missing, self.runner.width):
-                self.take(batch)
-                notify(on_score, batch.plans)
-        else:
-            branches = branch_nodes(missing, self.runner.partial.steps)
-            for group in chunks(missing, self.runner.width):
-                last = group[-1] is missing[-1]
-                self._measure(group, branches | self._path(group[-1]) if last else branches)
-                notify(on_score, group)
+        branches = branch_nodes(missing, self.runner.partial.steps)
+        for group in chunks(missing, self.runner.width):
+            last = group[-1] is missing[-1]
+            self._measure(group, branches | self._path(group[-1]) if last else branches)
+            notify(on_score, group)
         measured = set(missing)
         notify(on_score, [plan for plan in distinct if plan not in measured])
         return [self.nll(plan) for plan in plans]
@@ -303,13 +282,6 @@ class PlanScorer:
             self.store.put(self.context, plan, METRIC, values.tolist())
         self._scores[plan] = values
 
-    def take(self, measured: Measured) -> None:
-        """Store and count what a worker measured."""
-        for plan, values in measured.window_nll.items():
-            self.record(plan, values)
-        self.evaluations += len(measured.plans)
-        self.runner.block_runs += measured.block_runs
-
     def _path(self, plan: Plan) -> set[Node]:
         """The nodes of one plan that are kept for the plans of later calls."""
         return set(list(enumerate(self.runner.prefixes(plan)[:-1]))[:: self.stride])
@@ -322,9 +294,8 @@ class PlanScorer:
                 self.llm,
                 self.corpus.tokens[list(windows)],
                 batch_tokens=self.batches[0].numel(),
-                prefix_cache_bytes=int(self.options["prefix_cache_bytes"] * share),
+                prefix_cache_bytes=int(self.runner.cache.max_bytes * share),
                 masks_together=self.runner.width,
-                workers=self.workers,
             )
         return self._parts[windows]
 

@@ -11,7 +11,7 @@ from rap_env.context import live as live_module
 from rap_env.context.base import ContextConfig
 from rap_env.context.live import LiveContext
 from rap_env.context.opening import open_context
-from rap_env.errors import ArtifactError, WorkerError
+from rap_env.errors import ArtifactError
 from rap_env.importance.gsi_search import gsi
 from rap_env.importance.profiles import GSIProfile
 from rap_env.memory import MemoryModel
@@ -101,15 +101,3 @@ def test_one_context_for_each_config(tmp_path):
     other = open_context(replace(config, store=None))
     assert other is not first
     assert other.llm is first.llm  # one model in memory
-
-
-def test_an_address_without_a_cluster_is_an_error_before_a_text_is_written(tmp_path, monkeypatch):
-    ray = pytest.importorskip("ray")
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # the cluster of another test
-    tiny_model(layers=2).save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    text = CorpusConfig(windows=10_000, window_tokens=60)
-    config = ContextConfig(model=str(tmp_path / "model"), calibration=text, workers=2,
-                           workers_address="127.0.0.1:1")  # fmt: skip
-    with pytest.raises(WorkerError, match=r"Nothing answers at 127\.0\.0\.1:1"):
-        open_context(config)

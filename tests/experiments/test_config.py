@@ -80,16 +80,14 @@ def test_some_files_were_found():
 
 
 @pytest.mark.parametrize(("program", "experiment"), PROGRAMS_AND_EXPERIMENTS)
-def test_every_program_and_experiment_composes_and_hands_on_workers(program, experiment):
+def test_every_program_and_experiment_composes(program, experiment):
     number = PROGRAMS_AND_EXPERIMENTS.index((program, experiment))
     agent = tuple(ALGORITHMS)[number % len(ALGORITHMS)]
-    asked = ("scoring.workers=3", "scoring.address=auto", f"agent={agent}")
-    config = composed(program, f"experiment={experiment}", *asked)
+    config = composed(program, f"experiment={experiment}", f"agent={agent}")
     assert agent_config(config).name == agent
     assert config.stage == program
     assert config.name == experiment
-    context = context_config(config)
-    assert (context.workers, context.workers_address) == (3, "auto")
+    assert context_config(config).model == config.model.name
 
 
 def test_an_experiment_leaves_hyperparameters_to_the_file_of_the_agent():
@@ -204,8 +202,6 @@ def test_a_misspelt_key_or_wrong_type_is_named(override, named):
         ("importance.method=gis", "Did you mean 'gsi'?"),
         ("name=a/b", "name must be one folder name"),
         ("threads=0", "threads must be a whole number of at least 1, or null, not 0"),
-        ("scoring.workers=-1", "scoring.workers must be a whole number of at least 0"),
-        ("scoring.address=auto", "Set scoring.workers to the number of workers"),
     ],
 )
 def test_an_impossible_value_is_named(override, sentence):

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from experiments.config import Config
-from experiments.config.common import ScoringConfig
 from experiments.launch import set_threads
 
 
@@ -22,18 +21,6 @@ def test_the_first_choice_is_kept(tmp_path):
     torch.set_num_threads(1)
     set_threads(config)
     assert torch.get_num_threads() == 3
-
-
-def test_workers_have_one_thread_unless_the_comparison_began_with_more(tmp_path):
-    torch.set_num_threads(3)
-    workers = ScoringConfig(workers=2)
-    set_threads(Config(name="old", runs_dir=str(tmp_path)))
-    set_threads(Config(name="new", runs_dir=str(tmp_path), scoring=workers))
-    assert torch.get_num_threads() == 1
-    set_threads(Config(name="old", runs_dir=str(tmp_path), scoring=workers))
-    assert torch.get_num_threads() == 3
-    set_threads(Config(name="new", runs_dir=str(tmp_path)))
-    assert torch.get_num_threads() == 1, "later stages have the same scores"
 
 
 def test_an_explicit_number_wins(tmp_path):

@@ -1,7 +1,6 @@
 """The four stages on a tiny real model: end to end, resuming, and rejected settings."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 
 from experiments.comparison.result_rows import ResultRow
 from experiments.comparison.run_records import training_dirs
-from experiments.config.common import ImportanceConfig, ScoringConfig
+from experiments.config.common import ImportanceConfig
 from experiments.config.program_settings import EvaluateConfig
 from experiments.evaluate import check_names, evaluate
 from experiments.profile import profile
@@ -18,9 +17,7 @@ from experiments.study.json_records import read_records, record_files
 from experiments.study.run_folder import RunFolder
 from experiments.train import train
 from rap_env.errors import InfeasibleBudgetError, UnknownNameError
-from rap_env.scoring.workers import ScoringWorker
 from tests.experiments.tiny_study import own_text, short_training, tiny_study
-from tests.scoring.fake_ray import FakeRay
 
 BASELINES = ["random", "gsi", "greedy_per_byte", "knapsack"]
 
@@ -121,29 +118,6 @@ def test_every_method_has_a_row_for_every_cell(evaluated):
     assert by_method["greedy_per_byte"].evaluations > 0
     assert by_method["maskable_ppo"].evaluations == 0
     assert by_method["maskable_ppo"].setup_evaluations > by_method["gsi"].setup_evaluations > 0
-
-
-def test_workers_give_the_same_rows(evaluated, tmp_path, monkeypatch):
-    """GSI, what the baselines search and what all methods chose is measured by workers."""
-    monkeypatch.setenv("RAP_CACHE_DIR", str(tmp_path))
-    fake = FakeRay(pytest.importorskip("ray"), ScoringWorker)
-    monkeypatch.setitem(sys.modules, "ray", fake)
-    folder = str(evaluated.stage_dir("train") / "maskable_ppo-s0")
-    spread = replace(
-        evaluated, name="spread", store=None, scoring=ScoringConfig(workers=2),
-        evaluate=replace(evaluated.evaluate, agents=[folder]),
-    )  # fmt: skip
-    evaluate(spread, spread.stage_dir("evaluate"))
-    assert fake.calls["load"] == 2
-    assert fake.calls["measure"] > 10
-
-    def rows(config):
-        read = ResultRow.read(config.stage_dir("evaluate") / "results.jsonl")
-        return [
-            (r.method, r.seed, r.cell, r.mask, r.delta_nll, r.calibration_delta_nll) for r in read
-        ]
-
-    assert sorted(rows(spread), key=str) == sorted(rows(evaluated), key=str)
 
 
 def test_rows_of_other_settings_are_kept_aside_and_restored(evaluated):

@@ -89,13 +89,13 @@ def test_the_number_of_masks_in_a_batch_depends_on_sizes_and_is_part_of_the_key(
     with pretended_gpu():
         llm = llm_of("llama", "cuda")
         first, again, single = (PlanScorer(llm, TOKENS, masks_together=n) for n in (None, None, 1))
-        assert first.options["masks_together"] == again.options["masks_together"] > 1
+        assert first.runner.width == again.runner.width > 1
         assert first.context == again.context != single.context
         state_bytes = TOKENS.numel() * llm.facts.hidden_size * llm.facts.itemsize
         torch.cuda.mem_get_info.return_value = (0, MEMORY_BYTES)
-        assert PlanScorer(llm, TOKENS).options["masks_together"] == 1
+        assert PlanScorer(llm, TOKENS).runner.width == 1
         torch.cuda.memory_reserved.return_value = 200 * state_bytes
-        assert PlanScorer(llm, TOKENS).options["masks_together"] == 4  # reserved, but not in use
+        assert PlanScorer(llm, TOKENS).runner.width == 4  # reserved, but not in use
 
 
 def test_few_steps_wait_for_the_device():

@@ -156,5 +156,5 @@ def test_every_extra_has_its_modules_and_requires_what_it_needs():
                  for line in lines} - {"rap_env"}  # fmt: skip
         assert set(EXTRAS[extra]) <= names
         require_extra(extra, "This test")
-    for extra in ("serve", "eval", "ray", "structured"):
+    for extra in ("serve", "eval", "structured"):
         assert "rap-env[model]" in PROJECT["optional-dependencies"][extra]

@@ -110,7 +110,7 @@ def test_its_metadata_has_the_extras_and_the_command(wheel):
     folder = f"rap_env-{__version__}.dist-info"
     metadata = archive.read(f"{folder}/METADATA").decode()
     extras = set(re.findall(r"Provides-Extra: (\S+)", metadata))
-    assert extras == {"eval", "model", "plots", "ray", "serve", "structured"}
+    assert extras == {"eval", "model", "plots", "serve", "structured"}
     assert "rap = rap_env.cli:main" in archive.read(f"{folder}/entry_points.txt").decode()
 
 

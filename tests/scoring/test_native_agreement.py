@@ -7,11 +7,15 @@ import pytest
 import torch
 
 from rap_env.plan import Plan
-from rap_env.scoring.interface import NativeAgreement
-from rap_env.scoring.native_agreement import METRIC, AgreementScorer, TokenComparison, agreement_of
+from rap_env.scoring.native_agreement import (
+    METRIC,
+    AgreementScorer,
+    NativeAgreement,
+    TokenComparison,
+    agreement_of,
+)
 from rap_env.scoring.scorer import PlanScorer
 from rap_env.scoring.store import ScoreStore
-from rap_env.scoring.workers import ScoringWorker
 from tests.scoring.test_scorer import plans_for, text
 from tests.tiny import DISTINCT_FAMILIES, tiny_llm
 
@@ -91,16 +95,3 @@ def test_agreements_are_stored_and_losses_of_older_stores_are_kept(tmp_path):
     assert again.evaluations == 0
     assert again.look_up(Plan.removing(2)) is None
     assert store.get(again.context, plans[0], METRIC) == [0.0, 0.0, 1.0]
-
-
-def test_workers_compare_too(tmp_path):
-    llm, ids = tiny_llm(), text()
-    plans = [Plan(), Plan.removing(1)]
-    driver = AgreementScorer(llm, ids, ScoreStore(tmp_path / "scores.sqlite"))
-    worker = ScoringWorker(lambda: llm, torch.get_num_threads())
-    worker.load()
-    assert worker.measure(PlanScorer(llm, ids).job, plans).agreements == {}
-    driver.take(worker.measure(driver.job, plans))
-    expected = AgreementScorer(llm, ids)
-    assert [driver.agreement(p) for p in plans] == [expected.agreement(p) for p in plans]
-    assert driver.evaluations == len(plans)

@@ -96,11 +96,10 @@ def test_every_method_has_a_plan_at_every_cell(evaluated):
     assert any(set(row.levels.values()) & {"int8", "int4"} for row in rows if row.levels)
 
 
-def test_recorded_plans_are_measured_on_another_text_and_on_tasks(evaluated):
-    source = str(evaluated.stage_dir("evaluate"))
+def test_plans_are_measured_on_another_text_and_on_tasks(evaluated):
     text = replace(evaluated.evaluate.text, windows=4, seed=3)
     tasks = TasksConfig(names=["rap_choice"], limit=2)
-    settings = replace(evaluated.evaluate, plans=[source], text=text, tasks=tasks)
+    settings = replace(evaluated.evaluate, text=text, tasks=tasks)
     again = replace(evaluated, name="again", evaluate=settings)
     evaluate(again, again.stage_dir("evaluate"))
     old = {(row.method, row.seed, row.cell): row for row in rows_of(evaluated)}
@@ -111,7 +110,6 @@ def test_recorded_plans_are_measured_on_another_text_and_on_tasks(evaluated):
         kept = (
             "levels",
             "evaluations",
-            "decision_s",
             "calibration_delta_nll",
             "target_delta_nll",
             "fits",
@@ -130,15 +128,3 @@ def test_recorded_plans_are_measured_on_another_text_and_on_tasks(evaluated):
     before = path.read_bytes()
     evaluate(again, path.parent)
     assert path.read_bytes() == before
-
-
-def test_recorded_plans_of_other_settings_are_rejected(evaluated, tmp_path):
-    settings = replace(evaluated.evaluate, plans=[str(evaluated.stage_dir("evaluate"))])
-    other = replace(
-        evaluated, evaluate=settings, calibration=replace(evaluated.calibration, seed=9)
-    )
-    with pytest.raises(ExperimentError, match="chosen with another calibration text"):
-        evaluate(other, tmp_path / "evaluate")
-    nothing = replace(evaluated, evaluate=replace(settings, plans=[str(tmp_path / "none")]))
-    with pytest.raises(ExperimentError, match="There are no results in"):
-        evaluate(nothing, tmp_path / "evaluate")

@@ -27,24 +27,11 @@ class CacheRow(RequestRecord, DeltaNLLRecord):
     identity = ("level", "shape")
 
 
-class FakeScorer:
-    """Counts the plans that it is asked to score together."""
-
-    def __init__(self):
-        self.asked, self.released = [], 0
-
-    def nll_many(self, plans, on_score):
-        self.asked.append(list(plans))
-
-    def release(self):
-        self.released += 1
-
-
 class FakeStudy:
     """A study of caches whose rows are counted as they are made."""
 
     def __init__(self, levels):
-        self.levels, self.made, self.scorer = levels, Counter(), FakeScorer()
+        self.levels, self.made = levels, Counter()
         self.study = Study(
             "caches", "Caches", [CacheRow], self.jobs, self.tables, words=self.words,
         )  # fmt: skip
@@ -53,8 +40,7 @@ class FakeStudy:
         for level in self.levels:
             make = partial(self.row, level)
             depends_on = {"seed": config.seed}
-            yield Job(CacheRow, (level, (8, 64)), depends_on, make, {"by": "test"}, self.scorer,
-                      [level])  # fmt: skip
+            yield Job(CacheRow, (level, (8, 64)), depends_on, make, {"by": "test"})
 
     def row(self, level):
         self.made[level] += 1
@@ -77,8 +63,6 @@ def test_a_study_measures_each_row_once_and_reads_what_it_wrote(tmp_path):
     (folder / "caches.jsonl").open("a").write('{"level": "int4", "req')  # a kill while it wrote
     second.study.run(config, folder)
     assert second.made == Counter(["int4", "int16"])
-    assert second.scorer.asked == [["int4", "int16"]]
-    assert second.scorer.released == 1
     rows = second.study.read(folder)
     assert [row.level for row in rows] == ["int8", "int4", "int16"]
     assert {row.shape for row in rows} == {(8, 64)}
