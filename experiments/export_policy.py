@@ -50,7 +50,6 @@ def settings_of(folder: Path) -> Config:
     # logged.
     known = {field.name for field in fields(Config)} - {"logger"}
     written = {name: value for name, value in written.items() if name in known}
-    written["model"].pop("max_memory_bytes", None)  # those of earlier programs had it
     try:
         config = as_config(OmegaConf.merge(OmegaConf.structured(Config), written))
     except OmegaConfBaseException as error:

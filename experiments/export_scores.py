@@ -1,9 +1,8 @@
 """``python -m experiments.export_scores``: write a score table, to train without the model.
 
 The table has the scores that the store has of the model on the calibration text, and the
-importance that agents observe. ``export.masks=20000`` first measures masks (see
-`experiments.score_model`) until the store has as many; after a kill, the same command
-resumes and writes the same table. ``export.records=[results/tight]`` adds the scores that a
+importance that agents observe: ``python -m experiments.profile frontier.evaluations=3000``
+measures plans. ``export.records=[results/tight]`` adds the scores that a
 comparison recorded, so that nothing is measured twice, and what its plans lose on held-out
 text. ``export.levels=true model.weights=native`` adds what ``RAPLadder-v0`` needs: the costs
 of levels, which are measured unless the package or the cache has them, and the scores of
@@ -18,7 +17,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 
 from experiments.comparison.result_rows import ResultRow, rows_below
@@ -28,9 +26,7 @@ from experiments.contexts import FRONTIER_FILE, build_context
 from experiments.launch import launch
 from experiments.score_model import (
     ROUNDS_FILE,
-    importance_orders,
     native_shift,
-    planned_masks,
     scored_masks,
     stored_scores,
     table_of,
@@ -42,19 +38,12 @@ from experiments.study.table_format import plain
 from rap_env.context.base import PruningContext
 from rap_env.importance.plan_table import PlanTable
 from rap_env.levels import LADDERS
-from rap_env.models.progress import progress_bar
-from rap_env.plan import Plan, every_mask
+from rap_env.plan import Plan
 from rap_env.scoring.held_out import Fidelity, FidelityRow, HeldOutLosses
-from rap_env.scoring.interface import bar_callback
-from rap_env.scoring.plan_runner import chunks
 
 Folders = Sequence[str | os.PathLike[str]]
 
 log = logging.getLogger(__name__)
-
-CHUNK_MASKS = 4096
-"""Masks scored in one call: of more masks, more share their first blocks (24 blocks run for
-each of 4,096, 29 for each of 256), but each of them takes some 20 kB."""
 
 
 def export_scores(config: Config, folder: Path) -> Path:
@@ -66,11 +55,9 @@ def export_scores(config: Config, folder: Path) -> Path:
     run, started = RunFolder(folder), time.monotonic()
     context = build_context(config)
     recorded = recorded_scores(config.export.records, context)
-    _check(config, context, recorded)
+    _check(context, recorded)
     run.start(config, frozen=("model", "calibration", "importance", "seed"))
     _ = context.one_shot, context.features  # measured first, because the table contains them
-    if config.export.masks is not None:
-        measure(config, context, recorded)
     levels = context.level_costs(LADDERS["all"]["caches"]) if config.export.levels else None
     # Machines differ in the last digits: what was published keeps its rise over the native
     # model.
@@ -103,29 +90,6 @@ def shown(fidelity: Fidelity) -> str:
     held_out = fidelity.rows[0].masks
     title = f"Fidelity on {held_out:,} masks held out, fitted to {fidelity.fitted:,} others"
     return f"{title}\n{plain((header, list(map(row, fidelity.rows))))}"
-
-
-def measure(config: Config, context: PruningContext, recorded: Mapping[Plan, float]) -> None:
-    """Score planned masks until the records and the store have `config.export.masks`."""
-    num_masks, blocks = config.export.masks or 0, context.memory.facts.num_blocks
-    known = set(recorded) | set(stored_scores(context))
-    known = {plan for plan in known if plan.is_mask}
-    plan = every_mask(blocks)
-    if num_masks < 2**blocks:
-        plan = planned_masks(blocks, importance_orders(context, config), config.seed)
-    missing = list(
-        islice((mask for mask in plan if mask not in known), max(0, num_masks - len(known)))
-    )
-    with progress_bar(
-        config.progress,
-        total=num_masks,
-        initial=min(num_masks, len(known)),
-        desc="measure masks",
-        unit="mask",
-    ) as bar:
-        for chunk in chunks(missing, CHUNK_MASKS):
-            context.scorer.nll_many(chunk, bar_callback(bar))
-    log.info("Measured %d of %d masks.", len(known) + len(missing), num_masks)
 
 
 def recorded_scores(folders: Folders, context: PruningContext) -> dict[Plan, float]:
@@ -201,31 +165,23 @@ def _rows(folder: Path, context: PruningContext) -> list[ResultRow]:
     return [row for row in rows_below(folder) if own.items() <= row.depends_on.items()]
 
 
-def _check(config: Config, context: PruningContext, recorded: Mapping[Plan, float]) -> None:
+def _check(context: PruningContext, recorded: Mapping[Plan, float]) -> None:
     """Check that a table can be made, before anything is measured.
 
     Raises:
-        ExperimentError: There is no store; it is empty and no masks are to be measured; or
-            the number of masks is more than half of all masks of the model, and not all of
-            them.
+        ExperimentError: There is no store, or neither it nor the records have scores.
     """
-    name, blocks = context.llm.name, context.memory.facts.num_blocks
-    num_masks = config.export.masks
     if context.store is None:
         raise ExperimentError(
             "A score table is made from a score store, but store is null. Set store=default or "
             "store=FILE."
         )
-    if num_masks is None and not recorded and not stored_scores(context):
+    if not recorded and not stored_scores(context):
         raise ExperimentError(
-            f"The store {context.store.path} has no scores of {name} on this calibration text, "
-            "dtype, device and number of threads. Measure some with export.masks=20000, or use "
-            "the settings that the scores were measured with."
-        )
-    if num_masks is not None and num_masks > 2 ** (blocks - 1) and num_masks != 2**blocks:
-        raise ExperimentError(
-            f"{name} has {blocks} blocks, thus {2**blocks} masks; export.masks may be all of them "
-            f"or at most half, {2 ** (blocks - 1)}, not {num_masks}."
+            f"The store {context.store.path} has no scores of {context.llm.name} on this "
+            "calibration text, dtype, device and number of threads. Measure plans with `python -m "
+            "experiments.profile frontier.evaluations=3000`, or use the settings that the scores "
+            "were measured with."
         )
 
 

@@ -65,9 +65,7 @@ def build_frontier_table(config: Config, context: PruningContext, path: Path) ->
     start = None
     if settings.start is not None:
         start = PlanTable.load(settings.start, context.memory)
-    search = PlanSearchConfig(
-        evaluations=settings.evaluations, deepest_loss=settings.deepest_loss, seed=config.seed
-    )
+    search = PlanSearchConfig(evaluations=settings.evaluations, seed=config.seed)
     stored = None if context.store is None else stored_scores(context)
     with progress_bar(config.progress, total=settings.evaluations, desc="frontier") as bar:
         table = build_plan_table(

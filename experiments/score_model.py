@@ -5,36 +5,19 @@ round fits the score model to all scores measured so far, trains the agent on it
 and then measures the plans that the policy chooses (Sutton 1991, Dyna; Anthony et al. 2017,
 expert iteration, arXiv 1705.08439). If the policy exploits an error of the score model, the
 next round corrects it.
-
-Masks that are measured for a score table, or before the first round, begin with the native
-model, every single removal, and the model without all attention blocks, all FFN blocks or all
-blocks. Further ones are drawn in fixed shares:
-
-| kind | share | masks |
-|------|-------|-------|
-| `random` | 20 % | any blocks, every number of removals equally likely |
-| `order` | 40 % | a prefix of a noisy importance order, similar to masks of trained agents |
-| `episode` | 30 % | all prefixes of such an order, similar to the states of an episode |
-| `pair` | 10 % | two or three blocks, to measure interactions |
-
-An order is an importance order (GSI or one-shot) with normal noise added to each block's
-position in [0, 1]; the standard deviation is drawn from `TEMPERATURES`. Orders are cut after
-at most a share of `DEEPEST` of the blocks, more than any practical budget requires.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import numpy.typing as npt
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from agents.algorithms import AgentConfig
@@ -60,79 +43,8 @@ from rap_env.scoring.held_out import HeldOutLosses
 from rap_env.scoring.score_table import ScoreTable
 from rap_env.workload import make_sampler
 
-SHARES = {"random": 0.2, "order": 0.4, "episode": 0.3, "pair": 0.1}
-
-TEMPERATURES = (0.02, 0.05, 0.1, 0.2, 0.4)
-"""Standard deviations of the noise on a block's position, as shares of the order."""
-
-DEEPEST = 0.6
-"""Maximum share of blocks that `order` and `episode` remove."""
-
 ROUNDS_FILE = "rounds.jsonl"
 """Measured and predicted scores of the policy's plans after each round."""
-
-_Indices = npt.NDArray[np.int64]
-
-
-def planned_masks(num_blocks: int, orders: Sequence[Sequence[int]], seed: int) -> Iterator[Plan]:
-    """Yield masks without repetition and without end; equal arguments give equal masks.
-
-    Callers must not request more masks than the model has, because the iterator then never
-    returns.
-
-    Args:
-        num_blocks: 2L.
-        orders: Importance orders, each of all block indices, least important first.
-        seed: Seed of the random masks.
-    """
-    seen: set[Plan] = set()
-    for mask in _drawn(num_blocks, orders, seed):
-        if mask not in seen:
-            seen.add(mask)
-            yield mask
-
-
-def _drawn(num_blocks: int, orders: Sequence[Sequence[int]], seed: int) -> Iterator[Plan]:
-    everything = range(num_blocks)
-    yield Plan()
-    yield from (Plan.removing(index) for index in everything)
-    yield from (Plan.removing(*part) for part in (everything[::2], everything[1::2], everything))
-    rng = np.random.default_rng(seed)
-    draw = _draws(num_blocks, [np.argsort(order) for order in orders])
-    count = dict.fromkeys(SHARES, 0)
-    while True:
-        # The one with the largest deficit.
-        kind = min(SHARES, key=lambda name: count[name] / SHARES[name])
-        masks = draw[kind](rng)
-        count[kind] += len(masks)
-        yield from (Plan.removing(*mask.tolist()) for mask in masks)
-
-
-def _draws(
-    num_blocks: int, places: Sequence[_Indices]
-) -> dict[str, Callable[[np.random.Generator], list[_Indices]]]:
-    """Return a function for each kind of `SHARES` that draws masks of it."""
-    deepest = max(1, round(DEEPEST * num_blocks))
-
-    def shuffled(rng: np.random.Generator) -> _Indices:
-        place = places[int(rng.integers(len(places)))] / num_blocks
-        noise = rng.normal(scale=rng.choice(TEMPERATURES), size=num_blocks)
-        cut = rng.integers(1, deepest + 1)
-        return np.argsort(place + noise, kind="stable")[:cut]
-
-    def prefixes(rng: np.random.Generator) -> list[_Indices]:
-        order = shuffled(rng)
-        return [order[: end + 1] for end in range(len(order))]
-
-    def some(rng: np.random.Generator, least: int, most: int) -> _Indices:
-        return rng.permutation(num_blocks)[: rng.integers(least, most + 1)]
-
-    return {
-        "random": lambda rng: [some(rng, 1, num_blocks)],
-        "order": lambda rng: [shuffled(rng)],
-        "episode": prefixes,
-        "pair": lambda rng: [some(rng, 2, min(3, num_blocks))],
-    }
 
 
 def table_of(
@@ -204,12 +116,6 @@ def stored_scores(context: PruningContext) -> dict[Plan, float]:
     return {plan: float(np.mean(nll)) for plan, nll in store.rows(scorer.context, METRIC)}
 
 
-def importance_orders(context: PruningContext, config: Config) -> list[Sequence[int]]:
-    """Return the importance orders from which masks are drawn."""
-    alone = np.argsort(context.one_shot.delta_nll, kind="stable").tolist()
-    return [context.gsi.full_order, alone] if config.importance.method == "gsi" else [alone]
-
-
 def native_shift(table: PlanTable, path: str, context: PruningContext) -> float:
     """Return what to add to a table's NLL to compare it with what the context measures.
 
@@ -234,7 +140,7 @@ def native_shift(table: PlanTable, path: str, context: PruningContext) -> float:
 
 def scored_masks(record: Mapping[str, Any]) -> dict[Plan, float]:
     """Return the NLL of the plans that a round scored, nats per token."""
-    return {Plan.of_record(plan): nll for plan, nll in record["scored"]}
+    return {Plan.of(plan): nll for plan, nll in record["scored"]}
 
 
 log = logging.getLogger(__name__)
@@ -422,23 +328,17 @@ def demonstrations(config: Config, context: PruningContext) -> list[Demonstratio
 
 
 def _known(config: Config, context: PruningContext) -> dict[Plan, float]:
-    """Return measured scores before the first round: of the frontier, or of planned removals.
+    """Return the scores of the frontier table, which are known before the first round.
 
     Raises:
-        ArtifactError: The ladder has further levels, and there is no table of measured plans.
+        ArtifactError: There is no table.
         ExperimentError: The table was measured on other text than the calibration text.
     """
-    ladder = make_ladder_bytes(config, context).ladder
-    if not ladder.removes_only or Path(context.frontier_path or "").is_file():
-        table = context.frontier
-        shift = native_shift(table, str(context.frontier_path), context)
-        # Without costs of levels, the scores of plans that lower items are of no use.
-        return {
-            plan: nll + shift
-            for plan, nll in table.scores.items()
-            if not ladder.removes_only or ladder.has(plan)
-        }
-    blocks, count = context.memory.facts.num_blocks, config.score_model.first_masks
-    plan = planned_masks(blocks, importance_orders(context, config), config.seed)
-    masks = list(islice(plan, count))
-    return dict(zip(masks, context.scorer.nll_many(masks), strict=True))
+    ladder, table = make_ladder_bytes(config, context).ladder, context.frontier
+    shift = native_shift(table, str(context.frontier_path), context)
+    # Without costs of levels, the scores of plans that lower items are of no use.
+    return {
+        plan: nll + shift
+        for plan, nll in table.scores.items()
+        if not ladder.removes_only or ladder.has(plan)
+    }

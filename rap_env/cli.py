@@ -30,8 +30,7 @@ from rap_env.command_options import (
     show,
 )
 from rap_env.errors import RapError
-from rap_env.export.commands import deployment_answer, deployment_text, export, prune
-from rap_env.export.llama_cpp import choose_deployment
+from rap_env.export.commands import export, prune
 from rap_env.extras import missing_extra
 from rap_env.memory import MemoryModel
 from rap_env.request import Request, human_bytes, parse_bytes
@@ -156,13 +155,6 @@ def serve(**options: str | bool | None) -> None:
 
 @cli.command()
 @request_options(required=True)
-@click.option(
-    "--engine",
-    type=click.Choice(["rap", "llama.cpp"]),
-    default="rap",
-    show_default=True,
-    help="llama.cpp: also the file and settings with which it would serve the request.",
-)
 @json_option
 def choose(
     batch: int,
@@ -173,7 +165,6 @@ def choose(
     device: str,
     dtype: str,
     weights: str,
-    engine: str,
     as_json: bool,
 ) -> None:
     """Choose a plan for a request and show its memory.
@@ -211,14 +202,7 @@ def choose(
     }
     if not as_json:  # no table of a plan that cannot be used
         memory.check_fits(plan, request)
-    text = _choice_text(answer)
-    if engine == "llama.cpp":
-        # `rap export --to gguf` writes the native weights.
-        native = facts if weights == "native" else facts_of(model, device, dtype, "native")
-        deployed = deployment_answer(choose_deployment(MemoryModel(native), request), facts)
-        answer["llama_cpp"] = deployed
-        text += f"\n\n{deployment_text(deployed, request)}"
-    show(answer, text, as_json)
+    show(answer, _choice_text(answer), as_json)
     memory.check_fits(plan, request)
 
 

@@ -84,10 +84,6 @@ class ArtifactError(RapError, ValueError):
     """A saved artifact is truncated, altered, of another format, or of another model."""
 
 
-class SearchTooLargeError(RapError, ValueError):
-    """The model has too many masks for an exhaustive search."""
-
-
 class StoreError(RapError, OSError):
     """A score store is damaged or cannot be used."""
 

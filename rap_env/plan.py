@@ -10,10 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from itertools import combinations
 from typing import Any, Literal
 
 from rap_env.errors import ArtifactError, UnknownNameError, check_name
@@ -314,26 +313,11 @@ class Plan:
             )
         return cls.of(levels)
 
-    @classmethod
-    def of_record(cls, levels: Mapping[str, str] | Sequence[str]) -> Plan:
-        """The plan of a published record: levels by item, or a list of removed blocks.
-
-        Raises:
-            UnknownNameError: There is no such item or level.
-        """
-        return cls.of(levels) if isinstance(levels, Mapping) else cls.removing(*levels)
-
     def __bool__(self) -> bool:
         return not self.is_mask or bool(self.removed)
 
     def __str__(self) -> str:
         return self.summary
-
-
-def every_mask(num_blocks: int) -> Iterator[Plan]:
-    """All plans that only remove blocks, those that remove few first."""
-    for count in range(num_blocks + 1):
-        yield from (Plan.removing(*chosen) for chosen in combinations(range(num_blocks), count))
 
 
 def check_levels(plan: Plan, known: Iterable[str]) -> None:

@@ -97,8 +97,6 @@ class ScoreModelConfig:
     rounds: int = setting(0, low=0)
     """Rounds, each of which fits the score model again; the training steps are divided among
     them. 0 trains on measured scores only."""
-    first_masks: int = setting(1000, low=1)
-    """Masks measured before the first round, if no frontier table provides scores."""
     verify_requests: int = setting(128, low=1)
     """Requests on which the policy's plans are measured after each round: for each request
     the most probable plan, and the best of several sampled ones."""
@@ -114,9 +112,6 @@ class FrontierConfig:
 
     evaluations: int = setting(0, low=0)
     """Plans to score at most; 0 builds no table."""
-    deepest_loss: float = setting(3.0, above=0)
-    """Pairs of counts whose best mask is expected to have a larger ΔNLL, in nats per token,
-    are left out."""
     requests: int = setting(512, low=1)
     """Workload requests that decide which pairs of counts, or which plans, are useful."""
     start: str | None = None
@@ -203,9 +198,6 @@ class TightGridConfig:
 class ExportConfig:
     """The score table that ``experiments.export_scores`` writes."""
 
-    masks: int | None = setting(None, low=1)
-    """Masks that the store must have, all or at most half of them; missing ones are measured
-    first. null measures none."""
     levels: bool = False
     """Whether it has the costs of levels and measured plans, as RAPLadder-v0 needs."""
     records: list[str] = setting([])

@@ -213,7 +213,7 @@ def _check_settings(path: Path, table: ScoreTable, config: ContextConfig) -> Non
     default, asked_text = ContextConfig(), config.calibration
     asked: list[tuple[str, Any, Any, Any]] = [
         (f"calibration.{entry.name}", getattr(asked_text, entry.name), entry.default,
-         text.get(entry.name, entry.default))  # absent from older tables
+         text[entry.name])
         for entry in fields(CorpusConfig)
     ]  # fmt: skip
     asked += [

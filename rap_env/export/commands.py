@@ -17,16 +17,12 @@ from rap_env.command_options import (
     facts_of,
     json_option,
     level_lines,
-    plan_lines,
     request_options,
     rise_lines,
     setting_option,
     show,
 )
-from rap_env.export.llama_cpp import Deployment
 from rap_env.export.plan_options import DEFAULT_POLICY, PlanOptions
-from rap_env.model_facts import ModelFacts
-from rap_env.request import Request
 
 _remove_option = click.option(
     "--remove", multiple=True, metavar="BLOCKS", help="Such as layer03.ffn,layer07.attn."
@@ -34,8 +30,8 @@ _remove_option = click.option(
 
 _policy_option = click.option(
     "--policy",
-    help="The policy that chooses for a request. [default: rap-v0; for gguf, the deployment that "
-    "`rap choose --engine llama.cpp` shows]",
+    help="The policy that chooses for a request. [default: rap-v0; for gguf, a rule with one level "
+    "for all caches and one for all weights]",
 )
 
 
@@ -133,33 +129,3 @@ def _show_written(answer: dict[str, Any], as_json: bool) -> None:
     if answer["measured_delta_nll"] is not None:
         lines.append(f"ΔNLL, measured: {answer['measured_delta_nll']:+.4f} nats/token")
     show(answer, "\n".join(lines), as_json)
-
-
-def deployment_answer(deployment: Deployment, facts: ModelFacts) -> dict[str, Any]:
-    """A deployment as plain values, with the commands that make the file and serve it."""
-    request = deployment.request
-    file = f"{facts.name.partition('@')[0].rpartition('/')[2].removesuffix('.gguf')}.pruned.gguf"
-    export_command = (
-        f"rap export {file} --to gguf --model {facts.name} --batch {request.batch_size} "
-        f"--seq {request.seq_len_tokens} --budget {request.budget_bytes}"
-    )
-    return {
-        "removed": list(deployment.mask.removed_names),
-        "levels": dict.fromkeys(deployment.mask.removed_names, "removed"),
-        "cache_type": deployment.cache.name,
-        "bytes": deployment.bytes,
-        "peak_bytes": deployment.peak_bytes,
-        "delta_nll": deployment.delta_nll,
-        "delta_nll_source": deployment.source,
-        "commands": [export_command, f"llama-server -m {file} {deployment.flags}"],
-    }
-
-
-def deployment_text(answer: dict[str, Any], request: Request) -> str:
-    """The answer of `deployment_answer` as text."""
-    lines = [
-        f"llama.cpp, one file and caches in {answer['cache_type']}:",
-        *plan_lines(answer, request.budget_bytes),
-        *answer["commands"],
-    ]
-    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""A plan in llama.cpp: its layout in a file, its settings, and static deployments. Without torch.
+"""A plan in llama.cpp: its layout in a file, and its settings. Without torch.
 
 In llama.cpp's architecture ``deci`` each layer has its own number of heads and its own FFN
 length, so that a layer may have only an attention or only an FFN block. Some layouts that its
@@ -13,29 +13,16 @@ order, and thus an attention block and the next FFN block may be of different la
 other kept block lies between. An attention block that is followed by another one gets an FFN
 block of zeros. If the first layer has no attention block, it gets "linear attention" with a
 matrix of zeros.
-
-llama.cpp serves one file with one format of caches for all layers, and changes neither while
-it runs. A deployment is the mask and the format with the least predicted rise in NLL whose
-bytes fit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rap_env.errors import InfeasibleBudgetError, UnsupportedModelError
-from rap_env.importance.plan_table import PlanTable
-from rap_env.memory import MemoryModel
-from rap_env.model_facts import ModelFacts
+from rap_env.errors import UnsupportedModelError
 from rap_env.plan import Plan
-from rap_env.policies.packaged_files import (
-    default_facts,
-    delta_nll_from_scores,
-    packaged_file,
-    packaged_scores,
-)
-from rap_env.request import Request, human_bytes
+from rap_env.request import Request
 
 ARCHITECTURE = "deci"
 
@@ -105,12 +92,6 @@ def deci_shape(
 _TYPE_OF_LEVEL = {"native": "f16", "int8": "q8_0", "int4": "q4_1"}
 """llama.cpp's formats of a cache by level; it has one for all keys and one for all values."""
 
-BATCHES = (256, 128, 64, 32)
-"""Tokens of a batch in llama.cpp (``-b`` and ``-ub``), which determine its compute buffer."""
-
-_PADDING = 256  # llama.cpp rounds the context of a sequence up to a multiple
-_FLOAT = 4
-
 
 def cache_type(plan: Plan, num_layers: int) -> str:
     """llama.cpp's format of the caches of a plan, for ``-ctk`` and ``-ctv``.
@@ -134,162 +115,13 @@ def cache_type(plan: Plan, num_layers: int) -> str:
     return _TYPE_OF_LEVEL[levels.pop()]
 
 
-def cache_flags(cache: str) -> str:
-    """llama.cpp's options for caches in a format; quantised values need flash attention."""
-    return f"-ctk {cache} -ctv {cache}{'' if cache == 'f16' else ' -fa on'}"
+def server_flags(cache: str, request: Request | None) -> str:
+    """Options of ``llama-server`` for a format of caches, and for a request if there is one.
 
-
-@dataclass(frozen=True)
-class CacheType:
-    """A format of caches in llama.cpp.
-
-    Attributes:
-        name: As ``-ctk`` and ``-ctv`` take it.
-        bits: Bits of a value, scales included.
-        delta_nll: Rise in NLL with it, measured with the default model in llama.cpp against
-            the unquantised model here, nats per token.
+    Quantised caches need flash attention.
     """
-
-    name: str
-    bits: float
-    delta_nll: float
-
-
-CACHE_TYPES = (
-    CacheType("f16", 16, 0.0033),
-    CacheType("q8_0", 8.5, 0.0043),
-    CacheType("q5_1", 6, 0.0097),
-    CacheType("q4_1", 5, 0.0347),
-    CacheType("q4_0", 4.5, 0.0468),
-)
-"""Formats of caches, from the most to the least exact one."""
-
-
-@dataclass(frozen=True)
-class Deployment:
-    """A model file and llama.cpp's settings for a request.
-
-    Attributes:
-        mask: The removed blocks.
-        cache: The format of caches.
-        batch_tokens: Tokens of a batch.
-        request: The request.
-        bytes: Predicted bytes of weights, KV cache and compute buffers.
-        delta_nll: Predicted rise in NLL, nats per token.
-        source: Where that is from.
-    """
-
-    mask: Plan
-    cache: CacheType
-    batch_tokens: int
-    request: Request
-    bytes: dict[str, int]
-    delta_nll: float
-    source: str
-
-    @property
-    def peak_bytes(self) -> int:
-        """All bytes."""
-        return sum(self.bytes.values())
-
-    @property
-    def flags(self) -> str:
-        """Options of ``llama-server``."""
-        rows = self.request.batch_size
-        context = rows * _padded(self.request.seq_len_tokens)
-        return (
-            f"{cache_flags(self.cache.name)} -c {context} -np {rows} "
-            f"-b {self.batch_tokens} -ub {self.batch_tokens}"
-        )
-
-
-def choose_deployment(memory: MemoryModel, request: Request) -> Deployment:
-    """The deployment of the least predicted rise in NLL that fits a request's budget.
-
-    Of equal ones, it is the one with the fewest removed blocks and the largest batch. Masks
-    are those of the packaged frontier for the default model; for others only the dense one.
-    Their rise is that of the package's score table of the default model's file, as in
-    `find_delta_nll`.
-
-    Raises:
-        InfeasibleBudgetError: None fits.
-    """
-    facts = memory.facts
-    masks, source = _known_masks(facts)
-    deployments = []
-    for mask, rise in masks:
-        if mask.count_removed("attn") == facts.num_blocks // 2:
-            continue  # llama.cpp needs an attention block
-        sizes_of_mask = file_sizes(facts, mask)
-        for cache in CACHE_TYPES:
-            for batch in BATCHES:
-                sizes = deployment_bytes(facts, sizes_of_mask, cache, request, batch)
-                lost = rise + cache.delta_nll
-                deployments.append(Deployment(mask, cache, batch, request, sizes, lost, source))
-    fitting = [d for d in deployments if d.peak_bytes <= request.budget_bytes]
-    if not fitting:
-        least = min(d.peak_bytes for d in deployments)
-        raise InfeasibleBudgetError(
-            "No deployment in llama.cpp that is known fits into "
-            f"{human_bytes(request.budget_bytes)}; the smallest one needs {human_bytes(least)}."
-        )
-    return min(fitting, key=lambda d: (d.delta_nll, len(d.mask.removed), -d.batch_tokens))
-
-
-def file_sizes(facts: ModelFacts, mask: Plan) -> tuple[int, int]:
-    """The sizes of a file that depend on the mask alone.
-
-    Returns:
-        Bytes of the weights in llama.cpp's file, blocks of zeros included, and the number of
-        values that one token adds to the KV cache.
-    """
-    width, layers = facts.hidden_size, deci_layers(facts.num_blocks // 2, mask)
-    kept = sum(n for i, n in enumerate(facts.block_param_bytes) if i not in mask.removed)
-    no_ffn = (1 + 3 * ZERO_FFN_LENGTH) * width * _FLOAT
-    weights = facts.base_bytes + kept + no_ffn * sum(layer.ffn is None for layer in layers)
-    if layers[0].attn is None:
-        weights += width * _FLOAT + width * width * 18 // 32  # a norm, and zeros in Q4_0
-    sizes = zip(facts.kv_heads, facts.kv_head_size, strict=True)
-    cached = (2 * n * size for i, (n, size) in enumerate(sizes) if 2 * i not in mask.removed)
-    return weights, sum(cached)
-
-
-def deployment_bytes(
-    facts: ModelFacts,
-    sizes_of_mask: tuple[int, int],
-    cache: CacheType,
-    request: Request,
-    batch_tokens: int,
-) -> dict[str, int]:
-    """Bytes of weights, KV cache and compute buffers for a request, given `file_sizes`.
-
-    The buffers hold, for each token of a batch, logits, the widest activations, and a row of
-    the attention mask in float16; and the logits of one token of each sequence.
-    """
-    weights, cached_values = sizes_of_mask
-    tokens = _padded(request.seq_len_tokens)
-    by_token = (facts.vocab_size + 2 * facts.ffn_width) * _FLOAT + 2 * tokens
-    logits = request.batch_size * facts.vocab_size * _FLOAT
-    return {
-        "weights_bytes": weights,
-        "kv_cache_bytes": round(request.batch_size * tokens * cached_values * cache.bits / 8),
-        "compute_bytes": min(batch_tokens, request.seq_len_tokens) * by_token + logits,
-    }
-
-
-def _padded(tokens: int) -> int:
-    return -(-tokens // _PADDING) * _PADDING
-
-
-def _known_masks(facts: ModelFacts) -> tuple[Iterable[tuple[Plan, float]], str]:
-    """Masks with their rise in NLL, and where it is from."""
-    caches = "caches measured with the default model in llama.cpp"
-    known = {weights: default_facts(weights) for weights in ("native", "bf16")}
-    if facts.fingerprint in {each.fingerprint for each in known.values()}:
-        frontier = PlanTable.load(packaged_file("frontier.json"), MemoryModel(known["bf16"]))
-        # A file for llama.cpp has the native weights.
-        scores = packaged_scores(MemoryModel(known["native"]))
-        masks = dict.fromkeys([Plan(), *dict(frontier.entries)])
-        predicted = [(mask, delta_nll_from_scores(scores, mask)[0]) for mask in masks]
-        return predicted, f"masks predicted from {len(scores.scores)} measured plans, {caches}"
-    return [(Plan(), 0.0)], f"the dense model, {caches}"
+    flags = f"-ctk {cache} -ctv {cache}{'' if cache == 'f16' else ' -fa on'}"
+    if request is None:
+        return flags
+    rows = request.batch_size
+    return f"{flags} -c {rows * request.seq_len_tokens} -np {rows}"

@@ -79,8 +79,12 @@ class PlanOptions:
         plan = read_plan(plan_file) if plan_file else Plan.removing(*names)
         return cls(plan, None, policy)
 
-    def choose(self, memory: MemoryModel) -> ChosenPlan:
+    def choose(self, memory: MemoryModel, default: Policy | None = None) -> ChosenPlan:
         """The plan for a model.
+
+        Args:
+            memory: The byte arithmetic of the model.
+            default: Chooses if no policy is named; None for `DEFAULT_POLICY`.
 
         Raises:
             InfeasibleBudgetError: It does not fit the request.
@@ -92,6 +96,8 @@ class PlanOptions:
             policy: Policy = StaticPolicy(plan)
         else:
             policy = load_policy(self.policy or DEFAULT_POLICY, memory)
+            if self.policy is None and default is not None:
+                policy = default
             plan, seq = policy.choose(self.request), self.request.seq_len_tokens
             memory.check_fits(plan, self.request)
         return ChosenPlan(plan, *find_delta_nll(memory, policy, plan, seq))

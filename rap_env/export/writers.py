@@ -12,7 +12,7 @@ from typing import Any
 from rap_env.artifacts import atomic_write
 from rap_env.errors import InvalidRequestError, UnsupportedModelError
 from rap_env.export.gguf_export import GgufModel, export_gguf, low_bit_tensors
-from rap_env.export.llama_cpp import cache_flags, cache_type, choose_deployment
+from rap_env.export.llama_cpp import cache_type, server_flags
 from rap_env.export.plan_options import ChosenPlan, PlanOptions
 from rap_env.levels import WeightLevel
 from rap_env.memory import MemoryModel
@@ -24,6 +24,7 @@ from rap_env.models.files.pruned_code import vllm_entries
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS
 from rap_env.plan import Plan
+from rap_env.policies.loading import uniform_policy
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import PlanScorer
@@ -228,14 +229,10 @@ def write_gguf(
         UnsupportedModelError: llama.cpp cannot compute the layout or the levels.
     """
     options, memory = export.options, MemoryModel(facts)
-    if options.request is None or options.policy is not None:
-        chosen = options.choose(memory)
-        caches = cache_type(chosen.plan, facts.num_layers)
-        flags = cache_flags(caches)
-    else:
-        deployment = choose_deployment(memory, options.request)
-        chosen = ChosenPlan(deployment.mask, deployment.delta_nll, deployment.source)
-        caches, flags = deployment.cache.name, deployment.flags
+    # llama.cpp has one level for all caches, as this policy does.
+    chosen = options.choose(memory, uniform_policy(memory))
+    caches = cache_type(chosen.plan, facts.num_layers)
+    flags = server_flags(caches, options.request)
     lowered = not chosen.plan.weight_levels.isdisjoint(LOW_BIT_FORMATS)
     if llm is None and lowered:
         assert export.gguf_file is not None

@@ -12,7 +12,6 @@ import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from functools import cached_property
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -62,20 +61,6 @@ class PlanTable:
     def sha256(self) -> str:
         """Hash of all plans and their scores, in hex."""
         return digest([[plan.to_json(), nll] for plan, nll in self.scores.items()])
-
-    @cached_property
-    def entries(self) -> tuple[tuple[Plan, float], ...]:
-        """The best plan of each pair of counts with its ΔNLL, nats per token; least first.
-
-        Plans that lower other items are left out.
-        """
-        best: dict[tuple[int, int], Plan] = {}
-        for plan, nll in self.scores.items():
-            counts = plan.count_removed("attn"), plan.count_removed("ffn")
-            if plan.is_mask and (counts not in best or nll < self.scores[best[counts]]):
-                best[counts] = plan
-        rises = [(mask, self.scores[mask] - self.dense_nll) for mask in best.values()]
-        return tuple(sorted(rises, key=lambda entry: (entry[1], len(entry[0].removed))))
 
     def on(self, ladder: Ladder) -> KnownPlans:
         """The plans that a ladder has, for lookups."""

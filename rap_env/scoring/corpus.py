@@ -57,10 +57,6 @@ class CorpusConfig:
             file or data set, ``"calibration"`` (the default) reads the first 40 % of the
             tokens only, ``"selection"`` the next 20 % and ``"report"`` the last 40 %
             (`ROLE_SPANS`).
-        separator: Put between the documents (rows) of JSON lines and data sets.
-        deduplicate: Whether a document that occurs several times is read once. Data sets of
-            questions repeat a passage for each question; without this, two roles can read the
-            same passage.
         sha256: The hash that the tokens must have (`Corpus.sha256`), in hex; None accepts
             any.
 
@@ -76,8 +72,6 @@ class CorpusConfig:
     field: str = "text"
     split: str = "train"
     role: str = setting("calibration", choices=ROLE_SPANS, kind="corpus role")
-    separator: str = "\n\n"
-    deduplicate: bool = True
     sha256: str | None = None
 
     def __post_init__(self) -> None:

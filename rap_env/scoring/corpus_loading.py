@@ -206,7 +206,7 @@ def _file_text(config: CorpusConfig) -> str:
         path = TINY / "held_out.txt"
     if path.suffix == ".jsonl":
         rows = read_rows(path, tuple(config.field.split("+")))
-        return _concatenated((_field_text(row, config.field) for row in rows), config)
+        return _concatenated(_field_text(row, config.field) for row in rows)
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -216,9 +216,12 @@ def _file_text(config: CorpusConfig) -> str:
         ) from None
 
 
-def _concatenated(documents: Iterable[str], config: CorpusConfig) -> str:
-    """Concatenate the documents, or the distinct ones."""
-    return config.separator.join(dict.fromkeys(documents) if config.deduplicate else documents)
+def _concatenated(documents: Iterable[str]) -> str:
+    """Concatenate the distinct documents: data sets repeat a passage for each question on it.
+
+    Otherwise two roles could read the same passage.
+    """
+    return "\n\n".join(dict.fromkeys(documents))
 
 
 def _field_text(row: Mapping[str, Any], names: str) -> str:
@@ -233,7 +236,7 @@ def _hub_text(config: CorpusConfig) -> str:
     _, name, *subset = config.source.split(":")
     try:
         rows = load_dataset(name, *subset, split=config.split)
-        return _concatenated((_field_text(row, config.field) for row in rows), config)
+        return _concatenated(_field_text(row, config.field) for row in rows)
     except Exception as error:  # the hub's client has no common base class for its errors
         raise CorpusError(
             f"Cannot load the data set {name!r} ({config.split}, field {config.field!r}): "

@@ -1,12 +1,11 @@
 """Fits the predictors of `rap_env.scoring.predictor` to measured plans.
 
-Numpy only; a correction network also needs torch.
+Numpy only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,6 @@ import numpy.typing as npt
 from rap_env.plan import Plan
 from rap_env.scoring.held_out import Fidelity
 from rap_env.scoring.predictor import (
-    SCALE,
-    CorrectionNetwork,
     DeltaNLLPredictor,
     Features,
     Floats,
@@ -33,19 +30,9 @@ REACHES = (4, 12, 60)
 RIDGES = (0.3, 1.0, 3.0, 10.0)
 """Candidates for the penalty on the squared weights."""
 
-NETWORK_SCORES = 10_000
-"""Scores from which a predictor of a score table has a correction network."""
-
 _CHUNK = 2048
 _EVIDENCE = 20  # plans that a bound for their number of removals must rest on
 _MOST_PAIRS = 2000  # deep models have more; more distant pairs are left out
-# Of a correction network.
-_HIDDEN = (256, 32)
-_EPOCHS = 60
-_BATCH_SIZE = 128
-_LEARNING_RATE = 3e-3
-_WEIGHT_DECAY = 1e-2
-_QUADRATIC_BELOW = 0.05  # of the loss (Huber), in logarithms of delta_nll
 _SPLIT = (0.8, 0.1, 0.1)  # plans to fit, to choose the settings, to state the fidelity
 
 
@@ -58,7 +45,6 @@ def fit_score_model(
     members: int = 1,
     pessimism: float = 0.0,
     seed: int = 0,
-    network: bool = False,
 ) -> tuple[ScoreModel, Fidelity]:
     """Fit predictors to measured plans and evaluate one on held-out plans.
 
@@ -75,8 +61,6 @@ def fit_score_model(
         members: Predictors of the ensemble.
         pessimism: As in `ScoreModel`.
         seed: Decides which plans are held out, and the samples.
-        network: Whether a single member has a `CorrectionNetwork`, which is fitted with
-            torch.
 
     Returns:
         The ensemble, and the fidelity of a predictor that never saw the held-out plans.
@@ -87,12 +71,7 @@ def fit_score_model(
     fit = PredictorFit(features, delta_nll, alone, [to_fit, to_choose, held_out], lowered)
     candidates = [(reach, ridge) for reach in fit.reaches for ridge in RIDGES]
     best = min(candidates, key=lambda c: fit.error(fit.solved([0], *c), to_choose))
-
-    def fitted(parts: list[int]) -> DeltaNLLPredictor:
-        solved = fit.solved(parts, *best)
-        return fit.corrected(solved, parts, seed) if network else solved
-
-    evaluated = ScoreModel((fitted([0, 1]),))
+    evaluated = ScoreModel((fit.solved([0, 1], *best),))
     fidelity = Fidelity.of(
         evaluated.delta_nll_many(features[held_out], fit.lowered[held_out]),
         delta_nll[held_out],
@@ -101,7 +80,7 @@ def fit_score_model(
         fitted=len(to_fit) + len(to_choose),
     )
     if members == 1:
-        return ScoreModel((fitted([0, 1, 2]),), pessimism), fidelity
+        return ScoreModel((fit.solved([0, 1, 2], *best),), pessimism), fidelity
     rng = np.random.default_rng([seed, members])
     samples = [rng.integers(len(delta_nll), size=len(delta_nll)) for _ in range(members)]
     fits = (PredictorFit(features, delta_nll, alone, [s], lowered, best[:1]) for s in samples)
@@ -158,27 +137,12 @@ class PredictorFit:
             most=float(max(self.delta_nll[seen].max(), self.alone.max())),
         )
 
-    def corrected(
-        self, predictor: DeltaNLLPredictor, parts: list[int], seed: int
-    ) -> DeltaNLLPredictor:
-        """The predictor with a correction network fitted to some of the parts."""
-        seen = np.concatenate([self.parts[part] for part in parts])
-        errors = self.targets[seen] - self._logs(predictor, seen, clamped=False)
-        network = fit_correction(self.features[seen], errors, seed=seed)
-        return replace(predictor, correction=network)
-
     def error(self, predictor: DeltaNLLPredictor, part: npt.NDArray[np.int64]) -> float:
         """Root mean squared error of log(delta_nll + offset)."""
-        errors = self._logs(predictor, part) - self.targets[part]
-        return float(np.sqrt(np.mean(errors**2)))
-
-    def _logs(
-        self, predictor: DeltaNLLPredictor, part: npt.NDArray[np.int64], *, clamped: bool = True
-    ) -> Floats:
-        """Predicted log(delta_nll + offset)."""
         features, lowered = self.features[part], self.lowered[part]
-        predicted = ScoreModel((predictor,)).delta_nll_many(features, lowered, clamped=clamped)
-        return np.asarray(np.log(np.maximum(predicted, -self.offset / 2) + self.offset))
+        predicted = ScoreModel((predictor,)).delta_nll_many(features, lowered)
+        logs = np.log(np.maximum(predicted, -self.offset / 2) + self.offset)
+        return float(np.sqrt(np.mean((logs - self.targets[part]) ** 2)))
 
     def _moments(self, part: npt.NDArray[np.int64]) -> Floats:
         """Products of all inputs (blocks, pairs, shape, 1) and the target, summed over plans."""
@@ -196,48 +160,6 @@ class PredictorFit:
             table = np.column_stack([x, x[:, rows] * x[:, columns], *shape, ones, target])
             total += table.T @ table
         return total
-
-
-def fit_correction(features: Features, errors: Floats, *, seed: int) -> CorrectionNetwork:
-    """The network that gives a predictor's errors on some plans, fitted with torch in seconds.
-
-    Args:
-        features: The plans, (N, 2L), from `feature_matrix`.
-        errors: log(delta_nll + offset), measured minus predicted, (N,).
-        seed: Decides first weights and order of the plans.
-    """
-    import torch
-    from torch import nn
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        sizes = [features.shape[1], *_HIDDEN]
-        layers = [nn.Linear(*pair) for pair in zip(sizes, [*_HIDDEN, 1], strict=True)]
-        network = nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU())))[:-1]
-        inputs, targets = torch.from_numpy(features).float(), torch.from_numpy(errors).float()
-        _train(network, inputs, targets)
-    scaled = [(layer.weight.T * SCALE, layer.bias * SCALE) for layer in layers]
-    rounded = [tuple(values.round().int().tolist() for values in layer) for layer in scaled]
-    weights, biases = zip(*rounded, strict=True)
-    return CorrectionNetwork(weights, biases)
-
-
-def _train(network: Any, inputs: Any, targets: Any) -> None:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) with one cycle of learning rates."""
-    import torch
-
-    steps = _EPOCHS * -(-len(inputs) // _BATCH_SIZE)
-    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=_WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps)
-    for _ in range(_EPOCHS):
-        for batch in torch.split(torch.randperm(len(inputs)), _BATCH_SIZE):
-            loss = torch.nn.functional.smooth_l1_loss(
-                network(inputs[batch])[:, 0], targets[batch], beta=_QUADRATIC_BELOW
-            )
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
 
 
 def fit_scores(

@@ -2,13 +2,11 @@
 
 A table holds plans with their measured NLL, a predictor for all other ones, costs of
 levels, which plans are predicted from, and the facts of the model that an environment needs.
-It needs numpy only, neither torch nor transformers; only fitting a table of more than
-`NETWORK_SCORES` scores needs torch.
+It needs numpy only, neither torch nor transformers.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -24,7 +22,7 @@ from rap_env.artifacts import load_artifact, save_artifact, with_tuples
 from rap_env.errors import ArtifactError, ModelNotAvailableError, UnknownNameError
 from rap_env.ladder.items import Counts, Item, Ladder
 from rap_env.model_facts import ModelFacts
-from rap_env.plan import Plan, block_name
+from rap_env.plan import Plan
 from rap_env.scoring.held_out import Fidelity, HeldOutLosses
 from rap_env.scoring.interface import OnScore
 from rap_env.scoring.predictor import (
@@ -38,7 +36,6 @@ from rap_env.scoring.predictor import (
     lowered_cost,
 )
 from rap_env.scoring.predictor_fit import (
-    NETWORK_SCORES,
     feature_matrix,
     fit_scores,
     necessary_plans,
@@ -50,7 +47,7 @@ PREFIX = "score_table:"
 TABLES = Path(__file__).parent / "tables"
 """Folder of the tables in the package, ``MODEL.WEIGHTS.json`` each."""
 
-_KIND, _FORMAT = "score table", 9
+_KIND, _FORMAT = "score table", 10
 _PREDICTIONS_KEPT = 2**17
 _LADDERS_KEPT = 8
 
@@ -164,7 +161,6 @@ class ScoreTable:
             members=members,
             pessimism=pessimism,
             seed=seed,
-            network=members == 1 and len(measured) >= NETWORK_SCORES,
         )
         return cls(facts, measured, predictor=predictor, fidelity=fidelity, **origin)
 
@@ -185,7 +181,7 @@ class ScoreTable:
         if self.held_out is not None:
             body["held_out"] = self.held_out.to_json()
         del body["scores"]
-        body["masks"] = [json.loads(plan.to_json()) for plan in self.scores]
+        body["plans"] = [plan.levels for plan in self.scores]
         body["nll"] = list(self.scores.values())
         save_artifact(path, _KIND, _FORMAT, body, compress=True)
 
@@ -216,16 +212,7 @@ class ScoreTable:
                 "with ScoreTable.fitted(...).save(path), which `python -m "
                 "experiments.export_scores` does in a checkout of the project."
             ) from None
-        # Of older tables; what an agent observes follows from the rest.
-        body.pop("features", None)
-        facts = ModelFacts.from_json(body.pop("facts"))
-        index = {block_name(number): number for number in range(facts.num_blocks)}
-        plans = [
-            Plan.of(entry)
-            if isinstance(entry, dict)
-            else Plan(frozenset(map(index.__getitem__, entry)))  # a list of removed blocks
-            for entry in body.pop("masks")
-        ]
+        facts, plans = ModelFacts.from_json(body.pop("facts")), map(Plan.of, body.pop("plans"))
         predictor = body["predictor"]
         members = map(_read_predictor, predictor["members"])
         body["predictor"] = ScoreModel(tuple(members), predictor["pessimism"])
@@ -236,8 +223,6 @@ class ScoreTable:
 
 
 def _read_predictor(values: dict[str, Any]) -> DeltaNLLPredictor:
-    if "residual" in values:  # the older name of a correction
-        values["correction"] = values.pop("residual")
     if values["correction"] is not None:
         values["correction"] = CorrectionNetwork(**with_tuples(values["correction"]))
     return DeltaNLLPredictor(**with_tuples(values))

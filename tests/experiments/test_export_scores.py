@@ -8,7 +8,6 @@ import gymnasium as gym
 import pytest
 
 from experiments.comparison.run_records import TABLE_FILE
-from experiments.config import Config
 from experiments.config.common import ImportanceConfig, ModelConfig
 from experiments.config.program_settings import EvaluateConfig, ExportConfig, FrontierConfig
 from experiments.contexts import build_context
@@ -24,7 +23,7 @@ from rap_env.plan import Plan
 from rap_env.scoring.score_table import ScoreTable
 from tests.experiments.tiny_study import WORKLOAD, own_text, short_training, tiny_study
 
-MASKS = 150
+PLANS = 150
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +34,14 @@ def config(base):
         importance=ImportanceConfig(gsi_removals=3),
         agent=short_training(),
         evaluate=EvaluateConfig(requests=["1x16"], budgets=[0.9], baselines=["gsi"]),
-        export=ExportConfig(masks=MASKS),
+        frontier=FrontierConfig(evaluations=PLANS),
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def exported(config):
-    """The table's path."""
+    """The table's path; its scores are those that a search of the best plans measured."""
+    profile(replace(config, stage="profile"), config.stage_dir("profile"))
     return export_scores(config, config.stage_dir("export_scores"))
 
 
@@ -52,8 +52,9 @@ def test_a_table_with_levels_runs_the_environment_of_levels(config, exported):
         config,
         name="levels",
         calibration=calibration,
-        export=ExportConfig(masks=MASKS, levels=True),
+        export=ExportConfig(levels=True),
     )
+    profile(replace(levels, stage="profile"), levels.stage_dir("profile"))
     table = ScoreTable.load(path := export_scores(levels, levels.stage_dir("export_scores")))
     assert ScoreTable.load(exported).levels is None
     assert "int4" in table.levels["one_shot"]["layer00.cache"]
@@ -72,35 +73,35 @@ def test_a_table_with_levels_runs_the_environment_of_levels(config, exported):
     assert info["delta_nll"] == pytest.approx(-sum(info["reward_terms"].values()))
 
 
-def test_a_table_has_the_requested_masks_and_its_fidelity(config, exported, capsys):
+def test_a_table_has_the_stored_masks_and_its_fidelity(config, exported, capsys):
     table = ScoreTable.load(exported)
     assert exported.name == TABLE_FILE
-    assert len(table.scores) == MASKS
+    masks = len(table.scores)
+    assert masks >= PLANS
     live = build_context(config)
     for mask in [Plan(), Plan.removing(3), *list(table.scores)[-5:]]:
         assert table.scores[mask] == live.scorer.nll(mask)
-    assert live.scorer.evaluations < 2 * MASKS
     assert table.text["sha256"] == live.scorer.corpus.sha256
     assert table.settings["calibration"]["windows"] == 3
     text = gzip.decompress(exported.read_bytes()).decode()
     assert str(exported.parents[3]) not in text.replace(config.model.name, "")
-    assert RunFolder(exported.parent).read()["masks"] == MASKS
+    assert RunFolder(exported.parent).read()["masks"] == masks
     export_scores(config, exported.parent)
     printed = capsys.readouterr().out
-    assert "Fidelity on 15 masks held out, fitted to 135 others" in printed
-    assert f"{MASKS} masks in {exported}" in printed
+    assert f"Fidelity on {table.fidelity.rows[0].masks} masks held out, fitted to" in printed
+    assert f"{masks} masks in {exported}" in printed
     again = ScoreTable.load(exported)
     assert again.scores == table.scores
     assert again.fidelity == table.fidelity
 
 
-def test_without_a_number_the_stored_scores_are_used(config, exported, tmp_path):
+def test_all_stored_scores_are_used(config, exported, tmp_path):
     live = build_context(config)
     live.scorer.nll(Plan.removing(0, 2, 4, 6, 7))
     path = tmp_path / "deep" / "mine.json"
     settings = replace(config, export=ExportConfig(path=str(path)))
     assert export_scores(settings, tmp_path / "run") == path
-    assert len(ScoreTable.load(path).scores) >= MASKS
+    assert Plan.removing(0, 2, 4, 6, 7) in ScoreTable.load(path).scores
 
 
 def test_recorded_scores_are_not_measured_again(config, exported, tmp_path):
@@ -112,7 +113,7 @@ def test_recorded_scores_are_not_measured_again(config, exported, tmp_path):
     policys = Plan.removing(0, 1, 4, 5, 8, 9)
     rounds = recorded.root / "train" / "rap-s0" / "rounds.jsonl"
     rounds.parent.mkdir(parents=True)
-    rounds.write_text(json.dumps({"round": 0, "scored": [[policys.removed_names, 7.5]]}) + "\n")
+    rounds.write_text(json.dumps({"round": 0, "scored": [[policys.levels, 7.5]]}) + "\n")
     export = ExportConfig(records=[str(recorded.root)])
     fresh = replace(config, store=str(tmp_path / "fresh.sqlite"), export=export)
     scores = ScoreTable.load(export_scores(fresh, tmp_path / "run")).scores
@@ -169,18 +170,8 @@ def test_stages_that_need_the_model_reject_a_table(config, exported, tmp_path):
 
 def test_an_empty_store_is_reported_before_measuring(config, tmp_path):
     empty = replace(config, store=str(tmp_path / "empty.sqlite"), export=ExportConfig())
-    with pytest.raises(RapError, match=r"has no scores of .*export\.masks=20000"):
+    with pytest.raises(RapError, match=r"has no scores of .*frontier\.evaluations=3000"):
         export_scores(empty, tmp_path / "run")
     assert build_context(empty).scorer.evaluations == 0
     with pytest.raises(RapError, match="store is null"):
         export_scores(replace(config, store=None), tmp_path / "run")
-
-
-def test_more_masks_than_the_model_has_are_rejected(config, tmp_path):
-    many = replace(config, export=ExportConfig(masks=600))
-    with pytest.raises(
-        RapError, match="10 blocks, thus 1024 masks.*all of them or at most half, 512, not 600"
-    ):
-        export_scores(many, tmp_path / "run")
-    with pytest.raises(RapError, match=r"export\.masks must be .* at least 1, or null, not 0"):
-        Config(export=ExportConfig(masks=0))

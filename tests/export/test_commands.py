@@ -11,10 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.export.plan_options import read_plan
+from rap_env.memory import MemoryModel
 from rap_env.models.files.gguf_reader import GgufFile
 from rap_env.models.files.loading import load_llm
 from rap_env.models.live import calibration_text
 from rap_env.plan import Plan
+from rap_env.request import Request
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import PlanScorer
@@ -213,15 +215,18 @@ def test_a_model_folder_has_to_be_converted_first(rap, model_folder, tmp_path, m
     assert not (tmp_path / "out.gguf").exists()
 
 
-def test_the_printed_command_writes_the_same_deployment(rap, gguf_file, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    _, out, _ = rap("choose", "--batch", 2, "--seq", 32, "--budget", "1GiB", "--engine",
-                    "llama.cpp", "--policy", "dense", "--model", gguf_file, "--json")  # fmt: skip
-    deployed = json.loads(out)["llama_cpp"]
-    code, out, err = rap(*deployed["commands"][0].split()[1:], "--json")
+def test_a_file_for_a_request_has_one_level_for_all_caches(rap, tmp_path):
+    write_tiny_gguf(tmp_path / "in.gguf", kind="Q4_1", hidden=64, ffn=128)
+    memory = MemoryModel(load_llm(tmp_path / "in.gguf", weights="native"))
+    plans = [Plan.uniform(memory.facts.num_layers, caches=level) for level in ("native", "int8")]
+    native, lowered = (memory.peak_bytes(plan, Request(64, 60, 1)) for plan in plans)
+    code, out, err = rap("export", tmp_path / "out.gguf", "--to", "gguf", "--batch", 64, "--seq",
+                         60, "--budget", (native + lowered) // 2, "--model",
+                         tmp_path / "in.gguf", "--json")  # fmt: skip
     assert code == 0, err
-    assert json.loads(out)["delta_nll"] == deployed["delta_nll"]
-    assert (tmp_path / "source.pruned.gguf").is_file()
+    assert set(json.loads(out)["levels"].values()) == {"int8"}
+    card = (tmp_path / "out.md").read_text()
+    assert "`llama-server -m out.gguf -ctk q8_0 -ctv q8_0 -fa on -c 3840 -np 64`" in card
 
 
 def test_a_folder_from_a_quantised_file_is_said_to_be_unquantised(rap, gguf_file, tmp_path):

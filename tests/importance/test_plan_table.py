@@ -8,7 +8,7 @@ from rap_env.importance.plan_table import PlanTable
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
-from rap_env.plan import Plan, every_mask
+from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.tiny import tiny_llm
 
@@ -61,18 +61,3 @@ def test_a_file_keeps_every_plan(llm, frontier, tmp_path):
     (tmp_path / "f.json").write_bytes((tmp_path / "f.json").read_bytes()[:-50])
     with pytest.raises(ArtifactError, match="truncated"):
         PlanTable.load(tmp_path / "f.json", llm)
-
-
-def counts(mask):
-    return mask.count_removed("attn"), mask.count_removed("ffn")
-
-
-def test_entries_have_the_best_mask_for_each_pair_of_counts(llm):
-    rng = np.random.default_rng(1)
-    scores = {mask: 3.0 + float(rng.random()) * bool(mask) for mask in every_mask(4)}
-    provenance = {"fingerprint": llm.facts.fingerprint, "scoring": {}}
-    table = PlanTable(llm.facts.num_layers, 3.0, scores, 16, 1.0, {}, provenance)
-    assert len(table.entries) == 9
-    for mask, rise in table.entries:
-        alike = [nll for other, nll in scores.items() if counts(other) == counts(mask)]
-        assert rise == min(alike) - 3.0

@@ -8,8 +8,9 @@ from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.state import NUMBERS, StackedCosts
 from rap_env.memory import MemoryModel
-from rap_env.plan import Plan, every_mask
+from rap_env.plan import Plan
 from rap_env.request import Request
+from tests.masks import every_mask
 from tests.policies.test_knapsack import facts
 from tests.tiny import FAMILIES, tiny_llm
 

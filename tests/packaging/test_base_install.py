@@ -126,7 +126,7 @@ def test_the_environment_on_a_table_needs_nothing_else():
 
 def test_commands_without_a_live_model_need_nothing_else():
     request = ["choose", "--batch=8", "--seq=2048", "--budget=300MiB"]
-    commands = [*request, "--policy=rap"], [*request, "--engine=llama.cpp"], ["info"]
+    commands = [*request, "--policy=rap"], ["info"]
     for status, output, errors in each_in_base_install(*(f"main({c!r})" for c in commands)):
         assert status == 0, errors
         assert "MiB" in output

@@ -1,19 +1,18 @@
 """The correction network: what pairs of blocks miss, in sums that no order of additions changes."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
-import torch
 
 from rap_env.plan import Plan
-from rap_env.scoring import score_table
-from rap_env.scoring.predictor import ScoreModel
-from rap_env.scoring.predictor_fit import fit_correction, fit_score_model
+from rap_env.scoring.predictor import SCALE, CorrectionNetwork, ScoreModel
+from rap_env.scoring.predictor_fit import fit_score_model
 from rap_env.scoring.score_table import ScoreTable
 from tests.envs.tiny_contexts import make_context
-from tests.scoring.tiny_table import all_masks, fitted_again, table_of
+from tests.scoring.tiny_table import all_masks, table_of
 
 BLOCKS = 16
 ALONE = np.random.default_rng(0).uniform(0.05, 0.5, BLOCKS)
@@ -32,28 +31,38 @@ def masks(number, seed):
     return np.concatenate([np.zeros((1, BLOCKS), bool), np.eye(BLOCKS, dtype=bool), removed])
 
 
-@pytest.fixture(scope="module")
-def fitted():
-    removed = masks(1500, 2)
-    scores = removed, losses(removed), ALONE
-    return [fit_score_model(*scores, network=network) for network in (False, True)]
-
-
-@pytest.fixture(scope="module")
-def predictor(fitted):
-    return fitted[1][0].members[0]
-
-
-def test_it_predicts_what_pairs_of_blocks_miss(fitted):
-    removed = masks(500, 3)[1 + BLOCKS :]
-    removed = removed[removed.any(axis=1)]
-    errors = [
-        np.median(np.abs(model.delta_nll_many(removed) / losses(removed) - 1))
-        for model, _ in fitted
+def network(blocks):
+    """A network of random whole numbers."""
+    rng, sizes = np.random.default_rng(7), (blocks, 8, 4, 1)
+    layers = [
+        (rng.integers(-90, 90, (inputs, outputs)).tolist(), rng.integers(-90, 90, outputs).tolist())
+        for inputs, outputs in pairwise(sizes)
     ]
-    assert errors[1] < errors[0] / 2
-    stated = [fidelity.rows[0].median_relative_error for _, fidelity in fitted]
-    assert stated == pytest.approx(errors, rel=0.5), "the fidelity is that of the whole predictor"
+    return CorrectionNetwork(*zip(*layers, strict=True))
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    removed = masks(1500, 2)
+    model, _ = fit_score_model(removed, losses(removed), ALONE)
+    return replace(model.members[0], correction=network(BLOCKS))
+
+
+def test_it_is_a_perceptron_whose_output_corrects_the_predicted_log(predictor):
+    removed = masks(50, 3)
+    sums, layers = (
+        removed.astype(float),
+        list(zip(*vars(predictor.correction).values(), strict=False)),
+    )
+    for number, (weights, biases) in enumerate(layers):
+        products = sums @ np.array(weights)
+        sums = (np.floor(products / SCALE + 0.5) if number else products) + np.array(biases)
+        sums = np.maximum(sums, 0) if number < len(layers) - 1 else sums / SCALE
+    plain, corrected = (
+        np.log(ScoreModel((p,)).delta_nll_many(removed, clamped=False)[1:] + p.offset)
+        for p in (replace(predictor, correction=None), predictor)
+    )
+    assert corrected - plain == pytest.approx(sums[1:, 0], abs=1e-9)
 
 
 def test_corrections_do_not_depend_on_the_order_of_additions(predictor):
@@ -82,23 +91,15 @@ def test_one_mask_is_predicted_as_among_others_and_below_others(predictor):
     assert below == pytest.approx(free, rel=1e-9, abs=1e-9)
 
 
-def test_the_seed_alone_decides_the_network():
-    removed = masks(300, 6)
-    targets = losses(removed)
-    state = torch.get_rng_state()
-    one, same = (asdict(fit_correction(removed, targets, seed=0)) for _ in range(2))
-    assert torch.equal(torch.get_rng_state(), state), "others' random numbers are left alone"
-    assert one == same != asdict(fit_correction(removed, targets, seed=1))
-
-
-def test_a_table_of_many_scores_keeps_its_network(tmp_path, monkeypatch):
-    few = table_of(make_context(), all_masks(6))
-    assert few.predictor.members[0].correction is None
-    monkeypatch.setattr(score_table, "NETWORK_SCORES", len(few.scores))
-    table = fitted_again(few)
+def test_a_table_keeps_a_network(tmp_path):
+    made = table_of(make_context(), all_masks(6))
+    (member,) = made.predictor.members
+    assert member.correction is None
+    with_network = replace(member, correction=network(6))
+    table = replace(made, predictor=ScoreModel((with_network,)))
     table.save(tmp_path / "table.json")
     again = ScoreTable.load(tmp_path / "table.json").predictor
-    network = table.predictor.members[0].correction
-    assert json.dumps(asdict(again.members[0].correction)) == json.dumps(asdict(network))
+    stored = json.dumps(asdict(again.members[0].correction))
+    assert stored == json.dumps(asdict(with_network.correction))
     for mask in all_masks(6, 3):
         assert again.delta_nll(mask) == table.predictor.delta_nll(mask)

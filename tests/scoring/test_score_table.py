@@ -9,7 +9,7 @@ import pytest
 
 from rap_env.artifacts import save_artifact
 from rap_env.errors import ArtifactError, ModelNotAvailableError, UnknownNameError
-from rap_env.plan import Plan, every_mask
+from rap_env.plan import Plan
 from rap_env.scoring.predictor_fit import feature_matrix
 from rap_env.scoring.score_table import (
     ScoreTable,
@@ -19,6 +19,7 @@ from rap_env.scoring.score_table import (
     table_path,
 )
 from tests.envs.tiny_contexts import make_context
+from tests.masks import every_mask
 from tests.scoring.tiny_table import all_masks, fitted_again, table_of
 
 BLOCKS = 6

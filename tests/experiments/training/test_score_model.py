@@ -21,6 +21,7 @@ from experiments.study.console import ExperimentError
 from experiments.study.json_records import read_records
 from experiments.study.run_folder import RunFolder
 from experiments.train import train
+from rap_env.errors import ArtifactError
 from rap_env.scoring.score_table import ScoreTable
 from tests.experiments.tiny_study import tiny_study
 
@@ -100,13 +101,10 @@ def test_rounds_refuse_a_frontier_that_was_measured_on_other_text(config):
         train(other, folder_of(config, "other-s0"))
 
 
-def test_without_a_frontier_planned_masks_are_scored_first(config):
-    alone = replace(
-        config, name="alone", frontier=FrontierConfig(), warm_start=WarmStartConfig(),
-        reward={"name": "perplexity"},
-        score_model=replace(config.score_model, first_masks=60, rounds=1),
-    )  # fmt: skip
-    folder = train(alone, folder_of(alone))
-    evaluations = RunFolder(folder).read()["evaluations"]
-    scored = read_records(folder / ROUNDS_FILE)[0]["scored"]
-    assert 60 <= evaluations <= 60 + len(scored)
+def test_rounds_need_a_frontier(config):
+    alone = replace(config, name="alone", frontier=FrontierConfig(), warm_start=WarmStartConfig(),
+                    reward={"name": "perplexity"})  # fmt: skip
+    with pytest.raises(
+        ArtifactError, match=r"There is no frontier artifact .*frontier\.evaluations"
+    ):
+        train(alone, folder_of(alone))
