@@ -21,7 +21,7 @@ $(READY): pyproject.toml constraints.txt tools/setup.sh
 	@sh tools/setup.sh $(PYTHON) $(VENV)
 	@touch $@
 
-demo: setup  ## Train a policy for the default model, compare it, and write a report.
+demo: setup  ## Train a policy for the default model, compare it, and serve with it.
 	@$(RUN) -m experiments.demo
 
 test: setup  ## Run the tests (no network, no GPU needed).

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from experiments.comparison.result_figures import draw_figures
 from experiments.comparison.result_tables import tables_markdown
 from experiments.comparison.run_records import (
     LEARNING_CAPTION,
@@ -28,6 +30,8 @@ from experiments.study.table_format import markdown, rendered, text_words
 def compare(config: CompareConfig) -> str:
     """Return the comparison of all methods in some folders, in the configured format."""
     comparisons = read_comparisons(config.folders)
+    if config.figures is not None:
+        draw_figures(comparisons, Path(config.figures))
     if config.format == "text":
         return rendered(as_markdown(comparisons, captions=True))
     return as_markdown(comparisons)

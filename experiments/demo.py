@@ -17,14 +17,17 @@ import torch
 
 from agents.export import export_policy
 from experiments import live
+from experiments.comparison.result_rows import ResultRow
+from experiments.comparison.result_tables import summary_table
+from experiments.comparison.summaries import Comparison
 from experiments.config import Config
 from experiments.contexts import build_context, context_config
 from experiments.evaluate import evaluate
 from experiments.launch import launch
-from experiments.report import report
 from experiments.study.console import say
+from experiments.study.plotting import save_png
 from experiments.study.run_folder import RunFolder
-from experiments.study.table_format import seconds, wrapped
+from experiments.study.table_format import plain, seconds, wrapped
 from experiments.train import train
 from rap_env.context.opening import open_context
 from rap_env.context.table import TableContext
@@ -40,7 +43,7 @@ def demo(config: Config, folder: Path) -> Path:
     """Run the five stages.
 
     Returns:
-        The report's path.
+        The folder with all records.
     """
     started = time.monotonic()
 
@@ -67,18 +70,21 @@ def demo(config: Config, folder: Path) -> Path:
     stage(3, f"judged on the model, on {words}, which no method has seen")
     if not Path(text.source).exists():  # the manual that is a part of every Python
         Path(text.source).write_text("\n\n".join(topics.values()), encoding="utf-8")
-    evaluate(config, config.stage_dir("evaluate"), scores)
+    results = evaluate(config, config.stage_dir("evaluate"), scores)
 
     stage(4, f"the engine serves for {config.demo.live_s} s; its memory falls and returns")
-    policy, folder = load_policy(policy_file, model.llm), config.stage_dir("live")
-    recording = live.record_once(folder, model.llm, policy, config.demo.live_s)
+    policy, live_folder = load_policy(policy_file, model.llm), config.stage_dir("live")
+    recording = live.record_once(live_folder, model.llm, policy, config.demo.live_s)
+    save_png(live.live_figure(recording), live_folder / "live.png")
     say(wrapped(recording.summary))
 
-    stage(5, "verdict and report")
-    page = report(config, config.stage_dir("report"))
+    stage(5, "verdict: mean ΔNLL over the requests, nats per token with a 95 % interval")
+    say(plain(summary_table(Comparison(ResultRow.read(results)))))
+    say(f"\nAll tables, with figures in {folder / 'figures'}:")
+    say(f"  python -m experiments.compare runs={folder} figures={folder / 'figures'}")
     say(f"\nNext:\n  rap choose --policy {policy_file} --batch 8 --seq 2048 --budget 128MiB")
     say(f"  rap serve --policy {policy_file} --memory 600MiB")
-    return page
+    return folder
 
 
 def packaged_scores(config: Config) -> TableContext:

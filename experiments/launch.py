@@ -136,8 +136,7 @@ def launch(stage: str, run: Stage) -> None:
             config = as_config(node)
             if config.threads is None and runs_in_parallel(HydraConfig.get()):
                 config = replace(config, threads=1)
-            if stage != "report":  # a report runs no model
-                set_threads(config)
+            set_threads(config)
             result = run(config, Path(HydraConfig.get().runtime.output_dir))
             return result if isinstance(result, float) else None
         except RapError as error:
@@ -246,8 +245,7 @@ READS: dict[str, tuple[str, ...]] = {
     "evaluate": (*MODEL, "env", "evaluate", "logger"),
     "profile": (*MODEL, "env", "workload", "frontier", "logger"),
     "demo": (*MODEL, "demo", "env", "workload", "reward", "agent.total_timesteps", "frontier",
-             "evaluate", "report"),
-    "report": ("report",),
+             "evaluate"),
     "export_scores": (*MODEL, "export", "env.id"),
     **dict.fromkeys(("ladder", "equal_bytes"), (*MODEL, "ladder", "evaluate.text")),
     "gradient_plans": ("model", "store", "threads", "env.levels", "evaluate.pinned",

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from experiments.comparison.run_records import TrainingRun
+from experiments.comparison.run_records import Records, TrainingRun
 from experiments.comparison.summaries import Comparison
 from experiments.study.json_records import Shape
 from experiments.study.plotting import (
     INK,
+    Draw,
     Panel,
     draw_series,
     item_levels,
@@ -21,9 +23,11 @@ from experiments.study.plotting import (
     look,
     panel_figure,
     plain_log_ticks,
+    save_png,
     short_label,
 )
-from experiments.study.table_format import shape_words
+from experiments.study.table_format import mebibytes, percent, shape_words
+from rap_env.extras import require_extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -228,3 +232,52 @@ def _draw_curves(axis: Axes, method: str, series: Sequence[tuple[list[int], list
     grid = np.linspace(max(steps[0] for steps, _ in series), last, 200)
     mean = np.mean([np.interp(grid, steps, values) for steps, values in series], axis=0)
     axis.plot(grid, mean, color=colour, linewidth=2.2, label=label)
+
+
+def draw_figures(comparisons: Iterable[Records], folder: Path) -> None:
+    """Draw all figures of some comparisons into files ``NAME-FIGURE.png`` of a folder."""
+    require_extra("plots", "Drawing figures")
+    for records in comparisons:
+        for name, draw in comparison_figures(records).items():
+            save_png(draw(), folder / f"{records.name.replace('/', '-')}-{name}.png")
+
+
+def comparison_figures(records: Records) -> dict[str, Draw]:
+    """Return what draws the figures for which a comparison has records, by name."""
+    comparison, draw = records.comparison, dict[str, Draw]()
+    if comparison and comparison.summaries:
+        num_layers = comparison.num_layers
+        if records.profile:
+            num_layers = records.profile["facts"]["num_layers"]
+        for method, lines in _chosen_levels(comparison).items():
+            draw[f"levels_{method}"] = partial(levels_picture, lines, num_layers)
+        if len(comparison.cells) > len(comparison.shapes):  # else its lines are points
+            draw["delta_nll_against_budget"] = partial(delta_nll_against_budget, comparison)
+    if records.profile:
+        draw["memory"] = partial(memory_picture, records.profile["memory_shares"])
+    if logged_curves(records.runs):
+        draw["learning_curves"] = partial(learning_curves, records.runs)
+    return draw
+
+
+def _chosen_levels(comparison: Comparison) -> dict[str, list[LevelsLine]]:
+    """Return the levels that methods choose for the shortest and the longest request."""
+    shapes = {comparison.shapes[0], comparison.shapes[-1]}
+    shown = comparison.learned + [m for m in comparison.methods if m == "greedy_per_byte"]
+    lines: dict[str, list[LevelsLine]] = {}
+    for method in shown or comparison.compared[:1]:
+        rows = [row for row in comparison.rows if row.method == method and row.shape in shapes]
+        rows = [row for row in rows if row.seed == rows[0].seed]
+        rows.sort(key=lambda row: (row.shape[0] * row.shape[1], -row.budget_bytes))
+        if rows:
+            lines[method] = [
+                LevelsLine(
+                    row.shape,
+                    f"{shape_words(row.shape)}  {mebibytes(row.budget_bytes)} "
+                    f"({percent(row.budget_fraction, 0)}"
+                    f"{'' if row.target_delta_nll is None else f', ~{row.target_delta_nll:g}'})",
+                    row.plan.levels,
+                )
+                for row in rows
+            ]
+    return lines

@@ -14,7 +14,7 @@ from experiments.comparison.summaries import (
     pairwise_comparisons,
 )
 from experiments.study.json_records import Cell
-from experiments.study.plotting import look, rank
+from experiments.study.plotting import look
 from experiments.study.statistics import bootstrap_mean, mean_of_known, paired_ratio
 from experiments.study.table_format import (
     Table,
@@ -25,12 +25,10 @@ from experiments.study.table_format import (
     mebibytes,
     number,
     percent,
-    plain,
     relative_words,
     seconds,
     shape_words,
     signed,
-    wrapped,
 )
 
 COUNTS_CAPTION = (
@@ -57,12 +55,6 @@ def summary_table(comparison: Comparison) -> Table:
     if all(summary.accuracy is None for summary in comparison.summaries):
         del columns["Accuracy"]
     return columns_table(comparison.summaries, columns)
-
-
-def method_names(comparison: Comparison) -> dict[str, str]:
-    """Map first cells of tables, with or without a seed count, to methods."""
-    named = {look(method).label: method for method in sorted(comparison.methods, key=rank)}
-    return named | comparison.lines
 
 
 QUALITY_HEADERS = {
@@ -173,16 +165,6 @@ def _kept_levels(row: ResultRow, num_layers: int) -> str:
     return caches if plan.embeddings == "native" else f"{caches}, embeddings {plan.embeddings}"
 
 
-def budget_words(comparison: Comparison) -> str:
-    """Describe the budgets of a comparison, in shares of the native peak memory."""
-    if comparison.same_budgets:
-        return ", ".join(percent(budget, 0) for budget in comparison.budgets)
-    counts = {len(comparison.budgets_of(shape)) for shape in comparison.shapes}
-    number_words = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
-    low, high = min(comparison.budgets), max(comparison.budgets)
-    return f"{number_words} for each request, from {percent(low, 0)} to {percent(high, 0)}"
-
-
 def accuracy_table(comparison: Comparison) -> Table | None:
     """Return the accuracies of each task over the grid, native first, chance last; None without.
 
@@ -217,27 +199,6 @@ def _mean_accuracy(rows: Sequence[ResultRow], task: str, metric: str) -> float |
     """Mean over rows of an accuracy of a task; None if no row has it."""
     by_row = [row.accuracies if metric == "acc" else row.accuracies_norm or {} for row in rows]
     return mean_of_known(accuracies[task] for accuracies in by_row if task in accuracies)
-
-
-def terminal_text(comparison: Comparison) -> str:
-    """Return the summary for the terminal, at most 100 columns wide, with a legend."""
-    tasks = {task for row in comparison.rows for task in row.accuracies}
-    accuracy = f"Accuracy: mean of {len(tasks)} tasks. " if tasks else ""
-    pairs = f" (the {len(comparison.cells)} pairs that every method has)"
-    legend = (
-        "ΔNLL: increase of the negative log-likelihood over the native model, nats per token, on "
-        f"{len(comparison.rows[0].window_delta_nll)} windows that no method has used; mean over "
-        f"requests {', '.join(f'{b}x{s}' for b, s in comparison.shapes)} (batch x tokens; budgets: "
-        f"{budget_words(comparison)} of the native model's peak memory)"
-        f"{pairs * comparison.incomplete}, with a 95 % interval; lower is better. Calibr.: the "
-        f"same on the calibration text, which a search may overfit. {accuracy}Evals: plans scored "
-        "by the model for one request. Fits: "
-        "number of plans within their budget; methods that miss budgets are listed last, because "
-        "their ΔNLL is not comparable. (n): seeds."
-    )
-    header, rows = summary_table(comparison)
-    header = [{"On calibration text": "Calibr.", "Evaluations": "Evals"}.get(h, h) for h in header]
-    return f"{plain((header, rows))}\n\n{wrapped(legend)}"
 
 
 def _budget(comparison: Comparison, cell: Cell) -> str:
@@ -285,12 +246,12 @@ def comparison_document(comparison: Comparison) -> list[TitledTable]:
         levels = ", level of most caches" if comparison.has_levels else ""
         title = f"Blocks removed (attn + ffn){levels} and peak memory, {words}"
         tables += [
-            TitledTable(delta_nll, f"ΔNLL (nats/token), {words}", detail=True),
-            TitledTable(removed, title, detail=True),
+            TitledTable(delta_nll, f"ΔNLL (nats/token), {words}"),
+            TitledTable(removed, title),
         ]
         if columns:
             by_budget = _budget_table(comparison, shape, qualities)
-            tables.append(TitledTable(by_budget, f"{' / '.join(columns)}, {words}", detail=True))
+            tables.append(TitledTable(by_budget, f"{' / '.join(columns)}, {words}"))
     if accuracy := accuracy_table(comparison):
         tables.append(TitledTable(accuracy, "Accuracy of each task, mean over the grid"))
     return tables

@@ -60,32 +60,12 @@ class Records:
         """The content of ``profile/profile.json``; None before a profile."""
         return read_json(self.root / "profile" / "profile.json", made_by="the profile")
 
-    @property
-    def notes(self) -> list[dict[str, Any]]:
-        """The content of each evaluation's ``run.json``."""
-        return [note for folder in self.evaluations if (note := folder.read())]
-
     def title(self, folder: RunFolder) -> str:
         """Name and model of one of the run folders, of an absolute path the last part."""
         settings = folder.settings() or {}
         fingerprint = self.rows[0].depends_on.get("model_fingerprint") if self.rows else None
         model = str(settings.get("model", {}).get("name") or str(fingerprint or "?")[:12])
         return f"{self.name}: {Path(model).name if Path(model).is_absolute() else model}"
-
-
-def gather(root: Path) -> Records:
-    """Read all records under a comparison's folder.
-
-    Raises:
-        ExperimentError: There is nothing to report.
-    """
-    records = _read(root, root.name, *_files([root]))
-    if not (records.rows or records.profile or records.runs):
-        raise ExperimentError(
-            f"{root} has no records to report; run profile, train and evaluate with the same "
-            "name=... (or experiment=...) first."
-        )
-    return records
 
 
 def read_comparisons(folders: Sequence[Path]) -> list[Records]:

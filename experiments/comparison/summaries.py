@@ -27,9 +27,6 @@ from rap_env.errors import ArtifactError
 
 REFERENCE = "dense"
 
-MAIN_POLICY = "rap"
-"""Label of the runs of the main policy."""
-
 
 @dataclass(frozen=True)
 class Summary:
@@ -206,17 +203,6 @@ class Comparison:
     def lines(self) -> dict[str, str]:
         """The methods by the first cells of their lines in tables."""
         return {summary.label: summary.method for summary in self.summaries}
-
-    @property
-    def main_policy(self) -> Summary | None:
-        """The trained method that the report is about; None without trained methods.
-
-        It is the one named `MAIN_POLICY`, otherwise the one with the lowest ΔNLL on the
-        calibration text: selecting it on the report text would be a search on that text.
-        """
-        trained = [s for s in self.summaries if s.method in self.learned]
-        named = [s for s in trained if s.method == MAIN_POLICY]
-        return min(named or trained, key=lambda s: s.delta_nll_calibration, default=None)
 
     @cached_property
     def _by_cell(self) -> dict[tuple[str, Cell], list[ResultRow]]:

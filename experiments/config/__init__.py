@@ -61,7 +61,6 @@ class Config:
     conversations: studies.ConversationsConfig = field(default_factory=studies.ConversationsConfig)
     cgroup: studies.CgroupConfig = field(default_factory=studies.CgroupConfig)
     demo: programs.DemoConfig = field(default_factory=programs.DemoConfig)
-    report: dict[str, str] = setting({"title": "Runtime-adaptive pruning: report"})
     export: programs.ExportConfig = field(default_factory=programs.ExportConfig)
 
     def __post_init__(self) -> None:

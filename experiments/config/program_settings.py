@@ -224,6 +224,8 @@ class CompareConfig:
     runs: Any = "runs"
     """A folder or a list of folders; records are found at any depth."""
     format: str = setting("text", choices=("text", "markdown"))
+    figures: str | None = None
+    """Folder to draw figures in; null draws none."""
 
     def __post_init__(self) -> None:
         check(self, ExperimentError)

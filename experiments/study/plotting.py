@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -320,14 +318,6 @@ def save_png(figure: Figure, path: Path) -> None:
     """Write a figure into a PNG file."""
     with style(), atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=PNG_DPI)
-
-
-def svg_uri(figure: Figure) -> str:
-    """Return the figure as a ``data:`` URI, so that the page needs no other file."""
-    buffer = io.BytesIO()
-    with style():
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def plain_log_ticks(axis: Any) -> None:

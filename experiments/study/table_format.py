@@ -32,7 +32,6 @@ class TitledTable(NamedTuple):
     table: Table
     title: str = ""
     caption: str = ""
-    detail: bool = False
 
 
 LineT = TypeVar("LineT")

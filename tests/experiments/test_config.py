@@ -34,7 +34,7 @@ FOLDERS = {
 GROUPS = {**CHOICES, "agent": FOLDERS["agent"]}
 """Options of each group that sets the section of its name, with their values."""
 PROGRAMS = (
-    "profile", "train", "evaluate", "report", "demo", "live", "export_scores", "replay",
+    "profile", "train", "evaluate", "demo", "live", "export_scores", "replay",
     "cgroup", "conversations", "tight_grid",
 )  # fmt: skip
 PROGRAMS_AND_EXPERIMENTS = [
@@ -226,7 +226,7 @@ def test_shapes_are_read():
         (("train", "ppo", 2, "workload.budget_fraction_range=[0.6,0.7],seed=2"),
          "ppo-budget_fraction_range=_0.6_0.7-s2"),
         (("evaluate", "ppo", 0, "evaluate.budgets=[0.9],seed=1"), "budgets=_0.9"),
-        (("report", "ppo", 0, "name=x"), "report"),
+        (("profile", "ppo", 0, "name=x"), "profile"),
         (("train", "ppo", 0, "store=null"), "ppo-s0"),
     ],
 )  # fmt: skip
@@ -265,11 +265,11 @@ def run_program(*arguments, cwd):
 
 
 def test_a_mistake_ends_in_one_sentence_and_exit_code_2(tmp_path):
-    done = run_program("experiments.report", "name=nothing", cwd=tmp_path)
+    done = run_program("experiments.evaluate", "name=nothing", cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.startswith("Error: runs/nothing has no records to report")
+    assert done.stderr.startswith("Error: There is nothing to evaluate: no finished training in")
     assert len(done.stderr.strip().splitlines()) == 1
-    assert (tmp_path / "runs" / "nothing" / "report").is_dir(), "the run folder is the default one"
+    assert (tmp_path / "runs" / "nothing" / "evaluate").is_dir(), "it is the default one"
 
 
 def test_a_selection_text_can_be_given_on_the_command_line():

@@ -57,11 +57,3 @@ def test_many_pairs_raise_the_significance_threshold():
     pair = compare_pair(comparison(noisy, rows_of("gsi", [1.0] * 4)), "ppo", "gsi")
     assert pair.cells == Counts(1, 3, 0)
     assert pair.corrected == Counts(0, 4, 0)
-
-
-def test_the_main_policy_is_not_chosen_by_report_text():
-    both = comparison(
-        rows_of("ppo", [0.5] * 4, seeds=(0,), calibration_delta_nll=0.9),
-        rows_of("maskable_ppo", [0.8] * 4, seeds=(0,), calibration_delta_nll=0.4),
-    )
-    assert both.main_policy.method == "maskable_ppo"
