@@ -1,9 +1,8 @@
-"""Checkpoints: written atomically, verified by checksums, and complete enough to resume exactly.
+"""Checkpoints: written atomically, and verified by checksums.
 
 A checkpoint is a folder that is renamed into place. Its ``checkpoint.json`` has the checksums
-of the other files and its own. Beside the networks it holds what training needs to continue
-bit for bit: random generators, running reward statistics and the unfinished episodes, as
-plain JSON.
+of the other files and its own, and the running statistics of rewards. A training that resumes
+begins its unfinished episodes anew.
 """
 
 from __future__ import annotations
@@ -11,21 +10,16 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import random
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
-import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.buffers import DictReplayBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
+from stable_baselines3.common.vec_env import VecEnv
 
 from agents.algorithms import AgentConfig
 from agents.vector_env import GymVecEnv
@@ -34,10 +28,9 @@ from rap_env.errors import ArtifactError
 
 log = logging.getLogger(__name__)
 
-_KIND, _VERSION = "checkpoint", 3
-_MANIFEST, _MODEL, _REPLAY = "checkpoint.json", "model.zip", "replay.npz"
+_KIND, _VERSION = "checkpoint", 4
+_MANIFEST, _MODEL, _REPLAY = "checkpoint.json", "model.zip", "replay.pkl"
 _KEEP = 2
-_REPLAY_FIELDS = ("actions", "rewards", "dones", "timeouts")
 
 Json = dict[str, Any]
 
@@ -47,7 +40,7 @@ class Checkpoint:
     """A checkpoint whose files were verified.
 
     Attributes:
-        body: Its manifest: step, config, spaces, progress, state and checksums.
+        body: Its manifest: step, config, spaces, progress, reward statistics and checksums.
     """
 
     folder: Path
@@ -70,17 +63,17 @@ class Checkpoint:
         return spec
 
     def load_model(self, venv: VecEnv | None = None) -> BaseAlgorithm:
-        """Load the model; with environments also the state from which training continues."""
-        model = self.config.algorithm.cls.load(
-            self.folder / _MODEL, env=venv, device="cpu", force_reset=False
-        )
+        """Load the model; with environments also what training continues with."""
+        model = self.config.algorithm.cls.load(self.folder / _MODEL, env=venv, device="cpu")
         if venv is None:
             return model
-        buffer = _replay_buffer(model)
-        if buffer is not None:
-            with np.load(self.folder / _REPLAY) as arrays:
-                fill_replay(buffer, dict(arrays))
-        restore(model, self.body["state"])
+        if isinstance(model, OffPolicyAlgorithm):
+            model.load_replay_buffer(self.folder / _REPLAY)
+        if normalize := model.get_vec_normalize_env():
+            saved, statistics = self.body["rewards"], normalize.ret_rms
+            statistics.mean, statistics.var = np.array(saved["mean"]), np.array(saved["var"])
+            statistics.count = saved["count"]
+        model.set_random_seed(self.config.seed + self.step)
         return model
 
 
@@ -157,7 +150,7 @@ def check_same_run(checkpoint: Checkpoint, config: AgentConfig, venv: VecEnv) ->
     """
     asked = {
         **config.as_dict(),
-        "ladder": _resumable(venv).encoder.spec,
+        "ladder": _observed(venv),
         **_spaces(venv.observation_space, venv.action_space),
     }
     started = {
@@ -179,16 +172,19 @@ def _write(
 ) -> None:
     assert model.env is not None
     model.save(folder / _MODEL)
-    buffer = _replay_buffer(model)
-    if buffer is not None:
-        np.savez(folder / _REPLAY, **replay_arrays(buffer))  # type: ignore[arg-type]
+    if isinstance(model, OffPolicyAlgorithm):
+        model.save_replay_buffer(folder / _REPLAY)
+    rewards: Json = {}
+    if normalize := model.get_vec_normalize_env():
+        statistics = normalize.ret_rms
+        rewards = {name: float(getattr(statistics, name)) for name in ("mean", "var", "count")}
     body = {
         "step": model.num_timesteps,
         "config": config.as_dict(),
         "spaces": _spaces(model.observation_space, model.action_space),
-        "ladder": _resumable(model.env).encoder.spec,
+        "ladder": _observed(model.env),
         "progress": progress,
-        "state": capture(model),
+        "rewards": rewards,
         "files": {path.name: _checksum(path) for path in sorted(folder.iterdir())},
     }
     save_artifact(folder / _MANIFEST, _KIND, _VERSION, body)
@@ -221,113 +217,8 @@ def _checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def capture(model: BaseAlgorithm) -> Json:
-    """Return random generators, reward statistics and unfinished episodes as plain JSON."""
-    assert model.env is not None
-    kind, version, internal = random.getstate()
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    state: Json = {
-        "python": [kind, list(version), internal],
-        "numpy": [name, [int(key) for key in keys], position, has_gauss, gauss],
-        "torch": torch.get_rng_state().tolist(),
-        "action_space": model.action_space.np_random.bit_generator.state,
-        "envs": _resumable(model.env).get_state(),
-    }
-    monitor, normalize = _find(model.env, VecMonitor), _find(model.env, VecNormalize)
-    if isinstance(monitor, VecMonitor):
-        state["monitor"] = {
-            "returns": monitor.episode_returns.tolist(),
-            "lengths": monitor.episode_lengths.tolist(),
-            "count": monitor.episode_count,
-        }
-    if isinstance(normalize, VecNormalize):
-        rms = normalize.ret_rms
-        state["normalize"] = {
-            "mean": float(rms.mean),
-            "var": float(rms.var),
-            "count": float(rms.count),
-            "returns": normalize.returns.tolist(),
-        }
-    return state
-
-
-def invalid_actions(venv: VecEnv) -> npt.NDArray[np.int64]:
-    """Return the number of invalid actions in each unfinished episode."""
-    states = _resumable(venv).get_state()
-    return np.array([state["episode"]["invalid_actions"] for state in states], dtype=np.int64)
-
-
-def restore(model: BaseAlgorithm, state: Json) -> None:
-    """Restore the state from `capture`; generators last, since the rest may draw from them."""
-    assert model.env is not None
-    _restore_episodes(model, state["envs"])
-    monitor, normalize = _find(model.env, VecMonitor), _find(model.env, VecNormalize)
-    if isinstance(monitor, VecMonitor):
-        monitor.episode_returns = np.array(state["monitor"]["returns"], dtype=np.float32)
-        monitor.episode_lengths = np.array(state["monitor"]["lengths"], dtype=np.int32)
-        monitor.episode_count = state["monitor"]["count"]
-    if isinstance(normalize, VecNormalize):
-        saved = state["normalize"]
-        rms = normalize.ret_rms
-        rms.mean, rms.var = np.array(saved["mean"]), np.array(saved["var"])
-        rms.count = saved["count"]
-        normalize.returns = np.array(saved["returns"])
-    model.action_space.np_random.bit_generator.state = state["action_space"]
-    kind, version, internal = state["python"]
-    random.setstate((kind, tuple(version), internal))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
-
-
-def _restore_episodes(model: BaseAlgorithm, states: list[Json]) -> None:
-    env, last = model.env, model._last_obs
-    assert env is not None
-    assert isinstance(last, dict)
-    seen = _resumable(env).set_state(states)
-    if all(np.array_equal(last[key], seen[key]) for key in last):
-        return
-    log.warning("The environment cannot reproduce the unfinished episodes; new episodes start.")
-    env.seed(model.num_timesteps)
-    model._last_obs = None  # makes `learn` reset the environments
-
-
-def replay_arrays(buffer: DictReplayBuffer) -> dict[str, np.ndarray]:
-    """Return the filled part of a replay buffer as arrays by name."""
-    size = buffer.size()
-    arrays = {name: getattr(buffer, name)[:size] for name in _REPLAY_FIELDS}
-    for key in buffer.observations:
-        arrays[f"observations.{key}"] = buffer.observations[key][:size]
-        arrays[f"next_observations.{key}"] = buffer.next_observations[key][:size]
-    return {**arrays, "position": np.array([buffer.pos, int(buffer.full)])}
-
-
-def fill_replay(buffer: DictReplayBuffer, arrays: dict[str, np.ndarray]) -> None:
-    """Restore a replay buffer from `replay_arrays`."""
-    size = len(arrays["actions"])
-    for name in _REPLAY_FIELDS:
-        getattr(buffer, name)[:size] = arrays[name]
-    for key in buffer.observations:
-        buffer.observations[key][:size] = arrays[f"observations.{key}"]
-        buffer.next_observations[key][:size] = arrays[f"next_observations.{key}"]
-    buffer.pos, buffer.full = int(arrays["position"][0]), bool(arrays["position"][1])
-
-
-def _resumable(env: VecEnv) -> Any:
+def _observed(env: VecEnv) -> Json:
     innermost = env.unwrapped
     assert isinstance(innermost, GymVecEnv)
-    return innermost.envs
-
-
-def _replay_buffer(model: BaseAlgorithm) -> DictReplayBuffer | None:
-    """The transitions that an off-policy algorithm learns from; None without one."""
-    buffer = model.replay_buffer if isinstance(model, OffPolicyAlgorithm) else None
-    return buffer if isinstance(buffer, DictReplayBuffer) else None
-
-
-def _find(env: VecEnv, kind: type[VecEnvWrapper]) -> VecEnvWrapper | None:
-    while isinstance(env, VecEnvWrapper):
-        if isinstance(env, kind):
-            return env
-        env = env.venv
-    return None
+    spec: Json = cast(Any, innermost.envs).encoder.spec
+    return spec

@@ -21,7 +21,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize
 from tqdm import tqdm
 
 from agents.algorithms import AgentConfig, make_model
-from agents.checkpoint import check_same_run, invalid_actions, latest_checkpoint, save_checkpoint
+from agents.checkpoint import check_same_run, latest_checkpoint, save_checkpoint
 from agents.vector_env import GymVecEnv
 from rap_env.errors import RapError
 from rap_env.models.progress import progress_bar
@@ -77,14 +77,13 @@ def train(
     """Train an agent, or resume the training in `run_dir`.
 
     A checkpoint is written after every rollout (PPO) or every thousand steps (DQN). A killed
-    training resumes from its last checkpoint and gives the same result as without the
-    interruption. A finished training is not repeated.
+    training resumes from its last checkpoint, with new episodes. A finished training is not
+    repeated.
 
     Args:
         config: Agent, length and hyperparameters.
         make_envs: Makes a gymnasium vector environment with the given number of
-            sub-environments, the autoreset mode ``SAME_STEP`` and a state that can be saved
-            (`get_state` and `set_state`).
+            sub-environments and the autoreset mode ``SAME_STEP``.
         run_dir: Folder of this run; checkpoints are written to its ``checkpoints``.
         log_fns: Called after each episode and each update with metrics by name:
             ``episode/*``, ``train/*``, ``time/*``. A resumed training repeats the steps since
@@ -216,7 +215,7 @@ class Recorder(BaseCallback):
         self._before = dict(self.totals)
         self._start = time.perf_counter()
         self._start_step = self._saved_at = self.num_timesteps
-        self._invalid = invalid_actions(self.training_env)
+        self._invalid = np.zeros(self.training_env.num_envs, dtype=np.int64)
         self._delta_key: str = self.training_env.get_attr("delta_key")[0]
         self._bar = progress_bar(
             self._show_bar,

@@ -15,7 +15,6 @@ from agents.checkpoint import latest_checkpoint
 from agents.trained_policy import TrainedPolicy
 from agents.training import TrainingDivergedError, train
 from rap_env.errors import ArtifactError, StorageFullError
-from rap_env.ladder.features import ImportanceFeatures
 from rap_env.plan import Plan
 from rap_env.policies.loading import make_method
 from tests.agents.ladders import SPEC, LadderContext
@@ -31,24 +30,6 @@ SHORT = {name: _SHORT_DQN if "dqn" in name else _SHORT_PPO for name in ALGORITHM
 def short(name="maskable_ppo", steps=256, **settings):
     given = {"n_envs": 2, "hyperparameters": SHORT[name], **settings}
     return AgentConfig(name, total_timesteps=steps, **given)
-
-
-def everything_of(run_dir):
-    """Parameters, optimiser and all other state of the newest checkpoint, as comparable values."""
-    newest = latest_checkpoint(run_dir / "checkpoints")
-    model = newest.load_model()
-    tensors = [p.detach().numpy() for p in model.policy.parameters()]
-    optimiser = model.policy.optimizer.state_dict()["state"]
-    tensors += [
-        np.asarray(value) for slot in optimiser.values() for _, value in sorted(slot.items())
-    ]
-    return newest.step, tensors, newest.body["state"]
-
-
-def assert_same(first, second):
-    assert first[0] == second[0]
-    assert all(np.array_equal(a, b) for a, b in zip(first[1], second[1], strict=True))
-    assert first[2] == second[2]
 
 
 class Interrupt(Exception):
@@ -80,29 +61,28 @@ def often(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, any_context, name, often):
-    config, envs, whole, cut, rest = short(name, 160), envs_for(any_context), [], [], []
-    train(config, envs, tmp_path / "whole", log_fns=[into(whole)], progress=False)
+def test_an_interrupted_training_goes_on_where_it_was(tmp_path, any_context, name, often):
+    config, envs, cut, rest = short(name, 160), envs_for(any_context), [], []
     with pytest.raises(Interrupt):
-        train(config, envs, tmp_path / "cut", log_fns=[into(cut), stop_at(100)], progress=False)
-    result = train(config, envs, tmp_path / "cut", log_fns=[into(rest)], progress=False)
+        train(config, envs, tmp_path, log_fns=[into(cut), stop_at(100)], progress=False)
+    saved = latest_checkpoint(tmp_path / "checkpoints")
+    model = saved.load_model(training.make_vector_env(config, envs))
+    assert model.num_timesteps == saved.step
+    rewards = model.get_vec_normalize_env().ret_rms
+    assert (float(rewards.mean), float(rewards.var)) == (
+        saved.body["rewards"]["mean"],
+        saved.body["rewards"]["var"],
+    )
+    assert rewards.count > saved.step, "of all steps before it, and a small initial count"
+    if "dqn" in name:
+        assert model.replay_buffer.size() * config.n_envs == saved.step
+    result = train(config, envs, tmp_path, log_fns=[into(rest)], progress=False)
     # The stop comes with the first episode that ends after step 100.
-    assert 0 < result.resumed_from < config.total_timesteps
-    assert_same(everything_of(tmp_path / "whole"), everything_of(tmp_path / "cut"))
-    logged = [row for row in cut if row["step"] <= result.resumed_from] + rest
-    assert [sorted(row) for row in logged] == [sorted(row) for row in whole]
-    assert logged == whole, "no line is missing, and none is there twice"
-    finished = train(config, envs, tmp_path / "cut", progress=False)
+    assert 0 < result.resumed_from == saved.step < config.total_timesteps
+    assert (result.timesteps, result.episodes) == (160, rest[-1]["episode/number"])
+    assert min(row["step"] for row in rest) > saved.step
+    finished = train(config, envs, tmp_path, progress=False)
     assert finished.resumed_from == finished.timesteps == result.timesteps, "it is not repeated"
-
-
-def test_changed_episodes_restart_after_a_resume(tmp_path, context, caplog):
-    train(short(steps=64), make_envs(context), tmp_path, progress=False)
-    context.features = ImportanceFeatures.none(12)
-    with caplog.at_level(logging.WARNING):
-        result = train(short(steps=128), make_envs(context), tmp_path, progress=False)
-    assert "cannot reproduce the unfinished episodes" in caplog.text
-    assert (result.resumed_from, result.timesteps) == (64, 128)
 
 
 def damage(path):
