@@ -95,9 +95,8 @@ class PlanOptions:
             plan, seq = self.plan.check(memory.facts.num_blocks), None
             policy: Policy = StaticPolicy(plan)
         else:
-            policy = load_policy(self.policy or DEFAULT_POLICY, memory)
-            if self.policy is None and default is not None:
-                policy = default
+            rule = default if self.policy is None else None
+            policy = rule or load_policy(self.policy or DEFAULT_POLICY, memory)
             plan, seq = policy.choose(self.request), self.request.seq_len_tokens
             memory.check_fits(plan, self.request)
         return ChosenPlan(plan, *find_delta_nll(memory, policy, plan, seq))

@@ -77,7 +77,7 @@ def test_a_table_has_the_stored_masks_and_its_fidelity(config, exported, capsys)
     table = ScoreTable.load(exported)
     assert exported.name == TABLE_FILE
     masks = len(table.scores)
-    assert masks >= PLANS
+    assert masks >= 20, "twice the blocks"
     live = build_context(config)
     for mask in [Plan(), Plan.removing(3), *list(table.scores)[-5:]]:
         assert table.scores[mask] == live.scorer.nll(mask)
@@ -119,7 +119,7 @@ def test_recorded_scores_are_not_measured_again(config, exported, tmp_path):
     scores = ScoreTable.load(export_scores(fresh, tmp_path / "run")).scores
     assert scores[policys] == 7.5
     assert {len(mask.removed) for mask in scores} > {0, 1}
-    assert len(scores) >= len(frontier.scores) > 50
+    assert len(scores) >= len(frontier.scores) > 20
     assert build_context(fresh).scorer.evaluations <= 11, "the dense model and single removals"
     context, shift = build_context(fresh), 0.25  # of a machine that rounds very differently
     shifted = {mask: nll + shift for mask, nll in frontier.scores.items()}
