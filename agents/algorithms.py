@@ -179,15 +179,9 @@ def with_defaults(name: str, section: str, given: Mapping[str, Any]) -> dict[str
         name: The agent, one of `HYPERPARAMETERS` or of another package.
         section: ``hyperparameters`` or ``policy_settings``.
         given: Settings that replace those of the file, as plain values.
-
-    Raises:
-        UnknownNameError: There is no such agent.
     """
-    if name in HYPERPARAMETERS:
-        path: Path | None = _FOLDER / f"{name}.yaml"
-    else:
-        path = find_plugin("agent", name, HYPERPARAMETERS).values_file
-    return {**(_values(path).get(section, {}) if path else {}), **given}
+    own = _values(_FOLDER / f"{name}.yaml") if name in HYPERPARAMETERS else {}
+    return {**own.get(section, {}), **given}
 
 
 @cache
@@ -291,9 +285,8 @@ class AgentConfig:
     """Configuration of a training: the agent, its length and its settings.
 
     Attributes:
-        name: One of `ALGORITHMS` (``ppo``, ``maskable_ppo``, ``dqn``, ``masked_dqn``), the
-            name of an entry point of another package, or ``package.module:name`` of an
-            `Algorithm`.
+        name: One of `ALGORITHMS` (``ppo``, ``maskable_ppo``, ``dqn``, ``masked_dqn``), or
+            ``package.module:name`` of an `Algorithm`.
         total_timesteps: Environment steps, one action each; PPO finishes its last rollout.
         n_envs: Environments stepped together in one process; they share one model.
         seed: Seed of the networks, of exploration and of the requests.

@@ -10,9 +10,8 @@
         --batch 8 --seq 1024 --budget 200MiB
     PYTHONPATH=. rap serve --policy examples.custom_method:BetterOfTwo
 
-A package gives it a short name by an entry point (see the page on training); in a checkout,
-the same class in a file of `rap_env/policies/`, with `@register` in front of it, has the name
-`name`.
+In a checkout, the same class in a file of `rap_env/policies/`, with `@register` in front of it,
+has the name `name`.
 """
 
 from __future__ import annotations

@@ -16,15 +16,12 @@ from typing import Any
 
 import hydra
 import yaml
-from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
@@ -34,7 +31,6 @@ from experiments.study.console import ExperimentError, fail, message
 from experiments.study.json_records import write_text
 from experiments.study.run_folder import flatten, run_label
 from rap_env.errors import RapError, UnknownNameError
-from rap_env.plugins import GROUPS, entry_points
 from rap_env.specs import settings_of
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
@@ -73,17 +69,6 @@ def register_program(stage: str) -> None:
 
 
 register()  # at import, so that the worker processes of a parallel sweep have them as well
-
-
-class PackagesSearchPath(SearchPathPlugin):
-    """Adds the YAML files of packages that offer policies, agents or baselines, after ours."""
-
-    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Append the folder ``conf`` of each package."""
-        offered = [plugin for kind in GROUPS for plugin in entry_points(kind)]
-        for package, folder in {plugin.package: plugin.conf for plugin in offered}.items():
-            if folder is not None:
-                search_path.append(package, f"file://{folder}")
 
 
 class NameBySweep(Callback):
@@ -178,7 +163,6 @@ def _asks_for_help(program: str) -> bool:
 
 
 def _run_main(main: Callable[[], Any], program: str) -> None:
-    Plugins.instance().register(PackagesSearchPath)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing a traceback
     try:
         main()

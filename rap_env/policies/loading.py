@@ -117,8 +117,7 @@ def load_policy(
             (the trained policy that removes blocks) and ``"frontier"`` (the packaged table of
             removals). Any other method of
             `rap_env.policies.registry.methods`, on the packaged scores of the default model.
-            For any model: ``"dense"``. Other packages may offer further names (entry points
-            ``rap_env.policies``); ``"package.module:name"`` names any `Method`, or any
+            For any model: ``"dense"``. ``"package.module:name"`` names any `Method`, or any
             callable that makes a policy from the model's byte arithmetic.
         model: The model that is served, or its byte arithmetic. None is the default model
             with native weights; it is not loaded, as its facts are in the package.

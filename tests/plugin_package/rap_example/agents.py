@@ -1,4 +1,4 @@
-"""An agent: an `Algorithm` and the file of its values, ``conf/agent/fading_ppo.yaml``."""
+"""An agent: an `Algorithm` and the file of its values, ``../conf/agent/fading_ppo.yaml``."""
 
 from dataclasses import dataclass
 from typing import Any
