@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import is_dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ from experiments.study.console import ExperimentError, fail, message
 from experiments.study.json_records import write_text
 from experiments.study.run_folder import flatten, run_label
 from rap_env.errors import RapError, UnknownNameError
-from rap_env.specs import settings_of
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 CHOICES_FILE = CONF_DIR / "choices.yaml"
@@ -111,8 +109,6 @@ def launch(stage: str, run: Stage) -> None:
             objective that an optimising sweeper minimises.
     """
     register_program(stage)
-    if _asks_for_help(stage):
-        return
 
     @hydra.main(version_base=None, config_path=str(CONF_DIR), config_name=stage)
     def main(node: DictConfig) -> float | None:
@@ -134,32 +130,13 @@ def launch(stage: str, run: Stage) -> None:
     _run_main(main, stage)
 
 
-def _composed(program: str, overrides: Sequence[str] = ()) -> tuple[Any, dict[str, list[str]]]:
+def _composed(program: str) -> tuple[Any, dict[str, list[str]]]:
     """Return a program's settings with their values, and the options of each group."""
     with hydra.initialize_config_dir(str(CONF_DIR), version_base=None):
-        values = OmegaConf.to_container(hydra.compose(program, overrides=list(overrides)))
+        values = OmegaConf.to_container(hydra.compose(program))
         loader = GlobalHydra.instance().config_loader()
         groups = {name: loader.get_group_options(name) for name in loader.list_groups("")}
     return values, {name: options for name, options in groups.items() if name != "hydra"}
-
-
-def _asks_for_help(program: str) -> bool:
-    """Print the help of a program if the command asks for it, with the values that it gives."""
-    if not {"-h", "--help"} & {*sys.argv[1:]}:
-        return False
-    given = [text for text in sys.argv[1:] if not text.startswith("-")]
-
-    def show() -> None:
-        values, groups = _composed(program, given)
-        running = sys.modules["__main__"]
-        module = running.__spec__.name.removesuffix(".__main__") if running.__spec__ else program
-        about = (running.__doc__ or "").partition("\n\n")[0]
-        usage = f"python -m {module} [SETTING=VALUE ...]"
-        text = help_text(read_by(program), values, groups)
-        print(f"{' '.join(about.replace('`', '').split())}\n\nUsage: {usage}\n\n{text}")
-
-    _run_main(show, program)
-    return True
 
 
 def _run_main(main: Callable[[], Any], program: str) -> None:
@@ -217,69 +194,6 @@ def _stored_threads(path: Path) -> int:
         threads = torch.get_num_threads()
     write_text(path, f"{threads}\n")
     return threads
-
-
-MODEL = ("model", "calibration", "importance", "store", "threads")
-"""What a program reads that measures on a model."""
-
-READS: dict[str, tuple[str, ...]] = {
-    "train": (*MODEL, "env", "workload", "reward", "agent", "warm_start", "score_model", "logger",
-              "frontier", "evaluate.requests", "evaluate.budgets", "evaluate.pinned",
-              "evaluate.selection"),
-    "evaluate": (*MODEL, "env", "evaluate", "logger"),
-    "profile": (*MODEL, "env", "workload", "frontier", "logger"),
-    "demo": (*MODEL, "demo", "env", "workload", "reward", "agent.total_timesteps", "frontier",
-             "evaluate"),
-    "export_scores": (*MODEL, "export", "env.id"),
-    **dict.fromkeys(("ladder", "equal_bytes"), (*MODEL, "ladder", "evaluate.text")),
-    "gradient_plans": ("model", "store", "threads", "env.levels", "evaluate.pinned",
-                       "gradient_plans"),
-    "replay": ("model", "store", "threads", "replay", "budget"),
-    "conversations": ("model", "threads", "replay", "conversations"),
-    "cgroup": ("model.name", "cgroup"),
-}  # fmt: skip
-"""Sections and settings of each program beside the first four; a program that is not listed
-reads those of a model and the section of its own name."""
-
-_LONGEST_VALUE = 80
-_EXPLAINED = (
-    "Each setting is explained beside its default in experiments/config, options such as\n"
-    "agent=dqn in conf/agent and conf/choices.yaml. docs/training.md has examples."
-)
-
-
-def read_by(program: str) -> tuple[str, ...]:
-    """Return the sections and settings that a program reads."""
-    return ("name", "runs_dir", "progress", "seed", *READS.get(program, (*MODEL, program)))
-
-
-def help_text(names: Sequence[str], values: dict[str, Any], groups: Mapping[str, list[str]]) -> str:
-    """Return the options of groups, and a line for each setting with its value.
-
-    Args:
-        names: The sections and settings to show.
-        values: All settings with their values.
-        groups: The options of each group; groups of other sections are left out.
-    """
-    lines = [f"  {group}={'|'.join(groups[group])}" for group in groups if group in names]
-    lines += ["  experiment=NAME (a file of conf/experiment)", ""]
-    for key, value in flatten(values).items():
-        if any(f"{key}.".startswith(f"{name}.") for name in names):
-            shown = value if isinstance(value, str) else json.dumps(value)
-            lines.append(f"  {key}={shown[:_LONGEST_VALUE]}{_choices(key)}")
-    return "\n".join([*lines, "", _EXPLAINED])
-
-
-def _choices(name: str) -> str:
-    """The names that a setting may be, such as ``"   (gsi|one_shot|none)"``."""
-    section: Any = Config
-    for part in name.split("."):
-        if not (isinstance(section, type) and is_dataclass(section)):
-            return ""
-        found = settings_of(section)[part]
-        section = next(iter(found.types), None)
-    text = "|".join(found.choices)
-    return f"   ({text})" if 0 < len(text) <= _LONGEST_VALUE else ""
 
 
 def guess(key: str, values: dict[str, Any], groups: Iterable[str]) -> str:

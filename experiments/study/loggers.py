@@ -12,7 +12,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from experiments.config import Config
-from experiments.launch import read_by
 from experiments.study.console import ExperimentError, MissingGroupError
 from experiments.study.json_records import append_record
 from experiments.study.run_folder import RunFolder, flatten
@@ -113,7 +112,7 @@ class Wandb:
                 id=self._run_id(folder),
                 resume="allow",
                 tags=[*about, Path(config.model.name).name[:64]],
-                config=logged_settings(config, job),
+                config=logged_settings(config),
                 mode=mode,
                 settings=wandb.Settings(
                     silent=True, console="off", x_disable_stats=True, init_timeout=_INIT_TIMEOUT_S
@@ -144,17 +143,16 @@ class Wandb:
         return path.read_text().strip()
 
 
-_OUTPUT = {"runs_dir", "progress", "logger"}
+_LOGGED = (
+    "name", "seed", "model", "calibration", "importance", "workload", "reward", "env", "agent",
+    "warm_start", "score_model", "frontier", "evaluate",
+)  # fmt: skip
 
 
-def logged_settings(config: Config, job: str) -> dict[str, Any]:
-    """Return the settings that a program reads, under flat names, by which wandb filters runs."""
-    names = {"stage", *read_by(job)} - _OUTPUT
-    return {
-        key: value
-        for key, value in flatten(asdict(config)).items()
-        if any(f"{key}.".startswith(f"{name}.") for name in names)
-    }
+def logged_settings(config: Config) -> dict[str, Any]:
+    """Return the settings of trainings and evaluations by flat names, by which wandb filters."""
+    settings = flatten(asdict(config)).items()
+    return {key: value for key, value in settings if key.partition(".")[0] in _LOGGED}
 
 
 def wandb_mode() -> str:

@@ -2,7 +2,6 @@
 
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,11 +9,9 @@ import pytest
 from experiments.config import Config
 from experiments.config.common import ModelConfig
 from experiments.config.program_settings import AgentConfig
-from experiments.launch import read_by
 from experiments.study.console import ExperimentError
 from experiments.study.json_records import read_records
 from experiments.study.loggers import has_login, logged_settings, open_loggers, wandb_mode
-from experiments.study.run_folder import flatten
 from rap_env.errors import MissingDependencyError
 
 
@@ -62,17 +59,11 @@ def test_tensorboard_gets_scalars(config):
     assert [event.step for event in events.Scalars("episode/delta_nll")] == [10, 20]
 
 
-@pytest.mark.parametrize("job", ["train", "evaluate"])
-def test_only_what_the_program_reads_is_its_configuration(config, job):
-    logged = logged_settings(config, job)
-    other = {"replay", "ladder", "report", "logger"}
-    assert not other & {key.split(".")[0] for key in logged}
+def test_the_settings_of_trainings_and_evaluations_are_logged(config):
+    logged = logged_settings(config)
+    assert not {"replay", "ladder", "logger"} & {key.split(".")[0] for key in logged}
     assert {"model.name", "calibration.windows", "seed", "evaluate.budgets"} <= set(logged)
-    assert ("agent.total_timesteps" in logged) == (job == "train")
-    assert ("evaluate.baselines" in logged) == (job == "evaluate")
-    every = set(flatten(asdict(config)))
-    read = read_by(job)
-    assert [n for n in read if not any(f"{k}.".startswith(f"{n}.") for k in every)] == []
+    assert {"agent.total_timesteps", "evaluate.baselines"} <= set(logged)
 
 
 def whole(run: Path) -> list[dict]:
