@@ -12,7 +12,7 @@ def test_the_help_shows_the_values_that_the_command_gives():
     done = run_python("-m", "experiments.train", "experiment=table", "seed=3", "--help",
                       cwd=Path(__file__).parents[2])  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "agent: dqn, masked_dqn, maskable_ppo" in done.stdout
+    assert "agent: dqn, maskable_ppo, maskable_ppo_large" in done.stdout
     assert "name: score_table:smollm2-135m" in done.stdout
     assert "\nseed: 3\n" in done.stdout
 
