@@ -41,15 +41,16 @@ def compared(tmp_path_factory):
         "workload=fixed", "workload.batch_size=4", "workload.seq_len_tokens=32",
         "workload.budget_fraction=0.8", "hydra/job_logging=none", "hydra/hydra_logging=none",
     ]  # fmt: skip
-    agent = ["--config-dir", str(PACKAGE / "conf"), "agent=fading_ppo", "agent.total_timesteps=64",
-             "agent.n_envs=2", "agent.hyperparameters.n_steps=16"]  # fmt: skip
+    agent = ["agent=fading_ppo", "agent.total_timesteps=64", "agent.n_envs=2",
+             "agent.hyperparameters.n_steps=16"]  # fmt: skip
+    folder = ["--config-dir", str(PACKAGE / "conf")]  # an option of Hydra, before all settings
     text = "evaluate.text={source: self, windows: 1, window_tokens: 12}"
     cells = [f"evaluate.baselines=['{METHOD}']", "evaluate.tasks.names=[]", text]
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(PACKAGE))
         patch.setenv("RAP_CACHE_DIR", str(base / "cache"))
         for name, run, more in (("train", run_trial, agent), ("evaluate", evaluate, cells)):
-            patch.setattr(sys, "argv", [name, *shared, *more])
+            patch.setattr(sys, "argv", [name, *folder, *shared, *more])
             launch(name, run)
     return base / "runs" / "default"
 
