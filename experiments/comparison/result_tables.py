@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from experiments.comparison.result_rows import ResultRow
@@ -10,7 +9,6 @@ from experiments.comparison.summaries import (
     REFERENCE,
     Comparison,
     Summary,
-    mean_quality,
     pairwise_comparisons,
 )
 from experiments.study.json_records import Cell
@@ -102,15 +100,11 @@ def quality_entry(quality: dict[str, float], name: str) -> str:
 
 
 def costs_table(comparison: Comparison) -> Table:
-    """Return the cost of each method: once, and for each request."""
+    """Return the cost of each method before any request."""
     columns: dict[str, Callable[[Summary], str]] = {
         "Method": lambda s: look(s.method).label,
-        "How it chooses": lambda s: look(s.method).what,
-        "KV-aware": lambda s: "yes" if s.kv_aware else "no",
-        "Evaluations once": lambda s: f"{s.setup_evaluations:,}",
+        "Evaluations": lambda s: f"{s.setup_evaluations:,}",
         "Training": lambda s: "-" if s.training_s is None else seconds(s.training_s),
-        "Evaluations per request": lambda s: number(s.evaluations),
-        "Decision (median)": lambda s: seconds(s.decision_s),
     }
     return columns_table(comparison.summaries, columns)
 
@@ -118,51 +112,20 @@ def costs_table(comparison: Comparison) -> Table:
 def delta_nll_table(comparison: Comparison, shape: tuple[int, int]) -> Table:
     """Return ΔNLL in nats/token for one request: methods as rows, budgets as columns."""
 
-    def entry(rows: list[ResultRow]) -> str:
+    def entry(method: str, cell: Cell) -> str:
+        if not (rows := comparison.at(method, cell)):
+            return ""
         mean = bootstrap_mean([row.window_delta_nll for row in rows])
         return f"{mean}{'' if all(row.fits for row in rows) else ' (does not fit)'}"
 
-    return _budget_table(comparison, shape, entry)
-
-
-def removed_table(comparison: Comparison, shape: tuple[int, int]) -> Table:
-    """Return removed blocks (attn + ffn) and peak memory for one request.
-
-    Where methods choose plans, it also has the levels of most kept caches and of the
-    embeddings.
-    """
-
-    def entry(rows: list[ResultRow]) -> str:
-        attn = sum(row.attn_removed for row in rows) / len(rows)
-        ffn = sum(row.ffn_removed for row in rows) / len(rows)
-        levels = f", {_kept_levels(rows[0], layers)}" if comparison.has_levels else ""
-        return f"{attn:.3g} + {ffn:.3g}{levels}, {mebibytes(max(r.peak_bytes for r in rows))}"
-
-    layers = comparison.num_layers
-
-    return _budget_table(comparison, shape, entry)
-
-
-def _budget_table(
-    comparison: Comparison, shape: tuple[int, int], entry: Callable[[list[ResultRow]], str]
-) -> Table:
     cells = [(*shape, budget) for budget in comparison.budgets_of(shape)]
     cells = [cell for cell in cells if any(comparison.at(m, cell) for m in comparison.compared)]
     return crossed_table(
         "Method",
         {look(s.method).label: s.method for s in comparison.summaries},
         {_budget(comparison, cell): cell for cell in cells},
-        lambda method, cell: entry(rows) if (rows := comparison.at(method, cell)) else "",
+        entry,
     )
-
-
-def _kept_levels(row: ResultRow, num_layers: int) -> str:
-    """Return the level of most kept caches, and that of the embeddings if it is not native."""
-    plan = row.plan
-    kept = [n for n in range(num_layers) if 2 * n not in plan.removed]
-    levels = Counter(plan.cache_level(layer).name for layer in kept)
-    caches = levels.most_common(1)[0][0] if levels else "none"
-    return caches if plan.embeddings == "native" else f"{caches}, embeddings {plan.embeddings}"
 
 
 def accuracy_table(comparison: Comparison) -> Table | None:
@@ -223,13 +186,7 @@ def difference_table(comparison: Comparison, method: str) -> Table:
 
 
 def comparison_document(comparison: Comparison) -> list[TitledTable]:
-    """Return all tables of a comparison but that of costs."""
-    columns = quality_columns(s.quality for s in comparison.summaries)
-
-    def qualities(rows: list[ResultRow]) -> str:
-        quality = mean_quality(rows)
-        return " / ".join(quality_entry(quality, name) for name in columns.values())
-
+    """Return all tables of a comparison."""
     tables = [TitledTable(summary_table(comparison))]
     if quality := quality_table(comparison):
         title = "Distance from the native model"
@@ -241,28 +198,18 @@ def comparison_document(comparison: Comparison) -> list[TitledTable]:
         tables.append(TitledTable(difference_table(comparison, method), title, caption))
     tables += tight_document(comparison)
     for shape in comparison.shapes:
-        words = f"{shape_words(shape)} tokens"
-        delta_nll, removed = delta_nll_table(comparison, shape), removed_table(comparison, shape)
-        levels = ", level of most caches" if comparison.has_levels else ""
-        title = f"Blocks removed (attn + ffn){levels} and peak memory, {words}"
-        tables += [
-            TitledTable(delta_nll, f"ΔNLL (nats/token), {words}"),
-            TitledTable(removed, title),
-        ]
-        if columns:
-            by_budget = _budget_table(comparison, shape, qualities)
-            tables.append(TitledTable(by_budget, f"{' / '.join(columns)}, {words}"))
+        title = f"ΔNLL (nats/token), {shape_words(shape)} tokens"
+        tables.append(TitledTable(delta_nll_table(comparison, shape), title))
     if accuracy := accuracy_table(comparison):
         tables.append(TitledTable(accuracy, "Accuracy of each task, mean over the grid"))
-    return tables
+    return [*tables, TitledTable(costs_table(comparison), "Costs before any request")]
 
 
 def tables_markdown(
     comparison: Comparison, title: str = "Comparison", *, captions: bool = False
 ) -> str:
     """Return all tables as Markdown, if asked to with the meaning of their numbers."""
-    tables = [*comparison_document(comparison), TitledTable(costs_table(comparison), "Costs")]
-    return f"# {title}\n\n{document(tables, captions=captions)}"
+    return f"# {title}\n\n{document(comparison_document(comparison), captions=captions)}"
 
 
 RATIO_TO = ("uniform", "knapsack", "greedy_per_byte", "evolutionary", "beam")

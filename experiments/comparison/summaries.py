@@ -44,7 +44,6 @@ class Summary:
         training_s: Mean seconds of training over seeds; None if not recorded.
         decision_s: Median seconds from request to plan.
         fitting: Number of rows whose peak is within the budget, of `rows` rows.
-        kv_aware: Whether the method counts the KV cache.
     """
 
     method: str
@@ -58,7 +57,6 @@ class Summary:
     decision_s: float
     fitting: int
     rows: int
-    kv_aware: bool
 
     @property
     def label(self) -> str:
@@ -123,11 +121,6 @@ class Comparison:
         return sorted(set.intersection(*have), key=lambda c: (c[0] * c[1], c[0], -c[2]))
 
     @property
-    def incomplete(self) -> bool:
-        """Whether some method lacks cells that another has."""
-        return len(self.cells) < len({r.cell for r in self.rows if r.method != REFERENCE})
-
-    @property
     def budgets(self) -> list[float]:
         """Budget fractions, from loose to tight."""
         return sorted({row.budget_fraction for row in self.rows}, reverse=True)
@@ -140,11 +133,6 @@ class Comparison:
     def same_budgets(self) -> bool:
         """Whether all requests have the same budget fractions."""
         return all(self.budgets_of(shape) == self.budgets for shape in self.shapes)
-
-    @cached_property
-    def has_levels(self) -> bool:
-        """Whether some plan has a level between native and removed."""
-        return any({*row.plan.levels.values()} - {"removed"} for row in self.rows)
 
     @cached_property
     def num_layers(self) -> int:
@@ -227,7 +215,6 @@ class Comparison:
             decision_s=float(np.median([row.decision_s for row in rows])),
             fitting=sum(row.fits for row in rows),
             rows=len(rows),
-            kv_aware=all(row.kv_aware for row in rows),
         )
 
 

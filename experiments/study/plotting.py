@@ -91,56 +91,38 @@ class Look:
         label: Name in headings and legends.
         colour: Hex code.
         marker: matplotlib marker.
-        what: Short description.
         learned: Whether the method was trained.
     """
 
     label: str
     colour: str
     marker: str
-    what: str
     learned: bool = False
 
 
 _LOOKS = {
-    "rap": Look("RAP policy", "#F0001C", "*", "a trained network rates blocks or items", True),
-    "maskable_ppo": Look("MaskablePPO", "#C8324B", "o", "trained policy", True),
-    "ppo": Look("PPO", "#F2702E", "o", "trained policy", True),
-    "masked_dqn": Look("Masked DQN", "#8E4FA8", "o", "trained policy", True),
-    "dqn": Look("DQN", "#E377B8", "o", "trained policy", True),
-    "greedy_per_byte": Look(
-        "Greedy per byte", "#00707F", "s",
-        "lowest ΔNLL per byte freed, measured again after each step",
-    ),
-    "oracle": Look("Oracle", "#12065E", "x", "the best of all masks, by brute force"),
-    "frontier": Look("Frontier table", "#5B2BE0", "h", "lookup of the best known mask"),
-    "score_model": Look(
-        "Score model search", "#9C6ADE", "H", "changes of known plans that a predictor rates"
-    ),
-    "evolutionary": Look("Evolutionary", "#2FA52F", "p", "EvoPress: swaps at equal bytes"),
-    "beam": Look("Beam search", "#2FC98A", "H", "several masks extended in parallel"),
-    "greedy_swaps": Look(
-        "Greedy with swaps", "#0B4A1E", "8", "greedy per byte, then swaps as long as they help"
-    ),
-    "uniform": Look(
-        "Uniform settings", "#A33B8F", "*",
-        "one level for all caches, one for all weights, then blocks in GSI order (as llama.cpp)",
-    ),
-    "rap-v0": Look("RAP-v0 on int8 caches", "#E06C75", "*", "the packaged policy over masks"),
-    "gsi": Look("GSI order", "#2B4C9B", "D", "a fixed order, found by removing one by one"),
-    "knapsack": Look("Knapsack", "#35A79C", "^", "best set if one-shot ΔNLL were additive"),
-    "one_shot_per_byte": Look(
-        "One-shot per byte", "#5C0A3C", "1", "order of ΔNLL per byte, measured once"
-    ),
-    "one_shot": Look("One-shot", "#7B9A2D", "v", "order of ΔNLL, measured once"),
-    "block_influence": Look("Block influence", "#9A5F2C", "P", "ShortGPT's cosine score"),
-    "shortgpt": Look("ShortGPT", "#F4A582", "d", "whole layers, by cosine score"),
-    "sleb": Look("SLEB", "#3F86FF", "|", "whole layers, measured again after each removal"),
-    "attention_only": Look("Attention only", "#6CAFE0", "<", "one-shot order, attn blocks only"),
-    "ffn_only": Look("FFN only", "#D5A41C", ">", "one-shot order, ffn blocks only"),
-    "random": Look("Random", "#8D9299", "X", "random steps until the request fits"),
-    "dense": Look("Dense (nothing removed)", "#1F2328", "_", "the reference, with all blocks"),
-}  # fmt: skip
+    "rap": Look("RAP policy", "#F0001C", "*", learned=True),
+    "maskable_ppo": Look("MaskablePPO", "#C8324B", "o", learned=True),
+    "ppo": Look("PPO", "#F2702E", "o", learned=True),
+    "masked_dqn": Look("Masked DQN", "#8E4FA8", "o", learned=True),
+    "dqn": Look("DQN", "#E377B8", "o", learned=True),
+    "greedy_per_byte": Look("Greedy per byte", "#00707F", "s"),
+    "frontier": Look("Frontier table", "#5B2BE0", "h"),
+    "score_model": Look("Score model search", "#9C6ADE", "H"),
+    "evolutionary": Look("Evolutionary", "#2FA52F", "p"),
+    "beam": Look("Beam search", "#2FC98A", "H"),
+    "uniform": Look("Uniform settings", "#A33B8F", "*"),
+    "rap-v0": Look("RAP-v0 on int8 caches", "#E06C75", "*"),
+    "gsi": Look("GSI order", "#2B4C9B", "D"),
+    "knapsack": Look("Knapsack", "#35A79C", "^"),
+    "one_shot_per_byte": Look("One-shot per byte", "#5C0A3C", "1"),
+    "one_shot": Look("One-shot", "#7B9A2D", "v"),
+    "block_influence": Look("Block influence", "#9A5F2C", "P"),
+    "shortgpt": Look("ShortGPT", "#F4A582", "d"),
+    "sleb": Look("SLEB", "#3F86FF", "|"),
+    "random": Look("Random", "#8D9299", "X"),
+    "dense": Look("Dense (nothing removed)", "#1F2328", "_"),
+}
 
 _SPARE = ("#5B8C5A", "#B5651D", "#4B6C8B", "#A23B72", "#6B7A1E", "#7D5BA6")
 
@@ -156,10 +138,10 @@ def look(method: str) -> Look:
     number = int(hashlib.sha256(method.encode()).hexdigest()[:8], 16)
     colour = _SPARE[number % len(_SPARE)]
     if base is None:
-        return Look(method, colour, "d", "no description")
+        return Look(method, colour, "d")
     parent = _LOOKS[base]
     label = f"{parent.label} {method[len(base) :].lstrip('-')}".strip()
-    return Look(label, colour, "d", parent.what, parent.learned)
+    return Look(label, colour, "d", parent.learned)
 
 
 def short_label(method: str, length: int = 26) -> str:
