@@ -34,9 +34,7 @@ from experiments.study.loggers import open_loggers
 from experiments.study.run_folder import RunFolder
 from rap_env.context.base import PruningContext
 from rap_env.leaderboard.tasks import pinned_tasks
-from rap_env.policies.packaged_files import DEFAULT_MODEL
 from rap_env.reward import plan_scores
-from rap_env.scoring.score_table import PREFIX
 
 log = logging.getLogger(__name__)
 
@@ -189,41 +187,11 @@ def verdict(config: Config, folder: Path, context: PruningContext) -> str:
     return f"{result}\nAll plans of the published methods were measured on the model.\n"
 
 
-def next_steps(
-    config: Config, folder: Path, context: PruningContext, overrides: Sequence[str]
-) -> str:
-    """Return a run's folder, and the commands that judge, export and serve its policy.
-
-    Args:
-        config: The settings of the training.
-        folder: Its run folder.
-        context: What it ran on.
-        overrides: The settings of the command that started it.
-    """
-    facts, settings = context.memory.facts, list(overrides)
-    if config.model.name.startswith(PREFIX):
-        settings = [text for text in settings if not text.startswith("model.name=")]
-        settings.append(f"model.name={facts.name}")
-    file = f"{config.name}.safetensors"
-    serve = f"rap serve --policy {file}"
-    if facts.name.partition("@")[0] != DEFAULT_MODEL:
-        serve += f" --model {facts.name}"
-    if not facts.packed:
-        serve += " --weights bf16"
-    return (
-        f"The run is in {folder}. Next, measure it on the model beside other methods; export it; "
-        f"serve it:\n  python -m experiments.evaluate {' '.join(settings)}\n"
-        f"  python -m experiments.export_policy run={folder} out={file}\n  {serve}"
-    )
-
-
 def run_trial(config: Config, folder: Path) -> float:
     """Train an agent and return the objective that a sweep minimises."""
     train(config, folder, swept=swept_settings())
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.RUN:
-        context = build_context(config)
-        say(verdict(config, folder, context))
-        say(next_steps(config, folder, context, HydraConfig.get().overrides.task))
+        say(f"{verdict(config, folder, build_context(config))}The run is in {folder}.")
     return objective(config, folder)
 
 

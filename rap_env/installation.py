@@ -5,23 +5,17 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 from rap_env.errors import counted
 from rap_env.extras import EXTRAS, missing_modules
-from rap_env.ladder.items import Ladder
 from rap_env.paths import cache_dir, folder_bytes
-from rap_env.scoring.score_table import PREFIX, ScoreTable, packaged_tables
+from rap_env.scoring.score_table import packaged_tables
 from rap_env.version import __version__
 
 _VERSIONS_OF = ("torch", "transformers", "gymnasium", "numpy", "safetensors", "huggingface-hub")
 _NO_MODEL: dict[str, Any] = {"device": None, "device_kind": None, "threads": None, "models": []}
 _MIB = 2**20
-_TWICE = (
-    "A model is there twice: packed for weights=native, and unpacked for other weights. Remove "
-    "either with `rm -r FOLDER`; it is made again when it is needed."
-)
 
 
 def describe() -> dict[str, Any]:
@@ -38,7 +32,7 @@ def describe() -> dict[str, Any]:
         **(_device_and_models() if extras["model"] else _NO_MODEL),
         "cpus": os.cpu_count(),
         "cache": {"folder": str(folder), "bytes": sum(sizes.values()), "entries": sizes},
-        "score_tables": [_score_table(path) for path in packaged_tables()],
+        "score_tables": [path.name for path in packaged_tables()],
     }
 
 
@@ -68,25 +62,6 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _score_table(path: Path) -> dict[str, Any]:
-    """A packaged score table, and how well it predicts what it was not fitted to."""
-    model, weights, *_ = path.name.split(".")
-    table = ScoreTable.load(path)
-    agreement = table.fidelity.rows[0]
-    weight_levels = () if table.levels is None else Ladder.of(table.facts).weight_levels
-    return {
-        "model": f"{PREFIX}{model}",
-        "weights": weights,
-        "environment": "RAPPrune-v0" if table.levels is None else "RAPLadder-v0",
-        "weight_levels": list(weight_levels),
-        "scores": len(table.scores),
-        "held_out": agreement.masks,
-        "rank_correlation": agreement.spearman,
-        "median_relative_error": agreement.median_relative_error,
-        "text_sha256": table.text["sha256"],
-    }
-
-
 def description(answer: dict[str, Any]) -> str:
     """The text of what `describe` returned."""
     versions = {"rap_env": answer["rap_env"], "python": answer["python"], **answer["packages"]}
@@ -105,18 +80,9 @@ def description(answer: dict[str, Any]) -> str:
         *(f"  {name:<40}{size / _MIB:>9.1f} MiB" for name, size in entries),
         *(f"Model: {m['name']}, {m['bytes'] / _MIB:.1f} MiB in {m['folder']}" for m in models),
     ]
-    if len({model["name"] for model in models}) < len(models):
-        lines.append(_TWICE)
     if not answer["extras"]["model"]:
         lines.append('To run a model: `pip install "rap-env[model]"`.')
     elif not models:
         lines.append("No model is cached; `rap fetch` downloads the default model.")
-    lines += [
-        f"Score table: {t['model']} in {t['environment']}"
-        + (f" with weights at {', '.join(t['weight_levels'])}" if t["weight_levels"] else "")
-        + f", {t['scores']:,} measured scores. "
-        f"Predictions, {t['held_out']} held out: rank correlation {t['rank_correlation']:.3f}, "
-        f"median error {t['median_relative_error']:.1%}"
-        for t in answer["score_tables"]
-    ]
+    lines += [f"Score table: {name}" for name in answer["score_tables"]]
     return "\n".join(lines)

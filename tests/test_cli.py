@@ -196,8 +196,7 @@ def test_info_names_versions_and_the_cache(rap, tmp_path):
     assert answer["extras"]["serve"] is True
     assert answer["cache"]["bytes"] == 8
     assert answer["cache"]["entries"] == {"models": 5, "scores.sqlite": 3}
-    tables = {table["environment"]: table for table in answer["score_tables"]}
-    assert tables["RAPLadder-v0"]["model"] == "score_table:smollm2-135m"
+    assert any(name.startswith("smollm2-135m.native") for name in answer["score_tables"])
     assert f"rap_env {__version__}, python 3." in rap("info")[1]
 
 

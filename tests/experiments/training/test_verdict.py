@@ -1,20 +1,16 @@
-"""A training on a packaged score table ends with its result, and with commands that work."""
+"""A training on a packaged score table ends with its result."""
 
 import re
-import shlex
-from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 
 from experiments.config import as_config
 from experiments.contexts import build_context
-from experiments.export_policy import ExportPolicyConfig, export
 from experiments.launch import CONF_DIR
-from experiments.train import next_steps, task_of, train, verdict
+from experiments.train import task_of, train, verdict
 from rap_env.errors import ArtifactError
 from rap_env.leaderboard.tasks import pinned_task
-from rap_env.policies.loading import load_policy
 
 SHORT = ["agent.total_timesteps=64", "agent.n_envs=2", "agent.hyperparameters.n_steps=32",
          "agent.hyperparameters.batch_size=32", "warm_start.updates=2", "warm_start.requests=4",
@@ -48,24 +44,9 @@ def test_the_result_stands_beside_the_published_methods(trained):
     assert "published methods were measured" in text
 
 
-def test_the_commands_at_the_end_work(trained, tmp_path, monkeypatch):
-    config, folder, context = trained
-    monkeypatch.chdir(tmp_path)
-    lines = next_steps(config, folder, context, ["experiment=table", "name=mine"]).splitlines()
-    judge, exporting, serve = [shlex.split(line) for line in lines[1:]]
-    judged = composed(*judge[3:])
-    assert (judged.model.name, judged.name) == (context.memory.facts.name, "mine")
-    export(ExportPolicyConfig(**dict(text.split("=", 1) for text in exporting[3:])))
-    assert serve == ["rap", "serve", "--policy", "mine.safetensors"]
-    policy = load_policy(Path(serve[-1]), context.memory)
-    assert policy.choose(pinned_task(task_of(config)).requests[0])
-
-
 def test_a_training_without_a_pinned_task_has_no_verdict(trained):
     _, folder, context = trained
     assert verdict(composed(), folder, context) == ""
-    steps = next_steps(composed(), folder, context, [])
-    assert "python -m experiments.evaluate \n" in steps
 
 
 @pytest.mark.parametrize(
