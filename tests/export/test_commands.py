@@ -216,17 +216,18 @@ def test_a_model_folder_has_to_be_converted_first(rap, model_folder, tmp_path, m
 
 
 def test_a_file_for_a_request_has_one_level_for_all_caches(rap, tmp_path):
-    write_tiny_gguf(tmp_path / "in.gguf", kind="Q4_1", hidden=64, ffn=128)
-    memory = MemoryModel(load_llm(tmp_path / "in.gguf", weights="native"))
-    plans = [Plan.uniform(memory.facts.num_layers, caches=level) for level in ("native", "int8")]
-    native, lowered = (memory.peak_bytes(plan, Request(64, 60, 1)) for plan in plans)
-    code, out, err = rap("export", tmp_path / "out.gguf", "--to", "gguf", "--batch", 64, "--seq",
+    write_tiny_gguf(tmp_path / "in.gguf", kind="Q4_1", hidden=64, ffn=128, layers=12)
+    model = load_llm(tmp_path / "in.gguf", dtype="bfloat16", weights="native")
+    plans = [Plan.uniform(12, caches=level) for level in ("native", "int8")]
+    native, lowered = (MemoryModel(model).peak_bytes(p, Request(512, 60, 1)) for p in plans)
+    assert lowered < native
+    code, out, err = rap("export", tmp_path / "out.gguf", "--to", "gguf", "--batch", 512, "--seq",
                          60, "--budget", (native + lowered) // 2, "--model",
                          tmp_path / "in.gguf", "--json")  # fmt: skip
     assert code == 0, err
-    assert set(json.loads(out)["levels"].values()) == {"int8"}
+    assert json.loads(out)["levels"] == plans[1].levels
     card = (tmp_path / "out.md").read_text()
-    assert "`llama-server -m out.gguf -ctk q8_0 -ctv q8_0 -fa on -c 3840 -np 64`" in card
+    assert "`llama-server -m out.gguf -ctk q8_0 -ctv q8_0 -fa on -c 30720 -np 512`" in card
 
 
 def test_a_folder_from_a_quantised_file_is_said_to_be_unquantised(rap, gguf_file, tmp_path):
