@@ -100,8 +100,6 @@ class NonFiniteScoreError(RapError, ArithmeticError):
     """The model returned NaN or infinity instead of a score."""
 
 
-
-
 class MissingDependencyError(RapError, ImportError):
     """A feature needs an optional package that is not installed."""
 
