@@ -187,7 +187,7 @@ class LiveContext(PruningContext):
     def _packaged_costs(self, cache_levels: tuple[str, ...]) -> LevelCosts | None:
         """The costs in the package, if they are of this model and have these levels of caches.
 
-        They were measured on self-written text, so they stand for no other.
+        Their text is a mixture of kinds; a text that is named has costs of its own.
         """
         if self.corpus.provenance.get("source") != "self":
             return None

@@ -43,7 +43,8 @@ from rap_env.models.files.model_folder import locked
 from rap_env.models.live.calibration import (
     enter,
     make_head,
-    make_layer,
+    native_passes,
+    round_layer,
     save_prepared_levels,
     use_prepared_levels,
     use_text,
@@ -203,11 +204,21 @@ def _texts(llm: ElasticLLM, text: str | Path | None) -> dict[str, torch.Tensor]:
     longest = llm.adapter.max_positions
     costs = COST_WINDOWS, min(COST_TOKENS, longest)
     if text is None:
-        return {"costs": mixed_windows(llm, *costs), "levels": calibration_windows(llm)}
-    return {
-        "levels": user_windows(llm, text, *level_windows(llm), fewest=_FEWEST_LEVEL_WINDOWS),
-        "costs": user_windows(llm, text, *costs, fewest=1),
-    }
+        texts = {"costs": mixed_windows(llm, *costs), "levels": calibration_windows(llm)}
+    else:
+        fewest = _FEWEST_LEVEL_WINDOWS
+        texts = {
+            "levels": user_windows(llm, text, *level_windows(llm), fewest=fewest),
+            "costs": user_windows(llm, text, *costs, fewest=1),
+        }
+    greatest = max(int(tokens.max()) for tokens in texts.values())
+    if greatest >= llm.facts.vocab_size:
+        raise ModelNotAvailableError(
+            f"The tokenizer of {llm.name} writes the token id {greatest}, but the model has "
+            f"embeddings of ids below {llm.facts.vocab_size}; it is the tokenizer of another "
+            "model: replace its files in the model's folder."
+        )
+    return texts
 
 
 def _workers(llm: ElasticLLM, memory_bytes: int | None) -> int:
@@ -319,29 +330,28 @@ def _make_levels(llm: ElasticLLM, windows: torch.Tensor, tasks: Tasks) -> None:
     def path_of(number: int) -> Path:
         return tasks.folder / f"states-{number:03d}.safetensors"
 
+    def named(states: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {f"{n:04d}": state for n, state in enumerate(states)}
+
     def make(number: int) -> dict[str, Any]:
         tasks.wait(path_of(number))
         stored = verified_tensors(path_of(number))
         states = [stored[name].to(llm.device) for name in sorted(stored)]
-
-        def pass_on(outputs: Sequence[torch.Tensor]) -> None:
-            write_tensors(
-                path_of(number + 1), {f"{n:04d}": state for n, state in enumerate(outputs)}
-            )
-
         if number == count:
             make_head(llm, forward, states)
         else:
             layer = forward.layer_steps[number]
             with forward.loaded(layer):
-                make_layer(llm, forward, layer, states, pass_on=pass_on)
+                passes, outputs = native_passes(llm, forward, layer, states)
+                write_tensors(path_of(number + 1), named(outputs))
+                del outputs
+                round_layer(llm, forward, passes)
             forward.forget(layer)
         path_of(number - 2).unlink(missing_ok=True)  # the one before may still be needed
         return {}
 
     if not path_of(0).exists() and not any(tasks.folder.glob("states-*")):
-        entered = enter(forward, windows)
-        write_tensors(path_of(0), {f"{n:04d}": state for n, state in enumerate(entered)})
+        write_tensors(path_of(0), named(enter(forward, windows)))
     tasks.run("levels", count + 1, make)
 
 

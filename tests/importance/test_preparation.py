@@ -105,15 +105,15 @@ def test_the_knapsack_uses_the_costs_from_then_on(ready):
 
 
 def test_a_run_that_was_ended_goes_on_where_it_was(folder, finished, monkeypatch):
-    done, whole = [], preparation.make_layer
+    done, whole = [], preparation.native_passes
 
-    def ends_in_the_second_layer(llm, forward, layer, states, **options):
+    def ends_in_the_second_layer(llm, forward, layer, states):
         done.append(layer)
         if len(done) == 2:
             raise KeyboardInterrupt
-        return whole(llm, forward, layer, states, **options)
+        return whole(llm, forward, layer, states)
 
-    monkeypatch.setattr(preparation, "make_layer", ends_in_the_second_layer)
+    monkeypatch.setattr(preparation, "native_passes", ends_in_the_second_layer)
     with pytest.raises(KeyboardInterrupt):
         prepared(folder)
     assert prepared_costs(load_llm(folder, dtype="float32")) is None
@@ -193,6 +193,11 @@ def test_a_damaged_file_of_a_prepared_model(folder):
 def test_what_cannot_be_prepared(folder):
     with pytest.raises(InvalidRequestError, match="bits must be 2, 3 or 4, not 5"):
         prepared(folder, bits=5)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["the", "and", "of", "to"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ModelNotAvailableError, match="token id 64, but .* ids below 64"):
+        prepared(folder)
     for path in folder.glob("tokenizer*"):
         path.unlink()
     with pytest.raises(ModelNotAvailableError, match="tokenizer"):

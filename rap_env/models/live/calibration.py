@@ -182,7 +182,8 @@ def _make(llm: ElasticLLM, windows: torch.Tensor) -> None:
     forward = PartialForward(llm)
     states = enter(forward, windows)
     for number, layer in enumerate(forward.layer_steps):
-        states = make_layer(llm, forward, layer, states)
+        passes, states = native_passes(llm, forward, layer, states)
+        round_layer(llm, forward, passes)
         log.info("Levels of layer %d of %d are made", number + 1, len(forward.layer_steps))
     make_head(llm, forward, states)
 
@@ -199,7 +200,6 @@ class _NativePass:
     Attributes:
         step: The blocks.
         states: Their inputs.
-        outputs: Their outputs.
         sums: Hessians of the inputs of matrices, by name (`hessians`).
         last_outputs: Outputs of the last matrix of each block, of every second window, for each
             entry of `states`.
@@ -207,39 +207,46 @@ class _NativePass:
 
     step: tuple[int, ...]
     states: list[torch.Tensor]
-    outputs: list[torch.Tensor]
     sums: dict[str, torch.Tensor]
     last_outputs: dict[int, list[torch.Tensor]]
 
 
-def make_layer(
+def native_passes(
     llm: ElasticLLM,
     forward: PartialForward,
     layer: Sequence[tuple[int, ...]],
     states: list[torch.Tensor],
-    *,
-    pass_on: Callable[[list[torch.Tensor]], object] = lambda states: None,
-) -> list[torch.Tensor]:
-    """Write the files of a layer's levels that are missing or damaged.
+) -> tuple[list[_NativePass], list[torch.Tensor]]:
+    """Run the native blocks of a layer, for `round_layer`.
 
     Args:
         llm: The model.
         forward: Its steps.
         layer: The steps of the layer, whose weights are in memory.
         states: Native inputs of the layer, as of `enter`.
-        pass_on: Called with the inputs of the next layer before any weights are rounded.
 
     Returns:
-        The inputs of the next layer.
+        What the blocks saw, and the inputs of the next layer.
     """
     passes = []
     for step in layer:
-        passes.append(_run_natively(llm, forward, step, states))
-        states = passes[-1].outputs
-    pass_on(states)
-    for native in passes:
-        _round(llm, forward, native)
-    return states
+        seen, outputs = _run_natively(llm, forward, step, states)
+        passes.append(seen)
+        states = outputs
+    return passes, states
+
+
+def round_layer(llm: ElasticLLM, forward: PartialForward, passes: list[_NativePass]) -> None:
+    """Write the files of a layer's levels that are missing or damaged.
+
+    Args:
+        llm: The model.
+        forward: Its steps.
+        passes: What `native_passes` returned; a pass is removed once its blocks are done.
+    """
+    while passes:
+        _round(llm, forward, passes[0])
+        del passes[0]
 
 
 def make_head(llm: ElasticLLM, forward: PartialForward, states: list[torch.Tensor]) -> None:
@@ -263,7 +270,8 @@ def make_head(llm: ElasticLLM, forward: PartialForward, states: list[torch.Tenso
 
 def _run_natively(
     llm: ElasticLLM, forward: PartialForward, step: tuple[int, ...], states: list[torch.Tensor]
-) -> _NativePass:
+) -> tuple[_NativePass, list[torch.Tensor]]:
+    """What the blocks of a step see and their outputs."""
     items = {index: llm._live.items[index] for index in step}
     missing = [index for index, item in items.items() if _missing(item)]
     layers = {
@@ -280,7 +288,7 @@ def _run_natively(
             for index in missing
         }
         outputs = [forward.run(step, state) for state in states]
-    return _NativePass(step, states, outputs, sums, last_outputs)
+    return _NativePass(step, states, sums, last_outputs), outputs
 
 
 def _round(llm: ElasticLLM, forward: PartialForward, native: _NativePass) -> None:
