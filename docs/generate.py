@@ -1,14 +1,16 @@
 """Generates what the documentation does not type: tables, environment pages, pictures.
 
-``python docs/generate.py`` writes the tables into the pages, between their markers, and two
-pictures; all are committed. `docs/conf.py` makes the rest at each build, into
+``python docs/generate.py`` writes the tables into the pages, between their markers, and a
+picture; all are committed. `docs/conf.py` makes the rest at each build, into
 ``docs/_generated`` and ``docs/results/details``. All numbers come from the records in
 ``results/``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
 import json
 import math
 import re
@@ -29,22 +31,24 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 import rap_env
 from benchmarks.harness import committed_records, targets_table
 from benchmarks.step import TASKS as STEP_TASKS
-from experiments import studies
+from experiments import live, studies
 from experiments.compare import compare
 from experiments.comparison.result_rows import ResultRow, rows_below
 from experiments.comparison.result_tables import tables_markdown
 from experiments.comparison.summaries import Comparison, Summary, compare_pair
 from experiments.config.program_settings import CompareConfig
+from experiments.studies.replay.cgroup import measures
 from experiments.studies.replay.conversations import memory_figure
 from experiments.study.harness import RESULTS, ROOT, Published, Study, write_changed, write_pages
 from experiments.study.plotting import FAINT, INK, Panel, look, panel_figure, save_png
 from experiments.study.table_format import columns_table, markdown, percent, seconds
 from rap_env.cli import cli
 from rap_env.leaderboard.entries import Entry, TableValues, published_entries, table_values
-from rap_env.leaderboard.tasks import pinned_tasks, tasks_of
+from rap_env.leaderboard.tasks import ACROSS_JUDGED_ON, pinned_task, pinned_tasks, tasks_of
 from rap_env.scoring.held_out import spearman
 
 if TYPE_CHECKING:
+    import gymnasium
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -210,21 +214,14 @@ def leaderboard_table(comparison: str) -> str:
 LEADERBOARDS = dict.fromkeys(task.comparison for task in pinned_tasks().values())
 
 METHODS = {
-    "rap": "a trained network",
+    "rap": "a trained network, no run of the model",
     "frontier": "the best of the measured plans that fits",
     "score_model": "a local search on predicted losses",
-    "uniform": "one level for all, then whole blocks, tuned",
-    "knapsack": "adds up costs that were measured one by one",
-    "one_shot": "follows one order of costs",
+    "uniform": "one level for all, then whole blocks, tuned by hand",
+    "knapsack": "adds up costs measured one by one",
+    "one_shot": "one order of costs, measured once",
 }
 """The methods in README.md, with what each does."""
-
-LADDERS = {
-    "Four bits": "tight",
-    "Two bits, same budgets": "low_bits",
-    "Two bits, budgets of their own": "tight_low_bits",
-}
-"""The table's columns: how few bits a weight may have, and at which budgets."""
 
 
 def method_rows(folder: str) -> list[ResultRow]:
@@ -232,48 +229,115 @@ def method_rows(folder: str) -> list[ResultRow]:
     return [row for row in Source(folder).rows if row.method in METHODS]
 
 
-def readme_results() -> str:
-    """The README's result in a sentence, and its table of methods, the least ΔNLL first."""
-    by_ladder = {
-        title: {summary.method: summary for summary in Comparison(method_rows(folder)).summaries}
-        for title, folder in LADDERS.items()
+def by_method(folder: str) -> dict[str, Summary]:
+    """The summary of each of `METHODS` in a comparison."""
+    return {summary.method: summary for summary in Comparison(method_rows(folder)).summaries}
+
+
+ACROSS_METHODS = {
+    "across_policy": "RAP policy across models",
+    "across_greedy": "Greedy per byte",
+    "across_uniform": "Uniform settings",
+}
+
+
+def test_scores(comparison: str) -> dict[str, float]:
+    """The scores of the published entries that were measured on the test text, by name."""
+    entries = published_entries(comparison)
+    return {e.name: float(e.scores("test").mean()) for e in entries if e.measured_on("test")}
+
+
+@cache
+def readme_numbers() -> dict[str, str]:
+    """The numbers within sentences of README.md."""
+    losses = {
+        f"{method}{suffix}": f"{summary.delta_nll.mean:.2f}"
+        for suffix, folder in {"": "tight", "_low_bits": "low_bits"}.items()
+        for method, summary in by_method(folder).items()
     }
-    four, two, own = ({m: s.delta_nll.mean for m, s in by.items()} for by in by_ladder.values())
-    seeds = ", ".join(str(by["rap"].delta_nll.seeds) for by in by_ladder.values())
-    decision_ms = 1000 * by_ladder["Four bits"]["rap"].decision_s
+    across = [test_scores(pinned_task(name).comparison) for name in ACROSS_JUDGED_ON]
+    study, published = STUDIES["cgroup"]
+    rap, other = (measures(row) for row in study.read(published.folder)[:2])
+    answered, failed = (int(rap[f"Requests {how}"]) for how in ("answered", "failed"))
+    more_tokens = float(other["Tokens a second"]) / float(rap["Tokens a second"]) - 1
+    recording = live.recorded(RESULTS / "live")
+    assert recording is not None  # committed
+    code = (ROOT / "README.md").read_text("utf-8").partition("```python\n")[2].partition("```")[0]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(code, {})
+    scores = test_scores("SmolLM2-v1")
+    return {
+        **losses,
+        "film": recording.summary,
+        "budgets": str(len(Comparison(method_rows("tight")).cells)),
+        "decision": seconds(by_method("tight")["rap"].decision_s),
+        "printed": printed.getvalue().strip(),
+        "random": f"{scores['Random']:.1f}",
+        "guess": f"{scores['Remove everything']:.1f}",
+        "served": f"{answered} of {answered + failed}",
+        "silence": rap["Longest time without a token"],
+        "more_tokens": percent(more_tokens, 0),
+        **{
+            key: " and ".join(f"{by[method]:.2f}" for by in across)
+            for key, method in ACROSS_METHODS.items()
+        },
+    }
 
-    def bold(text: str, summary: Summary) -> str:
-        return f"**{text}**" if summary.method == "rap" else text
 
-    def delta_nll(summary: Summary, title: str) -> str:
-        known = by_ladder[title].get(summary.method)
-        return bold(str(known.delta_nll), summary) if known else "-"
-
+def methods_table() -> str:
+    """The table of methods in README.md, the least ΔNLL first."""
+    two = by_method("low_bits")
     columns: dict[str, Callable[[Summary], str]] = {
-        "Method": lambda s: f"{bold(look(s.method).label, s)}: {METHODS[s.method]}",
-        **{title: partial(delta_nll, title=title) for title in LADDERS},
+        "Method": lambda s: f"{look(s.method).label}: {METHODS[s.method]}",
+        "Down to four bits": lambda s: str(s.delta_nll),
+        "Down to two bits": lambda s: str(two[s.method].delta_nll) if s.method in two else "-",
         "Decision": lambda s: seconds(s.decision_s),
     }
-    table = markdown(columns_table(by_ladder["Four bits"].values(), columns))
-    return (
-        f"**With weights down to two bits the same budgets cost "
-        f"{percent(1 - min(two.values()) / min(four.values()), 0)} less. Where every choice costs "
-        f"something,\nthe policy loses {percent(1 - four['rap'] / four['uniform'], 0)} less than "
-        f"uniform settings tuned by hand ({percent(1 - own['rap'] / own['uniform'], 0)} less down "
-        f"to two bits),\nin {decision_ms:.0f} ms and without a run of the model.** "
-        f"Mean ΔNLL by the fewest bits of weights (policy: {seeds} seeds):\n\n{table}"
-    )
+    return markdown(columns_table(by_method("tight").values(), columns))
 
 
-def table_speeds() -> str:
-    """Steps a second on the packaged tables."""
+def random_steps(env: gymnasium.Env[Any, Any], seed: int) -> int:
+    """The steps of an episode with random actions."""
+    observation, _ = env.reset(seed=seed)
+    env.action_space.seed(seed)
+    steps, ended = 0, [False]
+    while not any(ended):
+        action = env.action_space.sample(observation[MASK])
+        observation, _, *ended, _ = env.step(action)
+        steps += 1
+    return steps
+
+
+def tasks_table() -> str:
+    """Pinned tasks in README.md: their spaces, speed, and the least ΔNLL of a published method."""
     record = RESULTS / "benchmarks" / "step-cpu.json"
-    rates = json.loads(record.read_text(encoding="utf-8"))["measured"]["steps_per_s"]
-    prune, ladder = (round(rates[f"{name}, 1024"], -3) for name in STEP_TASKS)
-    return (
-        f"On the table, 1,024 sub-environments of `RAPLadder-v0` make {ladder:,.0f} steps a second "
-        f"on one core,\nthose of `RAPPrune-v0` {prune:,.0f}, without model or torch."
-    )
+    speeds = json.loads(record.read_text(encoding="utf-8"))["measured"]["steps_per_s"]
+
+    def row(name: str) -> list[str]:
+        task = pinned_task(name)
+        env = task.make()
+        lengths = [random_steps(env, seed) for seed in range(_EPISODES)]
+        low, middle, high = np.percentile(lengths, [5, 50, 95])
+        seen = [f"`{key}` {box.shape}" for key, box in env.observation_space.items() if key != MASK]
+        scores = test_scores(task.comparison)
+        best = min(scores, key=scores.__getitem__)
+        speed = speeds.get(f"{name}, 1024")
+        return [
+            f"`{name}`",
+            ", ".join(seen),
+            str(env.action_space.n),
+            f"{middle:.0f} ({low:.0f} to {high:.0f})",
+            f"{round(speed, -3):,.0f}" if speed else "-",
+            f"{scores[best]:.3f} ({best})",
+        ]
+
+    header = ["Task", "Observation", "Actions", "Steps of an episode", "Steps a second", "To beat"]
+    return markdown((header, [row(name) for name in README_TASKS]))
+
+
+_EPISODES = 40  # with random actions, for the lengths of episodes
+MASK = "action_mask"
+README_TASKS = (*STEP_TASKS[::-1], "RAPLadder/SmolLM2-LowBits-Table-v0")
 
 
 _OFFSETS = {  # of labels that would overlap others
@@ -323,8 +387,8 @@ def decision_cost() -> Figure:
 
 
 TABLES: dict[str, Callable[[], str | None]] = {
-    "results": readme_results,
-    "speeds": table_speeds,
+    "methods": methods_table,
+    "tasks": tasks_table,
     **{name: partial(shown_text, name) for name in (*COMPARISONS, *STUDIES)},
     **{name: partial(beside_text, name) for name in BESIDE},
     "entries": lambda: "\n".join(map(leaderboard_table, LEADERBOARDS)),
@@ -365,8 +429,8 @@ def command_reference() -> str:
 
 
 def main() -> None:
-    """Write the committed tables and the pictures."""
-    write_pages(TABLES)
+    """Write the committed tables and the picture."""
+    write_pages(TABLES, readme_numbers)
     save_png(decision_cost(), ROOT / "docs" / "images" / "decision_cost.png")
     study, published = STUDIES["conversations"]
     figure = memory_figure(study.read(published.folder))

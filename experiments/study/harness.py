@@ -29,6 +29,7 @@ Text = Callable[[], str]
 """Makes the text between the markers of a name."""
 
 _MARKED = re.compile(r"(<!-- (\w+): begin -->\n).*?(<!-- \2: end -->)", re.DOTALL)
+_NUMBER = re.compile(r"<!--(\w+)-->[^<]*<!---->")
 _INTERVAL = re.compile(r"(\[[-+]?\d+\.\d+), ([-+]?\d+\.\d+\])")
 
 
@@ -75,12 +76,15 @@ def marked_pages() -> list[Path]:
     return [page for page in pages if _MARKED.search(page.read_text(encoding="utf-8"))]
 
 
-def with_tables(page: str, texts: Mapping[str, Text]) -> str:
+def with_tables(
+    page: str, texts: Mapping[str, Text], numbers: Callable[[], Mapping[str, str]] = dict
+) -> str:
     """Return the text of a page with new tables; no interval is broken into two lines.
 
     Args:
         page: The text of the page.
         texts: What stands between markers, by their name. Other markers keep what they have.
+        numbers: Makes what stands within sentences, between ``<!--NAME-->`` and ``<!---->``.
     """
 
     def filled(match: re.Match[str]) -> str:
@@ -90,13 +94,14 @@ def with_tables(page: str, texts: Mapping[str, Text]) -> str:
         table = _INTERVAL.sub("\\1,\u00a0\\2", texts[name]().strip())
         return f"{begin}\n{table}\n\n{end}"
 
-    return _MARKED.sub(filled, page)
+    page = _MARKED.sub(filled, page)
+    return _NUMBER.sub(lambda match: f"<!--{match[1]}-->{numbers()[match[1]]}<!---->", page)
 
 
-def write_pages(texts: Mapping[str, Text]) -> None:
-    """Write tables into all pages that have markers of their names."""
+def write_pages(texts: Mapping[str, Text], numbers: Callable[[], Mapping[str, str]] = dict) -> None:
+    """Write tables and numbers into all pages that have markers of their names."""
     for page in marked_pages():
-        write_changed(page, with_tables(page.read_text(encoding="utf-8"), texts))
+        write_changed(page, with_tables(page.read_text(encoding="utf-8"), texts, numbers))
 
 
 def write_changed(path: Path, text: str) -> None:
