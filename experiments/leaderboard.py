@@ -1,29 +1,26 @@
-"""``python -m experiments.leaderboard``: check or publish entries, or judge trainings.
+"""``python -m experiments.leaderboard``: check or publish entries.
 
 ``check FILE`` replays the plans of an entry on the real model, and refuses numbers that do
-not reproduce. ``judge TASK FOLDER`` evaluates the policies of a training sweep. ``publish
-TASK METHOD...`` writes the entries of methods, such as the controls in ``examples/``.
+not reproduce. ``publish TASK METHOD...`` writes the entries of methods, such as the controls
+in ``examples/``.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 import rap_env
-from experiments.comparison.run_records import TrainingRun, training_dirs
-from experiments.study.console import ExperimentError, fail, say
-from experiments.study.json_records import write_records
+from experiments.study.console import fail, say
 from rap_env.errors import RapError
 from rap_env.leaderboard.entries import ENTRIES, Entry
-from rap_env.leaderboard.evaluation import Evaluation
 from rap_env.leaderboard.measuring import TaskLosses
-from rap_env.leaderboard.tasks import SPLITS, pinned_task, tasks_of
+from rap_env.leaderboard.tasks import SPLITS, tasks_of
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.plugins import find_plugin
@@ -140,50 +137,9 @@ def publish_method(task: str, method: str, measure: bool) -> Path:
     return entry.save(ENTRIES / result.task.comparison / f"{found.name}.json.gz")
 
 
-def judge_runs(
-    task: str, root: Path, split: str, measure: bool = False
-) -> Iterator[tuple[TrainingRun, Evaluation]]:
-    """Evaluate the finished training runs below ``root/train`` on a pinned task with a score table.
-
-    `measure` is as in `rap_env.evaluate`. Yields each run with its result; all rows replace
-    ``root/evaluate/TASK-SPLIT/results.jsonl`` at the end.
-
-    Raises:
-        ExperimentError: There are no finished runs.
-        RapError: A policy cannot be loaded, or it does not fit the task.
-    """
-    from agents.trained_policy import TrainedPolicy  # the other commands need no agents
-
-    folders = training_dirs(root, finished=True)
-    if not folders:
-        raise ExperimentError(
-            f"{root} has no finished training runs; give the folder of a comparison that "
-            "experiments.train wrote, such as runs/NAME."
-        )
-    env: Any = pinned_task(task).make().unwrapped
-    rows = []
-    for run in map(TrainingRun, folders):
-        policy = TrainedPolicy.load(run.path, env.context)
-        result = rap_env.evaluate(
-            policy, task, split, name=run.method, seed=run.seed, measure=measure
-        )
-        yield run, result
-        for row in result.rows():
-            row["provenance"]["depends_on"]["method"] = {"run": run.label}
-            rows.append({**row, "seed": run.seed, "training_s": run.facts.get("training_s")})
-    env.close()
-    name = f"{task.rpartition('/')[2]}-{split}"
-    write_records(root / "evaluate" / name / "results.jsonl", rows)
-
-
 @click.group()
 def main() -> None:
-    """Check and write entries of the leaderboard, or evaluate trained policies."""
-
-
-_MEASURE = click.option(
-    "--measure", is_flag=True, help="Run the model for plans that the table has not measured."
-)
+    """Check and write entries of the leaderboard."""
 
 
 @main.command()
@@ -205,28 +161,10 @@ def check(file: Path, every: int, threads: int) -> None:
 
 @main.command()
 @click.argument("task")
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--split", type=click.Choice(SPLITS), default="test", show_default=True)
-@_MEASURE
-def judge(task: str, folder: Path, split: str, measure: bool) -> None:
-    """Evaluate the training runs of a comparison's FOLDER on the pinned TASK.
-
-    The rows, in FOLDER/evaluate, are those that experiments.compare reads.
-    """
-    try:
-        for run, result in judge_runs(task, folder, split, measure):
-            say(
-                f"{run.label}: ΔNLL {result.mean_delta_nll:.4f} nats per token "
-                f"({result.num_predicted} of {len(result.cells)} predicted)"
-            )
-    except RapError as error:
-        fail(str(error))
-
-
-@main.command()
-@click.argument("task")
 @click.argument("methods", nargs=-1, required=True)
-@_MEASURE
+@click.option(
+    "--measure", is_flag=True, help="Run the model for plans that the table has not measured."
+)
 def publish(task: str, methods: tuple[str, ...], measure: bool) -> None:
     """Write the entries of METHODS (package.module:Class) on the pinned TASK into the package."""
     try:

@@ -1,4 +1,4 @@
-"""Rows of an evaluation, and plans of earlier ones, to be measured on other text or on tasks."""
+"""Rows of an evaluation."""
 
 from __future__ import annotations
 
@@ -18,16 +18,6 @@ QUALITY = (
     "accuracy_above_chance_ci_high",
 )
 """Fields of a row that compare its plan with the native model, besides ΔNLL."""
-
-_MEASURED = ("report_text", "report_sha256", "tasks")
-"""What the losses and accuracies of a row depend on, and its choice does not."""
-
-_EQUAL = {
-    "model_fingerprint": "model",
-    "dtype": "dtype",
-    "calibration_sha256": "calibration text",
-}
-"""What must not differ: peaks and the choices themselves depend on it."""
 
 
 @dataclass(frozen=True)

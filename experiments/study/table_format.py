@@ -26,7 +26,6 @@ class TitledTable(NamedTuple):
         table: Header and rows.
         title: Heading; empty for none.
         caption: Meaning of its numbers; empty for none. Markdown has it only if asked to.
-        detail: Whether it is a detail, which is folded in HTML.
     """
 
     table: Table

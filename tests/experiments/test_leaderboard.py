@@ -9,13 +9,8 @@ import torch
 from click.testing import CliRunner
 
 from experiments import leaderboard
-from experiments.compare import compare
 from experiments.comparison.result_rows import ResultRow, rows_below
-from experiments.config import Config
-from experiments.config.common import ImportanceConfig, ModelConfig, TextConfig
-from experiments.config.program_settings import AgentConfig, CompareConfig
 from experiments.leaderboard import check_entry, main
-from experiments.train import train
 from rap_env.ladder.items import Ladder
 from rap_env.leaderboard.entries import (
     ENTRIES,
@@ -25,7 +20,7 @@ from rap_env.leaderboard.entries import (
     published_entries,
     table_values,
 )
-from rap_env.leaderboard.tasks import pinned_task, tasks_of
+from rap_env.leaderboard.tasks import tasks_of
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.request import Request
@@ -157,41 +152,3 @@ def test_a_method_is_published_with_a_rank_only_if_its_plans_were_measured(tmp_p
     wrong = CliRunner().invoke(main, ["publish", "RAPLadder/SmolLM2-Table-v1", "x.y:Z"])
     assert wrong.exit_code != 0
     assert "x.y" in wrong.output
-
-
-def test_trained_policies_are_judged_on_a_pinned_task(tmp_path):
-    task = "RAPPrune/SmolLM2-Table-v1"
-    for seed in (0, 1):
-        config = Config(
-            stage="train", name="mine", runs_dir=str(tmp_path), seed=seed, progress=False,
-            store=None, model=ModelConfig(name="score_table:smollm2-135m"),
-            importance=ImportanceConfig(gsi_removals=24), calibration=TextConfig(source="self"),
-            workload={"name": "fixed", "batch_size": 4, "seq_len_tokens": 512,
-                      "budget_fraction": 0.9},
-            reward={"name": "perplexity"},
-            agent=AgentConfig(name="maskable_ppo", total_timesteps=32, n_envs=2,
-                              hyperparameters={"n_steps": 16, "batch_size": 16}),
-        )  # fmt: skip
-        train(config, config.stage_dir("train") / f"maskable_ppo-s{seed}")
-
-    ran = CliRunner().invoke(main, ["judge", task, str(tmp_path / "mine")])
-
-    assert ran.exit_code == 0, ran.output
-    rows = ResultRow.read(
-        tmp_path / "mine" / "evaluate" / "SmolLM2-Table-v1-test" / "results.jsonl"
-    )
-    for seed in (0, 1):
-        own = [row for row in rows if row.seed == seed]
-        assert [Request(*row.shape, row.budget_bytes) for row in own] == list(
-            pinned_task(task).requests
-        )
-        mean = sum(row.delta_nll for row in own) / len(own)
-        assert f"maskable_ppo-s{seed}: ΔNLL {mean:.4f}" in ran.output
-        assert all(row.training_s > 0 for row in own)
-    assert "| MaskablePPO (2) |" in compare(CompareConfig(runs=str(tmp_path), format="markdown"))
-
-
-def test_judging_a_folder_without_trained_policies_fails_clearly(tmp_path):
-    ran = CliRunner().invoke(main, ["judge", "RAPPrune/SmolLM2-Table-v1", str(tmp_path)])
-    assert ran.exit_code != 0
-    assert "no finished training runs" in ran.output
