@@ -292,8 +292,6 @@ class AgentConfig:
         seed: Seed of the networks, of exploration and of the requests.
         hyperparameters: Settings of the algorithm (`Algorithm.hyperparameters`). Settings
             that are not given have the values of ``conf/agent/NAME.yaml``.
-        normalize_reward: Divide rewards by the running deviation of returns (`VecNormalize`);
-            observations are in [0, 1] already.
         policy_settings: Settings of the block-wise policy
             (`agents.algorithms.PolicySettings`), completed in the same way.
 
@@ -308,7 +306,6 @@ class AgentConfig:
     n_envs: int = setting(8, low=1)
     seed: int = setting(0, low=0)
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
-    normalize_reward: bool = True
     policy_settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

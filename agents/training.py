@@ -138,11 +138,12 @@ def _new_model(
 
 
 def make_vector_env(config: AgentConfig, make_envs: MakeEnvs) -> VecEnv:
-    """Make `config.n_envs` sub-environments with a monitor and, if asked, normalised rewards."""
-    venv: VecEnv = VecMonitor(GymVecEnv(make_envs(config.n_envs)))
-    if config.normalize_reward:
-        venv = VecNormalize(venv, norm_obs=False, gamma=config.hyperparameters["gamma"])
-    return venv
+    """Make `config.n_envs` sub-environments with a monitor and normalised rewards.
+
+    Rewards are divided by the running deviation of returns; observations are in [0, 1] already.
+    """
+    venv = VecMonitor(GymVecEnv(make_envs(config.n_envs)))
+    return VecNormalize(venv, norm_obs=False, gamma=config.hyperparameters["gamma"])
 
 
 def _learn(model: BaseAlgorithm, steps: int, recorder: Recorder, fresh: bool) -> None:

@@ -120,9 +120,6 @@ class TasksConfig:
     """None without names."""
     limit: int | None = setting(None, low=1)
     """Documents of each task; null for all."""
-    documents: str = setting("sample", choices=("sample", "first"))
-    """Which ones: a ``sample`` that the seed draws, or the ``first`` ones, as of generated
-    tasks."""
     data_root: str | None = None
     """Folder with local files of hub tasks; null for the hub's."""
     num_fewshot: int = setting(0, low=0)

@@ -68,8 +68,6 @@ class AgentConfig:
     """Steps of the environment until the training ends."""
     n_envs: int = setting(8, low=1)
     """Number of sub-environments; they share one model."""
-    normalize_reward: bool = True
-    """Whether rewards are divided by their running standard deviation."""
     policy_settings: dict[str, Any] = setting({})
     """Settings of the block-wise network: ``hidden``, ``block_vectors``, ``without``."""
     hyperparameters: dict[str, Any] = setting({})

@@ -44,8 +44,6 @@ Rows = list[dict[str, Any]]
 
 KNOWN_TASKS = (*GENERATED_TASKS, *(name for name in TASK_FOLDERS if name != "blimp"))
 SCORABLE_OUTPUTS = ("multiple_choice", "loglikelihood")
-DOCUMENTS = ("sample", "first")
-"""Which documents of a task a limit leaves."""
 
 log = logging.getLogger(__name__)
 
@@ -61,11 +59,10 @@ class TaskConfig:
             those of `rap_env.scoring.long_context_tasks`, such as ``rap_recall_1024``) or any
             task of lm-eval whose answers are scored by likelihoods. A group or tag of lm-eval
             stands for its tasks.
-        limit: Number of documents of each task; None for all.
-        documents: Which ones, if there is a `limit`: ``"sample"``, drawn with `seed`, or
-            ``"first"``, as with lm-eval's own limit. The first documents of a data set may
-            all be of one kind: those of hellaswag have one source. Generated tasks always
-            have the first ones, since `seed` decides their content and kinds take turns.
+        limit: Number of documents of each task, drawn with `seed`; None for all. The first
+            documents of a data set may all be of one kind: those of hellaswag have one
+            source. Generated tasks have the first ones, since `seed` decides their content
+            and kinds take turns.
         data_root: Folder of local data for lm-eval's own tasks, see
             `rap_env.scoring.lm_eval_tasks`; None uses the hub's data.
         num_fewshot: Solved examples before each question.
@@ -73,8 +70,7 @@ class TaskConfig:
             examples.
 
     Raises:
-        UnknownNameError: A name is not a string, or a misspelt generated task; or there is no
-            such value of `documents`.
+        UnknownNameError: A name is not a string, or a misspelt generated task.
         InvalidRequestError: A number is out of range, or names are missing or repeated.
     """
 
@@ -83,7 +79,6 @@ class TaskConfig:
     data_root: str | None = None
     num_fewshot: int = setting(0, low=0)
     seed: int = setting(0, low=0)
-    documents: str = setting("sample", choices=DOCUMENTS, kind="choice of documents")
 
     def __post_init__(self) -> None:
         if isinstance(self.names, str) or not all(isinstance(n, str) for n in self.names):

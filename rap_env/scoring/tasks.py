@@ -253,7 +253,7 @@ def _built(task: Any, lm: PlanLM, config: TaskConfig) -> _BuiltTask:
     shared = long_context_task(task.task_name) is not None
     limit, chosen = config.limit, None
     try:
-        if config.documents == "sample" and limit is not None and not is_generated(task.task_name):
+        if limit is not None and not is_generated(task.task_name):
             chosen = _sampled(len(task.eval_docs), limit, config.seed)
         task.build_all_requests(limit=limit, rank=0, world_size=1, samples=chosen)
         requests = lm.encode(task.instances)

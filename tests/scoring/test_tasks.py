@@ -213,24 +213,10 @@ def test_a_limit_takes_a_seeded_sample_of_documents(tmp_path, llm):
     assert contexts_of(scorer(limit=8, seed=1)) != drawn
     assert set(contexts_of(scorer(limit=12))) > set(drawn)
     assert contexts_of(scorer(limit=30)) == contexts_of(scorer(limit=99)) == every
-    assert contexts_of(scorer(limit=8, documents="first")) == every[:8]
     results = [scorer(limit=limit).results(SOME)["hellaswag"] for limit in (8, None)]
     assert results[0].documents == 8
     places = [every.index(text) for text in drawn]
     np.testing.assert_allclose(results[0].choice_nll, results[1].choice_nll[places])
-
-
-def test_the_choice_of_documents_counts_where_it_changes_them(tmp_path, llm):
-    write_task(tmp_path, "hellaswag", rows=numbered(30))
-
-    def key(name: str, documents: str) -> dict:
-        config = TaskConfig((name,), limit=4, data_root=str(tmp_path), documents=documents)
-        return dict(TaskScorer(llm, config).context)
-
-    assert key("hellaswag", "first") != key("hellaswag", "sample")
-    assert key("rap_choice", "first") == key("rap_choice", "sample")
-    with pytest.raises(UnknownNameError, match="choice of documents 'frist'.*Did you mean 'first'"):
-        TaskConfig(("piqa",), documents="frist")
 
 
 def test_tasks_without_likelihoods_of_answers_are_rejected_before_anything_loads(monkeypatch, llm):
