@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
 import hydra
 import yaml
 from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -28,8 +25,8 @@ from omegaconf.errors import OmegaConfBaseException
 from experiments.config import Config, as_config
 from experiments.study.console import ExperimentError, fail, message
 from experiments.study.json_records import write_text
-from experiments.study.run_folder import flatten, run_label
-from rap_env.errors import RapError, UnknownNameError
+from experiments.study.run_folder import run_label
+from rap_env.errors import RapError
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 CHOICES_FILE = CONF_DIR / "choices.yaml"
@@ -127,24 +124,18 @@ def launch(stage: str, run: Stage) -> None:
             # error that holds only its message can be pickled by a worker process.
             raise ExperimentError(str(error)) from None
 
-    _run_main(main, stage)
+    _run_main(main)
 
 
-def _composed(program: str) -> tuple[Any, dict[str, list[str]]]:
-    """Return a program's settings with their values, and the options of each group."""
-    with hydra.initialize_config_dir(str(CONF_DIR), version_base=None):
-        values = OmegaConf.to_container(hydra.compose(program))
-        loader = GlobalHydra.instance().config_loader()
-        groups = {name: loader.get_group_options(name) for name in loader.list_groups("")}
-    return values, {name: options for name, options in groups.items() if name != "hydra"}
-
-
-def _run_main(main: Callable[[], Any], program: str) -> None:
+def _run_main(main: Callable[[], Any]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing a traceback
     try:
         main()
-    except (RapError, HydraException, OmegaConfBaseException) as error:
-        fail(_mistake(message(error), program))
+    except RapError as error:
+        fail(message(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        reason = re.split(r"\n *(?:full_key|Config search path)", message(error))[0].strip()
+        fail(f"{reason}\n--help lists the settings of a program.")
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted. Run the same command again to continue.\n")
         sys.exit(130)
@@ -159,17 +150,6 @@ def runs_in_parallel(hydra: Any) -> bool:
     return bool(
         hydra.mode == RunMode.MULTIRUN and not hydra.launcher._target_.endswith(".BasicLauncher")
     )
-
-
-def _mistake(text: str, program: str) -> str:
-    """Return what is wrong with a command: one sentence for a misspelt setting or option."""
-    if key := re.match(r"Could not override '([^']+)'", text):
-        return guess(key[1], *_composed(program))
-    if option := re.search(r"Could not find '([\w/]+)/(\w+)'", text):
-        known = re.findall(r"^\t(\S+)$", text.partition("Config search path")[0], re.MULTILINE)
-        if known:
-            return str(UnknownNameError(f"option of {option[1]}", option[2], known))
-    return text
 
 
 def set_threads(config: Config) -> None:
@@ -194,14 +174,3 @@ def _stored_threads(path: Path) -> int:
         threads = torch.get_num_threads()
     write_text(path, f"{threads}\n")
     return threads
-
-
-def guess(key: str, values: dict[str, Any], groups: Iterable[str]) -> str:
-    """Return one sentence about a setting that does not exist, with the nearest name."""
-    paths = (accumulate(name.split("."), "{}.{}".format) for name in flatten(values))
-    known = [*groups, *values, *chain.from_iterable(paths)]
-    near = difflib.get_close_matches(key, known, n=1) or [
-        name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]
-    ]
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"There is no setting {key!r}.{hint} --help lists the settings of a program."
