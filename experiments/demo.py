@@ -1,4 +1,4 @@
-"""``python -m experiments.demo``: what the project does, on the default model, in a few minutes.
+"""``python -m experiments.demo``: what the project does, on the default model, in five minutes.
 
 What the package holds of the model (costs of levels, measured plans, a text) is used and not
 made again; every loss that the demo reports is measured on the model in this run. Finished
@@ -12,8 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import TYPE_CHECKING
-
-import torch
 
 from agents.export import export_policy
 from experiments import live
@@ -34,13 +32,13 @@ from rap_env.context.table import TableContext
 from rap_env.policies.loading import load_policy
 
 if TYPE_CHECKING:
-    from rap_env.models.live.elastic import ElasticLLM
+    pass
 
 RUN, POLICY_FILE = "rap-s0", "rap.safetensors"
 
 
 def demo(config: Config, folder: Path) -> Path:
-    """Run the five stages.
+    """Run the four stages.
 
     Returns:
         The folder with all records.
@@ -48,15 +46,13 @@ def demo(config: Config, folder: Path) -> Path:
     started = time.monotonic()
 
     def stage(number: int, text: str) -> None:
-        say(f"\n[{number}/5] {text}  ({time.monotonic() - started:.0f} s)")
+        say(f"\n[{number}/4] {text}  ({time.monotonic() - started:.0f} s)")
 
-    stage(1, f"{config.model.name} answers a question")
     on_table = replace(config.model, name=config.demo.table, device="auto", dtype="auto")
     training = replace(config, stage="train", model=on_table, store=None)
     model, scores = build_context(config), packaged_scores(training)
-    say(f"  {config.demo.question}\n  {answer(model.llm, config.demo.question)}")
 
-    stage(2, f"a policy is trained on {len(scores.table.scores):,} measured plans of the package")
+    stage(1, f"a policy is trained on {len(scores.table.scores):,} measured plans of the package")
     run = train(training, config.stage_dir("train") / RUN)
     policy_file = run / POLICY_FILE
     export_policy(run, scores).save(policy_file)
@@ -67,23 +63,24 @@ def demo(config: Config, folder: Path) -> Path:
 
     text = config.evaluate.text
     words = f"{text.windows} x {text.window_tokens} tokens of Python's manual"
-    stage(3, f"judged on the model, on {words}, which no method has seen")
+    stage(2, f"judged at four bits, where choices interact, on {words} that no method has seen")
     if not Path(text.source).exists():  # the manual that is a part of every Python
         Path(text.source).write_text("\n\n".join(topics.values()), encoding="utf-8")
     results = evaluate(config, config.stage_dir("evaluate"), scores)
 
-    stage(4, f"the engine serves for {config.demo.live_s} s; its memory falls and returns")
+    stage(3, f"the engine serves for {config.demo.live_s} s; its memory falls and returns")
     policy, live_folder = load_policy(policy_file, model.llm), config.stage_dir("live")
     recording = live.record_once(live_folder, model.llm, policy, config.demo.live_s)
     save_png(live.live_figure(recording), live_folder / "live.png")
     say(wrapped(recording.summary))
 
-    stage(5, "verdict: mean ΔNLL over the requests, nats per token with a 95 % interval")
+    stage(4, "verdict: mean ΔNLL over the requests, nats per token with a 95 % interval")
     say(plain(summary_table(Comparison(ResultRow.read(results)))))
     say(f"\nAll tables, with figures in {folder / 'figures'}:")
     say(f"  python -m experiments.compare runs={folder} figures={folder / 'figures'}")
     say(f"\nNext:\n  rap choose --policy {policy_file} --batch 8 --seq 2048 --budget 128MiB")
     say(f"  rap serve --policy {policy_file} --memory 600MiB")
+    say("  rap prepare smollm2-135m  # weights of 3 and 2 bits, with which budgets cost less")
     return folder
 
 
@@ -93,13 +90,6 @@ def packaged_scores(config: Config) -> TableContext:
     assert isinstance(context, TableContext)  # `demo.table` is the name of one
     table = replace(context.table, evaluation_s=0.0)
     return TableContext(table, context.name, importance=context.importance)
-
-
-def answer(llm: ElasticLLM, question: str) -> str:
-    """Return the native model's answer."""
-    ids = torch.tensor([live.chat_ids(llm, question)])
-    new = llm.generate(ids.to(llm.device), max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
-    return str(llm.tokenizer.decode(new, skip_special_tokens=True)).strip()
 
 
 if __name__ == "__main__":

@@ -210,7 +210,6 @@ class DemoConfig:
 
     table: str = "score_table:smollm2-135m"
     """What the policy is trained on."""
-    question: str = "What is the capital of France?"
     live_s: float = setting(60, low=1)
     """Seconds of service with moving memory."""
 

@@ -1,4 +1,4 @@
-"""The demo on a random model: its five stages, and that finished ones are not repeated."""
+"""The demo on a random model: its four stages, and that finished ones are not repeated."""
 
 from dataclasses import asdict, replace
 
@@ -43,7 +43,7 @@ def config(base):
     return config
 
 
-def test_five_stages_end_with_a_service_and_a_verdict(config, capsys, monkeypatch):
+def test_four_stages_end_with_a_service_and_a_verdict(config, capsys, monkeypatch):
     monkeypatch.setattr("rap_env.runtime.controller.process_meter", TensorMeter)
     monkeypatch.setattr(live, "TEXT_CHARACTERS", 20)
     monkeypatch.setattr(live, "CHAT_TOKENS", 8)
@@ -51,7 +51,7 @@ def test_five_stages_end_with_a_service_and_a_verdict(config, capsys, monkeypatc
     assert demo(config, config.root) == config.root
     out = capsys.readouterr().out
     stages = [line[:5] for line in out.splitlines() if line.startswith("[")]
-    assert stages == [f"[{number}/5]" for number in range(1, 6)]
+    assert stages == [f"[{number}/4]" for number in range(1, 5)]
     for label in ("RAP policy", "Score model search", "Frontier", "Uniform", "Knapsack"):
         assert label in out
     assert "ΔNLL on held-out text" in out
