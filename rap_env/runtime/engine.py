@@ -281,16 +281,12 @@ class Engine:
     def _run(self) -> None:
         while not self._closing:
             self._wake.clear()
-            if not self._try(self.step):
+            worked = False
+            try:
+                worked, self._turn_error = self.step(), None
+            except Exception as error:
+                if repr(error) != repr(self._turn_error):  # else it is logged already
+                    log.exception("A turn of the engine failed; the engine continues.")
+                self._turn_error = error
+            if not worked:
                 self._wake.wait(_IDLE_POLL_S)
-
-    def _try(self, action: Callable[[], bool | None]) -> bool:
-        try:
-            worked = bool(action())
-        except Exception as error:
-            if repr(error) != repr(self._turn_error):  # else it is logged already
-                log.exception("A turn of the engine failed; the engine continues.")
-            self._turn_error = error
-            return False
-        self._turn_error = None
-        return worked

@@ -86,16 +86,6 @@ def invalid(message: str, param: str | None = None, code: str | None = "invalid_
     return ApiError(400, message, param=param, code=code)
 
 
-def too_large(limit_bytes: int) -> ApiError:
-    """413: the body is longer than the limit."""
-    return ApiError(
-        413,
-        f"The request body is longer than {limit_bytes} bytes, the most that this server reads.",
-        code="request_too_large",
-        headers={"connection": "close"},
-    )
-
-
 def unavailable(
     message: str, code: str = "service_unavailable", *, retry_after_s: int | None = 1
 ) -> ApiError:
@@ -137,15 +127,6 @@ class ApiKeys:
     """
 
     def __init__(self, path: str) -> None:
-        self._digests = self._read(path)
-
-    def __contains__(self, key: str) -> bool:
-        """Whether a key is one of them; takes the same time for every key."""
-        given = _digest(key)
-        return sum(hmac.compare_digest(known, given) for known in self._digests) > 0
-
-    @staticmethod
-    def _read(path: str) -> frozenset[bytes]:
         try:
             lines = Path(path).read_text(encoding="utf-8").splitlines()
         except OSError as error:
@@ -156,7 +137,7 @@ class ApiKeys:
             raise ServingSettingsError(
                 f"api_key_file {path} must be a text file in UTF-8."
             ) from None
-        digests = set()
+        self._digests = set()
         for number, line in enumerate(map(str.strip, lines), start=1):
             if not line or line.startswith("#"):
                 continue
@@ -165,13 +146,17 @@ class ApiKeys:
                     f"Line {number} of api_key_file {path} must be a key of visible ASCII "
                     "characters without spaces, or a comment that begins with #."
                 )
-            digests.add(_digest(line))
-        if not digests:
+            self._digests.add(_digest(line))
+        if not self._digests:
             raise ServingSettingsError(
                 f"api_key_file {path} has no key; write one per line, for example the output of "
                 "'openssl rand -hex 32'."
             )
-        return frozenset(digests)
+
+    def __contains__(self, key: str) -> bool:
+        """Whether a key is one of them; takes the same time for every key."""
+        given = _digest(key)
+        return sum(hmac.compare_digest(known, given) for known in self._digests) > 0
 
 
 def _digest(key: str) -> bytes:
@@ -316,7 +301,12 @@ async def read_json(request: Request, settings: ServerSettings) -> dict[str, Any
             headers={"connection": "close"},
         ) from None
     if seen_bytes > most:
-        raise too_large(most)
+        raise ApiError(
+            413,
+            f"The request body is longer than {most} bytes, the most that this server reads.",
+            code="request_too_large",
+            headers={"connection": "close"},
+        )
     return parse_json(bytes(body))
 
 

@@ -258,10 +258,6 @@ def _first_error(error: ValidationError) -> ApiError:
     )
 
 
-def _unknown_parameter(name: str) -> ApiError:
-    return invalid(f"Unknown parameter: '{shown(name)}'.", shown(name), "unknown_parameter")
-
-
 _OTHER_FIELDS: dict[str, Any] = package_json("rap_env.serving", "other_fields.json")
 """Undeclared fields of the API. Ignored ones are about billing, storage or speed and cannot
 change the answer. For each other one: the values that have no effect, and a hint for the
@@ -275,7 +271,8 @@ def _check_other_fields(fields: Mapping[str, Any], *, chat: bool) -> None:
         if name in _OTHER_FIELDS["ignored"]:
             continue
         if name not in limits:
-            raise _unknown_parameter(name)
+            unknown = shown(name)
+            raise invalid(f"Unknown parameter: '{unknown}'.", unknown, "unknown_parameter")
         if value not in limits[name]["neutral"]:
             hint = limits[name]["hint"]
             message = f"Unsupported parameter: '{name}' is not supported with this server; {hint}"
