@@ -255,7 +255,6 @@ class Engine:
             running=len(self._scheduler.batch.sequences),
             plan=self._scheduler.plan,
             stalled_s=self._scheduler.admission.stalled_s,
-            lowered_rows=self._scheduler.batch.lowered_rows,
             kept_sequences=self._scheduler.batch.kept.sequences,
             kept_bytes=self._scheduler.batch.kept.bytes,
             kept_file_bytes=self._scheduler.batch.kept.files.bytes,

@@ -241,6 +241,23 @@ class MemoryEstimator:
             freed[2 * layer] -= native[layer] - self._cache_bytes(cache, layer, shape)
         return tuple(freed)
 
+    def least_raise_bytes(self, plan: Plan, shape: BatchShape) -> int:
+        """Fewest bytes with which some removed block returns or some item gets a better level."""
+        facts, freed = self.memory.facts, self.freed_bytes(shape)
+        steps = [freed[index] for index in plan.removed]
+        for index, level in plan.weights:
+            sizes = facts.weight_levels(index)
+            steps.append(min(size - sizes[level] for size in sizes.values() if size > sizes[level]))
+        for layer, cache in plan.caches:
+            better = CacheLevel(min(16, 2 * cache.bits), cache.window_tokens)
+            better = CacheLevel() if better == cache else better
+            steps.append(
+                self._cache_bytes(better, layer, shape) - self._cache_bytes(cache, layer, shape)
+            )
+        if plan.embeddings != "native":
+            steps.append(facts.base_bytes - facts.embedding_levels[plan.embeddings])
+        return max(1, min(steps, default=1))
+
     def _growth_bytes(self, plan: Plan, shape: BatchShape, tokens: int) -> int:
         """Bytes of keys and values that stay after `tokens` more tokens."""
         facts, lowered = self.memory.facts, dict(plan.caches)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from rap_env.errors import ChecksumError, ModelNotAvailableError, RapError
+from rap_env.levels import WEIGHT_LEVELS
 from rap_env.models.device import synchronise
 from rap_env.plan import Plan, with_lowest_caches
 from rap_env.runtime.memory_estimator import EMPTY_BATCH, BatchShape, PassSize
@@ -21,6 +22,20 @@ RETRY_S = 5.0
 """Seconds between two looks at weights that could not be read."""
 _UNREADABLE = (ChecksumError, ModelNotAvailableError)
 _ATTEMPTS = 4  # at making a plan fit by measured bytes
+
+
+def lowers_nothing(plan: Plan, before: Plan) -> bool:
+    """Whether no item has a lower level in a plan than it had before."""
+    weights = [(level, before.weight_level(index)) for index, level in plan.weights]
+    rank = WEIGHT_LEVELS.index
+    return (
+        plan.removed <= before.removed
+        and all(rank(n) <= rank(old) for n, old in [*weights, (plan.embeddings, before.embeddings)])
+        and all(
+            2 * layer in before.removed or level.lowest(old := before.cache_level(layer)) == old
+            for layer, level in plan.caches
+        )
+    )
 
 
 class PlanSwitcher:
@@ -84,16 +99,17 @@ class PlanSwitcher:
     def improves(self, plan: Plan, shape: BatchShape) -> bool:
         """Whether a plan is better than the present one.
 
-        It is if the policy predicts a smaller rise in NLL. Without a prediction, and where
-        both have the same, more bytes of weights and caches count as better.
+        It is if it lowers nothing, else if the policy predicts a smaller rise in NLL. Without
+        a prediction, more bytes count as better.
         """
-        plans, tokens = (plan, self._llm.plan), shape.at_least_one[1]
-        rise, before = (self._chooser.rise(each, tokens) for each in plans)
-        if rise is None or before is None or rise == before:
-            request = shape.request(1)
-            size, before_size = (self._estimator.memory.peak_bytes(p, request) for p in plans)
-            return size > before_size
-        return rise < before
+        before, tokens = self._llm.plan, shape.at_least_one[1]
+        if plan == before or lowers_nothing(plan, before):
+            return plan != before
+        rise, rise_before = (self._chooser.rise(each, tokens) for each in (plan, before))
+        if rise is None or rise_before is None:
+            peak_bytes = self._estimator.peak_bytes
+            return peak_bytes(plan, shape) > peak_bytes(before, shape)
+        return rise < rise_before
 
     def settle(
         self,
@@ -207,7 +223,7 @@ class Growth:
         self._hold_s = hold_s
         self._since_s: float | None = None  # there has been headroom
         self._least_bytes = 0  # of headroom since then
-        # A batch, and bytes that were not enough for it.
+        # A batch, and enough bytes for it.
         self._failure: tuple[BatchShape, int] | None = None
         # Or of the last attempt to restore everything.
         self._idle_since_s: float | None = None
@@ -243,15 +259,17 @@ class Growth:
         """Raise items once there has been headroom above the present need long enough."""
         plan, estimator = self._chooser.llm.plan, self._chooser.estimator
         need = estimator.peak_bytes(plan, shape)
-        lasting = self._lasting_bytes(self._limit_bytes(next_pass) - need)
+        headroom = self._limit_bytes(next_pass) - need
+        least = estimator.least_raise_bytes(plan, shape)
+        lasting = self._lasting_bytes(headroom, least)
         if lasting is None or (
-            self._failure and self._failure[0] == shape and lasting <= self._failure[1]
+            self._failure and self._failure[0] == shape and lasting < self._failure[1]
         ):
             return
         available = self._monitor.trimmed_bytes(shape, next_pass) - self._reserve_bytes()
         choice = self._chooser.choose(shape, min(need + lasting, available))
         if not self._raise_to(choice, shape, "room", next_pass):
-            self._failure = shape, lasting
+            self._failure = shape, lasting + least  # with headroom for one more block
 
     def _raise_to(
         self, choice: PlanChoice | None, shape: BatchShape, trigger: Trigger, next_pass: PassSize
@@ -264,10 +282,13 @@ class Growth:
         self.reset()
         return True
 
-    def _lasting_bytes(self, headroom_bytes: int) -> int | None:
-        """Bytes that were free throughout `hold_s`, after which a new wait begins; else None."""
+    def _lasting_bytes(self, headroom_bytes: int, useful_bytes: int) -> int | None:
+        """Bytes that were free throughout `hold_s`, after which a new wait begins; else None.
+
+        Less than `useful_bytes` restarts the wait.
+        """
         now = self._clock()
-        if headroom_bytes <= 0:
+        if headroom_bytes < useful_bytes:
             self._since_s = None
             return None
         if self._since_s is None:

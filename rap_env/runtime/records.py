@@ -88,7 +88,6 @@ class EngineStats(Counters):
         running: Requests in the running batch or in prefill.
         plan: The plan of the last step.
         stalled_s: Seconds for which requests have waited while nothing ran.
-        lowered_rows: Decoding requests whose caches have lower levels than the plan.
         kept_sequences: Sequences that are kept beside those that run.
         kept_bytes: Their bytes in memory.
         kept_file_bytes: Bytes of the files in which others of them are.
@@ -98,7 +97,6 @@ class EngineStats(Counters):
     running: int
     plan: Plan
     stalled_s: float
-    lowered_rows: int
     kept_sequences: int = 0
     kept_bytes: int = 0
     kept_file_bytes: int = 0

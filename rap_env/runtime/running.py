@@ -132,12 +132,6 @@ class RunningBatch:
         return max(self.decoding, key=lambda sequence: sequence.handle.id)
 
     @property
-    def lowered_rows(self) -> int:
-        """Decoding rows whose caches have lower levels than the plan."""
-        plan = self._llm.plan
-        return sum(own != plan for own in self.rows.plans)
-
-    @property
     def intact(self) -> bool:
         """Whether each decoding sequence has its row: no change of rows has failed."""
         return self.rows.size == len(self.decoding)
