@@ -1,18 +1,15 @@
-"""``python -m experiments.profile``: measure block importance and memory shares."""
+"""``python -m experiments.profile``: measure the importance of blocks and plans."""
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from pathlib import Path
-from typing import Any
 
 from experiments.config import Config
 from experiments.contexts import GSI_FILE, build_context, frontier_artifact, make_ladder_bytes
 from experiments.launch import launch
 from experiments.score_model import draw_requests, stored_scores
-from experiments.study.json_records import write_text
 from experiments.study.run_folder import RunFolder
 from rap_env.context.base import PruningContext, costs_of
 from rap_env.context.opening import require_live
@@ -27,25 +24,24 @@ log = logging.getLogger(__name__)
 def profile(config: Config, folder: Path) -> Path:
     """Measure importance and write artifacts; existing artifacts are kept.
 
-    The folder gets ``profile.json``, ``gsi.json``, ``one_shot.json`` and, if
-    `frontier.evaluations` is above 0, ``frontier.json``.
+    The folder gets ``gsi.json``, ``one_shot.json`` and, if `frontier.evaluations` is above 0,
+    ``frontier.json``.
 
     Returns:
-        The path of ``profile.json``.
+        The path of ``one_shot.json``.
 
     Raises:
         ExperimentError: The folder has a profile of another model, text or importance.
     """
     run = RunFolder(folder)
     started = time.monotonic()
-    path = folder / "profile.json"
+    path = folder / "one_shot.json"
     run.start(config, frozen=("model", "calibration", "importance"))
     context = build_context(config, profiled=False)
     if not path.exists():
-        context.one_shot.save(folder / "one_shot.json")
         if config.importance.method == "gsi":
             context.gsi.save(folder / GSI_FILE)
-        write_text(path, json.dumps(profile_record(context), indent=1, allow_nan=False))
+        context.one_shot.save(path)
     table = frontier_artifact(config)
     if config.frontier.evaluations and not table.exists():
         build_frontier_table(config, context, table)
@@ -80,17 +76,6 @@ def build_frontier_table(config: Config, context: PruningContext, path: Path) ->
         )
     table.save(path)
     log.info("Frontier: %d scores in %s.", table.evaluations, path)
-
-
-def profile_record(context: PruningContext) -> dict[str, Any]:
-    """Return what the report shows of a model, as plain values."""
-    facts = context.memory.facts
-    names = ("name", "fingerprint", "dtype", "num_layers", "max_positions")
-    return {
-        "facts": {name: getattr(facts, name) for name in names},
-        "memory_shares": context.memory.shares(),
-        "calibration": context.corpus.provenance,
-    }
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ called one.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -205,31 +205,6 @@ class MemoryModel:
     def peak_bytes_without_blocks(self, request: Request) -> int:
         """Peak bytes with every block removed: no mask needs less."""
         return self.peak_bytes(Plan.removing(*range(self.facts.num_blocks)), request)
-
-    def shares(
-        self,
-        batch_sizes: Sequence[int] = (1, 4, 16, 64),
-        seq_lens_tokens: Sequence[int] | None = None,
-    ) -> list[dict[str, Any]]:
-        """Shares of the dense peak by what they hold, one row per batch size and length.
-
-        Args:
-            batch_sizes: Batch sizes.
-            seq_lens_tokens: Sequence lengths; by default the model's positions, halved up to
-                seven times.
-        """
-        longest = self.facts.max_positions
-        lengths = seq_lens_tokens or sorted({longest >> n for n in range(8)} - {0})
-        rows = []
-        for batch_size in batch_sizes:
-            for seq_len_tokens in lengths:
-                request = Request(batch_size, seq_len_tokens, budget_bytes=2**62)
-                parts = self.breakdown(Plan(), request)
-                shape = {"batch_size": batch_size, "seq_len_tokens": seq_len_tokens}
-                named = {part.name: getattr(parts, part.name) for part in fields(parts)}
-                part_shares = {name: size / parts.peak for name, size in named.items()}
-                rows.append({**shape, "peak_bytes": parts.peak, **part_shares})
-        return rows
 
     def check_fits(self, plan: Plan, request: Request) -> None:
         """Raise an `InfeasibleBudgetError` unless a plan fits a request's budget."""

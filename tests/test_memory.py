@@ -175,9 +175,6 @@ def test_an_invalid_budget_fraction_is_rejected(fraction: float) -> None:
 
 
 @given(SHAPES)
-def test_shares_add_up_to_the_dense_peak(shape: tuple[int, int]) -> None:
-    (row,) = MEMORY.shares([shape[0]], [shape[1]])
-    parts = ("attn_weights", "ffn_weights", "embeddings", "kv_cache", "workspace")
-    assert (row["batch_size"], row["seq_len_tokens"]) == shape
-    assert row["peak_bytes"] == MEMORY.dense_peak_bytes(*shape)
-    assert sum(row[part] for part in parts) == pytest.approx(1)
+def test_the_parts_add_up_to_the_dense_peak(shape: tuple[int, int]) -> None:
+    parts = MEMORY.breakdown(Plan(), Request(*shape, budget_bytes=1))
+    assert sum(vars(parts).values()) == parts.peak == MEMORY.dense_peak_bytes(*shape)

@@ -1,11 +1,11 @@
-"""Figures of a comparison, of memory, of chosen levels and of trainings."""
+"""Figures of a comparison, of chosen levels and of trainings."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -89,45 +89,6 @@ def _draw_delta_nlls(axis: Axes, comparison: Comparison, shape: Shape) -> None:
             )  # fmt: skip
     if comparison.same_budgets:
         axis.set_xticks([100 * budget for budget in comparison.budgets])
-
-
-MEMORY_PARTS = {
-    "ffn_weights": ("FFN weights", "#E0812F"),
-    "attn_weights": ("attention weights", "#2F6DB5"),
-    "kv_cache": ("KV cache", "#9CC3E6"),
-    "embeddings": ("embeddings and head", "#B9B4A8"),
-    "workspace": ("workspace (estimate)", "#DEDAD0"),
-}
-"""The parts from the bottom up, with label and colour; the KV cache is a lighter attention
-blue."""
-
-
-def memory_picture(shares: Sequence[dict[str, Any]]) -> Figure:
-    """Draw rows of `MemoryModel.shares` against sequence length, a panel per batch size."""
-
-    def draw(axis: Axes, batch: int) -> None:
-        rows = [row for row in shares if row["batch_size"] == batch]
-        tokens = [row["seq_len_tokens"] for row in rows]
-        axis.stackplot(
-            tokens,
-            *[[100 * row[part] for row in rows] for part in MEMORY_PARTS],
-            colors=[colour for _, colour in MEMORY_PARTS.values()],
-            labels=[label for label, _ in MEMORY_PARTS.values()],
-            linewidth=0.6, edgecolor="white",
-        )  # fmt: skip
-        axis.set_xscale("log", base=2)
-        ticks = tokens[::2]
-        axis.set_xticks(ticks, [str(n) if n % 1024 else f"{n // 1024}k" for n in ticks])
-        axis.set_ylim(0, 100)
-        axis.grid(False)
-
-    batches = sorted({row["batch_size"] for row in shares})
-    parts = [
-        Panel(partial(draw, batch=batch), f"batch {batch}", "sequence length (tokens)",
-              "share of peak memory (%)")
-        for batch in batches
-    ]  # fmt: skip
-    return panel_figure(parts, columns=len(batches), height=2.9, same_axes=True, sharey=True)
 
 
 class LevelsLine(NamedTuple):
@@ -246,15 +207,10 @@ def comparison_figures(records: Records) -> dict[str, Draw]:
     """Return what draws the figures for which a comparison has records, by name."""
     comparison, draw = records.comparison, dict[str, Draw]()
     if comparison and comparison.summaries:
-        num_layers = comparison.num_layers
-        if records.profile:
-            num_layers = records.profile["facts"]["num_layers"]
         for method, lines in _chosen_levels(comparison).items():
-            draw[f"levels_{method}"] = partial(levels_picture, lines, num_layers)
+            draw[f"levels_{method}"] = partial(levels_picture, lines, comparison.num_layers)
         if len(comparison.cells) > len(comparison.shapes):  # else its lines are points
             draw["delta_nll_against_budget"] = partial(delta_nll_against_budget, comparison)
-    if records.profile:
-        draw["memory"] = partial(memory_picture, records.profile["memory_shares"])
     if logged_curves(records.runs):
         draw["learning_curves"] = partial(learning_curves, records.runs)
     return draw

@@ -17,7 +17,7 @@ import numpy as np
 from experiments.comparison.result_rows import ResultRow
 from experiments.comparison.summaries import Comparison, check_equal
 from experiments.study.console import ExperimentError
-from experiments.study.json_records import read_json, read_records, record_files
+from experiments.study.json_records import read_records, record_files
 from experiments.study.plotting import short_label
 from experiments.study.run_folder import RunFolder, short_keys
 from experiments.study.statistics import mean_of_known
@@ -54,11 +54,6 @@ class Records:
         """
         check_equal(self.rows, _EQUAL)
         return Comparison(self.rows) if self.rows else None
-
-    @cached_property
-    def profile(self) -> dict[str, Any] | None:
-        """The content of ``profile/profile.json``; None before a profile."""
-        return read_json(self.root / "profile" / "profile.json", made_by="the profile")
 
     def title(self, folder: RunFolder) -> str:
         """Name and model of one of the run folders, of an absolute path the last part."""

@@ -86,33 +86,11 @@ def make_rows(agent_seeds: int = 1) -> list[ResultRow]:
     return rows
 
 
-def make_profile() -> dict[str, Any]:
-    """A ``profile.json`` with plausible shapes."""
-    shares = []
-    for batch in (1, 4, 16, 64):
-        for tokens in (64, 128, 256, 512, 1024, 2048, 4096, 8192):
-            parts = {"attn_weights": 53.0, "ffn_weights": 159.0, "embeddings": 56.0,
-                     "kv_cache": batch * tokens * 0.023, "workspace": 20.0}  # fmt: skip
-            total = sum(parts.values())
-            shares.append(
-                {"batch_size": batch, "seq_len_tokens": tokens, "peak_bytes": int(total * 2**20),
-                 **{name: value / total for name, value in parts.items()}}
-            )  # fmt: skip
-    return {
-        "facts": {"name": "smollm2-135m", "fingerprint": "f" * 64, "dtype": "bfloat16",
-                  "num_layers": LAYERS, "max_positions": 8192},
-        "memory_shares": shares,
-        "calibration": DEPENDS["calibration"],
-    }  # fmt: skip
-
-
 def write_root(root: Path, agent_seeds: int = 1) -> Path:
     """A comparison's folder as the stages leave it."""
     for row in make_rows(agent_seeds):
         append_record(root / "evaluate" / "results.jsonl", row.to_record(), durable=False)
     _write_run(root / "evaluate", rows=90)
-    (root / "profile").mkdir()
-    (root / "profile" / "profile.json").write_text(json.dumps(make_profile()))
     for seed in range(agent_seeds):
         folder = root / "train" / f"maskable_ppo-s{seed}"
         _write_run(

@@ -93,7 +93,7 @@ def test_two_jobs_run_in_the_executor_of_the_slurm_launcher(base):
     assert all(run["finished"] for run in runs)
     settings = [yaml.safe_load(path.read_text()) for path in folder.glob("*/config.yaml")]
     assert sorted((each["seed"], each["threads"]) for each in settings) == [(0, 1), (1, 1)]
-    assert len(list(folder.glob("*/profile.json"))) == 2
+    assert len(list(folder.glob("*/one_shot.json"))) == 2
     assert len(list(folder.glob(".submitit/*/*_log.out"))) == 2
 
 
