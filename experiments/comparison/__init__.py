@@ -1,1 +1,1 @@
-"""Comparisons of methods: records, statistics, tables, figures and the HTML report."""
+"""Comparisons of methods: records, statistics, tables and figures."""
