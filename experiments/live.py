@@ -96,6 +96,11 @@ class Question:
     texts: list[tuple[float, str]] = field(default_factory=list)
 
     @property
+    def begun(self) -> list[tuple[float, str]]:
+        """The texts from the first token on."""
+        return [text for text in self.texts if text[1]]
+
+    @property
     def right(self) -> bool:
         """Whether the answer contains what a right one does."""
         return bool(self.texts) and QUESTIONS[self.question] in self.texts[-1][1]
@@ -124,12 +129,13 @@ class Recording:
         _, limits, measured, _ = zip(*self.steps, strict=True)
         right = sum(answer.right for answer in self.answers)
         over = sum(used > limit for limit, used in zip(limits, measured, strict=True))
+        wait_s = max(time_s - a.asked_s for a in self.answers for time_s, _ in a.begun[:1])
         last = "native again" if not self.plans[self.steps[-1][3]] else "not native yet"
         return (
             f"The limit falls from {max(limits) / 2**20:.0f} to {min(limits) / 2**20:.0f} MiB and "
-            f"returns. {right} of {len(self.answers)} answers are right, {over} of "
-            f"{len(self.steps)} passes of the model measure more than the limit, and the last plan "
-            f"is {last}."
+            f"returns. {right} of {len(self.answers)} short answers are right, after at most "
+            f"{wait_s:.1f} s for a first token; {over} of {len(self.steps)} passes of the model "
+            f"measure more than the limit, and the last plan is {last}."
         )
 
 
