@@ -205,18 +205,13 @@ class RequestBuilder:
         if top_p == 0:  # an empty nucleus: take the most likely token
             temperature, top_p = 0.0, 1.0
         constraint = self._constraint(body)
-        if body.ignore_eos and constraint is not None:
-            raise invalid(
-                "'ignore_eos' is not supported with structured output, which the end token ends.",
-                "ignore_eos",
-            )
         return SamplingParams(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
             top_k=max(0, body.top_k or 0),
             seed=body.seed,
-            stop_token_ids=() if body.ignore_eos else self._stop_token_ids,
+            stop_token_ids=self._stop_token_ids,
             presence_penalty=body.presence_penalty or 0.0,
             frequency_penalty=body.frequency_penalty or 0.0,
             logit_bias=_bias(body.logit_bias or {}),

@@ -152,10 +152,9 @@ Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=_MAX_MESS
 class BaseCompletionRequest(BaseModel):
     """Fields that both kinds of completion share.
 
-    Not part of the OpenAI API are `top_k`, which 0 or -1 disables, `ignore_eos`, with which
-    an end token does not end the answer, `cache_salt` (only what was kept of requests with
-    the same one is used), and a `response_format` in plain completions, all of which vLLM's
-    server has too.
+    Not part of the OpenAI API are `top_k`, which 0 or -1 disables, `cache_salt` (only what was
+    kept of requests with the same one is used), and a `response_format` in plain completions,
+    all of which vLLM's server has too.
     """
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -173,7 +172,6 @@ class BaseCompletionRequest(BaseModel):
         Annotated[list[StopString], BeforeValidator(_listed), Field(max_length=_MAX_STOP_STRINGS)]
         | None
     ) = None
-    ignore_eos: bool | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=_MAX_SALT_CHARS)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None

@@ -78,8 +78,6 @@ def bind(host: str, port: int) -> socket.socket:
         ServingSettingsError: The address is in use, forbidden, or not of this machine.
     """
     try:
-        if not 0 <= port <= 65535:  # the system would take its lower 16 bits
-            raise OverflowError("a port is a number from 0 to 65535")
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = addresses[0]
         bound = socket.socket(family, kind, protocol)
@@ -89,9 +87,9 @@ def bind(host: str, port: int) -> socket.socket:
         except OSError:
             bound.close()
             raise
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         remedy = "check host and port"
-        if getattr(error, "errno", None) == errno.EADDRINUSE:
+        if error.errno == errno.EADDRINUSE:
             remedy = "stop the program that listens there, or choose another port"
         raise ServingSettingsError(f"Cannot listen at {host}:{port} ({error}); {remedy}.") from None
     return bound

@@ -93,8 +93,6 @@ def test_sampling_is_passed_on_as_the_api_means_it(server):
     params = server.service.engine.handles[-1].params
     assert (params.temperature, params.top_p, params.top_k, params.seed) == (0.5, 0.9, 7, 3)
     assert params.stop_token_ids == (2, 7)
-    post(server, {**CHAT, "ignore_eos": True})
-    assert server.service.engine.handles[-1].params.stop_token_ids == ()
     post(server, CHAT)
     assert server.service.engine.handles[-1].params.temperature == 1
     post(server, {**CHAT, "top_p": 0})

@@ -109,8 +109,6 @@ def test_any_object_and_plain_completions(byte_client):
         ({"response_format": {"type": "json_schema",
                               "json_schema": {"name": "a", "schema": {"type": "foo"}}}},
          "response_format", "Invalid type: foo"),
-        ({"response_format": {"type": "json_object"}, "extra_body": {"ignore_eos": True}},
-         "ignore_eos", "which the end token ends"),
     ],
 )  # fmt: skip
 def test_what_does_not_compile_is_named(byte_client, change, param, words):

