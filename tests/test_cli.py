@@ -70,7 +70,7 @@ def test_the_choice_is_that_of_the_policy_with_bytes_by_part(rap):
     assert sum(answer["bytes"].values()) == answer["peak_bytes"] <= 70 * 2**20
     assert answer["request"] == asdict(request)
     assert answer["delta_nll"] == policy.delta_nll(plan, 1024)
-    assert "predicted from costs of levels on 3072 tokens" in answer["delta_nll_source"]
+    assert "predicted from costs of levels on 4096 tokens" in answer["delta_nll_source"]
     assert answer["decision_s"] > 0
 
 
