@@ -70,7 +70,7 @@ def demo(config: Config, folder: Path) -> Path:
 
     stage(3, f"the engine serves for {config.demo.live_s} s; its memory falls and returns")
     policy, live_folder = load_policy(policy_file, model.llm), config.stage_dir("live")
-    recording = live.record_once(live_folder, model.llm, policy, config.demo.live_s)
+    recording = live.record_once(live_folder, model.llm, policy, config.demo)
     save_png(live.live_figure(recording), live_folder / "live.png")
     say(wrapped(recording.summary))
 

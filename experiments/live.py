@@ -1,9 +1,9 @@
 """``python -m experiments.live experiment=demo``: serve while the memory falls and returns.
 
-Chats about texts run in rounds, and short questions come one after the other. The memory
-limit begins a tenth above what the native model needs for them, falls by half, and returns.
-Plans above the server's quality floor are not run: requests wait instead. The run is recorded
-and drawn: as a figure, and as an animation.
+Chats write about texts, beside a conversation that begins with a text and goes on with
+questions. The memory limit of the model begins a tenth above what it needs natively for them,
+falls to a share of that, and returns. Plans above the server's quality floor are not run:
+requests wait instead. The run is recorded and drawn: as a figure, and as an animation.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -30,80 +30,83 @@ from experiments.study.plotting import (
     item_levels,
     level_colour,
     level_legend,
-    save_png,
     style,
 )
 from rap_env.artifacts import atomic_write
+from rap_env.errors import counted
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
-from rap_env.serving.settings import DEFAULT_MAX_DELTA_NLL
+from rap_env.serving.settings import DEFAULT_MAX_DELTA_NLL, DEFAULT_MOST_DELTA_NLL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from experiments.config.program_settings import DemoConfig
     from rap_env.models.live.elastic import ElasticLLM
     from rap_env.runtime.records import StepRecord
     from rap_env.runtime.request_handle import RequestHandle
 
 FILE = "live.json"
 
-Step = tuple[float, int, int, int]
-"""A pass: its end in seconds, bytes of the limit, measured bytes, and the number of its
-plan."""
 
-QUESTIONS = {
-    "What is the capital of France?": "Paris",
-    "What is the capital of Japan?": "Tokyo",
-    "What is the largest ocean on Earth?": "Pacific",
-    "What is the capital of Egypt?": "Cairo",
-    "What is the capital of Germany?": "Berlin",
-    "What is the capital of Greece?": "Athens",
-}
-"""What is asked in turn, and what a right answer contains; the native default model knows
-them."""
+class Step(NamedTuple):
+    """A pass through the model.
 
-CHATS, TEXT_CHARACTERS, CHAT_TOKENS, ANSWER_TOKENS = 4, 3600, 120, 24
+    Attributes:
+        end_s: Its end.
+        limit_bytes: The memory limit.
+        used_bytes: What was measured.
+        kept_bytes: Those of them that are kept for later turns of conversations.
+        plan: The number of its plan.
+        requests: How many run, the one that is read included.
+        tokens: The length of the longest of them.
+    """
 
-CAPTION = "A language model keeps answering while half of its memory is taken away"
-"""One sentence above the animation."""
+    end_s: float
+    limit_bytes: int
+    used_bytes: int
+    kept_bytes: int
+    plan: int
+    requests: int
+    tokens: int
 
-LIMIT = {0.0: 1.1, 0.2: 1.1, 0.45: 0.55, 0.62: 0.55, 0.7: 1.1, 1.0: 1.1}
-"""The memory limit as a share of the native need, by the share of the time that has
-passed."""
+
+TEXT_CHARACTERS, CHAT_TOKENS, ANSWER_TOKENS = 3600, 480, 24
+_FIRST_ANSWER = "I have read it. What is your question?"
+
+LIMIT = {0.0: 0.0, 0.2: 0.0, 0.4: 1.0, 0.62: 1.0, 0.72: 0.0, 1.0: 0.0}
+"""How far the memory limit has fallen, by the share of the time that has passed."""
+_MOST = 1.1
+"""The memory limit before it falls, as a share of the native need."""
 
 _FRAMES, _FRAMES_PER_S = 96, 8  # of the animation, however long the run was
 _CHARACTERS = 60  # of an answer that are shown
 _BLUE = "#2171B5"
-_WORDS = {
-    "native": "as shipped",
-    "int8": "8 bits",
-    "int4": "4 bits",
-    "int4-compact": "4 bits, compact",
-    "int3": "3 bits",
-    "int2": "2 bits",
-    "removed": "left out",
-    **{f"int4-window{n}": f"4 bits, last {n} tokens" for n in (512, 256, 128)},
-}
 
 
 @dataclass
 class Question:
-    """A question with its answer, as pairs of a time in seconds and the text by then."""
+    """A question with its answer.
+
+    Attributes:
+        expected: What a right answer contains.
+        asked_s: When it was asked.
+        first_s: When the first token came.
+        end_s: When the answer was complete.
+    """
 
     question: str
+    expected: str
     asked_s: float
-    texts: list[tuple[float, str]] = field(default_factory=list)
-
-    @property
-    def begun(self) -> list[tuple[float, str]]:
-        """The texts from the first token on."""
-        return [text for text in self.texts if text[1]]
+    first_s: float = 0.0
+    end_s: float = 0.0
+    answer: str = ""
 
     @property
     def right(self) -> bool:
         """Whether the answer contains what a right one does."""
-        return bool(self.texts) and QUESTIONS[self.question] in self.texts[-1][1]
+        return self.expected in self.answer
 
 
 @dataclass
@@ -111,45 +114,47 @@ class Recording:
     """What an engine did.
 
     Attributes:
-        native_bytes: What the native model needs for all that runs.
         steps: The passes.
         plans: The levels of the plans, native ones left out.
     """
 
     num_layers: int
     seconds: float
-    native_bytes: int
     steps: list[Step] = field(default_factory=list)
     plans: list[dict[str, str]] = field(default_factory=list)
     answers: list[Question] = field(default_factory=list)
 
     @property
     def summary(self) -> str:
-        """The run in a sentence."""
-        _, limits, measured, _ = zip(*self.steps, strict=True)
+        """The run in a few sentences."""
+        limits = [step.limit_bytes for step in self.steps]
         right = sum(answer.right for answer in self.answers)
-        over = sum(used > limit for limit, used in zip(limits, measured, strict=True))
-        wait_s = max(time_s - a.asked_s for a in self.answers for time_s, _ in a.begun[:1])
-        last = "native again" if not self.plans[self.steps[-1][3]] else "not native yet"
+        wait_s = max((answer.first_s - answer.asked_s for answer in self.answers), default=0)
+        over = sum(step.used_bytes > step.limit_bytes for step in self.steps)
+        last = "native again" if not self.plans[self.steps[-1].plan] else "not native yet"
         return (
             f"The limit falls from {max(limits) / 2**20:.0f} to {min(limits) / 2**20:.0f} MiB and "
-            f"returns. {right} of {len(self.answers)} short answers are right, after at most "
-            f"{wait_s:.1f} s for a first token; {over} of {len(self.steps)} passes of the model "
-            f"measure more than the limit, and the last plan is {last}."
+            f"returns. {right} of {len(self.answers)} answers in a conversation are right, after "
+            f"at most {wait_s:.1f} s for a first token; {over} of {len(self.steps)} passes of the "
+            f"model measure more than the limit, and the last plan is {last}."
         )
 
 
-def chat_ids(llm: ElasticLLM, text: str) -> list[int]:
-    """Tokens of a chat that begins with a text; the text alone without a template of chats."""
+def chat_ids(llm: ElasticLLM, *messages: str) -> list[int]:
+    """Tokens of a chat whose user begins; those of the texts without a template of chats."""
     if llm.tokenizer.chat_template is None:
-        return list(llm.tokenizer(text)["input_ids"])
-    chat = [{"role": "user", "content": text}]
+        return list(llm.tokenizer("\n".join(messages))["input_ids"])
+    roles = itertools.cycle(("user", "assistant"))
+    chat = [{"role": role, "content": text} for role, text in zip(roles, messages, strict=False)]
     ids = llm.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
     return list(ids)
 
 
-def record(llm: ElasticLLM, policy: Policy, seconds: float) -> Recording:
-    """Serve for some seconds within the moving limit; the model is native afterwards."""
+def record(llm: ElasticLLM, policy: Policy, settings: DemoConfig) -> Recording:
+    """Serve for some seconds within the moving limit; the model is native afterwards.
+
+    Time is the CPU time of the process, so that other programs slow nothing down.
+    """
     from rap_env.runtime.controller import RuntimeController
     from rap_env.runtime.engine import Engine
     from rap_env.runtime.memory_estimator import BatchShape
@@ -160,58 +165,80 @@ def record(llm: ElasticLLM, policy: Policy, seconds: float) -> Recording:
     llm.set_residency("offload")
     make_levels(llm, policy)
     texts = [text[:TEXT_CHARACTERS] for text in topics.values() if len(text) >= TEXT_CHARACTERS]
-    chats = [chat_ids(llm, f"Summarise this text.\n\n{text}") for text in texts[:CHATS]]
+    prompts = [chat_ids(llm, f"Summarise this text.\n\n{t}") for t in texts[: settings.chats]]
     started, native_bytes = float("inf"), 2**62
 
     def limit_bytes() -> float:
-        passed = max(0.0, time.monotonic() - started) / seconds
-        return float(native_bytes * np.interp(passed, list(LIMIT), list(LIMIT.values())))
+        passed = max(0.0, time.process_time() - started) / settings.live_s
+        fallen = np.interp(passed, list(LIMIT), list(LIMIT.values()))
+        return float(_MOST * native_bytes * (1 - fallen * (1 - settings.lowest_share)))
 
     controller = RuntimeController(
-        llm, policy, GivenMemory(limit_bytes), max_delta_nll=DEFAULT_MAX_DELTA_NLL
+        llm,
+        policy,
+        GivenMemory(limit_bytes),
+        max_delta_nll=DEFAULT_MAX_DELTA_NLL,
+        most_delta_nll=DEFAULT_MOST_DELTA_NLL,
+        clock=time.process_time,
     )
-    engine = Engine(llm, controller, max_batch_size=CHATS + 1)
-    shape = BatchShape(CHATS + 1, max(map(len, chats)) + CHAT_TOKENS)
+    engine = Engine(
+        llm,
+        controller,
+        max_batch_size=settings.chats + 1,
+        target_itl_s=0.1,
+        clock=time.process_time,
+    )
+    shape = BatchShape(settings.chats + 1, max(map(len, prompts)) + CHAT_TOKENS)
     native_bytes = controller.estimator.peak_bytes(Plan(), shape)
-    recording = Recording(llm.facts.num_layers, seconds, native_bytes)
+    recording = Recording(llm.facts.num_layers, settings.live_s)
 
     def on_step(step: StepRecord) -> None:
         if not recording.plans or recording.plans[-1] != step.plan.levels:
             recording.plans.append(step.plan.levels)
-        passed, plan = step.time_s + step.duration_s - started, len(recording.plans) - 1
-        recording.steps.append((round(passed, 3), step.budget_bytes, step.peak_bytes, plan))
+        end_s, running = round(time.process_time() - started, 3), engine.stats().running
+        memory = step.budget_bytes, step.peak_bytes, step.held.kept
+        plan = len(recording.plans) - 1
+        recording.steps.append(Step(end_s, *memory, plan, max(running, 1), step.length))
 
-    def submit(ids: list[int], tokens: int, **sampling: Any) -> RequestHandle:
+    def chat(number: int) -> RequestHandle:
+        params = SamplingParams(max_new_tokens=CHAT_TOKENS, temperature=1.0, seed=number)
+        return engine.submit(prompts[number], params)
+
+    def ask(tokens: int = ANSWER_TOKENS) -> RequestHandle:
         stop = (llm.tokenizer.eos_token_id,)
-        params = SamplingParams(max_new_tokens=tokens, stop_token_ids=stop, **sampling)
+        params = SamplingParams(max_new_tokens=tokens, stop_token_ids=stop)
+        ids = chat_ids(llm, *conversation)
+        if len(ids) + tokens > engine.max_seq_len_tokens:  # it begins anew, after its text
+            del conversation[2:-1]
+            ids = chat_ids(llm, *conversation)
         return engine.submit(ids, params)
 
-    engine.observers.append(on_step)
-    questions = itertools.cycle(QUESTIONS)
-    asked: RequestHandle | None = None
-    round_of_chats: list[RequestHandle] = []
-    started = time.monotonic()
-    while (passed := time.monotonic() - started) < seconds:
-        if asked:
-            text = llm.tokenizer.decode(asked.token_ids, skip_special_tokens=True).strip()
-            texts_so_far = recording.answers[-1].texts
-            if not texts_so_far or texts_so_far[-1][1] != text:
-                texts_so_far.append((round(passed, 3), text))
-            asked = None if asked.done else asked
-        ready = asked is None
-        if ready and len(round_of_chats) < CHATS:  # one more chat, then the next question
-            number = len(round_of_chats)
-            round_of_chats.append(submit(chats[number], CHAT_TOKENS, temperature=1.0, seed=number))
-        elif ready and all(chat.done for chat in round_of_chats):
-            round_of_chats = []  # nothing runs, so that caches may rise as well
-        if ready and round_of_chats:
-            recording.answers.append(Question(next(questions), round(passed, 3)))
-            asked = submit(chat_ids(llm, recording.answers[-1].question), ANSWER_TOKENS)
+    conversation = [f"Read this text.\n\n{texts[-1]}"]
+    running = [ask(1), *map(chat, range(settings.chats))]
+    while not all(handle.token_ids for handle in running):  # texts are read before time begins
         engine.step()
+    del running[0]
+    conversation.append(_FIRST_ANSWER)
+    engine.observers.append(on_step)
+    questions = itertools.cycle(settings.questions.items())
+    asked: RequestHandle | None = None
+    started = time.process_time()
+    while (passed := round(time.process_time() - started, 3)) < settings.live_s:
+        if asked is None:
+            answer = Question(*next(questions), passed)
+            conversation.append(answer.question)
+            asked = ask()
+        running = [chat(i) if handle.done else handle for i, handle in enumerate(running)]
+        engine.step()
+        if asked.token_ids and not answer.first_s:
+            answer.first_s = round(time.process_time() - started, 3)
+        if asked.done:
+            answer.answer = llm.tokenizer.decode(asked.token_ids, skip_special_tokens=True).strip()
+            answer.end_s, asked = round(time.process_time() - started, 3), None
+            conversation.append(answer.answer)
+            recording.answers.append(answer)
     engine.close()
     llm.apply(Plan())
-    if asked:  # the time ended before the answer
-        recording.answers.pop()
     return recording
 
 
@@ -221,14 +248,15 @@ def recorded(folder: Path) -> Recording | None:
     if body is None:
         return None
     answers = [Question(**answer) for answer in body.pop("answers")]
-    return Recording(answers=answers, **body)
+    steps = [Step(*step) for step in body.pop("steps")]
+    return Recording(steps=steps, answers=answers, **body)
 
 
-def record_once(folder: Path, llm: ElasticLLM, policy: Policy, seconds: float) -> Recording:
+def record_once(folder: Path, llm: ElasticLLM, policy: Policy, settings: DemoConfig) -> Recording:
     """The recording in a folder; without one, `record` makes it."""
     if recording := recorded(folder):
         return recording
-    recording = record(llm, policy, seconds)
+    recording = record(llm, policy, settings)
     write_text(folder / FILE, json.dumps(asdict(recording)))
     return recording
 
@@ -243,41 +271,48 @@ def live_figure(recording: Recording, until_s: float | None = None) -> Figure:
     from matplotlib.figure import Figure
 
     now_s = recording.seconds if until_s is None else until_s
-    past = [step for step in recording.steps if step[0] <= now_s] or recording.steps[:1]
+    past = [step for step in recording.steps if step.end_s <= now_s] or recording.steps[:1]
     asked = [answer for answer in recording.answers if answer.asked_s <= now_s]
-    answer = asked[-1] if asked else recording.answers[0]
-    text = next((text for time_s, text in answer.texts[::-1] if time_s <= now_s), "")
+    answer = (asked or [Question("", "", 0.0)])[-1]
+    text = answer.answer if answer.end_s <= now_s else ""
     with style():
-        figure = Figure(figsize=(7.2, 5.4), layout="constrained")
-        axes = figure.subplots(6, 1, height_ratios=(3, 1.3, 1.3, 1.3, 0.3, 0.9), sharex=True)
+        figure = Figure(figsize=(7.2, 5.6), layout="constrained")
+        axes = figure.subplots(7, 1, height_ratios=(3, 0.7, 1.3, 1.3, 1.3, 0.3, 0.9), sharex=True)
         _draw_memory(axes[0], recording, past, now_s)
-        _draw_levels(axes[1:5], recording, past, now_s)
-        axes[4].set_xlabel("seconds")
-        axes[4].tick_params(labelbottom=True)
-        axes[5].axis("off")
+        _draw_requests(axes[1], past)
+        _draw_levels(axes[2:6], recording, past, now_s)
+        axes[5].set_xlabel("seconds")
+        axes[5].tick_params(labelbottom=True)
+        axes[6].axis("off")
         for y, line, colour in ((0.8, f"Q: {answer.question}", FAINT), (0.0, f"A: {text}", INK)):
             short = line if len(line) <= _CHARACTERS else f"{line[:_CHARACTERS]} ..."
-            place = {"transform": axes[5].transAxes, "in_layout": False}
-            axes[5].text(0, y, short, fontsize=11, color=colour, **place)
-        figure.suptitle(CAPTION, fontsize=10.5, fontweight="bold", wrap=True)
+            place = {"transform": axes[6].transAxes, "in_layout": False}
+            axes[6].text(0, y, short, fontsize=11, color=colour, **place)
+        now = past[-1]
+        figure.suptitle(
+            f"{counted(now.requests, 'request')} of up to {now.tokens:,} tokens within "
+            f"{now.limit_bytes / 2**20:.0f} MiB",
+            fontsize=10.5,
+            fontweight="bold",
+        )
     used = {"native"}.union(*(plan.values() for plan in recording.plans))
-    level_legend(figure, used, 4, _WORDS)
+    level_legend(figure, used, 5)
     return figure
 
 
 def save_gif(recording: Recording, path: Path) -> None:
-    """Write the figure at moments of the run as an animation."""
+    """Write the figure at moments of the run as an animation that begins with the last one."""
     from PIL import Image
 
     images: list[Image.Image] = []
-    for now_s in np.linspace(0, recording.seconds, _FRAMES):
+    for now_s in [recording.seconds, *np.linspace(0, recording.seconds, _FRAMES - 1)]:
         buffer = io.BytesIO()
         with style():
             live_figure(recording, until_s=float(now_s)).savefig(buffer, format="png", dpi=125)
         images.append(Image.open(buffer).convert("RGB"))
-    palette = images[-1].quantize(64)  # the last one has all colours
+    palette = images[0].quantize(64)  # it has all colours
     images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
-    times_ms = [1000 // _FRAMES_PER_S] * (_FRAMES - 1) + [2500]
+    times_ms = [2500] + [1000 // _FRAMES_PER_S] * (_FRAMES - 1)
     with atomic_write(path) as file:
         images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=times_ms,
                        loop=0)  # fmt: skip
@@ -285,20 +320,27 @@ def save_gif(recording: Recording, path: Path) -> None:
 
 def _draw_memory(axis: Axes, recording: Recording, past: Sequence[Step], now_s: float) -> None:
     """Draw limit and measured bytes up to a moment."""
-    ends, limit, used, _ = np.array(past).T
-    top = 1.1 * max(step[1] for step in recording.steps)
+    ends, limit, used, kept = np.array(past).T[:4]
+    top = 1.1 * max(step.limit_bytes for step in recording.steps)
     axis.plot(ends, limit / 2**20, color=INK, linewidth=2.0, label="memory limit")
-    axis.fill_between(ends, used / 2**20, color=_BLUE, alpha=0.35, linewidth=0)
+    axis.fill_between(ends, used / 2**20, color=_BLUE, alpha=0.2, linewidth=0, label="kept turns")
+    axis.fill_between(ends, (used - kept) / 2**20, color=_BLUE, alpha=0.4, linewidth=0)
     axis.plot(ends, used / 2**20, color=_BLUE, linewidth=1.4, label="measured")
     for right, marker in ((True, "o"), (False, "x")):
-        given = [a.texts[-1][0] for a in recording.answers if a.texts and a.right == right]
-        at = [end for end in given if end <= now_s]
+        at = [a.end_s for a in recording.answers if a.right == right and a.end_s <= now_s]
         word = f"{'right' if right else 'wrong'} answer" if at else None
         axis.plot(at, [top / 2**20] * len(at), marker, color=INK, markersize=4, label=word)
     axis.set_xlim(0, recording.seconds)
     axis.set_ylim(0, 1.08 * top / 2**20)
     axis.set_ylabel("MiB")
-    axis.legend(loc="lower left", ncols=4)
+    axis.legend(loc="lower left", ncols=5, fontsize=8)
+
+
+def _draw_requests(axis: Axes, past: Sequence[Step]) -> None:
+    """Draw how many requests ran in each pass."""
+    axis.fill_between([s.end_s for s in past], [s.requests for s in past], step="pre", color=FAINT)
+    axis.set_ylim(bottom=0)
+    axis.set_ylabel("Requests", rotation=0, ha="right", va="center")
 
 
 def _draw_levels(
@@ -307,9 +349,9 @@ def _draw_levels(
     """Draw the levels of the items of each kind up to a moment, the first layer on top."""
     from matplotlib.colors import to_rgb
 
-    runs = [next(steps) for _, steps in itertools.groupby(past, key=lambda step: step[3])]
-    edges = [0.0, *(step[0] for step in runs[1:]), now_s]
-    plans = [item_levels(recording.plans[step[3]], recording.num_layers) for step in runs]
+    runs = [next(steps) for _, steps in itertools.groupby(past, key=lambda step: step.plan)]
+    edges = [0.0, *(step.end_s for step in runs[1:]), now_s]
+    plans = [item_levels(recording.plans[step.plan], recording.num_layers) for step in runs]
     for axis, kind in zip(axes, ("KV caches", "Attention", "FFN", "Embeddings"), strict=True):
         columns = [[to_rgb(level_colour(level)) for level in plan[kind]] for plan in plans]
         rows = len(columns[0])
@@ -322,13 +364,12 @@ def _draw_levels(
 
 
 def program(config: Config, folder: Path) -> Path:
-    """Record a run with the packaged policy, and draw it."""
+    """Record a run with the server's default policy, and draw it."""
     from rap_env.models.files.loading import shared_llm
     from rap_env.policies.loading import load_policy
 
     llm = shared_llm(config.model.name, dtype=config.model.dtype, weights=config.model.weights)
-    recording = record_once(folder, llm, load_policy("rap", llm), config.demo.live_s)
-    save_png(live_figure(recording), folder / "live.png")
+    recording = record_once(folder, llm, load_policy("knapsack", llm), config.demo)
     save_gif(recording, folder / "live.gif")
     say(f"{recording.summary}\n{folder / 'live.gif'}")
     return folder

@@ -60,25 +60,13 @@ def item_levels(levels: Mapping[str, str], num_layers: int) -> dict[str, list[st
     }
 
 
-def level_legend(
-    figure: Figure, used: Collection[str], columns: int, words: Mapping[str, str] | None = None
-) -> None:
-    """Draw a legend of levels below a figure, the most exact one first.
-
-    Args:
-        figure: The figure.
-        used: The levels.
-        columns: Columns of the legend.
-        words: What levels are called, if not by their names.
-    """
+def level_legend(figure: Figure, used: Collection[str], columns: int) -> None:
+    """Draw a legend of levels below a figure, the most exact one first."""
     from matplotlib.patches import Patch
 
     ordered = [level for level in LEVEL_COLOURS if level in used]
     ordered += sorted({*used} - {*ordered})
-    handles = [
-        Patch(facecolor=level_colour(n), edgecolor=FAINT, label=(words or {}).get(n, n))
-        for n in ordered
-    ]
+    handles = [Patch(facecolor=level_colour(n), edgecolor=FAINT, label=n) for n in ordered]
     with style():
         figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 

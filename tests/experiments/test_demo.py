@@ -29,7 +29,9 @@ def config(base):
             requests=["4x64"], budgets=[0.9, 0.7], baselines=METHODS,
             text=TextConfig(source=str(base / "manual.txt"), windows=2, window_tokens=12),
         ),
-        demo=DemoConfig(table=f"score_table:{base / 'table.json'}", live_s=2),
+        demo=DemoConfig(
+            table=f"score_table:{base / 'table.json'}", live_s=2, chats=2, questions={"a?": "b"}
+        ),
     )  # fmt: skip
     context = build_context(config)
     ladder = make_ladder_bytes(config, context).ladder
@@ -46,6 +48,7 @@ def config(base):
 def test_four_stages_end_with_a_service_and_a_verdict(config, capsys, monkeypatch):
     monkeypatch.setattr("rap_env.runtime.controller.process_meter", TensorMeter)
     monkeypatch.setattr(live, "TEXT_CHARACTERS", 20)
+    monkeypatch.setattr(live, "_FIRST_ANSWER", "b")
     monkeypatch.setattr(live, "CHAT_TOKENS", 8)
     monkeypatch.setattr(live, "ANSWER_TOKENS", 4)
     assert demo(config, config.root) == config.root
@@ -60,9 +63,10 @@ def test_four_stages_end_with_a_service_and_a_verdict(config, capsys, monkeypatc
     assert sum(name.endswith((".attn", ".ffn")) for name in items) == 6
 
     recording = live.recorded(config.stage_dir("live"))
-    assert all(answer.question in live.QUESTIONS for answer in recording.answers)
-    limits = [step[1] for step in recording.steps]
+    assert {answer.question for answer in recording.answers} == {*config.demo.questions}
+    limits = [step.limit_bytes for step in recording.steps]
     assert min(limits) < 0.6 * max(limits)
+    assert max(step.requests for step in recording.steps) > 1
     monkeypatch.setattr(live, "_FRAMES", 3)
     live.save_gif(recording, config.root / "live.gif")
     assert (config.root / "live.gif").read_bytes().startswith(b"GIF8")
