@@ -1,7 +1,7 @@
 """``python -m experiments.explorer``: make the page that shows each method's plan for a request.
 
 The plans are computed at a grid of requests from the score table and the byte arithmetic in
-the package, in about a minute, and embedded in one HTML file that needs no network. It is
+the package, in about two minutes, and embedded in one HTML file that needs no network. It is
 committed, so that documentation and reports copy it; no model is run.
 """
 
@@ -19,19 +19,21 @@ from rap_env.artifacts import canonical_json
 from rap_env.context.table import TableContext
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
-from rap_env.memory import MemoryModel
 from rap_env.models.progress import progress_bar
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.policies.loading import make_method
-from rap_env.policies.packaged_files import default_facts, packaged_context
 from rap_env.request import Request
+from rap_env.scoring.score_table import ScoreTable, table_path
 
 PAGE = Path(__file__).parents[1] / "docs" / "_static" / "explorer.html"
 """The committed page, in which this program replaces the data."""
 
+TABLE = "score_table:smollm2-135m-low-bits"
+"""The packaged table, with levels of weights down to two bits."""
+
 METHODS = {
-    "rap": "a trained network, no run of the model",
+    "rap-low-bits": "a trained network, no run of the model",
     "frontier": "the best of the measured plans that fits",
     "score_model": "a search on predicted losses",
     "knapsack": "as if the costs of items added up",
@@ -40,11 +42,11 @@ METHODS = {
 }
 """The methods of the page, with what they do in a few words."""
 
-BATCHES, LENGTHS = (1, 2, 4, 8, 16), (128, 256, 512, 1024, 2048, 4096, 8192)
+BATCHES, LENGTHS = (1, 4, 8, 16), (128, 512, 1024, 2048, 4096)
 
 _DEEPEST_DELTA_NLL = 2.0  # of the smallest budget, nats per token
 # Below and above the bytes of all items at lowest levels.
-_TIGHT_BUDGETS, _LOOSE_BUDGETS = 16, 9
+_TIGHT_BUDGETS, _LOOSE_BUDGETS = 4, 10
 _BEGIN, _END = '<script type="application/json" id="data">', "</script>"
 
 
@@ -52,13 +54,14 @@ class Explorer:
     """Computes what the page shows, from what the package has of the default model."""
 
     def __init__(self) -> None:
-        packaged = packaged_context(MemoryModel(default_facts()))
-        assert isinstance(packaged, TableContext)
-        assert packaged.table.held_out is not None  # the packaged table has held-out losses
-        self.table, self.held_out = packaged.table, packaged.table.held_out
-        self.context = TableContext(self.table, packaged.name, importance="one_shot")
+        path = table_path(TABLE, "native")
+        assert path is not None  # it is in the package
+        self.table = ScoreTable.load(path)
+        assert self.table.held_out is not None  # the packaged table has held-out losses
+        self.held_out = self.table.held_out
+        self.context = TableContext(self.table, TABLE, importance="one_shot")
         self.memory = self.context.memory
-        self.ladder_bytes = LadderBytes(self.memory, Ladder.of(self.memory.facts))
+        self.ladder_bytes = LadderBytes(self.memory, Ladder.of(self.memory.facts, "all"))
         names = {name for item in self.ladder_bytes.ladder.items for name in item.levels}
         self.levels = [name for name in LEVEL_COLOURS if name in names]
 

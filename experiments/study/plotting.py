@@ -90,6 +90,7 @@ class Look:
 
 _LOOKS = {
     "rap": Look("RAP policy", "#F0001C", "*", learned=True),
+    "rap-low-bits": Look("RAP policy", "#F0001C", "*"),
     "maskable_ppo": Look("MaskablePPO", "#C8324B", "o", learned=True),
     "ppo": Look("PPO", "#F2702E", "o", learned=True),
     "masked_dqn": Look("Masked DQN", "#8E4FA8", "o", learned=True),
