@@ -14,7 +14,7 @@ from typing import Literal
 
 from rap_env.errors import InfeasibleBudgetError, QualityFloorError
 from rap_env.plan import Plan
-from rap_env.runtime.sampling import SamplingParams
+from rap_env.runtime.sampling import Sample, SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -70,12 +70,14 @@ class TokenEvent:
     Attributes:
         logprob: Its log-probability in nats under the plan.
         plan: The plan that the token was computed with.
+        top: The most likely tokens with their log-probabilities, if they were asked for.
     """
 
     token_id: int
     logprob: float
     time_s: float
     plan: Plan = _NATIVE
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,14 @@ class EndEvent:
         error: An error message for the user; None if nothing failed.
         rejection: Set if the engine gave the request up. If it did while the request waited,
             a later attempt may succeed.
+        stop_token: The token that ended the answer, if one did.
     """
 
     reason: Reason
     error: str | None
     time_s: float
     rejection: Rejection | None = None
+    stop_token: Sample | None = None
 
 
 Event = AdmitEvent | PlanEvent | TokenEvent | EndEvent

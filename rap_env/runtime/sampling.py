@@ -39,6 +39,8 @@ class SamplingParams:
         presence_penalty: Subtracted from the logits of tokens that the answer has, in nats.
         frequency_penalty: Subtracted for each time that the answer has the token, in nats.
         logit_bias: Token ids, and what is added to their logits, in nats.
+        top_logprobs: Number of most likely tokens to report with each token of the answer;
+            None for no report of log-probabilities.
         constraint: Makes a matcher of what the answer has to follow; None for nothing.
 
     Raises:
@@ -54,6 +56,7 @@ class SamplingParams:
     presence_penalty: float = setting(0.0, low=-2, high=2)
     frequency_penalty: float = setting(0.0, low=-2, high=2)
     logit_bias: tuple[tuple[int, float], ...] = ()
+    top_logprobs: int | None = setting(None, low=0)
     constraint: Callable[[], GrammarMatcher] | None = None
 
     def __post_init__(self) -> None:
@@ -71,10 +74,15 @@ class SamplingParams:
 
 
 class Sample(NamedTuple):
-    """A token and its log-probability in nats under the model, before any warping."""
+    """A token and its log-probability in nats under the model, before any warping.
+
+    `top` has the most likely tokens with their log-probabilities, most likely first, as many
+    as were asked for.
+    """
 
     token_id: int
     logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 class RowSampler:
@@ -176,7 +184,7 @@ def sample_rows(samplers: Sequence[RowSampler], logits: torch.Tensor) -> list[Sa
         drawn = torch.searchsorted(sums, drawn_sums, right=True).clamp(max=logits.shape[1] - 1)
         for number, row in enumerate(drawing):
             chosen[row] = drawn[number, 0]
-    samples = _scored(logits, chosen)
+    samples = scored(logits, chosen, [sampler.params.top_logprobs or 0 for sampler in samplers])
     for row, (sampler, sample) in enumerate(zip(samplers, samples, strict=True)):
         if sampler.error is not None:
             samples[row] = None
@@ -185,15 +193,31 @@ def sample_rows(samplers: Sequence[RowSampler], logits: torch.Tensor) -> list[Sa
     return samples
 
 
-def _scored(logits: torch.Tensor, tokens: torch.Tensor) -> list[Sample | None]:
-    """The log-probabilities of tokens, (B,); None where the logits, (B, V), are not finite."""
+def scored(logits: torch.Tensor, tokens: torch.Tensor, top: Sequence[int]) -> list[Sample | None]:
+    """The log-probabilities of tokens.
+
+    Args:
+        logits: (B, V), float32.
+        tokens: One for each row, (B,), on the same device.
+        top: Number of most likely tokens to report for each row.
+
+    Returns:
+        A sample for each row; None where the logits are not finite.
+    """
     chosen = logits.gather(1, tokens[:, None]).squeeze(1)
-    columns = [tokens.double(), chosen.double(), torch.logsumexp(logits, dim=-1).double()]
-    rows = torch.stack(columns, dim=1).tolist()  # read at once: reading waits for the device
-    return [
-        Sample(int(token), score - total) if math.isfinite(total) else None
-        for token, score, total in rows
-    ]
+    totals = torch.logsumexp(logits, dim=-1)
+    most = min(max(top, default=0), logits.shape[1])
+    best = logits.topk(most, dim=-1)
+    columns = [tokens[:, None], chosen[:, None], totals[:, None], best.indices, best.values]
+    # Read at once, since reading waits for the device.
+    rows = torch.cat([column.double() for column in columns], dim=1).tolist()
+    samples: list[Sample | None] = []
+    for count, (token, score, total, *likely) in zip(top, rows, strict=True):
+        pairs = zip(likely[:count], likely[most : most + count], strict=True)
+        likeliest = tuple((int(other), value - total) for other, value in pairs)
+        sample = Sample(int(token), score - total, likeliest)
+        samples.append(sample if math.isfinite(total) else None)
+    return samples
 
 
 def _add(logits: torch.Tensor, tokens: Sequence[int], amounts: torch.Tensor) -> None:

@@ -201,6 +201,7 @@ class OutputProcessor:
         error: str | None = None,
         *,
         rejection: Rejection | None = None,
+        stop_token: Sample | None = None,
     ) -> None:
         """End a request, unless it has ended."""
         if not sequence.handle.done:
@@ -210,7 +211,8 @@ class OutputProcessor:
                 self.counters.failed += 1
             else:
                 self.counters.served += 1
-            sequence.handle.emit(EndEvent(reason, error, self._clock(), rejection))
+            end = EndEvent(reason, error, self._clock(), rejection, stop_token)
+            sequence.handle.emit(end)
 
     def reject(self, sequence: TokenSequence, rejection: Rejection, error: str) -> None:
         """End a request that waits in the queue and cannot be admitted."""
@@ -236,9 +238,9 @@ class OutputProcessor:
             self.end(sequence, "error", reason or NOT_FINITE, rejection=rejection)
             return False
         if sample.token_id in params.stop_token_ids:
-            self.end(sequence, "stop")
+            self.end(sequence, "stop", stop_token=sample)
             return False
-        handle.emit(TokenEvent(sample.token_id, sample.logprob, now, plan))
+        handle.emit(TokenEvent(sample.token_id, sample.logprob, now, plan, sample.top))
         self.counters.tokens += 1
         if len(handle.token_ids) < params.max_new_tokens:
             return True

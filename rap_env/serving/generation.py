@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rap_env.errors import (
     EngineClosedError,
@@ -24,6 +24,7 @@ from rap_env.runtime.request_handle import (
     TokenEvent,
     rejection_of,
 )
+from rap_env.runtime.sampling import Sample
 from rap_env.serving.answers import AnswerPlans, AnswerTimer, Detokenizer, StopStrings
 from rap_env.serving.http import ApiError, failed, invalid, unavailable
 from rap_env.serving.metrics import ServingMetrics
@@ -41,9 +42,22 @@ _REJECTED: dict[Rejection, str] = {
 }
 
 
+class TokenLogprob(NamedTuple):
+    """A token's text, maybe part of a character, and the natural log of its probability.
+
+    `top` has texts and log probabilities of the most likely tokens, most likely first.
+    `offset` is the number of characters before it.
+    """
+
+    token: str
+    logprob: float
+    top: tuple[tuple[str, float], ...]
+    offset: int
+
+
 @dataclass(frozen=True)
 class OutputDelta:
-    """New output of answer `index`.
+    """New output of answer `index`, with the log probabilities of its tokens if requested.
 
     The last one has a `finish_reason`, ``"stop"``, ``"length"`` or ``"tool_calls"``, and the
     tool calls.
@@ -51,6 +65,7 @@ class OutputDelta:
 
     index: int
     text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: str | None = None
     calls: Sequence[dict[str, Any]] = ()
 
@@ -69,6 +84,8 @@ class _Choice:
     content: str = ""  # of it what is no tool call
     tokens: int = 0
     ended: bool = False
+    pending: list[TokenLogprob] = field(default_factory=list)
+    offset: int = 0  # characters of the tokens with log-probabilities so far
 
 
 class Generation:
@@ -207,6 +224,7 @@ class Generation:
         if choice.stops.matched:
             choice.handle.cancel()
             return self._delta(choice, text, "stop")
+        self._add_logprob(choice, event)
         return self._delta(choice, text, None) if text else None
 
     def _end(self, choice: _Choice, event: EndEvent) -> OutputDelta:
@@ -215,6 +233,8 @@ class Generation:
         text = choice.stops.add(choice.detokenizer.finish())
         reason = "stop" if choice.stops.matched else event.reason
         text += choice.stops.finish()
+        if event.stop_token is not None and not self.request.chat:
+            self._add_logprob(choice, event.stop_token)
         delta = self._delta(choice, text, reason)
         token_ids, written = choice.handle.token_ids, self.request.written
         special = not self._special_ids.isdisjoint(token_ids)  # the text lacks them
@@ -225,12 +245,26 @@ class Generation:
     def _delta(self, choice: _Choice, text: str, reason: str | None) -> OutputDelta:
         """New output, and its tool calls."""
         choice.text += text
+        logprobs, choice.pending = tuple(choice.pending), []
         calls: Sequence[dict[str, Any]] = ()
         if choice.call_parser is not None:
             text, calls = choice.call_parser.add(text, ended=reason is not None)
         choice.content += text
         reason = "tool_calls" if calls and reason == "stop" else reason
-        return OutputDelta(choice.index, text, reason, calls)
+        return OutputDelta(choice.index, text, logprobs, reason, calls)
+
+    def _add_logprob(self, choice: _Choice, sample: Sample | TokenEvent) -> None:
+        """Add a token's log-probability to the next delta, if the request asks for them."""
+        if self.request.params.top_logprobs is None:
+            return
+        token, *others = (
+            self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+            for token_id in (sample.token_id, *(other for other, _ in sample.top))
+        )
+        top = tuple(zip(others, (logprob for _, logprob in sample.top), strict=True))
+        choice.pending.append(TokenLogprob(token, sample.logprob, top, choice.offset))
+        if sample.token_id not in self._special_ids:  # which the text lacks
+            choice.offset += len(token)
 
     def _failure(self, event: EndEvent) -> Exception:
         if self._cancelled_by is not None:

@@ -204,6 +204,9 @@ class RequestBuilder:
         top_p = 1.0 if body.top_p is None else body.top_p
         if top_p == 0:  # an empty nucleus: take the most likely token
             temperature, top_p = 0.0, 1.0
+        top_logprobs = body.logprobs
+        if isinstance(body, ChatCompletionRequest):
+            top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         constraint = self._constraint(body)
         return SamplingParams(
             max_new_tokens=max_new_tokens,
@@ -215,6 +218,7 @@ class RequestBuilder:
             presence_penalty=body.presence_penalty or 0.0,
             frequency_penalty=body.frequency_penalty or 0.0,
             logit_bias=_bias(body.logit_bias or {}),
+            top_logprobs=top_logprobs,
             constraint=constraint,
         )
 

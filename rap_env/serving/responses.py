@@ -15,7 +15,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from rap_env.serving.answers import AnswerPlans
-from rap_env.serving.generation import Generation, OutputDelta
+from rap_env.serving.generation import Generation, OutputDelta, TokenLogprob
 from rap_env.serving.http import ApiError
 from rap_env.serving.prompts import GenerationRequest
 
@@ -52,13 +52,14 @@ class ResponseWriter:
 
     def _whole_choice(self, index: int, deltas: Sequence[OutputDelta]) -> dict[str, Any]:
         text = "".join(delta.text for delta in deltas)
+        logprobs = [entry for delta in deltas for entry in delta.logprobs]
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if calls := deltas[-1].calls:
             message |= {"content": text or None, "tool_calls": calls}
         return {
             "index": index,
             "finish_reason": deltas[-1].finish_reason,
-            "logprobs": None,
+            "logprobs": self._logprobs_json(logprobs),
             **({"message": message} if self._request.chat else {"text": text}),
         }
 
@@ -67,21 +68,21 @@ class ResponseWriter:
         if not self._request.chat:
             return []
         delta = {"role": "assistant", "content": "", "refusal": None}
-        return [self._chunk(i, {"delta": delta}, None) for i in range(self._request.size)]
+        return [self._chunk(i, {"delta": delta}) for i in range(self._request.size)]
 
     def chunks(self, delta: OutputDelta) -> list[bytes]:
         """Events of a stream for one delta; in a chat, the finish reason is a separate event."""
         self._unfinished -= delta.finish_reason is not None
         if not self._request.chat:
             body = {"text": delta.text}
-            return [self._chunk(delta.index, body, delta.finish_reason)]
+            return [self._chunk(delta.index, body, delta.finish_reason, delta.logprobs)]
         events = []
-        if delta.text:
+        if delta.text or delta.logprobs:
             content = {"delta": {"content": delta.text}}
-            events.append(self._chunk(delta.index, content, None))
+            events.append(self._chunk(delta.index, content, logprobs=delta.logprobs))
         if delta.calls:
             calls = [{"index": number, **call} for number, call in enumerate(delta.calls)]
-            events.append(self._chunk(delta.index, {"delta": {"tool_calls": calls}}, None))
+            events.append(self._chunk(delta.index, {"delta": {"tool_calls": calls}}))
         if delta.finish_reason:
             events.append(self._chunk(delta.index, {"delta": {}}, delta.finish_reason))
         return events
@@ -93,8 +94,15 @@ class ResponseWriter:
         last = {**self._stream_head(), "choices": [], "usage": dict(usage)}
         return [event({**last, "rap": self._plans.report()}), DONE]
 
-    def _chunk(self, index: int, body: Mapping[str, Any], finish_reason: str | None) -> bytes:
-        choice = {"index": index, **body, "logprobs": None, "finish_reason": finish_reason}
+    def _chunk(
+        self,
+        index: int,
+        body: Mapping[str, Any],
+        finish_reason: str | None = None,
+        logprobs: Sequence[TokenLogprob] = (),
+    ) -> bytes:
+        entries = self._logprobs_json(logprobs) if logprobs else None
+        choice = {"index": index, **body, "logprobs": entries, "finish_reason": finish_reason}
         chunk = {**self._stream_head(), "choices": [choice]}
         if self._request.include_usage:
             chunk["usage"] = None
@@ -106,6 +114,40 @@ class ResponseWriter:
         kind = "chat.completion.chunk" if self._request.chat else "text_completion"
         fingerprint = self._plans.fingerprint  # of the plans so far
         return {**self._head, "system_fingerprint": fingerprint, "object": kind}
+
+    def _logprobs_json(self, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        most = self._request.params.top_logprobs
+        if most is None:
+            return None
+        if self._request.chat:
+            return {"content": [_chat_logprob(entry) for entry in entries], "refusal": None}
+        return {
+            "tokens": [entry.token for entry in entries],
+            "token_logprobs": [entry.logprob for entry in entries],
+            "top_logprobs": [_likely(entry) for entry in entries] if most else None,
+            "text_offset": [entry.offset for entry in entries],
+        }
+
+
+def _likely(entry: TokenLogprob) -> dict[str, float]:
+    """The most likely tokens and the token itself; of tokens with one text, the likeliest."""
+    return dict([(entry.token, entry.logprob), *reversed(entry.top)])
+
+
+def _chat_logprob(entry: TokenLogprob) -> dict[str, Any]:
+    return {
+        **_token_json(entry.token, entry.logprob),
+        "top_logprobs": [_token_json(token, logprob) for token, logprob in entry.top],
+    }
+
+
+def _token_json(token: str, logprob: float) -> dict[str, Any]:
+    whole = "\N{REPLACEMENT CHARACTER}" not in token
+    return {
+        "token": token,
+        "logprob": logprob,
+        "bytes": list(token.encode()) if whole else None,
+    }
 
 
 def usage_of(generation: Generation) -> dict[str, Any]:

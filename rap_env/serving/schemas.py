@@ -189,6 +189,8 @@ class ChatCompletionRequest(BaseCompletionRequest):
 
     messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | Tool | None = None
     parallel_tool_calls: bool | None = None
@@ -213,6 +215,7 @@ class CompletionRequest(BaseCompletionRequest):
     """Body of ``POST /v1/completions``."""
 
     prompt: Annotated[list[Any], BeforeValidator(_prompt_entries)] = [""]
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
 
 BodyT = TypeVar("BodyT", bound=BaseCompletionRequest)
@@ -226,6 +229,8 @@ def validate(schema: type[BodyT], body: dict[str, Any]) -> BodyT:
         raise _first_error(error) from None
     _check_other_fields(request.model_extra or {}, chat=schema is ChatCompletionRequest)
     if isinstance(request, ChatCompletionRequest):
+        if request.top_logprobs and not request.logprobs:
+            raise invalid("'top_logprobs' is only allowed when 'logprobs' is true.", "top_logprobs")
         names = [tool.function.name for tool in request.offered_tools]
         chosen = request.chosen_function
         if (request.tool_choice == "required" and not names) or chosen not in (None, *names):

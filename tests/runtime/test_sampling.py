@@ -1,4 +1,4 @@
-"""Sampled tokens and their log-probabilities."""
+"""Sampled tokens, and log-probabilities of answers and prompts."""
 
 import math
 
@@ -102,11 +102,12 @@ def test_a_bias_is_added_and_its_row_alone_changes():
 
 def test_log_probabilities_are_those_before_penalties_bias_and_temperature():
     scores = logits(1)
-    sampler = RowSampler(sampled(temperature=2.0, logit_bias=((4, 100.0),)))
+    sampler = RowSampler(sampled(temperature=2.0, logit_bias=((4, 100.0),), top_logprobs=3))
     drawn = sample_rows([sampler], scores)[0]
     expected = torch.log_softmax(scores[0], dim=-1)
     assert drawn.token_id == 4
     assert drawn.logprob == pytest.approx(float(expected[4]), abs=1e-5)
+    assert [token for token, _ in drawn.top] == scores[0].topk(3).indices.tolist()
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "opt", "mistral_sliding"])

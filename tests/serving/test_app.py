@@ -45,17 +45,19 @@ def events_of(response):
 
 
 def test_a_chat_answer_has_all_fields_of_the_api(server):
-    body = post(server, {**CHAT, "max_tokens": 20}).json()
+    body = post(server, {**CHAT, "max_tokens": 20, "logprobs": True}).json()
     assert (body["object"], body["model"]) == ("chat.completion", "tiny")
     assert body["id"].startswith("chatcmpl-")
     assert body["system_fingerprint"].startswith("fp_")
     (choice,) = body["choices"]
+    entries = choice.pop("logprobs")["content"]
     assert choice == {
         "index": 0,
-        "logprobs": None,
         "message": {"role": "assistant", "content": "hello world", "refusal": None},
         "finish_reason": "stop",
     }
+    assert "".join(entry["token"] for entry in entries) == "hello world"
+    assert entries[0] == {"token": "h", "logprob": -0.5, "bytes": [104], "top_logprobs": []}
     prompt = len("user: hi\nassistant: ")
     assert body["usage"] == {
         "prompt_tokens": prompt, "completion_tokens": 11, "total_tokens": prompt + 11,
@@ -63,6 +65,7 @@ def test_a_chat_answer_has_all_fields_of_the_api(server):
     }  # fmt: skip
     (choice,) = post(server, {**CHAT, "max_completion_tokens": 5}).json()["choices"]
     assert (choice["message"]["content"], choice["finish_reason"]) == ("hello", "length")
+    assert choice["logprobs"] is None
 
 
 def test_a_plain_answer_has_16_tokens_unless_asked_for_more(server):
@@ -100,7 +103,7 @@ def test_sampling_is_passed_on_as_the_api_means_it(server):
 
 
 def test_a_chat_stream_has_the_role_then_text_then_finish_reason_of_each_answer(server):
-    asked = {**CHAT, "n": 2, "stream": True}
+    asked = {**CHAT, "n": 2, "logprobs": True, "stream": True}
     response = post(server, {**asked, "stream_options": {"include_usage": True}})
     assert response.headers["content-type"].startswith("text/event-stream")
     *events, usage = events_of(response)
@@ -108,7 +111,8 @@ def test_a_chat_stream_has_the_role_then_text_then_finish_reason_of_each_answer(
         choices = [choice for event in events for choice in event["choices"]]
         first, *middle, end = [choice for choice in choices if choice["index"] == index]
         assert first["delta"] == {"role": "assistant", "content": "", "refusal": None}
-        assert "".join(choice["delta"]["content"] for choice in middle) == "hello world"
+        entries = [entry for choice in middle for entry in choice["logprobs"]["content"]]
+        assert [entry["token"] for entry in entries] == list("hello world")
         assert end == {"index": index, "delta": {}, "logprobs": None, "finish_reason": "stop"}
     assert usage["choices"] == []
     assert usage["usage"]["completion_tokens"] == 22

@@ -6,6 +6,7 @@ from typing import Literal
 
 import openai
 import pytest
+import torch
 from pydantic import BaseModel
 
 from rap_env.serving.settings import ServerSettings
@@ -28,6 +29,48 @@ def client(llm, tokenizer):
         yield opened
 
 
+def complete(client, **more):
+    asked = {"model": "tiny", "prompt": "a big cat", "temperature": 0, "max_tokens": 4, **more}
+    return client.completions.create(**asked)
+
+
+def test_likely_tokens_of_a_chat(client):
+    (choice,) = chat(client, logprobs=True, top_logprobs=3).choices
+    assert len(choice.logprobs.content) == 10
+    for entry in choice.logprobs.content:
+        assert len(entry.top_logprobs) == 3
+        assert (entry.top_logprobs[0].token, entry.top_logprobs[0].logprob) == (
+            entry.token, entry.logprob,
+        )  # fmt: skip
+        assert entry.top_logprobs[0].logprob >= entry.top_logprobs[1].logprob
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_likely_tokens_of_a_plain_completion(client, llm, tokenizer, stream):
+    answer = complete(client, logprobs=2, stream=stream)
+    choices = [chunk.choices[0] for chunk in (answer if stream else [answer])]
+    found = [choice.logprobs for choice in choices if choice.logprobs is not None]
+    text = "".join(choice.text for choice in choices)
+    assert [token for part in found for token in part.tokens] == list(text)
+    assert [offset for part in found for offset in part.text_offset] == list(range(4))
+    ids = torch.tensor([tokenizer.encode("a big cat" + text)])
+    with torch.no_grad():
+        likely = torch.log_softmax(llm.model(ids).logits[0, -5:-1].float(), dim=-1).topk(2).values
+    own = [value for part in found for value in part.token_logprobs]
+    assert own == pytest.approx(likely[:, 0].tolist(), abs=1e-4)
+    top = [value for part in found for entry in part.top_logprobs for value in entry.values()]
+    assert sorted(top) == pytest.approx(sorted(likely.flatten().tolist()), abs=1e-4)
+    assert complete(client, logprobs=0).choices[0].logprobs.top_logprobs is None
+
+
+def test_a_stop_token_is_scored_in_a_plain_completion(client, tokenizer):
+    stop = {str(tokenizer.eos_token_id): 100}
+    (choice,) = complete(client, logprobs=1, max_tokens=1, logit_bias=stop).choices
+    assert choice.finish_reason == "stop"
+    assert choice.text == ""
+    assert choice.logprobs.tokens == ["</s>"]
+
+
 def test_penalties_and_biases_reach_the_sampler(client, tokenizer):
     repeated = chat(client, logit_bias={str(tokenizer.encode("q")[0]): 100})
     assert repeated.choices[0].message.content == "q" * 10
@@ -43,7 +86,7 @@ def test_penalties_and_biases_reach_the_sampler(client, tokenizer):
         ({"frequency_penalty": 2.1}, "frequency_penalty"),
         ({"logit_bias": {"5": 101}}, "logit_bias.5"),
         ({"logit_bias": {"-1": 1}}, "logit_bias"),
-        ({"logprobs": True, "top_logprobs": 2}, "logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
         ({"logit_bias": {"100000": 1}}, None),  # no such token
     ],
 )

@@ -135,7 +135,7 @@ def test_calls_in_free_text_are_those_of_the_api(form, stream):
     tokenizer = tool_tokenizer(form)
     engine = FakeEngine(tokenizer, written(form, ROME, OSLO))
     engine.max_seq_len_tokens = 4096
-    ask = {"tools": [tool(), tool("b")], "max_tokens": 500}
+    ask = {"tools": [tool(), tool("b")], "max_tokens": 500, "logprobs": True}
     with served(engine, tokenizer) as server, client_of(server) as client:
         if stream:
             *chunks, end = [chunk.choices[0] for chunk in chat(client, stream=True, **ask)]
@@ -148,6 +148,7 @@ def test_calls_in_free_text_are_those_of_the_api(form, stream):
             assert choice.message.content is None
             assert choice.finish_reason == "tool_calls"
             calls = choice.message.tool_calls
+            assert len(choice.logprobs.content) == len(engine.tokens)
         assert [(call.type, call.function.name) for call in calls] == [("function", "weather")] * 2
         assert [json.loads(call.function.arguments)["city"] for call in calls] == ["Rome", "Oslo"]
         assert len({call.id for call in calls}) == 2
