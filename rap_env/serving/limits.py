@@ -105,11 +105,13 @@ class LiveLimit:
         assert self._file is not None
         try:
             with self._file.open("rb") as file:
-                text = file.read(_LONGEST_TEXT).decode("ascii", errors="replace")
+                text = file.read(_LONGEST_TEXT + 1).decode("ascii", errors="replace")
         except OSError as error:
             raise ServingSettingsError(
                 f"Cannot read memory_file {self._file}: {error.strerror}."
             ) from None
+        if len(text) > _LONGEST_TEXT:
+            text = f"{text[:_LONGEST_TEXT]}..."
         return parse_bytes(f"memory_file {self._file}", text)
 
 
