@@ -158,6 +158,8 @@ class KeptSequences:
     def match(self, sequence: TokenSequence) -> Match:
         """The longest beginning of a sequence that it may take over, without its last token."""
         best = Match()
+        if sequence.scores_prompt:
+            return best
         tokens = tuple(sequence.tokens[:-1])
         usable: dict[tuple[frozenset[Plan], Plan], bool] = {}
 

@@ -113,6 +113,8 @@ class RequestHandle:
         ended_s: Time of the end; None before it.
         token_ids: The tokens generated so far.
         logprobs: Their log-probabilities in nats.
+        prompt_samples: Log-probabilities of the prompt's tokens from the second one on, known
+            before the first token; None if they were not asked for.
         plans: The plan that each of them was computed with.
         plan: The plan of the last pass for the request, over its prompt or a token; None
             before.
@@ -145,6 +147,7 @@ class RequestHandle:
         self.ended_s: float | None = None
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
+        self.prompt_samples: tuple[Sample, ...] | None = None
         self.plans: list[Plan] = []
         self.plan: Plan | None = None
         self.reason: Reason | None = None

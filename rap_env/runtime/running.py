@@ -187,7 +187,9 @@ class RunningBatch:
         if refills or not self.decoding:  # else its cache will be copied into the batch's
             batch.reserve_tokens = sum(sequence.progress(in_batch=refills))
         taken = Taken() if refills else self.kept.take(sequence, batch)
-        self.prefilling = PrefillingSequence(sequence, batch, chunk_tokens, refills=refills)
+        self.prefilling = PrefillingSequence(
+            sequence, batch, self._llm, chunk_tokens, refills=refills
+        )
         self._shape = None
         return taken
 

@@ -41,6 +41,7 @@ class SamplingParams:
         logit_bias: Token ids, and what is added to their logits, in nats.
         top_logprobs: Number of most likely tokens to report with each token of the answer;
             None for no report of log-probabilities.
+        prompt_logprobs: Whether to report the same for each token of the prompt.
         constraint: Makes a matcher of what the answer has to follow; None for nothing.
 
     Raises:
@@ -57,6 +58,7 @@ class SamplingParams:
     frequency_penalty: float = setting(0.0, low=-2, high=2)
     logit_bias: tuple[tuple[int, float], ...] = ()
     top_logprobs: int | None = setting(None, low=0)
+    prompt_logprobs: bool = False
     constraint: Callable[[], GrammarMatcher] | None = None
 
     def __post_init__(self) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 
 from rap_env.errors import RapError
+from rap_env.models.device import send
 from rap_env.models.live.live_batch import LiveBatch
+from rap_env.models.live.partial_forward import recorded_states
 from rap_env.plan import Plan
 from rap_env.runtime.memory_estimator import BatchShape
 from rap_env.runtime.records import Counters
@@ -21,14 +24,16 @@ from rap_env.runtime.request_handle import (
     RequestHandle,
     TokenEvent,
 )
-from rap_env.runtime.sampling import RowSampler, Sample, sample_rows
+from rap_env.runtime.sampling import RowSampler, Sample, sample_rows, scored
 
 if TYPE_CHECKING:
-    pass
+    from rap_env.models.live.elastic import ElasticLLM
 
 log = logging.getLogger(__name__)
 
 NOT_FINITE = "The model returned logits that are not finite."
+_POSITIONS = 8
+"""Positions of a prompt whose logits are in memory at a time."""
 
 
 class ReadPlans:
@@ -95,6 +100,11 @@ class TokenSequence:
         cached = self.known_tokens - in_batch
         return cached, self.handle.final_tokens - cached
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether its whole prompt has to be read, for log-probabilities that it has not got."""
+        return self.handle.params.prompt_logprobs and self.handle.prompt_samples is None
+
     def preempt(self, time_s: float) -> None:
         """Note that the sequence goes back to the queue."""
         self.handle.preemptions += 1
@@ -107,6 +117,7 @@ class PrefillingSequence:
     Args:
         sequence: The sequence.
         batch: A batch for it: empty, or with what was kept of the beginning of its tokens.
+        llm: The live model.
         chunk_tokens: Most tokens of a chunk.
         refills: Whether it decodes meanwhile, with another cache that this one will replace.
             Then its last token is left out, as decoding does.
@@ -119,6 +130,7 @@ class PrefillingSequence:
         self,
         sequence: TokenSequence,
         batch: LiveBatch,
+        llm: ElasticLLM,
         chunk_tokens: int,
         *,
         refills: bool = False,
@@ -127,7 +139,9 @@ class PrefillingSequence:
         self.refills = refills
         self.batch = batch
         self.read = sequence.read if batch.size else ReadPlans()
+        self._llm = llm
         self._chunk_tokens = chunk_tokens
+        self._prompt_samples: list[Sample] = []
 
     @property
     def tokens_left(self) -> int:
@@ -152,14 +166,44 @@ class PrefillingSequence:
             number of tokens in the chunk.
 
         Raises:
+            RapError: The prompt's log-probabilities are wanted, and logits are not finite.
             PassInterruptedError: `interrupt` has ended the chunk. The next call repeats it.
         """
         cached = self.batch.length
         chunk = self.sequence.tokens[cached : cached + self.next_tokens]
         run = self.batch.append if self.batch.size else self.batch.prefill
-        logits = run([chunk])
+        scores = self.sequence.scores_prompt
+        recording: AbstractContextManager[list[torch.Tensor]] = nullcontext([])
+        if scores:
+            recording = recorded_states(self._llm)
+        with recording as states:
+            logits = run([chunk])
         self.read.note(self.batch.length, self.batch.plans[0])
+        if scores:
+            self._score(torch.cat(states, dim=1)[0, -len(chunk) :], cached + 1)
+            if not self.tokens_left:
+                self.sequence.handle.prompt_samples = tuple(self._prompt_samples)
         return (None if self.tokens_left else logits), len(chunk)
+
+    @torch.no_grad()
+    def _score(self, states: torch.Tensor, first: int) -> None:
+        """Note the log-probabilities of the prompt's tokens from `first` on.
+
+        Args:
+            states: The last hidden states at the tokens before them, (T, width).
+            first: The index of a token.
+        """
+        prompt, params = self.sequence.handle.prompt_ids, self.sequence.handle.params
+        head = self._llm.model.get_output_embeddings()
+        for some in torch.split(states, _POSITIONS):
+            tokens = prompt[first : first + len(some)]
+            logits = self._llm.adapter.cap_logits(head(some[: len(tokens)]).float())
+            index = send(torch.tensor(tokens, dtype=torch.long), logits.device)
+            for sample in scored(logits, index, [params.top_logprobs or 0] * len(tokens)):
+                if sample is None:
+                    raise RapError(NOT_FINITE)
+                self._prompt_samples.append(sample)
+            first += len(tokens)
 
 
 class OutputProcessor:

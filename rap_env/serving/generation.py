@@ -45,12 +45,12 @@ _REJECTED: dict[Rejection, str] = {
 class TokenLogprob(NamedTuple):
     """A token's text, maybe part of a character, and the natural log of its probability.
 
-    `top` has texts and log probabilities of the most likely tokens, most likely first.
-    `offset` is the number of characters before it.
+    The first token of a prompt has none. `top` has texts and log probabilities of the most
+    likely tokens, most likely first. `offset` is the number of characters before it.
     """
 
     token: str
-    logprob: float
+    logprob: float | None
     top: tuple[tuple[str, float], ...]
     offset: int
 
@@ -80,6 +80,7 @@ class _Choice:
     stops: StopStrings
     timer: AnswerTimer
     call_parser: ToolCallParser | None
+    echo: str  # what the answer still has to begin with
     text: str = ""  # as it was generated
     content: str = ""  # of it what is no tool call
     tokens: int = 0
@@ -157,6 +158,7 @@ class Generation:
                         StopStrings(request.stop_strings),
                         timer,
                         parser,
+                        request.echo[number // request.n] if request.echo else "",
                     )
                 )
         except BaseException as error:
@@ -214,6 +216,12 @@ class Generation:
         if isinstance(event, PlanEvent):
             self._plans.add(event.plan)
             return None
+        samples = choice.handle.prompt_samples
+        if samples is not None and not choice.tokens:
+            self._add_logprob(choice, Sample(choice.handle.prompt_ids[0], 0.0))
+            choice.pending[0] = choice.pending[0]._replace(logprob=None)
+            for sample in samples:
+                self._add_logprob(choice, sample)
         if isinstance(event, TokenEvent):
             return self._token(choice, event)
         return self._end(choice, event)
@@ -225,7 +233,7 @@ class Generation:
             choice.handle.cancel()
             return self._delta(choice, text, "stop")
         self._add_logprob(choice, event)
-        return self._delta(choice, text, None) if text else None
+        return self._delta(choice, text, None) if text or choice.echo else None
 
     def _end(self, choice: _Choice, event: EndEvent) -> OutputDelta:
         if event.reason not in ("stop", "length"):
@@ -243,7 +251,8 @@ class Generation:
         return delta
 
     def _delta(self, choice: _Choice, text: str, reason: str | None) -> OutputDelta:
-        """New output, and its tool calls."""
+        """New output, with what the answer has to begin with, and its tool calls."""
+        text, choice.echo = choice.echo + text, ""
         choice.text += text
         logprobs, choice.pending = tuple(choice.pending), []
         calls: Sequence[dict[str, Any]] = ()

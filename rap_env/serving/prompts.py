@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rap_env.errors import InvalidGrammarError, MissingDependencyError, UnsupportedModelError
 from rap_env.runtime.sampling import SamplingParams
 from rap_env.runtime.structured_output import GrammarCompiler, GrammarKind, GrammarMatcher
-from rap_env.serving.answers import WrittenAnswers, encode_parts
+from rap_env.serving.answers import WrittenAnswers, encode_parts, plain_text
 from rap_env.serving.http import ApiError, invalid, shown
 from rap_env.serving.schemas import (
     BaseCompletionRequest,
@@ -46,6 +46,7 @@ class GenerationRequest:
     Attributes:
         prompts: Token ids of each prompt.
         n: Number of answers to each prompt.
+        echo: Text of each prompt, which the answers begin with; empty for no such texts.
         include_usage: Whether a stream ends with the numbers of tokens.
         owner: Whose kept sequences may be used for it: those of its key and its salt.
         call_parser: Makes what finds the tool calls of an answer; None if it may not call.
@@ -57,6 +58,7 @@ class GenerationRequest:
     params: SamplingParams
     n: int = 1
     stop_strings: Sequence[str] = ()
+    echo: Sequence[str] = ()
     chat: bool = False
     stream: bool = False
     include_usage: bool = False
@@ -121,7 +123,7 @@ class RequestBuilder:
         self._check_new_tokens(body.new_tokens)
         chat, n = isinstance(body, ChatCompletionRequest), body.n or 1
         self._check_choices(n, 1 if isinstance(body, ChatCompletionRequest) else len(body.prompt))
-        call_parser = None
+        call_parser, echo = None, list[str]()
         if isinstance(body, ChatCompletionRequest):
             prompts = [self.encode_chat(body.messages, body.offered_tools, owner)]
             if body.offered_tools:
@@ -130,6 +132,11 @@ class RequestBuilder:
                 call_parser = partial(ToolCallParser, self.call_form, names, single=single)
         else:
             prompts = [self._prompt(entry) for entry in body.prompt]
+            if body.echo:
+                echo = [
+                    entry if isinstance(entry, str) else plain_text(self._tokenizer, prompt)
+                    for entry, prompt in zip(body.prompt, prompts, strict=True)
+                ]
         longest = max(map(len, prompts))
         self._check_prompt(longest, body)
         return GenerationRequest(
@@ -137,6 +144,7 @@ class RequestBuilder:
             params=self._sampling(body, self._max_new_tokens(body, longest)),
             n=n,
             stop_strings=body.stop or (),
+            echo=echo,
             chat=chat,
             stream=bool(body.stream),
             include_usage=bool(body.stream_options and body.stream_options.include_usage),
@@ -204,9 +212,12 @@ class RequestBuilder:
         top_p = 1.0 if body.top_p is None else body.top_p
         if top_p == 0:  # an empty nucleus: take the most likely token
             temperature, top_p = 0.0, 1.0
-        top_logprobs = body.logprobs
         if isinstance(body, ChatCompletionRequest):
             top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+            prompt_logprobs = False
+        else:
+            top_logprobs = body.logprobs
+            prompt_logprobs = bool(body.echo) and top_logprobs is not None
         constraint = self._constraint(body)
         return SamplingParams(
             max_new_tokens=max_new_tokens,
@@ -219,6 +230,7 @@ class RequestBuilder:
             frequency_penalty=body.frequency_penalty or 0.0,
             logit_bias=_bias(body.logit_bias or {}),
             top_logprobs=top_logprobs,
+            prompt_logprobs=prompt_logprobs,
             constraint=constraint,
         )
 

@@ -129,8 +129,10 @@ class ResponseWriter:
         }
 
 
-def _likely(entry: TokenLogprob) -> dict[str, float]:
+def _likely(entry: TokenLogprob) -> dict[str, float] | None:
     """The most likely tokens and the token itself; of tokens with one text, the likeliest."""
+    if entry.logprob is None:
+        return None
     return dict([(entry.token, entry.logprob), *reversed(entry.top)])
 
 
@@ -141,7 +143,7 @@ def _chat_logprob(entry: TokenLogprob) -> dict[str, Any]:
     }
 
 
-def _token_json(token: str, logprob: float) -> dict[str, Any]:
+def _token_json(token: str, logprob: float | None) -> dict[str, Any]:
     whole = "\N{REPLACEMENT CHARACTER}" not in token
     return {
         "token": token,

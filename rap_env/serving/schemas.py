@@ -216,6 +216,7 @@ class CompletionRequest(BaseCompletionRequest):
 
     prompt: Annotated[list[Any], BeforeValidator(_prompt_entries)] = [""]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    echo: bool | None = None
 
 
 BodyT = TypeVar("BodyT", bound=BaseCompletionRequest)

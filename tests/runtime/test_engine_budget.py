@@ -23,6 +23,7 @@ from tests.runtime.harness import (
     prompt,
     serve_while_the_budget_jumps,
 )
+from tests.runtime.test_sampling import reading
 
 
 def test_measured_bytes_stay_within_a_budget_that_jumps():
@@ -196,7 +197,7 @@ class Fall:
 def test_a_prefill_chunk_ends_when_the_budget_falls_and_is_repeated(chunk):
     harness = ordered()
     engine, fall = harness.engine(prefill_chunk_tokens=6), Fall(harness)
-    handle = engine.submit(prompt(11), greedy(4))
+    handle = engine.submit(prompt(11), reading(4))
     if chunk == 2:
         engine.step()
     records = len(harness.records)
@@ -207,6 +208,7 @@ def test_a_prefill_chunk_ends_when_the_budget_falls_and_is_repeated(chunk):
     assert harness.mask.removed >= set(ORDER[:4])  # lowered in the same turn
     harness.run(engine)
     assert handle.reason == "length"
+    assert len(handle.prompt_samples) == 10
     assert handle.token_ids == alone(harness.llm, prompt(11), 4, harness.mask) or chunk == 2
     assert all(record.peak_bytes <= record.budget_bytes for record in harness.records)
 

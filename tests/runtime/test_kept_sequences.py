@@ -13,6 +13,7 @@ from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.runtime.memory_estimator import BatchShape
 from tests.policies.test_knapsack import costs
 from tests.runtime.harness import PLENTY, Harness, alone, greedy, prompt, steps
+from tests.runtime.test_sampling import reading
 from tests.tiny import tiny_llm
 
 LONG = 256
@@ -96,6 +97,14 @@ class TestBeginnings:
         assert {tuple(handle.token_ids) for handle in handles} == {(*handles[0].token_ids,)}
         blocks = harness.estimator.memory.kv_bytes_by_layer(1, 64).sum()
         assert blocks < kept_bytes(harness) < 2 * blocks  # stored once
+
+    def test_requests_for_probabilities_of_the_prompt_read_all_of_it(self):
+        harness, engine = conversing()
+        answer(harness, engine, prompt(40))
+        handle = engine.submit(prompt(40), reading(4))
+        harness.run(engine)
+        assert handle.kept_tokens == 0
+        assert len(handle.prompt_samples) == 39
 
     def test_tokens_are_compared_and_not_their_hashes(self):
         """Python's hash of -1 and -2 is the same, and so are those of tuples of them."""
@@ -539,18 +548,20 @@ def test_without_a_disk_it_reads_again_what_had_no_room():
     assert second.token_ids == alone(harness.llm, prompt(38, 1), 16)
 
 
-def test_a_prompt_that_was_read_in_part_is_kept():
-    harness = Harness(guard_order=(), hold_s=0.0)
-    engine = harness.engine(prefill_chunk_tokens=16)
-    handle = engine.submit(prompt(40), greedy(4))
-    engine.step()
-    harness.budget_bytes = 10
-    engine.step()
-    assert handle.preemptions == 1
-    harness.budget_bytes = PLENTY
-    harness.run(engine)
-    assert engine.stats().repeated_tokens == 0
-    assert handle.token_ids == alone(harness.llm, prompt(40), 4)
+def test_a_prompt_that_was_read_in_part_is_kept_and_one_whose_probabilities_are_asked_is_not():
+    for params, repeated in ((greedy(4), 0), (reading(4), 16)):
+        harness = Harness(guard_order=(), hold_s=0.0)
+        engine = harness.engine(prefill_chunk_tokens=16)
+        handle = engine.submit(prompt(40), params)
+        engine.step()
+        harness.budget_bytes = 10
+        engine.step()
+        assert handle.preemptions == 1
+        harness.budget_bytes = PLENTY
+        harness.run(engine)
+        assert engine.stats().repeated_tokens == repeated
+        assert handle.token_ids == alone(harness.llm, prompt(40), 4)
+        assert handle.prompt_samples is None or len(handle.prompt_samples) == 39
 
 
 def test_a_full_disk_is_logged_once_and_the_request_is_read_again(monkeypatch, caplog):

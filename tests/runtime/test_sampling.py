@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from rap_env.errors import InvalidRequestError
+from rap_env.runtime.request_handle import TokenEvent
 from rap_env.runtime.sampling import RowSampler, SamplingParams, sample_rows
-from tests.runtime.harness import Harness, greedy, prompt
+from tests.runtime.harness import Harness, greedy, prompt, steps
 
 
 def logits(rows=3, vocab=50, seed=0) -> torch.Tensor:
@@ -34,6 +35,7 @@ def sampled(**settings) -> SamplingParams:
         ("seed", "x"),
         ("presence_penalty", 2.5),
         ("logit_bias", ((-1, 1.0),)),
+        ("top_logprobs", 0.5),
     ],
 )
 def test_values_out_of_range_are_rejected_by_name(setting, wrong):
@@ -110,16 +112,52 @@ def test_log_probabilities_are_those_before_penalties_bias_and_temperature():
     assert [token for token, _ in drawn.top] == scores[0].topk(3).indices.tolist()
 
 
+def reading(count=3, top=2) -> SamplingParams:
+    return SamplingParams(max_new_tokens=count, top_logprobs=top, prompt_logprobs=True)
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "opt", "mistral_sliding"])
 def test_log_probabilities_are_those_of_one_pass_of_the_model_whatever_the_chunks(name):
     harness = Harness(name=name)
     engine = harness.engine(prefill_chunk_tokens=4)
     ids = prompt(11)
-    engine.submit(prompt(6, 1), greedy(9))
-    handle = engine.submit(ids, greedy(3))
+    other, single = engine.submit(prompt(6, 1), greedy(9)), engine.submit(prompt(1), reading())
+    handle = engine.submit(ids, reading())
     harness.run(engine)
     with torch.no_grad():
         logits = harness.llm.model(torch.tensor([ids + handle.token_ids])).logits[0].float()
     every = torch.log_softmax(logits, dim=-1)
     answer = every[len(ids) - 1 : -1].gather(1, torch.tensor(handle.token_ids)[:, None])[:, 0]
     torch.testing.assert_close(torch.tensor(handle.logprobs), answer, atol=1e-4, rtol=0)
+    expected = every[: len(ids) - 1]
+    assert [sample.token_id for sample in handle.prompt_samples] == ids[1:]
+    found = torch.tensor([sample.logprob for sample in handle.prompt_samples])
+    torch.testing.assert_close(found, expected.gather(1, torch.tensor(ids[1:])[:, None])[:, 0])
+    likely = expected.topk(2)
+    top = torch.tensor([[p for _, p in sample.top] for sample in handle.prompt_samples])
+    torch.testing.assert_close(top, likely.values)
+    assert [[token for token, _ in sample.top] for sample in handle.prompt_samples] == (
+        likely.indices.tolist()
+    )
+    assert other.prompt_samples is None
+    assert single.prompt_samples == ()
+
+
+def test_those_of_a_prompt_come_once_and_before_the_first_token_also_after_a_preemption(harness):
+    engine = harness.engine(prefill_chunk_tokens=3)
+    seen = []
+    handle = engine.submit(
+        prompt(8), reading(5), lambda event: seen.append((event, handle.prompt_samples))
+    )
+    for _ in range(2):
+        engine.step()  # two of three chunks
+    engine._scheduler._preempt()
+    steps(engine, 5)
+    assert handle.token_ids
+    engine._scheduler._preempt()
+    harness.run(engine)
+    assert handle.preemptions == 2
+    at_tokens = [samples for event, samples in seen if isinstance(event, TokenEvent)]
+    assert len(at_tokens) == 5
+    assert all(samples is handle.prompt_samples for samples in at_tokens)
+    assert len(handle.prompt_samples) == 7

@@ -34,6 +34,14 @@ def complete(client, **more):
     return client.completions.create(**asked)
 
 
+@torch.no_grad()
+def logprobs_of(llm, tokenizer, text):
+    """Of each token of a text after the first one, and of every token in its place."""
+    ids = torch.tensor([tokenizer.encode(text)])
+    every = torch.log_softmax(llm.model(ids).logits[0].float(), dim=-1)[:-1]
+    return every.gather(1, ids[0, 1:, None])[:, 0], every
+
+
 def test_likely_tokens_of_a_chat(client):
     (choice,) = chat(client, logprobs=True, top_logprobs=3).choices
     assert len(choice.logprobs.content) == 10
@@ -63,12 +71,37 @@ def test_likely_tokens_of_a_plain_completion(client, llm, tokenizer, stream):
     assert complete(client, logprobs=0).choices[0].logprobs.top_logprobs is None
 
 
+@pytest.mark.parametrize("as_ids", [False, True])
+def test_an_echo_with_log_probabilities_scores_the_prompt(client, llm, tokenizer, as_ids):
+    text = "a big cat"
+    prompt = tokenizer.encode(text) if as_ids else text
+    (choice,) = complete(client, prompt=prompt, echo=True, logprobs=1, max_tokens=1).choices
+    found = choice.logprobs
+    assert choice.text == "".join(found.tokens)
+    assert found.tokens[: len(text)] == list(text)
+    assert len(found.tokens) == len(text) + 1
+    assert found.text_offset == list(range(len(text) + 1))
+    expected, every = logprobs_of(llm, tokenizer, text)
+    assert found.token_logprobs[0] is found.top_logprobs[0] is None
+    assert found.token_logprobs[1:-1] == pytest.approx(expected.tolist(), abs=1e-4)
+    best = [max(likely.values()) for likely in found.top_logprobs[1:-1]]
+    assert best == pytest.approx(every.max(dim=-1).values.tolist(), abs=1e-4)
+
+
+def test_an_echo_comes_first_in_a_stream_and_no_stop_string_is_sought_in_it(client):
+    plain = complete(client).choices[0].text
+    streamed = "".join(
+        c.choices[0].text for c in complete(client, echo=True, stop=["big"], stream=True)
+    )
+    assert streamed == "a big cat" + plain
+
+
 def test_a_stop_token_is_scored_in_a_plain_completion(client, tokenizer):
     stop = {str(tokenizer.eos_token_id): 100}
-    (choice,) = complete(client, logprobs=1, max_tokens=1, logit_bias=stop).choices
+    (choice,) = complete(client, echo=True, logprobs=1, max_tokens=1, logit_bias=stop).choices
     assert choice.finish_reason == "stop"
-    assert choice.text == ""
-    assert choice.logprobs.tokens == ["</s>"]
+    assert choice.text == "a big cat"
+    assert choice.logprobs.tokens == [*"a big cat", "</s>"]
 
 
 def test_penalties_and_biases_reach_the_sampler(client, tokenizer):

@@ -350,3 +350,16 @@ def _replaced_forwards(
     finally:
         for layer in layers:
             layer.__dict__.pop("forward", None)
+
+
+@contextlib.contextmanager
+def recorded_states(llm: ElasticLLM) -> Iterator[list[torch.Tensor]]:
+    """Record the last hidden states of each pass in a ``with`` block, (B, T, width)."""
+    states: list[torch.Tensor] = []
+    hook = llm.adapter.decoder(llm.model).register_forward_hook(
+        lambda _module, _inputs, output: states.append(output.last_hidden_state)
+    )
+    try:
+        yield states
+    finally:
+        hook.remove()
