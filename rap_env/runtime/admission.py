@@ -159,8 +159,8 @@ class Admission:
     def admit_next(self, interrupt: Callable[[], bool]) -> bool:
         """Reject what has waited too long, and admit the next request if it fits.
 
-        That is the first of the queue. Where nothing has run for `_STALLED_S`, all are tried,
-        the shortest first.
+        That is the first of the queue that does not wait for its own floor. Where nothing has
+        run for `_STALLED_S`, all are tried, the shortest first.
 
         Args:
             interrupt: As for `LiveBatch`.
@@ -178,8 +178,8 @@ class Admission:
             return self._admit_any(interrupt)
         if batch.decoding and self._clock() - self.preempted_s < self._controller.hold_s:
             return False  # a request was preempted just now
-        waiting = self._queue.waiting
-        return bool(waiting) and self._admit(waiting[0], self._batch.chunk_tokens, interrupt)
+        sequence = next(filter(self._within_own_floor, self._queue.waiting), None)
+        return sequence is not None and self._admit(sequence, batch.chunk_tokens, interrupt)
 
     def _admit_any(self, interrupt: Callable[[], bool]) -> bool:
         """Admit the shortest request that fits alone, in the largest chunks with which it does."""
@@ -226,6 +226,17 @@ class Admission:
             self._output.reject(sequence, rejection_of(error), str(error))
         return False
 
+    def _within_own_floor(self, sequence: TokenSequence) -> bool:
+        """Whether a request could run alone now, unless it has no floor of its own."""
+        if sequence.handle.params.max_delta_nll is None:
+            return True
+        budget = self._monitor.budget_bytes
+        if budget > sequence.unfit_bytes:
+            if self._chooser.could_fit(self._batch.shape_alone(sequence), budget):
+                return True
+            sequence.unfit_bytes = budget
+        return False
+
     # What can never run, and why
 
     def could_ever_fit(self, shape: BatchShape) -> bool:
@@ -242,8 +253,8 @@ class Admission:
         if self._chooser.could_fit(_ONE_TOKEN, budget + reserve):
             return ""
         return (
-            f"No plan{self._chooser.floor_clause} fits a request of one token into the budget of "
-            f"{human_bytes(max(0, budget))}; {_MORE}."
+            f"No plan{self._chooser.floor_clause(_ONE_TOKEN)} fits a request of one token into "
+            f"the budget of {human_bytes(max(0, budget))}; {_MORE}."
         )
 
     def misfit(self, shape: BatchShape, *, expected: bool) -> InfeasibleBudgetError:
@@ -261,7 +272,7 @@ class Admission:
         budget = monitor.budget_limit_bytes() if expected else monitor.budget_bytes
         message = (
             f"{shape.seq_len_tokens} tokens do not fit the {'largest expected ' * expected}budget "
-            f"of {max(0, budget):,} bytes under any plan{chooser.floor_clause}"
+            f"of {max(0, budget):,} bytes under any plan{chooser.floor_clause(shape)}"
         )
         rise = chooser.least_rise(shape, budget)
         remedy = "shorten the prompt or ask for fewer tokens"

@@ -16,6 +16,7 @@ from rap_env.errors import (
 )
 from rap_env.request import KEPT_DELTA_NLL
 from rap_env.runtime.admission import RequestQueue
+from rap_env.runtime.plan_chooser import no_prediction_text, predicts
 from rap_env.runtime.records import EngineStats
 from rap_env.runtime.request_handle import Listener, RequestHandle
 from rap_env.runtime.sampling import SamplingParams
@@ -40,8 +41,9 @@ class Engine:
     delays others by no more than a chunk at a time. Before each pass through the model the
     controller reads the budget; if it falls below what is used during a chunk, the chunk ends
     before its next layer, and is repeated later. A request waits while no plan makes it fit
-    with the running batch; others overtake it only if nothing has run for a moment: then the
-    shortest one that fits runs, and soon whatever margin was learned. If no plan fits the running
+    with the running batch; others overtake it only if it waits for a floor of its own, which
+    no plan reaches even for it alone, or if nothing has run for a moment: then the shortest
+    one that fits runs, and soon whatever margin was learned. If no plan fits the running
     batch, the newest request is preempted: it returns to the front of the queue with its
     tokens and what it has cached (`KeptSequences`), and later goes on from there. Once memory is
     back, lowered caches are read back from files, or refilled one at a time.
@@ -170,7 +172,8 @@ class Engine:
 
         Raises:
             InvalidRequestError: The prompt is empty or too long together with the answer; the
-                prompt or the bias has an id that is not in the model's vocabulary.
+                prompt or the bias has an id that is not in the model's vocabulary; or the
+                policy predicts nothing for the request's own floor.
             InfeasibleBudgetError: No plan could ever make it fit; a `QualityFloorError` if
                 none above the floor could.
             QueueFullError: Too many requests wait.
@@ -269,6 +272,9 @@ class Engine:
                 f"The prompt has {len(prompt)} tokens, and {params.max_new_tokens} new ones were "
                 f"requested; together at most {self.max_seq_len_tokens} are served."
             )
+        floor, policy = params.max_delta_nll, self.controller.chooser.policy
+        if floor is not None and not predicts(policy):
+            raise InvalidRequestError(no_prediction_text(floor, policy.name))
         biased = [token for token, _ in params.logit_bias]
         for token in (min(prompt), max(prompt), *biased):
             if not 0 <= token < self.vocab_size:

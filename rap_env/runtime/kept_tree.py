@@ -140,8 +140,8 @@ class KeptQuality:
         present = rise(plan, tokens)
         if present is None:
             return False
-        floor = self._chooser.max_delta_nll
-        most = min(present + self.max_rise, math.inf if floor is None else floor)
+        floors = self._chooser.max_delta_nll, sequence.handle.params.max_delta_nll
+        most = min([present + self.max_rise, *(each for each in floors if each is not None)])
         return all(
             (own_rise := rise(each, tokens)) is not None and own_rise <= most for each in own
         )

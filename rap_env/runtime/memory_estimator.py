@@ -13,6 +13,7 @@ The workspace is that of passes of at most `chunk_tokens` tokens, as the schedul
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -65,6 +66,7 @@ class BatchShape:
         longest_tokens: Tokens of the longest sequence at its end, without padding; it may be
             longer than those of the largest batch. By default `seq_len_tokens`.
         kept_bytes: Bytes of caches in memory beside those of the batch.
+        max_delta_nll: The strictest floor of its requests, nats per token.
     """
 
     batch_size: int = 0
@@ -72,6 +74,7 @@ class BatchShape:
     rows: int = 0
     longest_tokens: int = field(default=0, repr=False)
     kept_bytes: int = field(default=0, repr=False)
+    max_delta_nll: float = field(default=math.inf, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", max(self.rows, self.batch_size))

@@ -54,8 +54,9 @@ class PlanChooser:
     A policy is asked again with a lower limit where its plan does not fit. Where the plan
     does not fit then, the guard removes more blocks in its own order. With a quality floor,
     no plan is chosen for a batch if the predicted rise in NLL of the one that fits is above
-    `max_delta_nll` or unknown. The settings are those of `RuntimeController`; whether a batch
-    could fit is asked at the floor's highest value.
+    `max_delta_nll` or unknown; floors of a batch's own requests count likewise. The settings
+    are those of `RuntimeController`; whether a batch could fit is asked at the floor's
+    highest value.
 
     Attributes:
         llm: The live model.
@@ -130,15 +131,20 @@ class PlanChooser:
             floor = max(floor, min(most, present or 0.0))
         self.max_delta_nll = floor
 
-    @property
-    def floor_clause(self) -> str:
+    def floor(self, shape: BatchShape, *, ever: bool = False) -> float:
+        """The quality floor for a batch, nats per token; infinite without one.
+
+        `ever` asks for its highest value.
+        """
+        own = self.most_delta_nll if ever else self.max_delta_nll
+        return shape.max_delta_nll if own is None else min(own, shape.max_delta_nll)
+
+    def floor_clause(self, shape: BatchShape) -> str:
         """Words that qualify "plan" in messages about the quality floor; empty without a floor."""
-        if self.most_delta_nll is None:
+        floor = self.floor(shape, ever=True)
+        if floor == math.inf:
             return ""
-        return (
-            f" with a predicted rise in NLL of at most {self.most_delta_nll} nats per token "
-            "(max_delta_nll)"
-        )
+        return f" with a predicted rise in NLL of at most {floor} nats per token (max_delta_nll)"
 
     def delta_nll(self, plan: Plan, seq_len_tokens: int) -> float | None:
         """Rise in NLL that the policy predicts for a plan, nats per token; any thread may call it.
@@ -162,8 +168,8 @@ class PlanChooser:
 
         `ever` asks at the floor's highest value.
         """
-        floor = self.most_delta_nll if ever else self.max_delta_nll
-        if not shape or floor is None:
+        floor = self.floor(shape, ever=ever)
+        if not shape or floor == math.inf:
             return True
         rise = self.rise(plan, shape.longest_tokens)
         return rise is not None and rise <= floor
@@ -186,7 +192,7 @@ class PlanChooser:
         """Whether some plan that may ever be allowed fits a limit; any thread may call it."""
         if self.fits(self.llm.plan, shape, limit_bytes):  # faster than a search
             return True
-        if self.most_delta_nll is None:
+        if self.floor(shape, ever=True) == math.inf:
             return self._smallest_bytes(shape, limit_bytes) <= limit_bytes
         choice = self._fitting(shape, limit_bytes)
         return choice is not None and self.allows(choice.plan, shape, ever=True)

@@ -42,6 +42,9 @@ class SamplingParams:
         top_logprobs: Number of most likely tokens to report with each token of the answer;
             None for no report of log-probabilities.
         prompt_logprobs: Whether to report the same for each token of the prompt.
+        max_delta_nll: Floor of quality of the request, nats per token: no pass for it runs with
+            a plan whose predicted rise in NLL is above it. None for the engine's floor alone,
+            which holds in any case.
         constraint: Makes a matcher of what the answer has to follow; None for nothing.
 
     Raises:
@@ -59,6 +62,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     top_logprobs: int | None = setting(None, low=0)
     prompt_logprobs: bool = False
+    max_delta_nll: float | None = setting(None, low=0)
     constraint: Callable[[], GrammarMatcher] | None = None
 
     def __post_init__(self) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -69,6 +71,7 @@ class TokenSequence:
         queued_since_s: When it last entered the queue, on the engine's clock.
         computed_tokens: Most of its tokens that were in a cache so far.
         refills: Whether its cache may be computed again at better levels.
+        unfit_bytes: The largest budget in which it did not fit alone above its own floor.
     """
 
     def __init__(self, handle: RequestHandle, owner: str = "") -> None:
@@ -79,6 +82,7 @@ class TokenSequence:
         self.queued_since_s = handle.arrived_s
         self.computed_tokens = 0
         self.refills = True
+        self.unfit_bytes = 0
 
     @property
     def tokens(self) -> list[int]:
@@ -299,7 +303,7 @@ def shape_of(
     *,
     uniform: bool = False,
 ) -> BatchShape:
-    """The largest batch that sequences will form together.
+    """The largest batch that sequences will form together, with the strictest of their floors.
 
     Args:
         running: Sequences that decode.
@@ -315,4 +319,7 @@ def shape_of(
         rows.append((cached + ahead, to_come - ahead))
     if joining is not None:
         rows.append(joining.progress(in_batch=False))
-    return BatchShape.of(rows, uniform=uniform)
+    sequences = [*running, *([] if joining is None else [joining])]
+    floors = [sequence.handle.params.max_delta_nll for sequence in sequences]
+    floor = min((each for each in floors if each is not None), default=math.inf)
+    return replace(BatchShape.of(rows, uniform=uniform), max_delta_nll=floor)

@@ -231,6 +231,7 @@ class RequestBuilder:
             logit_bias=_bias(body.logit_bias or {}),
             top_logprobs=top_logprobs,
             prompt_logprobs=prompt_logprobs,
+            max_delta_nll=body.max_delta_nll,
             constraint=constraint,
         )
 

@@ -152,7 +152,8 @@ Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=_MAX_MESS
 class BaseCompletionRequest(BaseModel):
     """Fields that both kinds of completion share.
 
-    Not part of the OpenAI API are `top_k`, which 0 or -1 disables, `cache_salt` (only what was
+    Not part of the OpenAI API are `max_delta_nll`, the request's floor of quality in nats per
+    token, and `top_k`, which 0 or -1 disables, `cache_salt` (only what was
     kept of requests with the same one is used), and a `response_format` in plain completions,
     all of which vLLM's server has too.
     """
@@ -172,6 +173,7 @@ class BaseCompletionRequest(BaseModel):
         Annotated[list[StopString], BeforeValidator(_listed), Field(max_length=_MAX_STOP_STRINGS)]
         | None
     ) = None
+    max_delta_nll: Annotated[Number, Field(ge=0)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=_MAX_SALT_CHARS)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None

@@ -84,10 +84,11 @@ class Schedule:
             share = draw.choice([0.0, 1.2, *(draw.random(),) * 4])
             harness.budget_bytes = int(self.least + share * (self.top - self.least))
         elif kind < 0.3:
+            floor = draw.choice([None, None, 0.5, 2.0])
             try:
                 handle = self.engine.submit(
                     prompt(draw.randint(1, 30), draw.randrange(99)),
-                    greedy(draw.randint(1, 20)),
+                    greedy(draw.randint(1, 20), max_delta_nll=floor),
                 )
                 self.handles.append(handle)
             except (InfeasibleBudgetError, QueueFullError):

@@ -37,7 +37,8 @@ def conversing(**settings):
 
 
 def answer(harness, engine, prompt_ids, new=8, **settings):
-    handle = engine.submit(prompt_ids, greedy(new), **settings)
+    owner = settings.pop("owner", "")
+    handle = engine.submit(prompt_ids, greedy(new, **settings), owner=owner)
     harness.run(engine)
     assert handle.reason == "length"
     return handle
@@ -254,12 +255,10 @@ class TestRoom:
         assert handle.token_ids == alone(harness.llm, prompt(40), 8)
         assert answer(harness, engine, prompt(40)).kept_tokens == 39  # what was read anew
 
-    def test_a_request_uses_nothing_below_the_floor(self):
+    def test_a_request_with_a_floor_of_its_own_uses_nothing_below_it(self):
         harness, engine, _ = lowering(1.5)
         history = [*prompt(96), *prompt(9, 1)]
-        chooser = harness.controller.chooser
-        chooser.max_delta_nll = chooser.most_delta_nll = 0.0
-        handle = answer(harness, engine, history)
+        handle = answer(harness, engine, history, max_delta_nll=0.0)
         assert handle.kept_tokens == 32  # which was not lowered
         assert handle.kept_levels == "native"
 

@@ -8,7 +8,8 @@ from rap_env.errors import InvalidRequestError, QualityFloorError
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.knapsack import KnapsackPolicy
-from rap_env.runtime.memory_estimator import BatchShape
+from rap_env.runtime.memory_estimator import BatchShape, PassSize
+from rap_env.runtime.plan_switcher import IDLE_RESTORE_S
 from tests.policies.test_knapsack import costs
 from tests.runtime.harness import (
     ORDER,
@@ -138,6 +139,8 @@ def test_a_floor_is_a_rise_and_needs_a_policy_that_predicts(policy):
     mute = SimpleNamespace(name="mute", choose=lambda request: NATIVE)
     with pytest.raises(InvalidRequestError, match=r"needs a policy .* mute does not"):
         Harness(policy=mute, max_delta_nll=0.1)
+    with pytest.raises(InvalidRequestError, match="needs a policy that predicts"):
+        Harness(policy=mute).engine().submit(prompt(5), greedy(2, max_delta_nll=1.0))
 
 
 def fills(policy, rows, tokens, share):
@@ -149,15 +152,82 @@ def fills(policy, rows, tokens, share):
     return harness
 
 
-def test_a_request_for_which_the_floor_is_out_of_reach_is_rejected_with_the_least_rise(policy):
+def test_the_plan_of_a_batch_obeys_the_strictest_floor_of_its_requests(policy):
+    harness = fills(policy, 3, 24, 0.1)  # predicted for 2 rows: 0; for 3: 0.6; for 4: 3.1
+    engine = harness.engine()
+    floors = (None, 2.0, None, 0.3, None, None)
+    handles = [
+        engine.submit(prompt(5, n), greedy(20, max_delta_nll=floor))
+        for n, floor in enumerate(floors)
+    ]
+    beside_strict = []
+
+    def watch(_turn):
+        if handles[3].token_ids and not handles[3].done:
+            beside_strict.append(engine.stats().running)
+
+    harness.run(engine, before=watch)
+    assert all(handle.reason == "length" for handle in handles)
+    assert 0.3 < worst(policy, handles[:1]) <= 2.0
+    assert worst(policy, handles[1:2]) <= 2.0
+    assert worst(policy, handles[3:4]) == 0
+    assert max(beside_strict) == 2  # a third would lower the plan below the strict floor
+
+
+def test_a_request_whose_own_floor_is_out_of_reach_is_rejected_with_the_least_rise(policy):
     harness = fills(policy, 1, 24, 0.3)
     harness.controller.monitor.max_budget_bytes = harness.budget_bytes
-    chooser, engine = harness.controller.chooser, harness.engine()
-    best = chooser.least_rise(BatchShape(1, 24), harness.budget_bytes)
-    assert best > 0
-    chooser.max_delta_nll = chooser.most_delta_nll = 0.0
+    engine = harness.engine()
+    best = policy.delta_nll(harness.controller.chooser.choose(
+        BatchShape(1, 24), harness.budget_bytes).plan)  # fmt: skip
     words = rf"at most 0.0 nats .* \(max_delta_nll\).* has {best:.4g}"
     with pytest.raises(QualityFloorError, match=words):
-        engine.submit(prompt(5), greedy(20))
-    chooser.max_delta_nll = chooser.most_delta_nll = best
-    assert engine.submit(prompt(5), greedy(20))
+        engine.submit(prompt(5), greedy(20, max_delta_nll=0.0))
+    assert engine.submit(prompt(5), greedy(20, max_delta_nll=best))
+
+
+def test_a_request_that_waits_for_its_own_floor_does_not_hold_up_others(policy):
+    harness = fills(policy, 1, 24, 0.3)
+    low, harness.budget_bytes = harness.budget_bytes, PLENTY
+    engine = harness.engine(queue_timeout_s=5.0)
+    engine.step()
+    harness.budget_bytes = low
+    engine.step()
+    strict = engine.submit(prompt(5), greedy(20, max_delta_nll=0.0))
+    lax = engine.submit(prompt(6), greedy(20))
+    harness.run(engine)
+    assert (strict.reason, lax.reason) == (None, "length")
+    harness.budget_bytes = PLENTY
+    engine.step()  # reads the budget
+    harness.run(engine)
+    assert set(strict.plans) == {NATIVE}
+
+
+def test_what_a_prefill_took_is_expected_of_prefills_alone(policy):
+    harness = Harness(policy=policy)
+    shape = BatchShape(4, 40)
+    harness.budget_bytes = harness.need(NATIVE, shape) + 5000
+    harness.meter.noise_bytes = 10**5
+    harness.controller.observe(shape, "prefill")
+    harness.meter.noise_bytes = 0
+    harness.controller.note_preemption()
+    assert harness.controller.check(shape, PassSize(4, 4, prefills=False))
+    assert harness.llm.plan == NATIVE
+    harness.controller.check(shape, PassSize(4, 4))
+    assert harness.llm.plan != NATIVE
+
+
+def test_an_engine_that_is_idle_for_long_restores_what_fits_without_a_reserve(policy):
+    harness = Harness(policy=policy, hold_s=2.0, hysteresis_share=0.5)
+    engine = harness.engine()
+    need = harness.need(NATIVE, BatchShape())
+    harness.budget_bytes = need - 1
+    engine.step()
+    assert harness.llm.plan != NATIVE
+    harness.budget_bytes = int(1.1 * need)
+    while harness.time_s < IDLE_RESTORE_S:
+        engine.step()
+        assert harness.llm.plan != NATIVE  # half of the budget is to stay spare
+        harness.time_s += 5.0
+    engine.step()
+    assert harness.llm.plan == NATIVE

@@ -21,7 +21,7 @@ from rap_env.serving.startup import check_before_loading
 from tests.models.states import saved
 from tests.policies.test_knapsack import costs
 from tests.serving.background import BackgroundServer
-from tests.serving.conftest import tiny_stack
+from tests.serving.conftest import dense_engine, served, tiny_stack
 from tests.serving.test_app import PLAIN, error_of, post
 from tests.tiny import tiny_llm
 
@@ -86,6 +86,25 @@ def test_a_fixed_budget_in_which_nothing_fits_above_the_floor_is_refused_at_the_
         RapError, match="max_delta_nll. fits a request of one token .*; raise model_memory"
     ):
         build_stack(ServerSettings(model_memory=budget, max_delta_nll=0.0), **given)
+
+
+def test_a_request_may_ask_for_a_stricter_floor(tokenizer):
+    budget = 10**9
+    stack = stack_of(tokenizer, lambda: budget, max_delta_nll=FLOOR, queue_timeout_s=0.2)
+    budget = int(0.8 * peak_of(stack))
+    with BackgroundServer(stack.app) as server:
+        answer = post(server, ASKED, "completions").json()
+        best = answer["rap"]["delta_nll"]
+        assert 0.1 < best < FLOOR
+        message = refusal(post(server, {**ASKED, "max_delta_nll": 0.1}, "completions"))
+        assert "at most 0.1 nats per token (max_delta_nll)" in message
+        assert f"has {best:.4g}" in message
+        assert post(server, {**ASKED, "max_delta_nll": best}, "completions").status_code == 200
+        wrong = error_of(post(server, {**ASKED, "max_delta_nll": -1}, "completions"), 400)
+        assert wrong["param"] == "max_delta_nll"
+    with served(dense_engine(tiny_llm(tokenizer=tokenizer)), tokenizer) as server:
+        wrong = error_of(post(server, {**ASKED, "max_delta_nll": 1.0}, "completions"), 400)
+        assert "needs a policy that predicts" in wrong["message"]
 
 
 def test_without_predictions_there_is_no_default_floor_and_the_log_says_so(tokenizer, caplog):
