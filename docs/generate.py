@@ -219,7 +219,6 @@ METHODS = {
     "score_model": "a local search on predicted losses",
     "uniform": "one level for all, then whole blocks, tuned by hand",
     "knapsack": "adds up costs measured one by one",
-    "one_shot": "one order of costs, measured once",
 }
 """The methods in README.md, with what each does."""
 
