@@ -110,9 +110,15 @@ def measures(trial: TrialRow) -> dict[str, str]:
         values["ΔNLL of the answers' plans, mean"] = f"{delta_nll:.3f}"
     turns = [answer for answer in answered if answer.get("turn")]
     if turns:
-        first_s = [answer["times_s"][0] - answer["asked_s"] for answer in turns]
         kept = sum(a["kept_tokens"] for a in turns) / sum(a["prompt_tokens"] for a in turns)
-        values["First token of a later turn, median"] = f"{np.median(first_s):.2f} s"
+        first_s: dict[str, list[float]] = {"kept": [], "read again": []}
+        for answer in turns:
+            most = answer["kept_tokens"] > answer["prompt_tokens"] / 2
+            wait_s = answer["times_s"][0] - answer["asked_s"]
+            first_s["kept" if most else "read again"].append(wait_s)
+        for how, waits_s in first_s.items():
+            middle = f"{np.median(waits_s):.1f} s ({len(waits_s)})" if waits_s else "-"
+            values[f"First token, most of the prompt {how}: median (later turns)"] = middle
         values["Prompt tokens of later turns that were kept"] = percent(kept)
     return values
 
@@ -296,7 +302,10 @@ STUDY = Study(
     trial_jobs,
     trial_tables,
     frozen=("model", "cgroup.minutes", "cgroup.turns"),
-    published=[Published("cgroup", "cgroup", untitled)],
+    published=[
+        Published("cgroup", "cgroup", untitled),
+        Published("cgroup_conversations", "cgroup_conversations", untitled),
+    ],
 )
 
 if __name__ == "__main__":
