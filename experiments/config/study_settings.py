@@ -181,8 +181,10 @@ class ConversationsConfig:
 class CgroupConfig:
     """Settings of ``experiments.studies.replay.cgroup``: a server and a tenant in one cgroup."""
 
-    systems: list[str] = setting(["rap"], choices=("rap", "llama.cpp"))
+    systems: list[str] = setting(["rap"], choices=("rap", "rap_keep_off", "llama.cpp"))
     """Servers, one after the other."""
     llama_server: str = "llama-server"
     """llama.cpp's program."""
+    turns: int = setting(1, low=1)
+    """Of a conversation."""
     minutes: float = setting(5, low=0)

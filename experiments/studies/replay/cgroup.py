@@ -1,9 +1,10 @@
 """``python -m experiments.studies.replay.cgroup``: servers beside a tenant in a memory cgroup.
 
 A group has a memory limit. In it, a tenant's memory walks at random, a step each second, and
-clients ask the server for one streamed answer after another. The kernel kills where the group
-exceeds its limit; a server that has ended starts again. The servers are `rap serve`, and that
-of llama.cpp with an f16 cache for as many answers as there are clients.
+clients ask the server for one streamed answer after another, in conversations of
+``cgroup.turns`` turns. The kernel kills where the group exceeds its limit; a server that has
+ended starts again. The servers are `rap serve`, with and without keeping what was read, and
+that of llama.cpp with an f16 cache for as many answers as there are clients.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ from experiments.launch import launch
 from experiments.study.console import ExperimentError
 from experiments.study.harness import Job, Published, Study, untitled
 from experiments.study.json_records import Record
-from experiments.study.servers import Server, end_process, llama_command, rap_command
-from experiments.study.table_format import TitledTable
+from experiments.study.servers import Server, end_process, llama_command, piece, rap_command
+from experiments.study.table_format import TitledTable, percent
 
 SYSTEMS = {
     "rap": "rap serve",
+    "rap_keep_off": "rap serve --keep off",
     "llama.cpp": "llama.cpp's server, f16 cache",
     "transformers": "transformers serve, bfloat16",
 }
@@ -47,7 +49,8 @@ _LIMIT_MIB = 760
 _TENANT_MIB, _STEP_MIB = (50, 280), 60  # least, most and largest step of the tenant's walk
 _CLIENTS = 3
 _ROW_TOKENS = 1024  # of an answer with its prompt, for llama.cpp
-_PROMPT_CHARACTERS = 1600
+_TURN_TOKENS = 256  # more of them for each later turn
+_PROMPT_CHARACTERS, _LATER_CHARACTERS = 1600, 400  # of the first message and of later ones
 _TENANT = """
 import mmap, sys
 blocks, private = [], mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -71,7 +74,8 @@ class TrialRow(Record):
         answers: For each answer when it was asked for (``asked_s``), when its pieces came
             (``times_s``), its ``tokens`` as the server counts them, why it failed (``error``,
             None if it is complete), and the predicted rise in NLL of its plan (``delta_nll``,
-            nats per token).
+            nats per token); in conversations also its ``turn``, from 0, the tokens of its
+            prompt (``prompt_tokens``), and those of them that were kept (``kept_tokens``).
         minutes: How long the trial lasted.
     """
 
@@ -104,6 +108,12 @@ def measures(trial: TrialRow) -> dict[str, str]:
     if answered:
         delta_nll = np.mean([answer["delta_nll"] or 0 for answer in answered])
         values["ΔNLL of the answers' plans, mean"] = f"{delta_nll:.3f}"
+    turns = [answer for answer in answered if answer.get("turn")]
+    if turns:
+        first_s = [answer["times_s"][0] - answer["asked_s"] for answer in turns]
+        kept = sum(a["kept_tokens"] for a in turns) / sum(a["prompt_tokens"] for a in turns)
+        values["First token of a later turn, median"] = f"{np.median(first_s):.2f} s"
+        values["Prompt tokens of later turns that were kept"] = percent(kept)
     return values
 
 
@@ -153,8 +163,10 @@ def command_of(system: str, config: Config) -> list[str]:
         ExperimentError: llama.cpp cannot read the model.
     """
     if system != "llama.cpp":
-        return rap_command(config.model.name)
-    rows = ["-np", str(_CLIENTS), "-c", str(_CLIENTS * _ROW_TOKENS)]
+        keep = "off" if system == "rap_keep_off" else "on"
+        return rap_command(config.model.name, "--keep", keep)
+    row_tokens = _ROW_TOKENS + _TURN_TOKENS * (config.cgroup.turns - 1)
+    rows = ["-np", str(_CLIENTS), "-c", str(_CLIENTS * row_tokens)]
     return llama_command(config.cgroup.llama_server, config.model.name, *rows, "-cram", "0")
 
 
@@ -168,7 +180,7 @@ class TrialRun:
     def __init__(self, server: Server, config: Config) -> None:
         self.answers: list[dict[str, Any]] = []
         self._server = server
-        self._seed, self._model = config.seed, config.model.name
+        self._seed, self._model, self._turns = config.seed, config.model.name, config.cgroup.turns
         self._began_s, self._stop = 0.0, threading.Event()
 
     def run(self, tenant: subprocess.Popen[str], minutes: float) -> float:
@@ -202,36 +214,50 @@ class TrialRun:
     def _ask(self, client: int) -> None:
         draw = random.Random(f"{self._seed} {client}")
         texts = sorted(topics.values(), key=len)[-40:]
+        messages: list[dict[str, str]] = []
         while not self._stop.is_set():
+            if len(messages) >= 2 * self._turns:
+                messages = []
             text = draw.choice(texts)
             start = draw.randrange(len(text) // 2)
-            prompt = "Explain: " + text[start : start + _PROMPT_CHARACTERS]
+            end = start + (_LATER_CHARACTERS if messages else _PROMPT_CHARACTERS)
+            messages.append({"role": "user", "content": "Explain: " + text[start:end]})
             body = {
                 "model": self._model,
-                "messages": [{"role": "user", "content": prompt}],
+                "messages": messages,
                 "max_tokens": 128,
                 "temperature": 0.8,
                 "seed": draw.randrange(1000),
             }
             now_s = self._now_s()
             answer = {"asked_s": now_s, "times_s": [], "tokens": 0, "error": None, "delta_nll": 0.0}
+            if self._turns > 1:
+                answer |= {"turn": len(messages) // 2, "prompt_tokens": 0, "kept_tokens": 0}
             self.answers.append(answer)
             try:
-                self._read(answer, body)
+                messages.append({"role": "assistant", "content": self._read(answer, body)})
                 continue
             except httpx.ConnectError:  # the server starts again
                 self.answers.remove(answer)
             except Exception as error:
                 answer["error"] = repr(error)
+            messages = []
             time.sleep(1)
 
-    def _read(self, answer: dict[str, Any], body: dict[str, Any]) -> None:
+    def _read(self, answer: dict[str, Any], body: dict[str, Any]) -> str:
+        text = ""
         for event in self._server.chat(body):
             if event["choices"]:
                 answer["times_s"].append(round(self._now_s(), 3))
+                text += piece(event)
             if usage := event.get("usage"):
                 answer["tokens"] = usage["completion_tokens"]
+                if "turn" in answer:
+                    details = usage.get("prompt_tokens_details") or {}
+                    answer["prompt_tokens"] = usage["prompt_tokens"]
+                    answer["kept_tokens"] = details.get("cached_tokens", 0)
             answer["delta_nll"] = (event.get("rap") or {}).get("delta_nll", answer["delta_nll"])
+        return text
 
 
 def run_trial(system: str, config: Config, folder: Path) -> TrialRow:
@@ -257,6 +283,8 @@ def trial_jobs(config: Config, folder: Path) -> Iterator[Job[TrialRow]]:
     """Yield the trial of each server."""
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs each request
     depends_on = {"model": config.model.name, "minutes": config.cgroup.minutes}
+    if config.cgroup.turns > 1:
+        depends_on["turns"] = config.cgroup.turns
     for system in config.cgroup.systems:
         yield Job(TrialRow, (system,), depends_on, partial(run_trial, system, config, folder))
 
@@ -267,7 +295,7 @@ STUDY = Study(
     [TrialRow],
     trial_jobs,
     trial_tables,
-    frozen=("model", "cgroup.minutes"),
+    frozen=("model", "cgroup.minutes", "cgroup.turns"),
     published=[Published("cgroup", "cgroup", untitled)],
 )
 

@@ -48,9 +48,11 @@ def test_a_table_has_a_column_for_each_server():
 def test_each_server_has_its_command(monkeypatch):
     monkeypatch.setattr(servers, "gguf_source", lambda _name: Path("model.gguf"))
     config = Config(stage="cgroup")
-    commands = [" ".join(cgroup.command_of(name, config)) for name in ("rap", "llama.cpp")]
-    assert commands[0].endswith(" --threads 1")
-    assert commands[1] == "llama-server -m model.gguf -t 1 -np 3 -c 3072 -cram 0"
+    kinds = ("rap", "rap_keep_off", "llama.cpp")
+    commands = [" ".join(cgroup.command_of(name, config)) for name in kinds]
+    assert commands[0].endswith(" --threads 1 --keep on")
+    assert commands[1].endswith(" --threads 1 --keep off")
+    assert commands[2] == "llama-server -m model.gguf -t 1 -np 3 -c 3072 -cram 0"
     with pytest.raises(UnknownNameError, match="vllm"):
         Config(stage="cgroup", cgroup=CgroupConfig(systems=["vllm"]))
 
@@ -94,10 +96,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if os.path.exists(sys.argv[1]):
             os.remove(sys.argv[1])
             os._exit(9)
-        assert [m["role"] for m in body["messages"]] == ["user"]
+        sent = len(body["messages"])
+        assert all(m["content"] == "ab" for m in body["messages"] if m["role"] == "assistant")
         events = [{"choices": [{"delta": {"content": "a"}}]},
                   {"choices": [{"delta": {"content": "b"}}], "rap": {"delta_nll": 0.25}},
-                  {"choices": [], "usage": {"completion_tokens": 2}}]
+                  {"choices": [], "usage": {"completion_tokens": 2, "prompt_tokens": sent,
+                   "prompt_tokens_details": {"cached_tokens": sent - 1}}}]
         self.answer(b"".join(b"data: " + json.dumps(e).encode() + b"\\n\\n" for e in events))
 
     def answer(self, content):
@@ -114,14 +118,15 @@ http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[3])), Handler).serve_
 
 @pytest.fixture
 def trial(group, tmp_path, monkeypatch):
-    """Runs a trial of five seconds."""
+    """Runs a trial of five seconds, with so many turns of a conversation."""
     command = [sys.executable, "-c", _SERVER, str(tmp_path / "crash")]
     monkeypatch.setattr(cgroup, "command_of", lambda *_: command)
     monkeypatch.setattr(cgroup, "memory_group", lambda: nullcontext(group))
     (group / "server" / "memory.oom_control").write_text("under_oom 0\noom_kill 1\n")
 
-    def run():
-        config = Config(stage="cgroup", cgroup=CgroupConfig(minutes=0.08), progress=False)
+    def run(turns):
+        settings = CgroupConfig(minutes=0.08, turns=turns)
+        config = Config(stage="cgroup", cgroup=settings, progress=False)
         (row,) = STUDY.read(STUDY.run(config, tmp_path / "run"))
         return row
 
@@ -131,7 +136,7 @@ def trial(group, tmp_path, monkeypatch):
 def test_a_trial_records_answers_and_starts_a_server_again_that_has_ended(trial, tmp_path):
     crash = tmp_path / "crash"
     crash.write_text("")
-    row = trial()
+    row = trial(1)
     assert row.kills == 1
     good = [answer for answer in row.answers if answer["error"] is None]
     assert {(answer["tokens"], answer["delta_nll"]) for answer in good} == {(2, 0.25)}
@@ -139,6 +144,17 @@ def test_a_trial_records_answers_and_starts_a_server_again_that_has_ended(trial,
     assert 1 <= len(row.answers) - len(good) <= 3  # those that were open at the end
     assert row.minutes == pytest.approx(0.08, abs=0.03)
     assert not crash.exists()
+
+
+def test_each_turn_of_a_conversation_sends_the_history(trial):
+    row = trial(3)
+    answers = [answer for answer in row.answers if answer["error"] is None]
+    counts = {(a["turn"], a["prompt_tokens"], a["kept_tokens"]) for a in answers}
+    assert counts == {(0, 1, 0), (1, 3, 2), (2, 5, 4)}  # the server counts messages
+    values = cgroup.measures(row)
+    kept = values["Prompt tokens of later turns that were kept"]
+    assert 74 < float(kept.removesuffix(" %")) <= 75.1  # the last conversation may end early
+    assert "First token of a later turn, median" in values
 
 
 def test_a_server_that_ends_at_its_start_is_an_error():
