@@ -29,7 +29,7 @@ import contextlib
 import copy
 import itertools
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -114,8 +114,7 @@ class WeightStore:
         self._written = cache_dir() / "offloaded" / fingerprint[:16]
         self._known = {} if folder is None else stored_tensors(folder)
         self._native = {
-            item: list(_native_groups(item, weights))
-            for item, weights in zip(items, own, strict=True)
+            item: _native_groups(item, tensors) for item, tensors in zip(items, own, strict=True)
         }
         self._made: dict[WeightItem, dict[PackedLevel, list[WeightGroup]]] = {i: {} for i in items}
         # Embeddings are rarely evicted: their files are found on demand.
@@ -126,9 +125,12 @@ class WeightStore:
                 self.release(item, "removed")
             self._read_by_rows(items[-1])
             return
-        native = itertools.chain.from_iterable(self._native.values())
-        for group in () if as_stored else itertools.chain(native, _groups(rest, ())):
-            group.pack()
+        if not as_stored:
+            groups = list(itertools.chain.from_iterable(self._native.values()))
+            if rest:
+                groups.append(WeightGroup(rest, ()))
+            for group in groups:
+                group.pack()
         for item in items:
             for level in item.made:
                 self._add(item, level)
@@ -269,12 +271,12 @@ class WeightStore:
         self._add(item, level)
 
     def _add(self, item: WeightItem, level: PackedLevel) -> None:
-        self._made[item][level] = groups = list(_groups(item.tensors(level), (level,)))
+        group = WeightGroup(item.tensors(level), (level,))
+        self._made[item][level] = [group]
         if not item.in_file:  # packing takes twice the memory
-            for group in groups:
-                group.pack()
+            group.pack()
         if self.residency == "offload" and not self._pinned:
-            _store(groups, self._level_path(item, level))
+            _store([group], self._level_path(item, level))
 
     def _level_path(self, item: WeightItem, level: PackedLevel) -> Path:
         written = self._written / f"{item.name}.{level}-v{_LEVELS_VERSION}.safetensors"
@@ -333,19 +335,13 @@ class RowsOfHead(nn.Module):
 _ROW_VALUES = 2**22
 
 
-def _groups(
-    tensors: Mapping[str, torch.Tensor], levels: Collection[WeightLevel]
-) -> Iterator[WeightGroup]:
-    """The group of tensors that the same levels use; none without tensors."""
-    return iter([WeightGroup(tensors, levels)] if tensors else [])
-
-
-def _native_groups(item: WeightItem, weights: Mapping[str, torch.Tensor]) -> Iterator[WeightGroup]:
+def _native_groups(item: WeightItem, weights: Mapping[str, torch.Tensor]) -> list[WeightGroup]:
+    """The native weights of an item, a group for those that the same levels use."""
     users, every_level = item.native_users(), frozenset(WEIGHT_LEVELS[:-1])
     by_levels: dict[frozenset[WeightLevel], dict[str, torch.Tensor]] = {}
     for name, tensor in weights.items():
         by_levels.setdefault(users.get(name, every_level), {})[name] = tensor
-    return itertools.chain.from_iterable(_groups(t, levels) for levels, t in by_levels.items())
+    return [WeightGroup(tensors, levels) for levels, tensors in by_levels.items()]
 
 
 def _store(groups: Sequence[WeightGroup], path: Path) -> None:
