@@ -228,9 +228,15 @@ def method_rows(folder: str) -> list[ResultRow]:
     return [row for row in Source(folder).rows if row.method in METHODS]
 
 
+@cache
+def compared(folder: str) -> Comparison:
+    """A comparison of `METHODS`."""
+    return Comparison(method_rows(folder))
+
+
 def by_method(folder: str) -> dict[str, Summary]:
     """The summary of each of `METHODS` in a comparison."""
-    return {summary.method: summary for summary in Comparison(method_rows(folder)).summaries}
+    return {summary.method: summary for summary in compared(folder).summaries}
 
 
 ACROSS_METHODS = {
@@ -268,7 +274,7 @@ def readme_numbers() -> dict[str, str]:
     return {
         **losses,
         "film": recording.summary,
-        "budgets": str(len(Comparison(method_rows("tight")).cells)),
+        "budgets": str(len(compared("tight").cells)),
         "decision": seconds(by_method("tight")["rap"].decision_s),
         "printed": printed.getvalue().strip(),
         "random": f"{scores['Random']:.1f}",
