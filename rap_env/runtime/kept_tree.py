@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,6 +17,8 @@ from rap_env.runtime.sequence import TokenSequence
 if TYPE_CHECKING:
     from rap_env.models.live.elastic import ElasticLLM
 
+RECENT_S = 30.0
+"""Seconds for which a plan that ran may be the one that a new request will run with."""
 Tokens = tuple[int, ...]
 
 
@@ -111,24 +113,39 @@ class KeptQuality:
 
     A block is used for a request if each plan under which it was read, with the levels that
     its keys and values have now, predicts a rise in NLL of at most `max_rise` more than the
-    present plan, and no more than the floors allow. Without predictions, only equal plans
-    are used.
+    plan of the request, and no more than the floors allow. The plan of a request is the worst
+    of the present one and of those that ran in the last `RECENT_S`: where the budget moves, a
+    request that begins in a good moment runs under lower plans too. With a `max_rise` of 0 it
+    is the present plan alone. Without predictions, only equal plans are used.
 
     Args:
         llm: The live model.
         chooser: Predicts the rise in NLL of plans.
         max_rise: Nats per token.
+        clock: Gives the time in seconds.
 
     Attributes:
         max_rise: As given.
         useful_bits: As `_find_useful_bits`, with cached results.
     """
 
-    def __init__(self, llm: ElasticLLM, chooser: PlanChooser, max_rise: float) -> None:
+    def __init__(
+        self,
+        llm: ElasticLLM,
+        chooser: PlanChooser,
+        max_rise: float,
+        clock: Callable[[], float],
+    ) -> None:
         self._llm = llm
         self._chooser = chooser
+        self._clock = clock
+        self._last_ran_s: dict[Plan, float] = {}
         self.max_rise = max_rise
         self.useful_bits = lru_cache(maxsize=16)(self._find_useful_bits)
+
+    def note_pass(self, plan: Plan) -> None:
+        """The model has run with a plan."""
+        self._last_ran_s[plan] = self._clock()
 
     def may_use(self, plans: frozenset[Plan], levels: Plan, sequence: TokenSequence) -> bool:
         """Whether blocks read under plans, with present levels, may serve a sequence."""
@@ -137,14 +154,21 @@ class KeptQuality:
         if own == {plan}:
             return True
         rise = self._chooser.rise
-        present = rise(plan, tokens)
-        if present is None:
+        of_plan = rise(plan, tokens)
+        if of_plan is None:
             return False
+        recent = (rise(each, tokens) for each in self._recent_plans())
+        worst = max([of_plan, *(each for each in recent if each is not None)])
         floors = self._chooser.max_delta_nll, sequence.handle.params.max_delta_nll
-        most = min([present + self.max_rise, *(each for each in floors if each is not None)])
+        most = min([worst + self.max_rise, *(each for each in floors if each is not None)])
         return all(
             (own_rise := rise(each, tokens)) is not None and own_rise <= most for each in own
         )
+
+    def _recent_plans(self) -> Iterable[Plan]:
+        oldest_s = self._clock() - RECENT_S
+        self._last_ran_s = {p: s for p, s in self._last_ran_s.items() if s >= oldest_s}
+        return self._last_ran_s if self.max_rise else ()
 
     def _find_useful_bits(self, plan: Plan) -> list[dict[int, int]]:
         """Bits of layers to which what is read under a plan may be lowered, and still serve it.

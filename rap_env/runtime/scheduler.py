@@ -69,7 +69,7 @@ class Scheduler:
         self._pace = Pace(target_itl_s)
         uses_disk = llm.residency == "offload" or keep_file_bytes > 0
         files = KeptFiles(cache_dir() if uses_disk else None, keep_file_bytes)
-        quality = KeptQuality(llm, controller.chooser, keep_delta_nll)
+        quality = KeptQuality(llm, controller.chooser, keep_delta_nll, clock)
         self._kept = KeptSequences(llm, quality, files, keep=keep)
         self._kept.room_bytes = lambda: controller.room_for_kept(self.batch.shape)
         controller.free_kept = lambda need, at_once: self._kept.free(need, at_once=at_once)
@@ -239,6 +239,7 @@ class Scheduler:
         plan: Plan,
     ) -> None:
         batch = self.batch
+        self._kept.quality.note_pass(plan)
         prefilling = 0 if batch.prefilling is None else batch.prefilling.batch.size
         longest = max(length, batch.rows.length)
         shape = BatchShape(max(rows, batch.rows.size + prefilling), longest)

@@ -11,7 +11,7 @@ from rap_env.context.live import LiveContext
 from rap_env.errors import ArtifactError
 from rap_env.leaderboard import evaluation
 from rap_env.leaderboard.measuring import TaskLosses
-from rap_env.leaderboard.tasks import PinnedTask, pinned_task, pinned_tasks
+from rap_env.leaderboard.tasks import SPLITS, PinnedTask, pinned_task, pinned_tasks
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
 from rap_env.request import Request
@@ -155,6 +155,15 @@ def test_another_model_than_that_of_the_table_is_refused(real, task):
     losses.table = replace(context.table, facts=replace(context.table.facts, fingerprint="other"))
     with pytest.raises(ArtifactError, match="cannot be measured beside it"):
         losses.measure(real[1].values(), "calibration")
+
+
+def test_the_texts_of_all_pinned_tables_can_be_described():
+    tasks = [t for t in pinned_tasks().values() if "score_table:" in str(t.arguments["model"])]
+    assert len(tasks) >= 5
+    for task in tasks:
+        losses = TaskLosses(task, task.make().unwrapped.context)
+        texts = [losses._text(split) for split in SPLITS]
+        assert [text.sha256 for text in texts] == [*map(losses.text_sha256, SPLITS)]
 
 
 def test_test_texts_are_in_the_package_by_the_hash_of_their_tokens():

@@ -10,6 +10,7 @@ from rap_env.levels import GROUP_TOKENS
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.knapsack import KnapsackPolicy
+from rap_env.runtime.kept_tree import RECENT_S
 from rap_env.runtime.memory_estimator import BatchShape
 from tests.policies.test_knapsack import costs
 from tests.runtime.harness import PLENTY, Harness, alone, greedy, prompt, steps
@@ -241,8 +242,9 @@ class TestRoom:
         assert levels == {Plan()}
         assert answer(harness, engine, prompt(96)).kept_levels in ("", "native")
 
-    def test_what_was_read_under_a_worse_plan_is_not_used(self):
-        harness, engine = conversing(policy=predicting(), keep_delta_nll=0.5)
+    @pytest.mark.parametrize("max_rise", [0.0, 0.5])
+    def test_what_was_read_under_a_worse_plan_is_used_while_plans_like_it_return(self, max_rise):
+        harness, engine = conversing(policy=predicting(), keep_delta_nll=max_rise)
         lowered = Plan.uniform(3, weights="int4")
         harness.llm.apply(lowered)
         harness.controller._growth.at_arrival = lambda *_: None
@@ -250,6 +252,16 @@ class TestRoom:
         answer(harness, engine, prompt(40))
         assert answer(harness, engine, prompt(40)).kept_tokens == 39  # equal plans
         harness.llm.apply(Plan())
+        # Within a bound, the plan of a request is one that ran just now.
+        if max_rise:
+            assert answer(harness, engine, prompt(40)).kept_tokens == 39
+            assert answer(harness, engine, prompt(40), max_delta_nll=0.1).kept_tokens == 0
+            harness.time_s += RECENT_S
+            engine._scheduler._kept.free(PLENTY)
+            harness.llm.apply(lowered)
+            answer(harness, engine, prompt(40))
+            harness.llm.apply(Plan())
+            harness.time_s += RECENT_S + 0.1
         handle = answer(harness, engine, prompt(40))
         assert handle.kept_tokens == 0
         assert handle.token_ids == alone(harness.llm, prompt(40), 8)
