@@ -11,7 +11,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import TYPE_CHECKING
 
 from agents.export import export_policy
 from experiments import live
@@ -30,9 +29,6 @@ from experiments.train import train
 from rap_env.context.opening import open_context
 from rap_env.context.table import TableContext
 from rap_env.policies.loading import load_policy
-
-if TYPE_CHECKING:
-    pass
 
 RUN, POLICY_FILE = "rap-s0", "rap.safetensors"
 

@@ -51,7 +51,8 @@ def register() -> None:
 
         def label(stage: str, own: str | None, agent: str, *words: Any) -> str:
             seed, overrides, mode = words
-            return run_label(stage, own or agent, seed, overrides, sweep=mode == RunMode.MULTIRUN)
+            varies = overrides if mode == RunMode.MULTIRUN else ""
+            return run_label(stage, own or agent, seed, varies)
 
         OmegaConf.register_new_resolver("rap_label", label)
 

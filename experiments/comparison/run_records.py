@@ -19,7 +19,7 @@ from experiments.comparison.summaries import Comparison, check_equal
 from experiments.study.console import ExperimentError
 from experiments.study.json_records import read_records, record_files
 from experiments.study.plotting import short_label
-from experiments.study.run_folder import RunFolder, short_keys
+from experiments.study.run_folder import RunFolder
 from experiments.study.statistics import mean_of_known
 from experiments.study.table_format import Table, columns_table, seconds
 
@@ -240,13 +240,13 @@ def swept_table(runs: Sequence[TrainingRun]) -> Table | None:
     keys.pop("agent", None)  # the runs are named by it
     if not keys:
         return None
-    short, rows = short_keys(keys), []
+    rows = []
     for runs in methods:
         agent = (runs[0].settings() or {}).get("agent", {})
         label = short_label(agent.get("label") or agent.get("name") or runs[0].method)
         values = [str(runs[0].swept.get(key, "-")) for key in keys]
         rows.append([*values, label, _objective(runs)])
-    return [*[short[key] for key in keys], "Trained", "Objective"], rows
+    return [*[key.rpartition(".")[2] for key in keys], "Trained", "Objective"], rows
 
 
 def by_objective(runs: Iterable[TrainingRun]) -> list[list[TrainingRun]]:
