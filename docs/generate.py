@@ -45,7 +45,9 @@ from experiments.study.table_format import columns_table, markdown, percent, sec
 from rap_env.cli import cli
 from rap_env.leaderboard.entries import Entry, TableValues, published_entries, table_values
 from rap_env.leaderboard.tasks import ACROSS_JUDGED_ON, pinned_task, pinned_tasks, tasks_of
+from rap_env.scoring import score_table
 from rap_env.scoring.held_out import spearman
+from rap_env.scoring.score_table import ScoreTable
 
 if TYPE_CHECKING:
     import gymnasium
@@ -271,11 +273,19 @@ def readme_numbers() -> dict[str, str]:
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(code, {})
     scores = test_scores("SmolLM2-v1")
+    most, *_, least = compared("tight").budgets
+    study, published = STUDIES["replay_low_bits"]
+    tight, _, native = study.read(published.folder)
+    scored = ScoreTable.load(score_table.TABLES / "smollm2-135m.native.json")
     return {
         **losses,
         "film": recording.summary,
         "budgets": str(len(compared("tight").cells)),
-        "decision": seconds(by_method("tight")["rap"].decision_s),
+        "budget_share": f"{100 * least:.0f} to {percent(most, 0)}",
+        "table_error": percent(scored.fidelity.rows[0].median_relative_error, 0),
+        "tight_served": str(tight.outcomes["served"]),
+        "tight_loss": f"{np.mean(tight.losses):.2f}",
+        "tight_native": f"{np.mean(native.losses):.2f}",
         "printed": printed.getvalue().strip(),
         "random": f"{scores['Random']:.1f}",
         "guess": f"{scores['Remove everything']:.1f}",
