@@ -94,7 +94,7 @@ _SETTINGS = settings_of(ServerSettings)
 
 
 def _server_option(name: str) -> Command:
-    """Option for a setting of the server, None unless it is given; ``none`` means null.
+    """Option for a setting of the server, None unless it is given; ``none`` means None.
 
     A setting that is true or false is a flag.
     """
@@ -103,14 +103,13 @@ def _server_option(name: str) -> Command:
         _SETTINGS[name],
         getattr(ServerSettings, name),
     )
-    text = entry.help.replace("null", "none")
     if bool in entry.types:
-        return click.option(option, name, is_flag=True, default=None, help=text)
+        return click.option(option, name, is_flag=True, default=None, help=entry.help)
     metavar = "TEXT" if str in entry.types else "NUMBER"
     if entry.types == (str,) and entry.choices:
         metavar = "|".join(entry.choices)
     shown = "none" if default is None else default
-    return click.option(option, name, metavar=metavar, help=f"{text} [{shown}]")
+    return click.option(option, name, metavar=metavar, help=f"{entry.help} [{shown}]")
 
 
 def _parse_settings(options: dict[str, str | bool | None]) -> dict[str, Any]:
@@ -118,7 +117,7 @@ def _parse_settings(options: dict[str, str | bool | None]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, text in options.items():
         if text is not None:
-            values[name] = None if text in ("none", "null") else text
+            values[name] = None if text == "none" else text
             types = _SETTINGS[name].types
             if isinstance(text, str) and (str not in types or float in types):
                 with contextlib.suppress(ValueError, TypeError):

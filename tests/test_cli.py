@@ -182,6 +182,16 @@ def test_pruning_saves_a_smaller_checkpoint(rap, model_folder, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
+def test_pruning_writes_what_export_writes(rap, model_folder, tmp_path):
+    options = ("--remove", "layer01.ffn", "--model", model_folder, "--device", "cpu")
+    assert rap("prune", tmp_path / "pruned", *options)[0] == 0
+    assert rap("export", tmp_path / "exported", "--to", "hf", *options)[0] == 0
+    pruned, exported = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("pruned", "exported")
+    )
+    assert pruned == exported
+
+
 def test_info_names_versions_and_the_cache(rap, tmp_path):
     (tmp_path / "cache" / "models").mkdir(parents=True)
     (tmp_path / "cache" / "models" / "file").write_bytes(b"12345")

@@ -19,10 +19,9 @@ from rap_env.command_options import (
     level_lines,
     request_options,
     rise_lines,
-    setting_option,
     show,
 )
-from rap_env.export.plan_options import DEFAULT_POLICY, PlanOptions
+from rap_env.export.plan_options import PlanOptions
 
 _remove_option = click.option(
     "--remove", multiple=True, metavar="BLOCKS", help="Such as layer03.ffn,layer07.attn."
@@ -32,6 +31,9 @@ _policy_option = click.option(
     "--policy",
     help="The policy that chooses for a request. [default: rap-v0; for gguf, a rule with one level "
     "for all caches and one for all weights]",
+)
+_request_options = request_options(
+    required=False, policy=_policy_option, weights=None, dtype="bfloat16"
 )
 
 
@@ -46,7 +48,7 @@ _policy_option = click.option(
 )
 @click.option("--plan", "plan_file", type=Path, metavar="FILE", help="As rap choose --json writes.")
 @_remove_option
-@request_options(required=False, policy=_policy_option, weights=None, dtype="bfloat16")
+@_request_options
 @click.option(
     "--measure", metavar="TEXT", help="Measure the rise in NLL on a text file, or on text of self."
 )
@@ -98,7 +100,7 @@ def export(
 @click.command(short_help="Save a smaller checkpoint.")
 @click.argument("folder", type=Path)
 @_remove_option
-@request_options(required=False, policy=setting_option("policy", DEFAULT_POLICY), weights=None)
+@_request_options
 @json_option
 @click.pass_context
 def prune(context: click.Context, /, folder: Path, **options: Any) -> None:

@@ -36,7 +36,7 @@ def no_prediction_text(max_delta_nll: object, policy: str) -> str:
     return (
         f"max_delta_nll={max_delta_nll} needs a policy that predicts the rise in NLL of its plans, "
         f"as knapsack and rap do, and {policy} does not: choose such a policy, or set "
-        "max_delta_nll to null."
+        "max_delta_nll to none."
     )
 
 

@@ -41,7 +41,7 @@ class ServerSettings:
     )
     threads: int | None = setting(
         None,
-        "Threads of torch, at most the number of CPUs; null for torch's own number.",
+        "Threads of torch, at most the number of CPUs; none for torch's own number.",
         low=1,
         high=os.cpu_count() or 1,
     )
@@ -57,7 +57,7 @@ class ServerSettings:
         "Quality floor: the largest rise in NLL, in nats per token, that the policy may predict "
         "for a plan that serves. Requests that fit no such plan wait, and then get status 503. "
         "auto is 0.1 with policies that predict the rise, and 0.1 more for each request that "
-        "waits, at most 0.3; null for no floor.",
+        "waits, at most 0.3; none for no floor.",
         low=0,
         choices=("auto",),
     )
@@ -114,14 +114,14 @@ class ServerSettings:
         "'Authorization: Bearer KEY'.",
     )
     insecure: bool = setting(False, "Serve without API keys at an address that others can reach.")
-    model_name: str | None = setting(None, "Name that clients send as model; null for --model.")
+    model_name: str | None = setting(None, "Name that clients send as model; none for --model.")
     max_batch_size: int = setting(8, "Most sequences in a batch.", low=1, group="Scheduling")
     max_queue: int = setting(64, "Most requests that wait; more get status 429.", low=1)
     queue_timeout_s: float | None = setting(
-        120.0, "Seconds that a request may wait before it is rejected; null for ever.", above=0
+        120.0, "Seconds that a request may wait before it is rejected; none for ever.", above=0
     )
     max_seq_len_tokens: int | None = setting(
-        None, "Most tokens of a prompt and its answer; null for the model's maximum.", low=1
+        None, "Most tokens of a prompt and its answer; none for the model's maximum.", low=1
     )
     prefill_chunk_tokens: int = setting(
         256, "Prompt tokens per step; smaller chunks delay running answers less.", low=1
@@ -144,7 +144,7 @@ class ServerSettings:
     )
 
     def __post_init__(self) -> None:
-        check(self, ServingSettingsError, none="null")
+        check(self, ServingSettingsError, none="none")
         # Raise if they are no bytes.
         _ = self.process_bytes, self.model_bytes, self.reserve_bytes, self.most_file_bytes
         if self.model_memory is not None and self.memory != ServerSettings.memory:

@@ -7,6 +7,11 @@ import sys
 import pytest
 
 import rap_env
+from rap_env.cli import cli
+from rap_env.memory import MemoryModel
+from rap_env.policies.loading import load_policy
+from rap_env.policies.packaged_files import default_facts
+from rap_env.request import Request
 from tests.docs.test_code_blocks import PAGES, ROOT
 from tests.programs import run_python
 
@@ -74,3 +79,37 @@ def test_each_cell_of_the_table_is_what_the_marks_of_tests_say():
         if cell != "no"
     }
     assert cells == marked
+
+
+def test_options_of_the_command_exist():
+    files = [*PAGES, "SECURITY.md", "Dockerfile", *map(str, ROOT.glob("docs/operations/*.*"))]
+    text = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in files)
+    used = {
+        (command, option)
+        for command, rest in re.findall(r"\brap ([a-z]+) ([^`|;]*?)(?=[`|;]|\n\n|\brap |$)", text)
+        for option in re.findall(r"(?<!\S)(--[a-z-]+)", rest)
+        if command in cli.commands
+    }
+    known = {
+        (name, option)
+        for name, command in cli.commands.items()
+        for parameter in command.params
+        for option in parameter.opts
+    }
+    assert ("serve", "--memory") in used
+    assert used - {(name, "--help") for name in cli.commands} - known == set()
+
+
+@pytest.mark.parametrize(
+    ("page", "budget_mib", "words"),
+    [
+        ("quickstart.md", 128, "128 MiB loses {:.2f} nats"),
+        ("out_of_memory.md", 200, "save 273 MiB for {:.3f} nats"),
+    ],
+)
+def test_plans_lose_what_pages_say(page, budget_mib, words, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAP_CACHE_DIR", str(tmp_path))  # costs of the package alone
+    policy = load_policy("knapsack", MemoryModel(default_facts("native")))
+    plan = policy.choose(Request(8, 2048, budget_mib * 2**20))
+    text = " ".join((ROOT / "docs" / page).read_text(encoding="utf-8").split())
+    assert words.format(policy.delta_nll(plan, 2048)) in text
