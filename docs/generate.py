@@ -15,6 +15,7 @@ import json
 import math
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, partial
@@ -350,6 +351,23 @@ def tasks_table() -> str:
     return markdown((header, [row(name) for name in README_TASKS]))
 
 
+def bounds_table() -> str:
+    """What a table with bounds predicts of new plans, beside what they lose, by training seed."""
+    scorer = pinned_task("RAPLadder/SmolLM2-Table-v2").make().unwrapped.context.scorer
+    plans = defaultdict[tuple[str, int], list[tuple[float, float]]](list)
+    for row in Source("tight_bounds_seeds").rows:
+        if row.fits and scorer.is_predicted(row.plan):
+            predicted = scorer.nll(row.plan) - scorer.dense_nll
+            plans[row.method, row.depends_on["seed"]].append((predicted, row.delta_nll))
+    cells = list[list[str]]()
+    for (method, seed), values in plans.items():
+        predicted, measured = np.mean(values, axis=0)
+        numbers = f"{predicted:.3f}", f"{measured:.3f}", percent(predicted / measured - 1, 1)
+        cells.append([look(method).label, str(seed), str(len(values)), *numbers])
+    header = ["Method", "Seed", "New plans", "Predicted", "Measured", "Difference"]
+    return markdown((header, cells))
+
+
 _EPISODES = 40  # with random actions, for the lengths of episodes
 MASK = "action_mask"
 README_TASKS = (*STEP_TASKS[::-1], "RAPLadder/SmolLM2-LowBits-Table-v0")
@@ -404,6 +422,7 @@ def decision_cost() -> Figure:
 TABLES: dict[str, Callable[[], str | None]] = {
     "methods": methods_table,
     "tasks": tasks_table,
+    "bounds": bounds_table,
     **{name: partial(shown_text, name) for name in (*COMPARISONS, *STUDIES)},
     **{name: partial(beside_text, name) for name in BESIDE},
     "entries": lambda: "\n".join(map(leaderboard_table, LEADERBOARDS)),

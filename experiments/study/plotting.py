@@ -109,6 +109,7 @@ _LOOKS = {
     "block_influence": Look("Block influence", "#9A5F2C", "P"),
     "shortgpt": Look("ShortGPT", "#F4A582", "d"),
     "sleb": Look("SLEB", "#3F86FF", "|"),
+    "tuned_list": Look("Tuned list", "#6B7A1E", "x"),
     "random": Look("Random", "#8D9299", "X"),
     "dense": Look("Dense (nothing removed)", "#1F2328", "_"),
 }
