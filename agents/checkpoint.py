@@ -8,7 +8,6 @@ begins its unfinished episodes anew.
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import shutil
 import tempfile
@@ -26,8 +25,6 @@ from agents.vector_env import GymVecEnv
 from rap_env.artifacts import disk_errors, load_artifact, save_artifact
 from rap_env.errors import ArtifactError
 
-log = logging.getLogger(__name__)
-
 _KIND, _VERSION = "checkpoint", 4
 _MANIFEST, _MODEL, _REPLAY = "checkpoint.json", "model.zip", "replay.pkl"
 _KEEP = 2
@@ -40,7 +37,7 @@ class Checkpoint:
     """A checkpoint whose files were verified.
 
     Attributes:
-        body: Its manifest: step, config, spaces, progress, reward statistics and checksums.
+        body: Its manifest: step, config, observations, progress, reward statistics and checksums.
     """
 
     folder: Path
@@ -107,10 +104,10 @@ def save_checkpoint(
 
 
 def checkpoint_of(run_dir: str | Path) -> Checkpoint:
-    """Return the newest undamaged checkpoint of a run.
+    """Return the newest checkpoint of a run.
 
     Raises:
-        ArtifactError: There is none, or all are damaged.
+        ArtifactError: There is none, or it is damaged.
     """
     checkpoint = latest_checkpoint(Path(run_dir) / "checkpoints")
     if checkpoint is None:
@@ -119,52 +116,13 @@ def checkpoint_of(run_dir: str | Path) -> Checkpoint:
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
-    """Return the newest undamaged checkpoint, or None if there is no checkpoint.
-
-    A damaged checkpoint is skipped with a warning.
+    """Return the newest checkpoint, or None if there is none.
 
     Raises:
-        ArtifactError: There are checkpoints, but all are damaged.
+        ArtifactError: It is damaged.
     """
-    problem: ArtifactError | None = None
-    for candidate in _folders(folder):
-        try:
-            return _read(candidate)
-        except ArtifactError as error:
-            log.warning("%s The previous checkpoint is used, if there is one.", error)
-            problem = error
-    if problem is not None:
-        raise ArtifactError(
-            f"Every checkpoint in {folder} is damaged; delete that folder to start again. "
-            f"The last error: {problem}"
-        )
-    return None
-
-
-def check_same_run(checkpoint: Checkpoint, config: AgentConfig, venv: VecEnv) -> None:
-    """Check that a run is resumed with the same settings; only the total of steps may change.
-
-    Raises:
-        ArtifactError: Agent, policy, seed, hyperparameters, environments, ladder or spaces
-            differ.
-    """
-    asked = {
-        **config.as_dict(),
-        "ladder": _observed(venv),
-        **_spaces(venv.observation_space, venv.action_space),
-    }
-    started = {
-        **checkpoint.config.as_dict(),
-        "ladder": checkpoint.observed,
-        **checkpoint.body["spaces"],
-    }
-    for key, value in asked.items():
-        if key != "total_timesteps" and value != started[key]:
-            raise ArtifactError(
-                f"The run in {checkpoint.folder.parent.parent} was started with "
-                f"{key}={started[key]!r} and cannot resume with {key}={value!r}; use the old "
-                "value or another run folder."
-            )
+    folders = _folders(folder)
+    return _read(folders[0]) if folders else None
 
 
 def _write(
@@ -181,7 +139,6 @@ def _write(
     body = {
         "step": model.num_timesteps,
         "config": config.as_dict(),
-        "spaces": _spaces(model.observation_space, model.action_space),
         "ladder": _observed(model.env),
         "progress": progress,
         "rewards": rewards,
@@ -196,18 +153,17 @@ def _read(folder: Path) -> Checkpoint:
         for name, checksum in body["files"].items():
             if _checksum(folder / name) != checksum:
                 raise ArtifactError(f"{folder / name} was truncated or altered (checksum differs).")
-    except FileNotFoundError as error:
-        raise ArtifactError(f"The checkpoint {folder} lacks {error.filename}.") from None
+    except (ArtifactError, FileNotFoundError) as error:
+        raise ArtifactError(
+            f"{folder} is damaged; delete it, and the training goes on from the checkpoint before, "
+            f"or from the start. {error}"
+        ) from None
     return Checkpoint(folder, body)
 
 
 def _folders(folder: Path) -> list[Path]:
     """Return the folders of a run's checkpoints, newest first."""
     return sorted(folder.glob("step_*"), reverse=True)
-
-
-def _spaces(observation_space: object, action_space: object) -> dict[str, str]:
-    return {"observation_space": str(observation_space), "action_space": str(action_space)}
 
 
 def _checksum(path: Path) -> str:

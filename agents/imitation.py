@@ -9,7 +9,6 @@ drawn again for each update.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,9 +25,10 @@ from rap_env.ladder.observation import ObservationEncoder
 from rap_env.models.progress import progress_bar
 from rap_env.plan import Plan
 from rap_env.request import Request
-from rap_env.specs import check, setting
 
-_LAST_LEARNING_RATE = 0.05  # as a share of the first
+_BATCH_SIZE = 256  # states in each update
+_LEARNING_RATE, _LAST_SHARE = 3e-3, 0.05  # Adam's first learning rate, and what is left at the end
+_MARGIN = 0.8  # that other actions' Q values should be lower, in normalised rewards, as in DQfD
 _REPORTED_UPDATES = 20
 
 
@@ -101,52 +101,15 @@ class TeacherStates:
         return Batch(seen, torch.from_numpy(right), seen["action_mask"] > 0)
 
 
-@dataclass(frozen=True)
-class ImitationConfig:
-    """Settings of imitation learning.
-
-    Attributes:
-        updates: Updates of the network.
-        batch_size: States in each update.
-        learning_rate: Adam's first learning rate; it falls linearly to a twentieth.
-        margin: Large-margin loss of DQfD: by how much the Q values of other actions should at
-            least be lower, in units of the normalised reward (0.8 in DQfD).
-        seed: Seed of the states.
-
-    Raises:
-        AgentConfigError: A number is out of its range.
-    """
-
-    updates: int = setting(600, low=1)
-    batch_size: int = setting(256, low=1)
-    learning_rate: float = setting(3e-3, above=0)
-    margin: float = setting(0.8, low=0)
-    seed: int = setting(0, low=0)
-
-    def __post_init__(self) -> None:
-        check(self, AgentConfigError)
-
-
-class ImitationResult(NamedTuple):
-    """Result of imitation learning, over the states of the last updates.
-
-    Attributes:
-        agreement: Share of states in which the policy's greedy action is one of the
-            teacher's.
-    """
-
-    loss: float
-    agreement: float
-
-
 def imitate(
     model: BaseAlgorithm,
     shown: Sequence[Demonstration],
     encoder: ObservationEncoder,
-    config: ImitationConfig | None = None,
     *,
+    updates: int,
+    seed: int = 0,
     progress: bool = True,
-) -> ImitationResult:
+) -> float:
     """Train a model's policy to choose the plans that a teacher chooses.
 
     Actor-critic policies: behaviour cloning, with minus the log of the probability that the
@@ -159,42 +122,46 @@ def imitate(
         model: A model of any agent, trained or not; its policy is changed.
         shown: The teacher's plans; those without any step are ignored.
         encoder: Encodes the observations of the model that they are for.
-        config: Settings; None for the defaults.
+        updates: Updates of the network.
+        seed: Seed of the states.
         progress: Show a progress bar on a terminal.
+
+    Returns:
+        The share of states of the last updates in which the policy's greedy action is one of
+        the teacher's.
 
     Raises:
         AgentConfigError: No demonstration lowers anything.
         InvalidRequestError: The model cannot serve a request.
         UnknownNameError: It lacks levels of a plan.
     """
-    config = config or ImitationConfig()
     policy: Any = model.policy
-    states = TeacherStates(shown, encoder, config.batch_size, config.seed)
+    states = TeacherStates(shown, encoder, _BATCH_SIZE, seed)
     policy.set_training_mode(True)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate)
-    rates = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, _LAST_LEARNING_RATE, config.updates)
-    reached = []
-    for _ in progress_bar(progress, range(config.updates), desc="imitate"):
-        loss, agreement = _loss(policy, states.draw(), config.margin)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=_LEARNING_RATE)
+    rates = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, _LAST_SHARE, updates)
+    agreements = []
+    for _ in progress_bar(progress, range(updates), desc="imitate"):
+        loss, agreement = _loss(policy, states.draw())
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         rates.step()
-        reached.append((float(loss.detach()), agreement))
+        agreements.append(agreement)
     if isinstance(policy, DQNPolicy):
         policy.q_net_target.load_state_dict(policy.q_net.state_dict())
     policy.set_training_mode(False)
-    return ImitationResult(*np.mean(reached[-_REPORTED_UPDATES:], axis=0).tolist())
+    return float(np.mean(agreements[-_REPORTED_UPDATES:]))
 
 
-def _loss(policy: Any, batch: Batch, margin: float) -> tuple[torch.Tensor, float]:
+def _loss(policy: Any, batch: Batch) -> tuple[torch.Tensor, float]:
     scores = action_scores(policy, batch.seen)
     greedy = scores.detach().masked_fill(~batch.valid, -torch.inf).argmax(dim=1, keepdim=True)
     agreement = float(batch.right.gather(1, greedy).float().mean())
     right = scores.masked_fill(~batch.right, -torch.inf)
     if isinstance(policy, DQNPolicy):  # DQfD's J_E, the best right action being the expert's
-        best = (scores + margin * ~batch.right).amax(dim=1)
+        best = (scores + _MARGIN * ~batch.right).amax(dim=1)
         return (best - right.amax(dim=1)).mean(), agreement
     if isinstance(policy, MaskableActorCriticPolicy):
         scores = scores.masked_fill(~batch.valid, -torch.inf)

@@ -215,15 +215,15 @@ class TrainedPolicy(Policy):
 
     @classmethod
     def load(cls, run_dir: str | Path, context: PruningContext, **options: Any) -> TrainedPolicy:
-        """Load the policy of the newest undamaged checkpoint in a run's folder.
+        """Load the policy of the newest checkpoint in a run's folder.
 
         A policy over levels is loaded with the ladder that it was trained on. A block-wise
         policy also serves a model with another number of layers, unless its blocks or items
         have learned vectors. `options` are further arguments of the class.
 
         Raises:
-            ArtifactError: There is no checkpoint, all are damaged, or the policy was trained
-                on a model of another shape.
+            ArtifactError: There is no checkpoint, it is damaged, or the policy was trained on
+                a model of another shape.
             AgentConfigError: As for the class.
         """
         checkpoint = checkpoint_of(run_dir)
@@ -293,7 +293,6 @@ def fitting_policy(checkpoint: Checkpoint, encoder: ObservationEncoder) -> BaseP
     (count,) = cast(tuple[int], space["action_mask"].shape)
     if policy.observation_space == space:
         return policy
-    _check_block_vectors(checkpoint, policy, count)
     arguments = policy._get_constructor_parameters()
     arguments["observation_space"] = space
     arguments["action_space"] = spaces.Discrete(count)
@@ -301,21 +300,11 @@ def fitting_policy(checkpoint: Checkpoint, encoder: ObservationEncoder) -> BaseP
     try:
         other.load_state_dict(policy.state_dict())
     except RuntimeError:
-        pass  # the checkpoint has another set of features
+        pass  # another set of features, or vectors of another number of items
     else:
         return other
     raise ArtifactError(
         f"The policy in {checkpoint.folder} was trained on a model of another shape: it sees "
-        f"{policy.observation_space}, but this model gives {space}; train a policy for this model."
+        f"{policy.observation_space}, but this model gives {space}; train a policy for this model, "
+        "or one with policy_settings.block_vectors=0, which serves any number of items."
     )
-
-
-def _check_block_vectors(checkpoint: Checkpoint, policy: BasePolicy, count: int) -> None:
-    """Reject a policy with learned vectors for a model with another number of blocks or items."""
-    trained_on = int(cast(spaces.Discrete, policy.action_space).n)
-    if checkpoint.config.policy_settings.get("block_vectors") and trained_on != count:
-        raise ArtifactError(
-            f"The policy in {checkpoint.folder} learned a vector for each of {trained_on} items, "
-            f"but this model has {count}; train a policy for this model, or one with "
-            "policy_settings.block_vectors=0, which serves any number of items."
-        )

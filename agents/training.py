@@ -21,7 +21,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize
 from tqdm import tqdm
 
 from agents.algorithms import AgentConfig, make_model
-from agents.checkpoint import check_same_run, latest_checkpoint, save_checkpoint
+from agents.checkpoint import latest_checkpoint, save_checkpoint
 from agents.vector_env import GymVecEnv
 from rap_env.errors import RapError
 from rap_env.models.progress import progress_bar
@@ -52,7 +52,6 @@ class TrainResult:
         episodes: Finished episodes.
         evaluations: Plans whose score was needed, stored scores included.
         seconds: Wall time.
-        resumed_from: Step of the checkpoint from which this call resumed, or None.
         recent_delta_nll: Mean rise in NLL of the plans of the last episodes that fit their
             budget, nats per token; NaN if there are none.
     """
@@ -61,7 +60,6 @@ class TrainResult:
     episodes: int
     evaluations: int
     seconds: float
-    resumed_from: int | None
     recent_delta_nll: float
 
 
@@ -93,8 +91,7 @@ def train(
             seconds and evaluations count as those of the training.
 
     Raises:
-        ArtifactError: The run was started with other settings, or all checkpoints are
-            damaged.
+        ArtifactError: The last checkpoint is damaged.
         StorageFullError: There is no space for a checkpoint.
         TrainingDivergedError: The parameters became NaN or infinite.
     """
@@ -106,7 +103,6 @@ def train(
         if checkpoint is None:
             model, done = _new_model(config, venv, warm_start)
         else:
-            check_same_run(checkpoint, config, venv)
             model, done = checkpoint.load_model(venv), checkpoint.body["progress"]
             log.info("Training resumes from step %d of %s.", checkpoint.step, run_dir)
         model.set_logger(Logger(folder=None, output_formats=[_SinkWriter(log_fns)]))
@@ -118,7 +114,6 @@ def train(
         venv.close()
     return TrainResult(
         timesteps=model.num_timesteps,
-        resumed_from=None if checkpoint is None else checkpoint.step,
         recent_delta_nll=recorder.recent_delta_nll,
         episodes=int(recorder.totals["episodes"]),
         evaluations=int(recorder.totals["evaluations"]),

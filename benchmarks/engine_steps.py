@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks.harness import Settings, alternate, ratios, spread, target, write_record
 from experiments.llama_cpp import PACKAGE, LlamaCpp, gguf_file, need_llama_cpp
 from experiments.study.console import run_with_settings
-from experiments.study.run_folder import package_versions
+from rap_env.extras import package_versions
 from rap_env.models.live.elastic import ElasticLLM
 
 Call = Callable[[], None]

@@ -20,8 +20,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.study.run_folder import cpuinfo, git_state, machine_facts, package_versions
+from experiments.study.run_folder import cpuinfo, git_state, machine_facts
 from rap_env.artifacts import atomic_write
+from rap_env.extras import package_versions
 
 if TYPE_CHECKING:
     from rap_env.models.live.elastic import ElasticLLM

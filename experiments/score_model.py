@@ -21,7 +21,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from agents.algorithms import AgentConfig
-from agents.imitation import Demonstration, ImitationConfig, imitate
+from agents.imitation import Demonstration, imitate
 from agents.trained_policy import TrainedPolicy
 from agents.training import MetricSink, TrainResult, WarmStart
 from agents.training import train as train_agent
@@ -302,13 +302,19 @@ def _warm_start(config: Config, context: PruningContext) -> WarmStart | None:
         return None
 
     def start(model: Any) -> None:
-        how = ImitationConfig(updates=settings.updates, seed=config.seed)
         shown = demonstrations(config, context)
         encoder = make_encoder(context, config.env.task.layout, **config.env.ladder)
-        result = imitate(model, shown, encoder, how, progress=config.progress)
+        agreement = imitate(
+            model,
+            shown,
+            encoder,
+            updates=settings.updates,
+            seed=config.seed,
+            progress=config.progress,
+        )
         log.info(
             "Warm start: %d plans of the teacher %s; agreement in %.0f %% of states.",
-            len(shown), settings.teacher, 100 * result.agreement,
+            len(shown), settings.teacher, 100 * agreement,
         )  # fmt: skip
 
     return start

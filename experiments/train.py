@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,7 @@ log = logging.getLogger(__name__)
 FROZEN = (
     "model", "calibration", "importance", "workload", "reward", "env", "agent",
     "seed", "warm_start", "score_model", "frontier",
+    "evaluate.requests", "evaluate.budgets", "evaluate.pinned", "evaluate.selection",
 )  # fmt: skip
 """Settings that must not change when a run resumes."""
 
@@ -118,7 +118,6 @@ class ObjectiveScorer:
     """
 
     def __init__(self, config: Config, context: PruningContext) -> None:
-        self._on = measured_on(config)
         self._scorer = context.scorer
         self._memory = context.memory
         selection = config.evaluate.selection_text
@@ -126,7 +125,7 @@ class ObjectiveScorer:
             self._scorer = held_out_scorer(selection, "selection", context)
 
     def facts(self, policy: TrainedPolicy, cells: Sequence[EvaluationCell]) -> dict[str, Any]:
-        """Return what a policy's plans count as, mean in nats per token, and on which text."""
+        """Return what a policy's plans count as, mean in nats per token."""
         plans = [policy.choose(cell.request) for cell in cells]
         delta_nll = [self._scorer.nll(plan) - self._scorer.dense_nll for plan in plans]
         fits = [
@@ -134,33 +133,7 @@ class ObjectiveScorer:
             for plan, cell in zip(plans, cells, strict=True)
         ]
         scores = plan_scores(delta_nll, fits, self._memory.facts.vocab_size)
-        return {"objective": float(scores.mean()), "objective_on": self._on}
-
-
-def measured_on(config: Config) -> dict[str, Any]:
-    """Return the text and the grid that an objective is measured on, and how plans count."""
-    selection = config.evaluate.selection_text
-    pinned = {"pinned": list(config.evaluate.pinned)} if config.evaluate.pinned else {}
-    return {
-        "text": asdict(selection) if selection is not None else "calibration",
-        "requests": list(config.evaluate.requests),
-        "budgets": list(config.evaluate.budgets),
-        "scores": "capped",
-        **pinned,
-    }
-
-
-def objective(config: Config, folder: Path) -> float:
-    """Return the objective of a finished training; measured again if grid or text differ."""
-    run, started = RunFolder(folder), time.monotonic()
-    record = run.read() or {}
-    if record.get("objective_on") != measured_on(config):
-        context = build_context(config)
-        cells = evaluation_cells(config.evaluate, make_ladder_bytes(config, context))
-        scorer, policy = ObjectiveScorer(config, context), TrainedPolicy.load(folder, context)
-        record = scorer.facts(policy, cells)
-        run.finish(started, **record)
-    return float(record["objective"])
+        return {"objective": float(scores.mean())}
 
 
 def task_of(config: Config) -> str | None:
@@ -192,7 +165,9 @@ def run_trial(config: Config, folder: Path) -> float:
     train(config, folder, swept=swept_settings())
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.RUN:
         say(f"{verdict(config, folder, build_context(config))}The run is in {folder}.")
-    return objective(config, folder)
+    record = RunFolder(folder).read()
+    assert record is not None
+    return float(record["objective"])
 
 
 if __name__ == "__main__":

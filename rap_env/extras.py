@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import suppress
+from importlib import metadata
 from importlib.util import find_spec
 
 from rap_env.errors import MissingDependencyError
@@ -14,6 +17,15 @@ EXTRAS = {
     "structured": ("llguidance",),
 }
 """Modules that each extra of ``pyproject.toml`` provides."""
+
+
+def package_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of those packages that are installed, by name."""
+    versions = {}
+    for name in packages:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def missing_modules(extra: str) -> list[str]:

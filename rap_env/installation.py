@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 from typing import Any
 
 from rap_env.errors import counted
-from rap_env.extras import EXTRAS, missing_modules
+from rap_env.extras import EXTRAS, missing_modules, package_versions
 from rap_env.paths import cache_dir, folder_bytes
 from rap_env.scoring.score_table import packaged_tables
 from rap_env.version import __version__
@@ -27,7 +26,7 @@ def describe() -> dict[str, Any]:
     return {
         "rap_env": __version__,
         "python": platform.python_version(),
-        "packages": {n: v for n in _VERSIONS_OF if (v := _version(n)) is not None},
+        "packages": package_versions(_VERSIONS_OF),
         "extras": extras,
         **(_device_and_models() if extras["model"] else _NO_MODEL),
         "cpus": os.cpu_count(),
@@ -53,13 +52,6 @@ def _device_and_models() -> dict[str, Any]:
             for model in cached_models()
         ],
     }
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def description(answer: dict[str, Any]) -> str:

@@ -9,10 +9,8 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ import yaml
 from experiments.config import Config
 from experiments.study.console import ExperimentError
 from experiments.study.json_records import read_json, write_text
+from rap_env.extras import package_versions
 
 PACKAGES = (
     "rap-env", "torch", "transformers", "numpy", "gymnasium", "stable-baselines3", "sb3-contrib",
@@ -37,7 +36,7 @@ def provenance(seeds: dict[str, int]) -> dict[str, Any]:
     """Return versions, machine, commit and seeds as plain values for a record."""
     return {
         "python": platform.python_version(),
-        "packages": package_versions(),
+        "packages": package_versions(PACKAGES),
         "machine": machine_facts(),
         "git": git_state(),
         "seeds": seeds,
@@ -138,17 +137,6 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def package_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
-    """Versions of those packages that are installed, by name."""
-    versions = {}
-    for name in packages:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def machine_facts() -> dict[str, Any]:

@@ -326,16 +326,6 @@ class PruningTask:
             "there is nothing to lower; give a longer sequence, or name other levels."
         )
 
-    def _nothing_drawn(self, start: EpisodeStart) -> str:
-        if start.fits:
-            return (
-                f"The {self._unchanged} model fits each of {_MAX_DRAWS} requests drawn from the "
-                f"workload, the last one {start.request}; give the workload smaller budgets."
-            )
-        return (
-            f"None of the requests drawn from the workload can be helped. {self._pointless(start)}"
-        )
-
     def start_many(
         self, rngs: Sequence[np.random.Generator], request: Any = None
     ) -> tuple[StackedCosts, Counts, Counts]:
@@ -402,7 +392,10 @@ class PruningTask:
         """The error if no request of the workload can start an episode, the last one included."""
         if not start.is_pointless:
             self.encoder.ladder_bytes.check_feasible(start.request)
-        return InvalidRequestError(self._nothing_drawn(start))
+        return InvalidRequestError(
+            f"None of {_MAX_DRAWS} requests of the workload needs an episode. "
+            f"{self._pointless(start)}"
+        )
 
     def _feasible(self, start: EpisodeStart) -> EpisodeStart:
         """The start with its budget raised, if necessary, to one that can be met."""

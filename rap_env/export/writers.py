@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from rap_env.errors import InvalidRequestError, UnsupportedModelError
 from rap_env.export.gguf_export import GgufModel, export_gguf, low_bit_tensors
 from rap_env.export.llama_cpp import cache_type, server_flags
 from rap_env.export.plan_options import ChosenPlan, PlanOptions
+from rap_env.extras import package_versions
 from rap_env.levels import WeightLevel
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
@@ -142,7 +142,7 @@ class ExportResult:
         if self.measured is not None:
             measured = "{:+.4f} nats/token on {}".format(*self.measured)
         versions = {"rap-env": __version__, "python": platform.python_version()}
-        versions |= {name: importlib.metadata.version(name) for name in _PACKAGES}
+        versions |= package_versions(_PACKAGES)
         return _CARD.format(
             **self.answer,
             target=self.target,

@@ -111,14 +111,12 @@ def window_costs(
         with forward.loaded(layer):
             for step in layer:
                 state = forward.run(step, state).detach()
-        forward.forget(layer)
         states.append(state)
     nll, gradient = _final_gradient(forward, states.pop(), window)
     sums: Costs = {}
     for layer in reversed(forward.layer_steps):
         with forward.loaded(layer):
             gradient = _layer_costs(forward, layer, states.pop(), gradient, levels, sums)
-        forward.forget(layer)
     blocks = [name for name, offered in levels.items() if "removed" in offered]
     removed = _removals(forward, window[:, :REMOVAL_TOKENS], blocks)
     return WindowCosts(float(nll.double().sum()), sums, removed)
@@ -138,7 +136,6 @@ def _removals(
                         left = forward.run(step, state, Plan.removing(index))
                         without[block_name(index)] = left.detach()
                 state = forward.run(step, state).detach()
-        forward.forget(layer)
     start = (ids.shape[1] - 1) % _REMOVAL_STEP  # so that the last token is among them
 
     def decoded(state: torch.Tensor) -> torch.Tensor:
@@ -380,7 +377,6 @@ def plan_nll(forward: PartialForward, windows: torch.Tensor, plan: Plan) -> floa
         with forward.loaded(layer):
             for step in layer:
                 states = [forward.run(step, state, plan).detach() for state in states]
-        forward.forget(layer)
     with forward.embeddings(plan.embeddings):
         nlls = [
             head_nll(forward, forward.leave(state).detach()[0, :-1], window[1:])[0]

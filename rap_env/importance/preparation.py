@@ -346,7 +346,6 @@ def _make_levels(llm: ElasticLLM, windows: torch.Tensor, tasks: Tasks) -> None:
                 write_tensors(path_of(number + 1), named(outputs))
                 del outputs
                 round_layer(llm, forward, passes)
-            forward.forget(layer)
         path_of(number - 2).unlink(missing_ok=True)  # the one before may still be needed
         return {}
 

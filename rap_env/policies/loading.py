@@ -21,7 +21,7 @@ from rap_env.plugins import find_plugin
 from rap_env.policies.base import Policy, as_policy
 from rap_env.policies.method import Basis, Method
 from rap_env.policies.network_policy import KIND
-from rap_env.policies.packaged_files import KNAPSACKS, default_facts, packaged_basis
+from rap_env.policies.packaged_files import default_facts, packaged_basis
 from rap_env.policies.registry import Reader, makes, methods, policy_names, readers
 from rap_env.policies.uniform import middle_first, uniform_plans
 from rap_env.request import Request
@@ -132,7 +132,7 @@ def load_policy(
     try:
         return _make(name, memory, None)
     except ArtifactError as error:
-        if name not in KNAPSACKS:
+        if name != "knapsack":
             raise
         log.warning(
             "%s Until then all caches are lowered alike, then all weights, and then whole layers "

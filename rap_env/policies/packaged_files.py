@@ -26,10 +26,6 @@ PACKAGED = Path(__file__).parent / "packaged"
 DEFAULT_MODEL = "smollm2-135m"
 """The model of the packaged policies, tables and level costs."""
 
-KNAPSACKS = ("knapsack",)
-"""Policies from level costs; for a model without any, `rap_env.policies.loading.load_policy`
-has a rule in their place."""
-
 _PREPARED_PER_MINUTE = 18e6  # parameters of blocks
 
 FACTS_VERSION = 3

@@ -120,7 +120,7 @@ class RuntimeController:
             open_memory(memory, device=llm.device),
             process_meter(llm) if meter is None else meter,
             self.estimator,
-            SafetyMargin(clock=clock),
+            SafetyMargin(clock),
         )
         self.chooser = PlanChooser(
             llm,

@@ -29,6 +29,8 @@ HEADROOM_BYTES = 8 * 2**20
 _MOST_FREED_BYTES = 4 * 2**20
 """Freed bytes that a step may leave with the process before they are returned to the
 system."""
+_EXCESS_LASTS_S = 40.0
+
 _LEAST_CHANGE_BYTES = 2**20
 """Change of what the process holds besides the model that is measured while nothing runs."""
 
@@ -146,7 +148,6 @@ class SafetyMargin:
     is learned separately, since decode steps tell nothing about the next prefill.
 
     Args:
-        lasts_s: Seconds after which an excess is forgotten.
         clock: Gives the time in seconds.
 
     Attributes:
@@ -154,10 +155,7 @@ class SafetyMargin:
         decode_bytes: The margin while no prompt is prefilled.
     """
 
-    def __init__(
-        self, lasts_s: float = 40.0, *, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._lasts_s = lasts_s
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         # By kind the times of excesses that no later one reached, the largest first.
         self._kinds: dict[str, deque[tuple[float, int]]] = {}
@@ -178,7 +176,7 @@ class SafetyMargin:
 
     def expire(self) -> None:
         """Forget what is too long ago."""
-        oldest_s = self._clock() - self._lasts_s
+        oldest_s = self._clock() - _EXCESS_LASTS_S
         most = {"prefill": 0, "decode": 0}
         for kind, recent in self._kinds.items():
             while recent and recent[0][0] < oldest_s:

@@ -58,8 +58,6 @@ class Counters:
         kept_tokens: Tokens that were not prefilled, because they were kept.
         refilled_tokens: Tokens computed again at better levels of caches.
         preemptions: How often a request was preempted and restarted.
-        interruptions: Prefill chunks that ended between two layers because the budget had
-            fallen.
         overhead_s: Seconds that the controller took in turns that ran the model.
         busy_s: Seconds of those turns.
     """
@@ -74,7 +72,6 @@ class Counters:
     kept_tokens: int = 0
     refilled_tokens: int = 0
     preemptions: int = 0
-    interruptions: int = 0
     overhead_s: float = 0.0
     busy_s: float = 0.0
 

@@ -149,7 +149,6 @@ class Scheduler:
                 self._end_prefill(prefilling, logits)
         except PassInterruptedError:
             self._interruptions += 1
-            self.counters.interruptions += 1
             return
         except torch.OutOfMemoryError as error:
             self._start_again("prefill", error)

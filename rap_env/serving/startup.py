@@ -20,7 +20,7 @@ from rap_env.extras import require_extra
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.policies.loading import check_policy, load_policy
-from rap_env.policies.packaged_files import KNAPSACKS, default_facts
+from rap_env.policies.packaged_files import default_facts
 from rap_env.policies.registry import policy_names
 from rap_env.runtime.plan_chooser import no_prediction_text, predicts
 from rap_env.serving.settings import ServerSettings
@@ -137,7 +137,7 @@ def check_before_loading(settings: ServerSettings) -> None:
     check_name("dtype", settings.dtype, _DTYPES)
     check_policy(settings.policy)
     floor = settings.max_delta_nll
-    if settings.policy in ("dense", *KNAPSACKS) and floor in (None, "auto"):
+    if settings.policy in ("dense", "knapsack") and floor in (None, "auto"):
         return  # they are for every model
     facts = _known_facts(settings)
     if facts is None:

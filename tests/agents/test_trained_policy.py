@@ -148,9 +148,7 @@ def test_a_blockwise_policy_serves_a_larger_model_and_others_are_rejected(runs):
             request_at(context, 8, 2000, 0.6),
         )
         assert fits(context, policy.choose(request), request)
-    count, other = (len(encoder_for(context).ladder) for context in (own, larger))
-    words = f"vector for each of {count} items, but this model has {other}"
-    with pytest.raises(ArtifactError, match=words):
+    with pytest.raises(ArtifactError, match="another shape: .*block_vectors=0, which serves any"):
         TrainedPolicy.load(folders["vectors"], larger)
 
 

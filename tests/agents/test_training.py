@@ -1,5 +1,5 @@
 import errno
-import logging
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,6 @@ from agents.training import TrainingDivergedError, train
 from rap_env.errors import ArtifactError, StorageFullError
 from rap_env.plan import Plan
 from rap_env.policies.loading import make_method
-from tests.agents.ladders import SPEC, LadderContext
 from tests.agents.policies import envs_for
 from tests.agents.synthetic import make_envs, request_at
 
@@ -78,12 +77,12 @@ def test_an_interrupted_training_goes_on_where_it_was(tmp_path, any_context, nam
         assert model.replay_buffer.size() * config.n_envs == saved.step
     result = train(config, envs, tmp_path, log_fns=[into(rest)], progress=False)
     # The stop comes with the first episode that ends after step 100.
-    assert 0 < result.resumed_from == saved.step < config.total_timesteps
+    assert 0 < saved.step < config.total_timesteps
     episodes = [row["episode/number"] for row in rest if "episode/number" in row]
     assert (result.timesteps, result.episodes) == (160, episodes[-1])
     assert min(row["step"] for row in rest) > saved.step
     finished = train(config, envs, tmp_path, progress=False)
-    assert finished.resumed_from == finished.timesteps == result.timesteps, "it is not repeated"
+    assert finished.episodes == result.episodes, "it is not repeated"
 
 
 def damage(path):
@@ -96,44 +95,24 @@ def damage(path):
 @pytest.mark.parametrize(
     "file", ["model.zip", pytest.param("checkpoint.json", marks=pytest.mark.slow)]
 )
-def test_a_damaged_checkpoint_is_skipped(tmp_path, context, caplog, file):
+def test_a_damaged_checkpoint_raises_an_error_with_a_remedy(tmp_path, context, file):
     train(short(), make_envs(context), tmp_path, progress=False)
     folders = sorted((tmp_path / "checkpoints").iterdir())
     assert [folder.name for folder in folders] == ["step_000000224", "step_000000256"]
     damage(folders[1] / file)
-    with caplog.at_level(logging.WARNING):
-        result = train(short(), make_envs(context), tmp_path, progress=False)
-    assert result.resumed_from == 224
-    assert result.timesteps == 256
-    assert "altered" in caplog.text
-    assert "The previous checkpoint is used" in caplog.text
-
-
-def test_only_damaged_checkpoints_raise_an_error_with_a_remedy(tmp_path, context):
-    train(short(steps=64), make_envs(context), tmp_path, progress=False)
-    first, second = sorted((tmp_path / "checkpoints").iterdir())
-    damage(first / "model.zip")
-    (second / "model.zip").unlink()
-    with pytest.raises(ArtifactError, match="Every checkpoint in .* is damaged; delete that"):
-        train(short(steps=64), make_envs(context), tmp_path, progress=False)
-    with pytest.raises(ArtifactError, match="Every checkpoint in .* is damaged"):
+    with pytest.raises(ArtifactError, match="step_000000256 is damaged; delete it.* altered"):
+        train(short(), make_envs(context), tmp_path, progress=False)
+    with pytest.raises(ArtifactError, match="is damaged; delete it"):
         TrainedPolicy.load(tmp_path, context)
+    shutil.rmtree(folders[1])
+    assert train(short(), make_envs(context), tmp_path, progress=False).timesteps == 256
 
 
-@pytest.mark.parametrize(
-    ("other", "text"),
-    [
-        ({"name": "ppo"}, "started with name='maskable_ppo' and cannot resume with name='ppo'"),
-        ({"seed": 3}, "started with seed=0 and cannot resume with seed=3"),
-        ({"n_envs": 4}, "started with n_envs=2"),
-        ({"hyperparameters": {**SHORT["ppo"], "gamma": 0.9}}, "started with hyperparameters="),
-        ({"policy_settings": {"without": ["gsi"]}}, "started with policy_settings=.*without"),
-    ],
-)
-def test_resuming_with_other_settings_is_rejected(tmp_path, context, other, text):
-    train(short(steps=32), make_envs(context), tmp_path, progress=False)
-    with pytest.raises(ArtifactError, match=text):
-        train(short(**other), make_envs(context), tmp_path, progress=False)
+def test_a_checkpoint_without_its_model_is_damaged(tmp_path, context):
+    train(short(steps=64), make_envs(context), tmp_path, progress=False)
+    (latest_checkpoint(tmp_path / "checkpoints").folder / "model.zip").unlink()
+    with pytest.raises(ArtifactError, match="is damaged; .*model.zip"):
+        train(short(steps=64), make_envs(context), tmp_path, progress=False)
 
 
 def test_a_warm_start_happens_once(tmp_path, context):
@@ -157,21 +136,6 @@ def test_a_warm_start_happens_once(tmp_path, context):
     assert torch.cat(values).sub(0.01).abs().max() < 0.05  # a few steps from where it began
     train(short(steps=64), make_envs(context), tmp_path, **settings)
     assert calls == [0]
-
-
-def test_resuming_with_another_ladder_is_rejected(tmp_path):
-    context = LadderContext()
-    train(short(steps=32), envs_for(context), tmp_path, progress=False)
-    other = envs_for(context, spec={**SPEC, "together": []})
-    with pytest.raises(ArtifactError, match="ladder=.*'int8', 'int4'.* cannot resume with ladder="):
-        train(short(), other, tmp_path, progress=False)
-
-
-def test_resuming_on_another_model_is_rejected(tmp_path, context, real_context):
-    train(short(steps=32), make_envs(context), tmp_path, progress=False)
-    workload = {"name": "fixed", "batch_size": 1, "seq_len_tokens": 16}
-    with pytest.raises(ArtifactError, match="observation_space=.*cannot resume"):
-        train(short(), make_envs(real_context, workload=workload), tmp_path, progress=False)
 
 
 def test_full_disk_leaves_the_last_checkpoint(tmp_path, context, monkeypatch):

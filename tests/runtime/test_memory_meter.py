@@ -201,10 +201,10 @@ def test_a_step_is_compared_with_the_most_held_since_the_last_trim():
 )
 def test_the_margin_is_the_largest_recent_excess_over_a_prediction(excesses, expected):
     made, now = monitor(), 0.0
-    made.margin = margin = SafetyMargin(10.0, clock=lambda: now)
+    made.margin = margin = SafetyMargin(lambda: now)
     for excess in excesses:
         margin.observe("decode", excess)
-        now += 1.0
+        now += 4.0
     assert margin.bytes == expected
     assert made.available_bytes(SHAPE, UNKNOWN_PASS) == 10**6 - expected
     margin.observe("prefill", 160)  # whatever other kinds of steps take
@@ -215,17 +215,17 @@ def test_the_margin_is_the_largest_recent_excess_over_a_prediction(excesses, exp
 
 def test_an_excess_is_forgotten_after_a_time_even_without_steps():
     now = 0.0
-    margin = SafetyMargin(10.0, clock=lambda: now)
+    margin = SafetyMargin(lambda: now)
     margin.observe("prefill", 60)
     margin.observe("decode", 40)
     assert (margin.bytes, margin.decode_bytes) == (60, 40)
     for step in range(1, 12):
         assert (margin.bytes, margin.decode_bytes) == (60, 40)
-        now = float(step)
+        now = 4.0 * step
         if step % 9 == 0:
             margin.observe("decode", 30)
         margin.expire()
     assert (margin.bytes, margin.decode_bytes) == (30, 30)  # the prefill is forgotten
-    now = 100.0
+    now = 400.0
     margin.expire()
     assert margin.bytes == 0

@@ -167,8 +167,7 @@ def load_llm(
     llm = ElasticLLM(loaded, tokenizer, name=source.name, folder=folder, unread=on_demand)
     llm.files_key, llm.as_stored = key, tensor_by_tensor and place.type == "cpu"
     if isinstance(loaded, LeanLlama):
-        calibrate = _calibrate_beside if source.name in TINY_MODELS else _calibrate_apart
-        llm.calibrator = partial(calibrate, folder, str(kind).removeprefix("torch."))
+        llm.calibrator = partial(_calibrate_lean, folder, str(kind).removeprefix("torch."))
     else:
         llm.calibrator = calibrate_on_own_text
     # The others have none, and hashing their weights takes seconds.
@@ -178,15 +177,12 @@ def load_llm(
     return llm
 
 
-def _calibrate_apart(folder: Path, dtype: str, llm: ElasticLLM) -> None:
+def _calibrate_lean(folder: Path, dtype: str, llm: ElasticLLM) -> None:
     """Make levels of a lean model, which cannot run a block alone, with another one of its kind."""
-    in_child(_calibrate_folder, folder, dtype, llm.name)
-    use_text(llm, calibration_windows(llm))
-
-
-def _calibrate_beside(folder: Path, dtype: str, llm: ElasticLLM) -> None:
-    """The same in this process, for a tiny model."""
-    _calibrate_folder(folder, dtype, llm.name)
+    if llm.name in TINY_MODELS:
+        _calibrate_folder(folder, dtype, llm.name)
+    else:
+        in_child(_calibrate_folder, folder, dtype, llm.name)
     use_text(llm, calibration_windows(llm))
 
 

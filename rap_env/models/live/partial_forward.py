@@ -227,19 +227,18 @@ class PartialForward:
             logits: torch.Tensor = self.head(hidden)
         return self.adapter.cap_logits(logits)
 
-    def loaded(self, layer: Sequence[tuple[int, ...]]) -> AbstractContextManager[object]:
+    @contextlib.contextmanager
+    def loaded(self, layer: Sequence[tuple[int, ...]]) -> Iterator[None]:
         """Keep one layer's weights in memory in a ``with`` block, if the plan has removed it.
+
+        At its end, what was widened is freed, and so are levels of the layer's weights that
+        were made in the block. Their memory returns to the system.
 
         Args:
             layer: Its steps, an entry of `layer_steps`.
         """
-        return self._llm.applied(Plan(self._llm.plan.removed.difference(*layer)))
-
-    def forget(self, layer: Sequence[tuple[int, ...]]) -> None:
-        """Free what was widened, and levels of a layer's weights that were made for a run.
-
-        Their memory returns to the system.
-        """
+        with self._llm.applied(Plan(self._llm.plan.removed.difference(*layer))):
+            yield
         self.release()
         if self._llm.residency == "resident":
             for index in itertools.chain(*layer):

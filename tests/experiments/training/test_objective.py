@@ -8,9 +8,10 @@ from agents.trained_policy import TrainedPolicy
 from experiments.config.common import TextConfig
 from experiments.config.program_settings import EvaluateConfig
 from experiments.contexts import build_context, evaluation_cells, make_ladder_bytes
+from experiments.study.console import ExperimentError
 from experiments.study.json_records import read_records
 from experiments.study.run_folder import RunFolder
-from experiments.train import objective, run_trial
+from experiments.train import run_trial
 from rap_env.errors import CorpusError
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
@@ -49,7 +50,6 @@ def test_the_objective_is_the_mean_loss_on_the_grid(config, trained):
     assert facts["objective"] == pytest.approx(
         expected(config, trained, build_context(config).scorer)
     )
-    assert facts["objective_on"]["text"] == "calibration"
     last = read_records(trained / "metrics.jsonl")[-1]
     assert (last["objective"], last["step"]) == (facts["objective"], facts["timesteps"])
 
@@ -60,19 +60,25 @@ def test_a_finished_run_returns_its_objective_without_training(config, trained):
     assert (trained / "metrics.jsonl").read_bytes() == before
 
 
-def test_the_objective_on_another_text_is_measured_again(config, trained, tmp_path):
-    text = own_text(2, 12, 7)
-    other = replace(config, evaluate=replace(config.evaluate, selection=text))
+def test_the_objective_may_be_on_another_text(config):
+    other = replace(
+        config, name="other", evaluate=replace(config.evaluate, selection=own_text(2, 12, 7))
+    )
+    folder = other.stage_dir("train") / "maskable_ppo-s0"
     context = build_context(config)
     corpus = load_corpus(
         CorpusConfig(source="self", windows=2, window_tokens=12, seed=7, role="selection"),
         context.llm,
     )
     assert corpus.sha256 != context.scorer.corpus.sha256
-    measured = objective(other, trained)
-    assert measured == pytest.approx(expected(config, trained, PlanScorer(context.llm, corpus)))
-    assert RunFolder(trained).read()["objective_on"]["text"]["seed"] == 7
-    assert measured != objective(config, trained)
+    measured = run_trial(other, folder)
+    assert measured == pytest.approx(expected(config, folder, PlanScorer(context.llm, corpus)))
+
+
+def test_a_run_keeps_the_text_of_its_objective(config, trained):
+    other = replace(config, evaluate=replace(config.evaluate, selection=own_text(2, 12, 7)))
+    with pytest.raises(ExperimentError, match="evaluate.selection"):
+        run_trial(other, trained)
 
 
 def test_the_calibration_text_is_rejected_as_selection_text(config, tmp_path):
