@@ -36,6 +36,8 @@ COUNTS_CAPTION = (
     "misses budgets, so its ΔNLL is not comparable."
 )
 
+HOLM_CAPTION = "By Holm: the same counts if all pairs are tested together at a level of 5 %."
+
 
 def summary_table(comparison: Comparison) -> Table:
     """Return ΔNLL, accuracy (if measured), cost and fit of each method over all cells."""
@@ -172,11 +174,11 @@ def _budget(comparison: Comparison, cell: Cell) -> str:
 def difference_table(comparison: Comparison, method: str) -> Table:
     """Return the ΔNLL of a method minus that of each other, paired over windows."""
     header = ["Compared with", "Difference in ΔNLL (nats/token)", "Relative",
-              "Better / even / worse", "Verdict"]  # fmt: skip
+              "Better / even / worse", "By Holm", "Verdict"]  # fmt: skip
     return header, [
         [
             look(pair.other).label, signed(pair.difference),
-            relative_words(pair.relative), str(pair.cells),
+            relative_words(pair.relative), str(pair.cells), str(pair.corrected),
             pair.verdict if pair.other_fits else f"{pair.verdict}*",
         ]
         for pair in pairwise_comparisons(comparison, method)
@@ -192,7 +194,7 @@ def comparison_document(comparison: Comparison) -> list[TitledTable]:
     learned = [s.method for s in comparison.summaries if s.method in comparison.learned]
     for method in learned:
         title = f"ΔNLL of {look(method).label} minus each other method, paired over windows"
-        caption = COUNTS_CAPTION if method == learned[-1] else ""
+        caption = f"{COUNTS_CAPTION} {HOLM_CAPTION}" if method == learned[-1] else ""
         tables.append(TitledTable(difference_table(comparison, method), title, caption))
     tables += tight_document(comparison)
     for shape in comparison.shapes:

@@ -17,6 +17,8 @@ from experiments.study.plotting import look, rank
 from experiments.study.statistics import (
     Estimate,
     bootstrap_mean,
+    difference_p,
+    holm,
     mean_of_known,
     paired_difference,
     relative_difference,
@@ -276,6 +278,7 @@ class PairwiseComparison:
         relative: The difference divided by the mean ΔNLL of `other`; None if that is not
             significantly above 0.
         cells: Counts of cells, each by its own 95 % interval.
+        corrected: Counts of cells tested together at 5 % with Holm's correction.
         other_fits: Whether `other` met every budget.
     """
 
@@ -283,6 +286,7 @@ class PairwiseComparison:
     difference: Estimate
     relative: Estimate | None
     cells: Counts
+    corrected: Counts
     other_fits: bool
 
     @property
@@ -317,17 +321,19 @@ def compare_pair(
         for cell in cells
     ]
     differences = [paired_difference(*pair) for pair in pairs]
+    rejected = holm([difference_p(*pair) for pair in pairs])
     return PairwiseComparison(
         other=other,
         difference=paired_difference(first, second),
         relative=relative_difference(first, second),
-        cells=_counts(differences),
+        cells=_counts(differences, [d.high < 0 or d.low > 0 for d in differences]),
+        corrected=_counts(differences, rejected),
         other_fits=summary.fits_all,
     )
 
 
-def _counts(differences: Sequence[Estimate]) -> Counts:
+def _counts(differences: Sequence[Estimate], significant: Sequence[bool]) -> Counts:
     """Count cells by the sign of their difference where it is significant."""
-    better = sum(difference.high < 0 for difference in differences)
-    worse = sum(difference.low > 0 for difference in differences)
-    return Counts(better, len(differences) - better - worse, worse)
+    signs = [d.mean for d, counts in zip(differences, significant, strict=True) if counts]
+    better = sum(sign < 0 for sign in signs)
+    return Counts(better, len(differences) - len(signs), len(signs) - better)

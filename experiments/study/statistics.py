@@ -158,6 +158,30 @@ def kept_above_chance(
     return _estimate(np.mean(ratios), np.mean(resampled, axis=0), 1)
 
 
+def difference_p(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
+    """Return the two-sided bootstrap p-value of equal means; at least 2 / (`RESAMPLES` + 1).
+
+    Raises:
+        ValueError: The two were not measured on the same number of windows.
+    """
+    means, others = _resampled(*_paired(first, second))
+    below, above = int(np.sum(means <= others)), int(np.sum(means >= others))
+    return float(min(1.0, 2.0 * (1 + min(below, above)) / (RESAMPLES + 1)))
+
+
+def holm(p_values: Sequence[float]) -> list[bool]:
+    """Return which of several null hypotheses are rejected at a joint level of 5 %.
+
+    Source: Holm (1979), A simple sequentially rejective multiple test procedure.
+    """
+    rejected = [False] * len(p_values)
+    for place, number in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        if p_values[number] > (1.0 - LEVEL) / (len(p_values) - place):
+            break
+        rejected[number] = True
+    return rejected
+
+
 def wilson_interval(accuracy: float, documents: int) -> tuple[float, float]:
     """Return Wilson's score interval of an accuracy over `documents` independent questions.
 

@@ -33,7 +33,7 @@ def test_a_verdict_counts_pairs_and_tests_the_mean():
         ),
         "ppo", "gsi",
     )  # fmt: skip
-    assert pair.cells == Counts(2, 1, 1)
+    assert pair.cells == pair.corrected == Counts(2, 1, 1)
     assert pair.difference.mean == pytest.approx(0.0, abs=1e-9)
     assert pair.relative.mean == pytest.approx(0.0, abs=1e-9)
     assert pair.verdict == "even"
@@ -49,3 +49,11 @@ def test_a_relative_difference_of_a_tenth():
     half = compare_pair(both, "ppo", "gsi", both.cells[:2])
     assert half.relative.mean == pytest.approx(-0.1)
     assert compare_pair(both, "ppo", "gsi", []) is None
+
+
+def test_many_pairs_raise_the_significance_threshold():
+    """A difference that is just clear alone is not so among four that are tested together."""
+    noisy = rows_of("ppo", [0.885, 1.0, 1.0, 1.0], seeds=(0,), noise=1.0)
+    pair = compare_pair(comparison(noisy, rows_of("gsi", [1.0] * 4)), "ppo", "gsi")
+    assert pair.cells == Counts(1, 3, 0)
+    assert pair.corrected == Counts(0, 4, 0)

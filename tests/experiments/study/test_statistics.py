@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 
 from experiments.study.statistics import (
+    RESAMPLES,
     Estimate,
     bootstrap_mean,
+    difference_p,
+    holm,
     kept_above_chance,
     paired_difference,
     paired_ratio,
@@ -78,6 +81,22 @@ def test_no_ratio_to_a_delta_nll_that_may_be_zero():
     windows = np.linspace(-1.0, 1.1, 12)
     assert relative_difference(windows + 1, windows) is None
     assert relative_difference(windows, np.zeros(12)) is None
+
+
+def test_the_p_value_is_small_if_the_interval_excludes_zero():
+    rng = np.random.default_rng(6)
+    base = rng.normal(1.0, 0.5, 24)
+    clear, none = base + 0.2 + rng.normal(0, 0.05, 24), base + rng.normal(0, 0.05, 24)
+    assert difference_p(base, clear) == pytest.approx(2 / (RESAMPLES + 1)), "the least there is"
+    assert difference_p(base, none) > 0.05
+    assert difference_p(base, base) == 1.0
+
+
+def test_holm_rejects_in_order_and_stops_at_the_first_non_significant():
+    assert holm([0.04, 0.001, 0.03, 0.012]) == [False, True, False, True]
+    assert holm([0.04]) == [True]
+    assert holm([0.03, 0.03]) == [False, False]
+    assert holm([]) == []
 
 
 def test_a_paired_ratio_weighs_every_cell_alike():
