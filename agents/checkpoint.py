@@ -125,6 +125,23 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
     return _read(folders[0]) if folders else None
 
 
+def check_same_run(checkpoint: Checkpoint, config: AgentConfig, venv: VecEnv) -> None:
+    """Check that a run is resumed with the same settings; only the total of steps may change.
+
+    Raises:
+        ArtifactError: Agent, policy, seed, hyperparameters, environments or ladder differ.
+    """
+    asked = {**config.as_dict(), "ladder": _observed(venv)}
+    started = {**checkpoint.config.as_dict(), "ladder": checkpoint.observed}
+    for key, value in asked.items():
+        if key != "total_timesteps" and value != started[key]:
+            raise ArtifactError(
+                f"The run in {checkpoint.folder.parent.parent} was started with "
+                f"{key}={started[key]!r} and cannot resume with {key}={value!r}; use the old "
+                "value or another run folder."
+            )
+
+
 def _write(
     folder: Path, model: BaseAlgorithm, config: AgentConfig, progress: dict[str, float]
 ) -> None:

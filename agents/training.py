@@ -21,7 +21,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize
 from tqdm import tqdm
 
 from agents.algorithms import AgentConfig, make_model
-from agents.checkpoint import latest_checkpoint, save_checkpoint
+from agents.checkpoint import check_same_run, latest_checkpoint, save_checkpoint
 from agents.vector_env import GymVecEnv
 from rap_env.errors import RapError
 from rap_env.models.progress import progress_bar
@@ -91,7 +91,8 @@ def train(
             seconds and evaluations count as those of the training.
 
     Raises:
-        ArtifactError: The last checkpoint is damaged.
+        ArtifactError: The run was started with other settings, or its last checkpoint is
+            damaged.
         StorageFullError: There is no space for a checkpoint.
         TrainingDivergedError: The parameters became NaN or infinite.
     """
@@ -103,6 +104,7 @@ def train(
         if checkpoint is None:
             model, done = _new_model(config, venv, warm_start)
         else:
+            check_same_run(checkpoint, config, venv)
             model, done = checkpoint.load_model(venv), checkpoint.body["progress"]
             log.info("Training resumes from step %d of %s.", checkpoint.step, run_dir)
         model.set_logger(Logger(folder=None, output_formats=[_SinkWriter(log_fns)]))

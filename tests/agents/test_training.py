@@ -17,6 +17,7 @@ from agents.training import TrainingDivergedError, train
 from rap_env.errors import ArtifactError, StorageFullError
 from rap_env.plan import Plan
 from rap_env.policies.loading import make_method
+from tests.agents.ladders import SPEC, LadderContext
 from tests.agents.policies import envs_for
 from tests.agents.synthetic import make_envs, request_at
 
@@ -113,6 +114,27 @@ def test_a_checkpoint_without_its_model_is_damaged(tmp_path, context):
     (latest_checkpoint(tmp_path / "checkpoints").folder / "model.zip").unlink()
     with pytest.raises(ArtifactError, match="is damaged; .*model.zip"):
         train(short(steps=64), make_envs(context), tmp_path, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("other", "text"),
+    [
+        ({"seed": 3}, "started with seed=0 and cannot resume with seed=3"),
+        ({"hyperparameters": {**SHORT["ppo"], "gamma": 0.9}}, "started with hyperparameters="),
+    ],
+)
+def test_resuming_with_other_settings_is_rejected(tmp_path, context, other, text):
+    train(short(steps=32), make_envs(context), tmp_path, progress=False)
+    with pytest.raises(ArtifactError, match=text):
+        train(short(**other), make_envs(context), tmp_path, progress=False)
+
+
+def test_resuming_with_another_ladder_is_rejected(tmp_path):
+    context = LadderContext()
+    train(short(steps=32), envs_for(context), tmp_path, progress=False)
+    other = envs_for(context, spec={**SPEC, "together": []})
+    with pytest.raises(ArtifactError, match="ladder=.*'int8', 'int4'.* cannot resume with ladder="):
+        train(short(), other, tmp_path, progress=False)
 
 
 def test_a_warm_start_happens_once(tmp_path, context):
