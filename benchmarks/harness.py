@@ -73,19 +73,15 @@ def open_model(settings: ModelSettings, weights: str = "bf16") -> ElasticLLM:
     return load_llm(settings.model, device=settings.device, dtype=settings.dtype, weights=weights)
 
 
-def alternate(
-    sides: Mapping[str, Callable[[], object]], repeats: int = 5, warm_up: int = 1
-) -> dict[str, list[float]]:
-    """Seconds of each side, measured in turn (A B A B ...), so that drift affects all equally.
+def alternate(sides: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each side after a first call, in turn (A B A B ...): drift affects all equally.
 
     Args:
         sides: What to measure, by name. On CUDA the device is synchronised before and after.
         repeats: Measurements of each side.
-        warm_up: Calls of each side before the measurement.
     """
-    for _ in range(warm_up):
-        for run in sides.values():
-            run()
+    for run in sides.values():
+        run()
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, run in sides.items():

@@ -176,7 +176,7 @@ class Admission:
             return False
         if self.stalled_s >= _STALLED_S:
             return self._admit_any(interrupt)
-        if batch.decoding and self._clock() - self.preempted_s < self._controller.hold_s:
+        if batch.decoding and self._clock() - self.preempted_s < self._controller.growth.hold_s:
             return False  # a request was preempted just now
         sequence = next(filter(self._within_own_floor, self._queue.waiting), None)
         return sequence is not None and self._admit(sequence, batch.chunk_tokens, interrupt)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rap_env.errors import InvalidRequestError
 from rap_env.memory import PREFILL_CHUNK_TOKENS
 from rap_env.plan import Plan
 from rap_env.policies.base import PolicyLike, as_policy
@@ -41,11 +40,11 @@ class RuntimeController:
     until they do.
 
     **Shrinking** is immediate: `check` before each step. **Growing** is debounced while
-    anything runs: a plan that needs more is applied once it would have fitted for `hold_s`,
-    with `hysteresis_share` of the budget to spare, so that a budget that jitters causes one
-    switch. A request that arrives while nothing runs gets its plan at once (`admit`). Once
-    nothing has run for a minute, everything that fits is restored. What running requests have
-    in their caches is not changed by that; the engine brings it up to the plan.
+    anything runs: a plan that needs more is applied once it would have fitted for two seconds,
+    with a twentieth of the budget to spare, so that a budget that jitters causes one switch.
+    A request that arrives while nothing runs gets its plan at once (`admit`). Once nothing has
+    run for a minute, everything that fits is restored. What running requests have in their
+    caches is not changed by that; the engine brings it up to the plan.
 
     **Progress**: a request that waits while nothing runs gets a part of the source's reserve,
     once it is `stalled`, and so does the last one that runs before it would be preempted. The
@@ -68,24 +67,23 @@ class RuntimeController:
             prediction, count as plans that do not fit. None for no floor.
         most_delta_nll: What the floor rises to with waiting requests
             (`PlanChooser.follow_queue`); None for a floor that stays.
-        hysteresis_share: Share of the budget to leave free when items are raised.
-        hold_s: Seconds for which headroom must last before items are raised.
         chunk_tokens: Most tokens that one pass through the model runs; fewer need less
             workspace.
-        clock: Gives the time in seconds, for `hold_s` and the safety margin.
+        clock: Gives the time in seconds.
 
     Attributes:
         estimator: Predicts bytes.
         monitor: Measures bytes.
         chooser: Chooses plans that fit.
         switcher: Applies plans.
+        growth: Raises items of the plan.
         free_kept: Frees so many bytes of what is kept beside the batch, which count as free;
             at once, or taking the time to lower it.
         overhead_s: Seconds spent in the controller, switching and measuring included.
 
     Raises:
-        InvalidRequestError: A share, a time or a rise is out of its range, or the policy
-            predicts nothing for `max_delta_nll`.
+        InvalidRequestError: The policy predicts nothing for `max_delta_nll`, or that is out of
+            its range.
         UnknownNameError: There is no such memory source, or no such block in the guard's
             order.
         MemorySourceError: The system does not report free memory.
@@ -101,16 +99,9 @@ class RuntimeController:
         guard_order: Sequence[int] | None = None,
         max_delta_nll: float | None = None,
         most_delta_nll: float | None = None,
-        hysteresis_share: float = 0.05,
-        hold_s: float = 2.0,
         chunk_tokens: int = PREFILL_CHUNK_TOKENS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if not 0 <= hysteresis_share < 1 or hold_s < 0:
-            raise InvalidRequestError(
-                "hysteresis_share must be from 0 to below 1 and hold_s at least 0, "
-                f"not {hysteresis_share} and {hold_s}."
-            )
         if llm.residency == "resident":
             llm.set_residency("offload")
         self.llm = llm
@@ -133,17 +124,9 @@ class RuntimeController:
         self.switcher = PlanSwitcher(self.chooser, self.monitor, clock)
         self.switcher.before_switch = self._leave_room
         self.free_kept: Callable[[int, bool], None] = lambda *_: None
-        self.hold_s = hold_s
         self.overhead_s = 0.0
         self._waiting = 0
-        self._growth = Growth(
-            self.chooser,
-            self.switcher,
-            self.monitor,
-            clock,
-            hysteresis_share=hysteresis_share,
-            hold_s=hold_s,
-        )
+        self.growth = Growth(self.chooser, self.switcher, self.monitor, clock)
         # Bytes that were available when no plan fitted a batch and a quality floor.
         self._rejected: dict[tuple[BatchShape, float | None], int] = {}
 
@@ -161,8 +144,8 @@ class RuntimeController:
 
         While others run, a plan that already fits stays. With nothing else running, a switch
         costs no refill: then the policy is asked for a plan that suits the request, and one
-        that needs more than the present plan is applied immediately if it fits with
-        `hysteresis_share` spare.
+        that needs more than the present plan is applied immediately if it fits with some of the
+        budget to spare.
 
         Args:
             shape: The batch with the request.
@@ -192,7 +175,7 @@ class RuntimeController:
             self._rejected = {asked: available}
             return False
         if self.llm.plan and not running and not self.switcher.unreadable:
-            self._growth.at_arrival(shape, next_pass)
+            self.growth.at_arrival(shape, next_pass)
         return True
 
     def check(self, shape: BatchShape, next_pass: PassSize = UNKNOWN_PASS) -> bool:
@@ -214,16 +197,16 @@ class RuntimeController:
             self.chooser.follow_queue(self._waiting, self.llm.plan, shape)
             if self.switcher.retry():
                 self._rejected = {}
-                self._growth.forget_failure()
-            was_idle = self._growth.was_idle(shape)
+                self.growth.forget_failure()
+            was_idle = self.growth.was_idle(shape)
             available = self._repaid_bytes(shape, self.monitor.available_bytes(shape, next_pass))
             if not self.chooser.fits(self.llm.plan, shape, available):
                 return self._lower(shape, available, next_pass)
             if self.llm.plan and not self.switcher.unreadable:
                 if was_idle:
-                    self._growth.at_rest(next_pass)
+                    self.growth.at_rest(next_pass)
                 else:
-                    self._growth.before_step(shape, next_pass)
+                    self.growth.before_step(shape, next_pass)
             return True
 
     def room_for_kept(
@@ -308,7 +291,7 @@ class RuntimeController:
         running: bool,
     ) -> bool:
         """Apply a plan that needs no more than is available; return whether one fits."""
-        self._growth.reset()
+        self.growth.reset()
         choice = self.switcher.choose(shape, available_bytes, running=running)
         return self.switcher.settle(choice, shape, trigger, next_pass, running=running)
 

@@ -201,9 +201,15 @@ reserve."""
 class Growth:
     """Raises items of the plan; arguments are those and the parts of `RuntimeController`.
 
-    While requests run, headroom has to last for `hold_s`, so that the plan does not flap.
     Headroom in which nothing could be raised for a batch is not tried again for that batch.
+
+    Attributes:
+        hold_s: Seconds for which headroom must last while requests run, so that the plan does
+            not flap.
+        spare_share: Share of the budget that is left free.
     """
+
+    hold_s, spare_share = 2.0, 0.05
 
     def __init__(
         self,
@@ -211,16 +217,11 @@ class Growth:
         switcher: PlanSwitcher,
         monitor: MemoryMonitor,
         clock: Callable[[], float],
-        *,
-        hysteresis_share: float,
-        hold_s: float,
     ) -> None:
         self._chooser = chooser
         self._switcher = switcher
         self._monitor = monitor
         self._clock = clock
-        self._hysteresis_share = hysteresis_share
-        self._hold_s = hold_s
         self._since_s: float | None = None  # there has been headroom
         self._least_bytes = 0  # of headroom since then
         # A batch, and enough bytes for it.
@@ -294,7 +295,7 @@ class Growth:
         if self._since_s is None:
             self._since_s, self._least_bytes = now, headroom_bytes
         self._least_bytes = min(self._least_bytes, headroom_bytes)
-        if now - self._since_s < self._hold_s:
+        if now - self._since_s < self.hold_s:
             return None
         least = self._least_bytes
         self._since_s, self._least_bytes = now, headroom_bytes
@@ -305,5 +306,5 @@ class Growth:
         return self._monitor.budget_bytes - self._reserve_bytes() - margin
 
     def _reserve_bytes(self) -> int:
-        spare = int(self._monitor.budget_bytes * self._hysteresis_share)
+        spare = int(self._monitor.budget_bytes * self.spare_share)
         return spare + self._monitor.borrowed_bytes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any
 
 from fastapi import FastAPI
 
@@ -49,12 +48,11 @@ def build_stack(
     llm: ElasticLLM | None = None,
     policy: PolicyLike | None = None,
     memory: MemorySource | None = None,
-    **controls: Any,
+    meter: Meter | None = None,
 ) -> ServerStack:
     """Build all parts of a server; parts that are not given are those of the settings.
 
-    The residency of `llm` must be set. `controls` are further arguments of
-    `RuntimeController`.
+    The residency of `llm` must be set.
 
     Raises:
         RapError: The model, the policy or the memory source is not available, or a limit does
@@ -62,7 +60,7 @@ def build_stack(
     """
     limit = open_limit(settings) if memory is None else None
     live, chosen, grammars = _load(settings, limit, llm, policy)
-    controller = _controller(settings, limit, live, chosen, memory, **controls)
+    controller = _controller(settings, limit, live, chosen, memory, meter)
     engine = _engine(settings, limit, controller)
     app = create_app(engine, live.tokenizer, settings, grammars)
     if llm is None and limit is not None and limit.of_process:
@@ -119,21 +117,20 @@ def _controller(
     llm: ElasticLLM,
     policy: Policy,
     memory: MemorySource | None,
-    **controls: Any,
+    meter: Meter | None,
 ) -> RuntimeController:
     """Make the controller, which keeps the model within its memory and its floor of quality."""
     if memory is None:
-        if controls.get("meter") is None:
-            controls["meter"] = process_meter(llm)
-        memory = _open_budget(settings, llm, limit, controls["meter"])
+        meter = meter or process_meter(llm)
+        memory = _open_budget(settings, llm, limit, meter)
     return RuntimeController(
         llm,
         policy,
         memory,
+        meter=meter,
         max_delta_nll=floor_of(settings, policy),
         most_delta_nll=DEFAULT_MOST_DELTA_NLL if settings.max_delta_nll == "auto" else None,
         chunk_tokens=settings.prefill_chunk_tokens,
-        **controls,
     )
 
 

@@ -64,8 +64,8 @@ def test_help_says_what_is_measured_and_lists_the_settings(monkeypatch, capsys):
 def test_sides_take_turns_after_the_warm_up():
     calls: list[str] = []
     sides = {name: lambda name=name: calls.append(name) for name in "AB"}
-    seconds = alternate(sides, repeats=3, warm_up=2)
-    assert "".join(calls) == "ABAB" + "ABABAB"
+    seconds = alternate(sides, repeats=3)
+    assert "".join(calls) == "AB" + "ABABAB"
     assert {name: len(values) for name, values in seconds.items()} == {"A": 3, "B": 3}
     assert all(value > 0 for side in seconds.values() for value in side)
 

@@ -112,8 +112,9 @@ def served(llm):
     low = estimator.peak_bytes(Plan.removing(0, 1, 3), BatchShape(2, 60))
     budget = [10**12]
     controller = RuntimeController(
-        llm, policy, lambda: budget[0], meter=TensorMeter(llm), clock=lambda: 0.0, hold_s=0.0
+        llm, policy, lambda: budget[0], meter=TensorMeter(llm), clock=lambda: 0.0
     )
+    controller.growth.hold_s = 0.0
     engine = Engine(llm, controller, clock=lambda: 0.0, max_batch_size=3, prefill_chunk_tokens=16)
     greedy = SamplingParams(max_new_tokens=12)
     handles = [engine.submit(TOKENS[row].tolist(), greedy) for row in range(2)]

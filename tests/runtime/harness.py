@@ -57,6 +57,8 @@ class Harness:
         clock=None,
         positions=64,
         llm=None,
+        hold_s=2.0,
+        spare_share=0.05,
         **settings,
     ) -> None:
         self.llm = llm or tiny_llm(name, layers=layers, positions=positions)
@@ -76,6 +78,8 @@ class Harness:
             clock=clock or (lambda: self.time_s),
             **settings,
         )
+        growth = self.controller.growth
+        growth.hold_s, growth.spare_share = hold_s, spare_share
         self.records = []
 
     @property

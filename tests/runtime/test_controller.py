@@ -161,7 +161,7 @@ def test_a_change_of_the_plan_is_logged_in_a_short_line(caplog):
 )
 def test_blocks_are_restored_once_headroom_has_lasted(moments, kept, triggers):
     """Moments: seconds, and how many blocks must be removed for the budget of the moment."""
-    harness = ordered(hold_s=2.0, hysteresis_share=0.0)
+    harness = ordered(hold_s=2.0, spare_share=0.0)
     for time_s, removed in moments:
         harness.time_s = float(time_s)
         harness.budget_bytes = between(harness, removed) if removed else PLENTY
@@ -183,7 +183,7 @@ def test_a_request_that_leaves_gives_headroom(triggers):
 
 
 def switches(*, share, hold_s) -> int:
-    harness = ordered(hysteresis_share=share, hold_s=hold_s)
+    harness = ordered(spare_share=share, hold_s=hold_s)
     threshold = harness.need(Plan.removing(*ORDER[:2]), SHAPE)
     for step in range(600):
         harness.time_s = step / 10
@@ -218,7 +218,7 @@ def test_a_mask_that_fits_stays_while_others_run():
 
 
 def test_a_request_on_an_idle_engine_restores_blocks_that_fit_with_hysteresis():
-    harness = ordered(hysteresis_share=0.05)
+    harness = ordered(spare_share=0.05)
     harness.budget_bytes = between(harness, 3)
     harness.controller.admit(SHAPE)
     dense = harness.need(Plan(), SHAPE)

@@ -123,7 +123,7 @@ def test_each_token_records_its_mask_and_rows_continue_as_under_a_new_one(caplog
 @pytest.fixture
 def served():
     """An engine that runs in its own thread, in real time."""
-    harness = Harness(hold_s=0.0, hysteresis_share=0.0, clock=time.monotonic)
+    harness = Harness(hold_s=0.0, spare_share=0.0, clock=time.monotonic)
     engine = Engine(harness.llm, harness.controller, max_batch_size=4, prefill_chunk_tokens=64)
     harness.controller.monitor.max_budget_bytes = PLENTY
     engine.start()

@@ -247,8 +247,8 @@ class TestRoom:
         harness, engine = conversing(policy=predicting(), keep_delta_nll=max_rise)
         lowered = Plan.uniform(3, weights="int4")
         harness.llm.apply(lowered)
-        harness.controller._growth.at_arrival = lambda *_: None
-        harness.controller._growth.before_step = lambda *_: None
+        harness.controller.growth.at_arrival = lambda *_: None
+        harness.controller.growth.before_step = lambda *_: None
         answer(harness, engine, prompt(40))
         assert answer(harness, engine, prompt(40)).kept_tokens == 39  # equal plans
         harness.llm.apply(Plan())

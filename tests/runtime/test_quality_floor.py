@@ -218,7 +218,7 @@ def test_what_a_prefill_took_is_expected_of_prefills_alone(policy):
 
 
 def test_an_engine_that_is_idle_for_long_restores_what_fits_without_a_reserve(policy):
-    harness = Harness(policy=policy, hold_s=2.0, hysteresis_share=0.5)
+    harness = Harness(policy=policy, hold_s=2.0, spare_share=0.5)
     engine = harness.engine()
     need = harness.need(NATIVE, BatchShape())
     harness.budget_bytes = need - 1

@@ -43,8 +43,9 @@ class Stand:
         llm = tiny_llm(layers=2)
         self.controller = RuntimeController(
             llm, policy or StaticPolicy(NATIVE), self.system, meter=NoisyMeter(llm), guard_order=(),
-            hold_s=0.0, clock=lambda: self.time_s,
+            clock=lambda: self.time_s,
         )  # fmt: skip
+        self.controller.growth.hold_s = 0.0
         self.engine = Engine(llm, self.controller, clock=lambda: self.time_s, **settings)
 
     def need(self, *rows):

@@ -123,7 +123,8 @@ def test_a_tokenizer_that_the_library_does_not_read_is_named():
 
 def engine_of(llm, policy=None):
     policy = policy or FakePolicy(Plan())
-    controller = RuntimeController(llm, policy, lambda: 10**9, meter=TensorMeter(llm), hold_s=0.0)
+    controller = RuntimeController(llm, policy, lambda: 10**9, meter=TensorMeter(llm))
+    controller.growth.hold_s = 0.0
     return Engine(llm, controller, max_batch_size=6, prefill_chunk_tokens=8)
 
 

@@ -19,7 +19,7 @@ class Outage:
     """A server that has removed two blocks, and the file of one of them."""
 
     def __init__(self, how, **settings):
-        self.harness = ordered(hold_s=0.0, hysteresis_share=0.0, **settings)
+        self.harness = ordered(hold_s=0.0, spare_share=0.0, **settings)
         large = self.harness.budget_bytes
         self.harness.budget_bytes = self.harness.need(OUT, SHAPE)
         self.engine = self.harness.engine()

@@ -44,14 +44,15 @@ def tiny_stack(tokenizer, policy_of, read_budget, **settings):
 
     llm = tiny_llm(layers=3, tokenizer=tokenizer)
     llm.set_residency("offload")
-    return build_stack(
+    stack = build_stack(
         ServerSettings(model_name="tiny", shutdown_grace_s=5.0, **settings),
         llm=llm,
         policy=policy_of(MemoryModel(llm)),
         memory=GivenMemory(read_budget),
         meter=TensorMeter(llm),
-        hold_s=0.0,
     )
+    stack.engine.controller.growth.hold_s = 0.0
+    return stack
 
 
 def dense_engine(llm, **settings):

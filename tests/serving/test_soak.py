@@ -163,9 +163,9 @@ class Soak:
                 policy=RandomPlans(MemoryModel(llm)) if random_plans else None,
                 memory=GivenMemory(lambda: self._budget_bytes, limit_bytes=UNLIMITED_BYTES),
                 meter=TensorMeter(llm),
-                hold_s=0.3,
             )
         self.engine = self._stack.engine
+        self.engine.controller.growth.hold_s = 0.3
         special = set(llm.tokenizer.all_special_ids)
         self._token_ids = [n for n in range(llm.adapter.vocab_size) if n not in special]
         self._model = settings.served_name
