@@ -30,6 +30,8 @@ _SHORT_TOKENS = 256
 _SLACK_BYTES = 40 * 2**20
 """Allowance for what the estimate of the bytes that loading takes leaves out, such as the
 vocabulary of grammars: 10 MiB for the default model's 49,152 tokens."""
+_SPREAD_BYTES = 8 * 2**20
+"""By how much one start may take more than another."""
 
 _MAKING_BYTES = 32 * 2**20
 """What making a level of a block takes beside the block's weights at both levels."""
@@ -74,6 +76,7 @@ def check_start(model: str, limit: LiveLimit, loading_bytes: int) -> None:
     resident = resident_bytes()[1]
     need = resident + loading_bytes + _SLACK_BYTES
     if need > limit():
+        need += _SPREAD_BYTES
         raise ServingSettingsError(
             f"memory is {mebibytes(limit())}, but the process needs {mebibytes(need)} to "
             f"start with {model}: {mebibytes(resident)} without it, and "

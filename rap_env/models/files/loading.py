@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -206,17 +207,19 @@ def _moved(model: Any, place: torch.device) -> Any:
 def _loading_bytes(folder: Path, dtype: torch.dtype, *, lean: bool) -> int:
     """Bytes that loading a folder's weights takes.
 
-    Transformers maps unpacked files into memory beside the tensors that it makes of them.
+    Transformers maps unpacked files into memory beside the tensors that it makes of them, each
+    of which `ElasticLLM.set_residency` copies. Else the largest tensor, that of the embeddings,
+    takes a byte for each value once it is stored in fewer bits.
     """
-    mapped = 0 if lean or is_packed(folder) else _bytes_of(stored_tensors(folder))
-    return _bytes_of(tensors_to_read(folder, dtype)) + mapped
+    tensors = tensors_to_read(folder, dtype)
+    if lean or is_packed(folder):
+        largest = max((math.prod(tensor.shape) for tensor in tensors.values()), default=0)
+        return sum(tensor.nbytes for tensor in tensors.values()) + largest
+    return _bytes_of(tensors) + _bytes_of(stored_tensors(folder))
 
 
 def _bytes_of(tensors: Mapping[str, StoredTensor]) -> int:
-    """Bytes of all tensors, and of the largest one once more.
-
-    `ElasticLLM.set_residency` copies each tensor.
-    """
+    """Bytes of all tensors, and of the largest one once more."""
     sizes = [tensor.nbytes for tensor in tensors.values()]
     return sum(sizes) + max(sizes, default=0)
 

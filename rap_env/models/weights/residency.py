@@ -273,10 +273,10 @@ class WeightStore:
     def _add(self, item: WeightItem, level: PackedLevel) -> None:
         group = WeightGroup(item.tensors(level), (level,))
         self._made[item][level] = [group]
-        if not item.in_file:  # packing takes twice the memory
-            group.pack()
         if self.residency == "offload" and not self._pinned:
             _store([group], self._level_path(item, level))
+        elif not item.in_file:  # packing takes twice the memory
+            group.pack()
 
     def _level_path(self, item: WeightItem, level: PackedLevel) -> Path:
         written = self._written / f"{item.name}.{level}-v{_LEVELS_VERSION}.safetensors"

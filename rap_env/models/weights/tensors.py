@@ -250,11 +250,12 @@ class TensorWriter:
         path: The file, which is incomplete until every tensor is written.
         forms: The tensors by name, whose dtypes and shapes count; they may be on the meta
             device.
+        facts: Texts by name, for the file's metadata.
     """
 
-    def __init__(self, path: Path, forms: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, path: Path, forms: Mapping[str, torch.Tensor], **facts: str) -> None:
         order = sorted(forms, key=lambda name: (-_ORDER.index(forms[name].dtype), name))
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", **facts}}
         end = 0
         for name in order:
             begin, end = end, end + forms[name].nbytes
@@ -289,11 +290,12 @@ class TensorWriter:
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write a file with a checksum of its tensors."""
-    from safetensors.torch import save
-
     whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic_write(path) as file:
-        file.write(save(whole, {"sha256": _checksum(whole.items())}))
+    checksum = _checksum(whole.items())
+    # safetensors' own `save` takes twice the memory of the tensors.
+    with atomic_write(path) as file, TensorWriter(Path(file.name), whole, sha256=checksum) as out:
+        for name, tensor in whole.items():
+            out.write(name, [tensor])
 
 
 def verified_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -138,7 +138,7 @@ class Place:
         return from_tensors(self._skeleton, level, own)
 
 
-_VALUES_AT_ONCE = 2**22
+_VALUES_AT_ONCE = 2**20
 
 
 def quantise_by_rows(

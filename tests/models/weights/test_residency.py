@@ -150,3 +150,24 @@ def test_resident_memory_really_falls_and_rises() -> None:
         assert dense - resident_bytes() == pytest.approx(freed, rel=0.05)
         llm.apply(Plan())
         assert resident_bytes() == pytest.approx(dense, rel=0.05)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_making_a_level_of_embeddings_takes_less_than_two_bytes_for_each_value() -> None:
+    config = tf.LlamaConfig(
+        vocab_size=32_768, hidden_size=512, intermediate_size=64, num_attention_heads=4,
+        num_hidden_layers=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = tf.LlamaForCausalLM(config).requires_grad_(False).bfloat16()
+    llm = ElasticLLM(model, None, name="vocabulary")
+    llm.set_residency("offload")
+    values = config.vocab_size * config.hidden_size
+    small = torch.randn(256, 256)
+    small @ small  # which loads its libraries
+    return_freed_memory()
+    before = resident_bytes()
+    mark = Path("/proc/self/clear_refs")
+    mark.write_text("5")  # the mark of the most resident memory begins anew
+    llm.apply(Plan(embeddings="int4"))
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    assert peak - before < 2 * values
