@@ -202,8 +202,8 @@ class _Tokens:
 
 
 def _reason(matcher: Any) -> str:
-    """The library's error message, without its internal state."""
+    """The library's error message, without its internal state and the grammar around it."""
     text: str = matcher.get_error()
     if text.startswith("NoExtension"):
         return "no text follows it"
-    return text.partition("<non-verbose/>")[0].strip()
+    return text.partition("<non-verbose/>")[0].strip().partition("\n")[0]

@@ -89,6 +89,7 @@ def test_a_grammar_that_does_not_compile_is_rejected_with_the_reason(compiler, k
     with pytest.raises(InvalidGrammarError, match=reason) as found:
         compiler.compile(kind, text)
     assert "non-verbose" not in str(found.value)
+    assert "\n" not in str(found.value)
 
 
 def test_tokens_with_byte_fallback_are_the_bytes_that_the_library_reads():
