@@ -11,7 +11,7 @@ from rap_env.errors import check_name
 from rap_env.importance.profiles import GSI_METHODS
 from rap_env.levels import parse_levels, parse_together
 from rap_env.reward import parse_reward
-from rap_env.scoring.corpus import CorpusConfig
+from rap_env.scoring.corpus import TINY_HELD_OUT, CorpusConfig
 from rap_env.scoring.score_table import table_path
 from rap_env.specs import check, check_settings, setting, settings_of
 from rap_env.workload.traffic import parse_sampler
@@ -136,6 +136,8 @@ class EnvConfig:
         check_settings(settings, "the calibration", settings_of(CorpusConfig))
         # A score table has a text of its own.
         text = {} if table_path(self.model) else self.text
+        if self.model.startswith("tiny-"):  # of few positions; they cannot write a text
+            text = {"source": TINY_HELD_OUT, "windows": 4, "window_tokens": 64}
         return CorpusConfig(**{**text, **settings})
 
     def context_config(self) -> ContextConfig:

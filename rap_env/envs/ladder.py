@@ -181,8 +181,10 @@ class RAPLadderEnv(PruningEnv):
     | `context` | `None` | a `PruningContext`, for direct construction; not for `make` |
 
     The calibration text has 3 windows of 1,024 tokens unless `calibration` says otherwise:
-    caches and windows differ only on long sequences. A new plan of the default model costs 3
-    to 4.5 s on one CPU core (one evaluation per episode; scores are stored).
+    caches and windows differ only on long sequences. For the tiny models of the package it
+    is 4 windows of 64 tokens that they have not seen, in both environments. A new plan of the
+    default model costs 3 to 4.5 s on one CPU core (one evaluation per episode; scores are
+    stored).
 
     The *greedy order* starts with native levels and repeatedly takes the step with the least
     predicted cost per freed byte at a reference request (4 sequences of 1,024 tokens).

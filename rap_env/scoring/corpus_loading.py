@@ -30,6 +30,7 @@ from rap_env.models.live.calibration_text import (
     start_token,
 )
 from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.live.lean_llama import LeanLlama
 from rap_env.models.progress import progress_bar
 from rap_env.paths import cache_dir
 from rap_env.scoring.corpus import ROLE_SPANS, TINY_HELD_OUT, Corpus, CorpusConfig
@@ -126,6 +127,11 @@ def _generate(config: CorpusConfig, llm: ElasticLLM, progress: bool) -> torch.Te
     if start_token(llm) is None:
         raise CorpusError(
             f"{llm.name} has no start token to generate text from; give a text file as `source`."
+        )
+    if isinstance(llm.model, LeanLlama):
+        raise CorpusError(
+            f"{llm.name} is too small to write a text; give '{TINY_HELD_OUT}' or a text file as "
+            "`source`."
         )
     # The role is part of the seed: each role gets another text under the same seed.
     seed = int(digest([config.role, config.seed])[:12], 16)

@@ -7,7 +7,7 @@ from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env
 
 import rap_env
-from rap_env.errors import InvalidRequestError, UnknownNameError
+from rap_env.errors import CorpusError, InvalidRequestError, UnknownNameError
 from rap_env.leaderboard.tasks import ACROSS, ACROSS_JUDGED_ON, ACROSS_MODELS, pinned_task
 
 MODELS = ["tiny-wide", "tiny-narrow", "tiny-even"]
@@ -45,6 +45,19 @@ def play(env, seed):
         rewards.append(reward)
         over = terminated or truncated
     return rewards, info
+
+
+@pytest.mark.parametrize(
+    ("name", "given"), [("RAPPrune-v0", {}), ("RAPLadder-v0", {"levels": LEVELS})]
+)
+def test_a_tiny_model_needs_no_text_and_no_workload(name, given):
+    env = gym.make(name, model="tiny-even", **given)
+    assert env.unwrapped.context.scorer.corpus.provenance["source"] == "tiny-held-out"
+    rewards, info = play(env, 0)
+    assert info["peak_bytes"] <= info["request"]["budget_bytes"]
+    assert -10 < rewards[-1] < 0
+    with pytest.raises(CorpusError, match="tiny-even is too small .* give 'tiny-held-out'"):
+        gym.make(name, model="tiny-even", calibration={"source": "self", "window_tokens": 64})
 
 
 def test_it_is_an_environment(across):
