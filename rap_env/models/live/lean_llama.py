@@ -91,7 +91,8 @@ def reject_lean(model: Any, action: str) -> None:
     """Raise an `UnsupportedModelError` for a `LeanLlama`; `action` says what it cannot do."""
     if isinstance(model, LeanLlama):
         raise UnsupportedModelError(
-            f"A model that was loaded with lean=True cannot {action}; load it with lean=False."
+            f"A model that was loaded with lean=True cannot {action}; load it with lean=False. "
+            "Environments load the tiny models so: give them another reward than of tasks."
         )
 
 
