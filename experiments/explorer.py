@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 
 from experiments.study.json_records import write_text
@@ -144,6 +145,12 @@ def with_data(page: str, data: dict[str, Any]) -> str:
     return f"{head}{_BEGIN}{canonical_json(data)}{_END}{rest.partition(_END)[2]}"
 
 
-if __name__ == "__main__":
+@click.command(help=__doc__)
+def main() -> None:
+    """Write the page with new data."""
     write_text(PAGE, with_data(PAGE.read_text(encoding="utf-8"), Explorer().data()))
     print(PAGE)
+
+
+if __name__ == "__main__":
+    main()

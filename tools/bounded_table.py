@@ -11,11 +11,11 @@ method, and is left out of the fit that predicts it.
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
+import click
 import numpy as np
 
 from experiments.comparison.result_rows import rows_below
@@ -25,10 +25,11 @@ from rap_env.scoring.predictor_fit import fit_scores, necessary_plans
 from rap_env.scoring.score_table import TABLES, ScoreTable, TableScorer
 
 MEMBERS = 8
+SOURCES = [path.name.removesuffix(".native.json") for path in TABLES.glob("*.native.json")]
 Scores = dict[Plan, float]
 
 
-def recorded(table: ScoreTable, folders: list[str]) -> dict[str, Scores]:
+def recorded(table: ScoreTable, folders: tuple[str, ...]) -> dict[str, Scores]:
     """The NLL of the plans of each method in some records, nats per token."""
     families = defaultdict[str, Scores](dict)
     for row in (row for folder in folders for row in rows_below(Path(folder))):
@@ -59,10 +60,14 @@ def multiplier(table: ScoreTable, scores: Scores, family: Scores) -> float:
     return float((measured - mean) / (above - mean))
 
 
-def main(source: str, out: str, *folders: str) -> None:
+@click.command(help=__doc__)
+@click.argument("source", metavar="TABLE", type=click.Choice(SOURCES))
+@click.argument("out", type=click.Path(dir_okay=False))
+@click.argument("folders", metavar="RECORDS...", nargs=-1, required=True)
+def main(source: str, out: str, folders: tuple[str, ...]) -> None:
     """Fit and write a table."""
     table = ScoreTable.load(TABLES / f"{source}.native.json")
-    families = recorded(table, list(folders))
+    families = recorded(table, folders)
     scores = {plan: nll for plans in families.values() for plan, nll in plans.items()}
     scores |= table.scores
     multipliers = {name: multiplier(table, scores, plans) for name, plans in families.items()}
@@ -71,4 +76,4 @@ def main(source: str, out: str, *folders: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -12,6 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 
 from rap_env.models.files.loading import load_llm
@@ -71,6 +72,7 @@ def chats(
         yield from running
 
 
+@click.command(help=__doc__)
 def main() -> None:
     """Write the file."""
     torch.manual_seed(0)

@@ -12,11 +12,11 @@ import itertools
 import json
 import math
 import random
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import click
 import tokenizers
 import torch
 import transformers
@@ -148,6 +148,8 @@ def held_out_text(tokenizer: Any) -> str:
     return "".join(text for part in parts for text in part)
 
 
+@click.command(help=__doc__)
+@click.argument("names", nargs=-1, type=click.Choice(TINY_MODELS))
 def main(names: Sequence[str]) -> None:
     """Train some models, or all, and write what the package holds of them."""
     torch.set_num_threads(1)
@@ -185,4 +187,4 @@ def main(names: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -17,6 +17,19 @@ def test_the_help_shows_the_values_that_the_command_gives():
 
 
 @pytest.mark.parametrize(
+    ("program", "wrong"),
+    [("experiments.explorer", "x"), ("tools.self_written_texts", "x"), ("tools.tiny_models", "x"),
+     ("tools.bounded_table", "smollm2")],
+)  # fmt: skip
+def test_programs_without_settings_write_nothing_when_asked_for_help(program, wrong):
+    for argument, code, expected in (("--help", 0, "--help"), (wrong, 2, wrong)):
+        done = run_python("-m", program, argument, cwd=Path(__file__).parents[2])
+        assert done.returncode == code
+        assert expected in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
     ("setting", "expected"),
     [("agent.total_timestep=1", "Key 'total_timestep' not in 'AgentConfig'"),
      ("agent=ppp", "Available options in 'agent':\n\tdqn\n"),
