@@ -12,6 +12,7 @@ from gymnasium.error import ResetNeeded
 
 from rap_env.envs.base import PruningEnv
 from rap_env.envs.ladder import RAPLadderEnv
+from rap_env.errors import InvalidRequestError
 from rap_env.ladder.observation import Observation
 from rap_env.request import whole_number
 
@@ -47,12 +48,16 @@ class RAPAcrossEnv(gym.Env[Observation, np.int64]):
 
     def __init__(
         self,
-        models: Sequence[str],
+        models: Sequence[str] = (),
         *,
         items: int | None = None,
         render_mode: str | None = None,
         **arguments: Any,
     ) -> None:
+        if isinstance(models, str) or not models:
+            raise InvalidRequestError(
+                f"models must be a list of names, as ['tiny-deep', 'tiny-wide'], not {models!r}."
+            )
         self.envs = [RAPLadderEnv(m, render_mode=render_mode, **arguments) for m in models]
         most = max(len(env.ladder) for env in self.envs)
         self.items = most if items is None else whole_number("items", items, least=most)

@@ -60,6 +60,12 @@ def test_a_tiny_model_needs_no_text_and_no_workload(name, given):
         gym.make(name, model="tiny-even", calibration={"source": "self", "window_tokens": 64})
 
 
+@pytest.mark.parametrize("models", [{}, {"models": []}, {"models": "tiny-deep"}])
+def test_without_a_list_of_models_an_error_shows_one(models):
+    with pytest.raises(InvalidRequestError, match="models must be a list of names"):
+        gym.make("RAPAcross-v0", **models)
+
+
 def test_it_is_an_environment(across):
     check_env(across, skip_render_check=True)
 
