@@ -111,14 +111,16 @@ def measures(trial: TrialRow) -> dict[str, str]:
     turns = [answer for answer in answered if answer.get("turn")]
     if turns:
         kept = sum(a["kept_tokens"] for a in turns) / sum(a["prompt_tokens"] for a in turns)
-        first_s: dict[str, list[float]] = {"kept": [], "read again": []}
+        kept_clause, read_clause = ", most of the prompt kept", ", most of the prompt read again"
+        first_s: dict[str, list[float]] = {"": [], kept_clause: [], read_clause: []}
         for answer in turns:
             most = answer["kept_tokens"] > answer["prompt_tokens"] / 2
             wait_s = answer["times_s"][0] - answer["asked_s"]
-            first_s["kept" if most else "read again"].append(wait_s)
+            first_s[""].append(wait_s)
+            first_s[kept_clause if most else read_clause].append(wait_s)
         for how, waits_s in first_s.items():
             middle = f"{np.median(waits_s):.1f} s ({len(waits_s)})" if waits_s else "-"
-            values[f"First token, most of the prompt {how}: median (later turns)"] = middle
+            values[f"First token of later turns{how}: median (turns)"] = middle
         values["Prompt tokens of later turns that were kept"] = percent(kept)
     return values
 
