@@ -133,6 +133,6 @@ class FakeEngine:
         return EngineStats(
             queued=1, running=2, served=10, refused=1, cancelled=2, failed=3, tokens=40,
             prompt_tokens=50, repeated_tokens=6, refilled_tokens=7, plan=PLAN,
-            preemptions=4, interruptions=1, stalled_s=2.5,
+            preemptions=4, stalled_s=2.5,
             overhead_s=0.25, busy_s=9.0, kept_tokens=30, kept_sequences=4, kept_bytes=20,
         )  # fmt: skip

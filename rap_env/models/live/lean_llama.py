@@ -92,7 +92,7 @@ def reject_lean(model: Any, action: str) -> None:
     if isinstance(model, LeanLlama):
         raise UnsupportedModelError(
             f"A model that was loaded with lean=True cannot {action}; load it with lean=False. "
-            "Environments load the tiny models so: give them another reward than of tasks."
+            "In an environment on a tiny model, choose a reward without tasks."
         )
 
 
