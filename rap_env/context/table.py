@@ -131,8 +131,9 @@ class TableContext(PruningContext):
         costs = self._level_costs
         if costs is None:
             raise ArtifactError(
-                f"The score table {self.name} has no costs of levels; pass importance='none', or "
-                "make a table with them (ScoreTable.fitted(..., levels=...))."
+                f"The score table {self.name} has no costs of levels; choose another policy, pass "
+                "importance='none' to an environment, or make a table with them "
+                "(ScoreTable.fitted(..., levels=...))."
             )
         known = [level.name for level in costs.cache_levels]
         for level in cache_levels:

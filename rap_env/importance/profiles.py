@@ -218,5 +218,5 @@ def check_measured(
         raise ArtifactError(
             f"{os.fspath(path)} was made from {provenance['model']} with other weights or another "
             f"dtype than the {model.facts.name} ({model.facts.dtype}) that is loaded; profile "
-            "this model, or load the other one."
+            "this model, or load it with other weights (such as bf16) or dtype."
         )
