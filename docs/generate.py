@@ -42,12 +42,12 @@ from experiments.studies.replay.cgroup import measures
 from experiments.studies.replay.conversations import memory_figure
 from experiments.study.harness import RESULTS, ROOT, Published, Study, write_changed, write_pages
 from experiments.study.plotting import FAINT, INK, Panel, look, panel_figure, save_png
-from experiments.study.table_format import columns_table, markdown, percent, seconds
+from experiments.study.table_format import columns_table, markdown, mebibytes, percent, seconds
 from rap_env.cli import cli
 from rap_env.leaderboard.entries import Entry, TableValues, published_entries, table_values
 from rap_env.leaderboard.tasks import ACROSS_JUDGED_ON, pinned_task, pinned_tasks, tasks_of
 from rap_env.scoring import score_table
-from rap_env.scoring.held_out import spearman
+from rap_env.scoring.held_out import Floats, spearman
 from rap_env.scoring.score_table import ScoreTable
 
 if TYPE_CHECKING:
@@ -249,10 +249,10 @@ ACROSS_METHODS = {
 }
 
 
-def test_scores(comparison: str) -> dict[str, float]:
-    """The scores of the published entries that were measured on the test text, by name."""
-    entries = published_entries(comparison)
-    return {e.name: float(e.scores("test").mean()) for e in entries if e.measured_on("test")}
+def test_scores(task: str) -> dict[str, Floats]:
+    """What entries that were measured on a task's test text score at each request, by name."""
+    entries = published_entries(pinned_task(task).comparison)
+    return {e.name: e.scores("test") for e in entries if e.measured_on("test")}
 
 
 @cache
@@ -263,7 +263,7 @@ def readme_numbers() -> dict[str, str]:
         for suffix, folder in {"": "tight", "_low_bits": "low_bits"}.items()
         for method, summary in by_method(folder).items()
     }
-    across = [test_scores(pinned_task(name).comparison) for name in ACROSS_JUDGED_ON]
+    across = [test_scores(name) for name in ACROSS_JUDGED_ON]
     study, published = STUDIES["cgroup"]
     rap, other = (measures(row) for row in study.read(published.folder)[:2])
     answered, failed = (int(rap[f"Requests {how}"]) for how in ("answered", "failed"))
@@ -273,10 +273,12 @@ def readme_numbers() -> dict[str, str]:
     code = (ROOT / "README.md").read_text("utf-8").partition("```python\n")[2].partition("```")[0]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(code, {})
-    scores = test_scores("SmolLM2-v1")
+    scores = test_scores("RAPLadder/SmolLM2-Table-v1")
     most, *_, least = compared("tight").budgets
     study, published = STUDIES["replay_low_bits"]
     tight, _, native = study.read(published.folder)
+    low = test_scores(LOW_BITS)
+    easiest = np.argsort(low[UNIFORM])[:_EASY]
     scored = ScoreTable.load(score_table.TABLES / "smollm2-135m.native.json")
     return {
         **losses,
@@ -284,17 +286,19 @@ def readme_numbers() -> dict[str, str]:
         "budgets": str(len(compared("tight").cells)),
         "budget_share": f"{100 * least:.0f} to {percent(most, 0)}",
         "table_error": percent(scored.fidelity.rows[0].median_relative_error, 0),
+        "easy_gradient": f"{low[BY_GRADIENT][easiest].mean():.2f}",
+        "easy_uniform": f"{low[UNIFORM][easiest].mean():.2f}",
         "tight_served": str(tight.outcomes["served"]),
         "tight_loss": f"{np.mean(tight.losses):.2f}",
         "tight_native": f"{np.mean(native.losses):.2f}",
         "printed": printed.getvalue().strip(),
-        "random": f"{scores['Random']:.1f}",
-        "guess": f"{scores['Remove everything']:.1f}",
+        "random": f"{scores['Random'].mean():.1f}",
+        "guess": f"{scores['Remove everything'].mean():.1f}",
         "served": f"{answered} of {answered + failed}",
         "silence": rap["Longest time without a token"],
         "more_tokens": percent(more_tokens, 0),
         **{
-            key: " and ".join(f"{by[method]:.2f}" for by in across)
+            key: " and ".join(f"{by[method].mean():.2f}" for by in across)
             for key, method in ACROSS_METHODS.items()
         },
     }
@@ -335,7 +339,7 @@ def tasks_table() -> str:
         lengths = [random_steps(env, seed) for seed in range(_EPISODES)]
         low, middle, high = np.percentile(lengths, [5, 50, 95])
         seen = [f"`{key}` {box.shape}" for key, box in env.observation_space.items() if key != MASK]
-        scores = test_scores(task.comparison)
+        scores = {of: float(each.mean()) for of, each in test_scores(name).items()}
         best = min(scores, key=scores.__getitem__)
         speed = speeds.get(f"{name}, 1024")
         return [
@@ -349,6 +353,23 @@ def tasks_table() -> str:
 
     header = ["Task", "Observation", "Actions", "Steps of an episode", "Steps a second", "To beat"]
     return markdown((header, [row(name) for name in README_TASKS]))
+
+
+LOW_BITS = "RAPLadder/SmolLM2-LowBits-Table-v0"
+BY_GRADIENT, UNIFORM = "Knapsack by gradient", "Uniform settings"
+
+
+def own_plans_table() -> str:
+    """Plans from costs by gradient beside uniform settings, at the budgets of one shape."""
+    scores = test_scores(LOW_BITS)
+    rows = [
+        [mebibytes(request.budget_bytes), f"{own:.3f}", f"{uniform:.3f}", f"{own / uniform:.2f}"]
+        for request, own, uniform in zip(
+            pinned_task(LOW_BITS).requests, scores[BY_GRADIENT], scores[UNIFORM], strict=True
+        )
+        if (request.batch_size, request.seq_len_tokens) == (8, 2048)
+    ]
+    return markdown((["Budget", BY_GRADIENT, UNIFORM, "Ratio"], rows))
 
 
 def bounds_table() -> str:
@@ -368,9 +389,10 @@ def bounds_table() -> str:
     return markdown((header, cells))
 
 
+_EASY = 10  # of the thirty budgets with low bits
 _EPISODES = 40  # with random actions, for the lengths of episodes
 MASK = "action_mask"
-README_TASKS = (*STEP_TASKS[::-1], "RAPLadder/SmolLM2-LowBits-Table-v0")
+README_TASKS = (*STEP_TASKS[::-1], LOW_BITS)
 
 
 _OFFSETS = {  # of labels that would overlap others
@@ -423,6 +445,7 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "methods": methods_table,
     "tasks": tasks_table,
     "bounds": bounds_table,
+    "own_plans": own_plans_table,
     **{name: partial(shown_text, name) for name in (*COMPARISONS, *STUDIES)},
     **{name: partial(beside_text, name) for name in BESIDE},
     "entries": lambda: "\n".join(map(leaderboard_table, LEADERBOARDS)),
