@@ -16,7 +16,7 @@ import math
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from importlib import import_module
@@ -328,8 +328,8 @@ def random_steps(env: gymnasium.Env[Any, Any], seed: int) -> int:
     return steps
 
 
-def tasks_table() -> str:
-    """Pinned tasks in README.md: their spaces, speed, and the least ΔNLL of a published method."""
+def tasks_table(names: Sequence[str]) -> str:
+    """Pinned tasks: their spaces, speed, and the least ΔNLL of a published method."""
     record = RESULTS / "benchmarks" / "step-cpu.json"
     speeds = json.loads(record.read_text(encoding="utf-8"))["measured"]["steps_per_s"]
 
@@ -340,7 +340,7 @@ def tasks_table() -> str:
         low, middle, high = np.percentile(lengths, [5, 50, 95])
         seen = [f"`{key}` {box.shape}" for key, box in env.observation_space.items() if key != MASK]
         scores = {of: float(each.mean()) for of, each in test_scores(name).items()}
-        best = min(scores, key=scores.__getitem__)
+        best = min(scores, key=scores.__getitem__, default=None)
         speed = speeds.get(f"{name}, 1024")
         return [
             f"`{name}`",
@@ -348,11 +348,11 @@ def tasks_table() -> str:
             str(env.action_space.n),
             f"{middle:.0f} ({low:.0f} to {high:.0f})",
             f"{round(speed, -3):,.0f}" if speed else "-",
-            f"{scores[best]:.3f} ({best})",
+            "-" if best is None else f"{scores[best]:.3f} ({best})",
         ]
 
     header = ["Task", "Observation", "Actions", "Steps of an episode", "Steps a second", "To beat"]
-    return markdown((header, [row(name) for name in README_TASKS]))
+    return markdown((header, [row(name) for name in names]))
 
 
 LOW_BITS = "RAPLadder/SmolLM2-LowBits-Table-v0"
@@ -393,6 +393,7 @@ _EASY = 10  # of the thirty budgets with low bits
 _EPISODES = 40  # with random actions, for the lengths of episodes
 MASK = "action_mask"
 README_TASKS = (*STEP_TASKS[::-1], LOW_BITS)
+TABLE_TASKS = [name for name in pinned_tasks() if "-Table-" in name]
 
 
 _OFFSETS = {  # of labels that would overlap others
@@ -443,7 +444,8 @@ def decision_cost() -> Figure:
 
 TABLES: dict[str, Callable[[], str | None]] = {
     "methods": methods_table,
-    "tasks": tasks_table,
+    "tasks": partial(tasks_table, README_TASKS),
+    "table_tasks": partial(tasks_table, TABLE_TASKS),
     "bounds": bounds_table,
     "own_plans": own_plans_table,
     **{name: partial(shown_text, name) for name in (*COMPARISONS, *STUDIES)},
