@@ -37,7 +37,7 @@ class Checkpoint:
     """A checkpoint whose files were verified.
 
     Attributes:
-        body: Its manifest: step, config, observations, progress, reward statistics and checksums.
+        body: Its manifest: step, config, spaces, progress, reward statistics and checksums.
     """
 
     folder: Path
@@ -129,10 +129,19 @@ def check_same_run(checkpoint: Checkpoint, config: AgentConfig, venv: VecEnv) ->
     """Check that a run is resumed with the same settings; only the total of steps may change.
 
     Raises:
-        ArtifactError: Agent, policy, seed, hyperparameters, environments or ladder differ.
+        ArtifactError: Agent, policy, seed, hyperparameters, environments, ladder or spaces
+            differ.
     """
-    asked = {**config.as_dict(), "ladder": _observed(venv)}
-    started = {**checkpoint.config.as_dict(), "ladder": checkpoint.observed}
+    asked = {
+        **config.as_dict(),
+        "ladder": _observed(venv),
+        **_spaces(venv.observation_space, venv.action_space),
+    }
+    started = {
+        **checkpoint.config.as_dict(),
+        "ladder": checkpoint.observed,
+        **checkpoint.body["spaces"],
+    }
     for key, value in asked.items():
         if key != "total_timesteps" and value != started[key]:
             raise ArtifactError(
@@ -156,6 +165,7 @@ def _write(
     body = {
         "step": model.num_timesteps,
         "config": config.as_dict(),
+        "spaces": _spaces(model.observation_space, model.action_space),
         "ladder": _observed(model.env),
         "progress": progress,
         "rewards": rewards,
@@ -181,6 +191,10 @@ def _read(folder: Path) -> Checkpoint:
 def _folders(folder: Path) -> list[Path]:
     """Return the folders of a run's checkpoints, newest first."""
     return sorted(folder.glob("step_*"), reverse=True)
+
+
+def _spaces(observation_space: object, action_space: object) -> dict[str, str]:
+    return {"observation_space": str(observation_space), "action_space": str(action_space)}
 
 
 def _checksum(path: Path) -> str:

@@ -119,8 +119,11 @@ def test_a_checkpoint_without_its_model_is_damaged(tmp_path, context):
 @pytest.mark.parametrize(
     ("other", "text"),
     [
+        ({"name": "ppo"}, "started with name='maskable_ppo' and cannot resume with name='ppo'"),
         ({"seed": 3}, "started with seed=0 and cannot resume with seed=3"),
+        ({"n_envs": 4}, "started with n_envs=2"),
         ({"hyperparameters": {**SHORT["ppo"], "gamma": 0.9}}, "started with hyperparameters="),
+        ({"policy_settings": {"without": ["gsi"]}}, "started with policy_settings=.*without"),
     ],
 )
 def test_resuming_with_other_settings_is_rejected(tmp_path, context, other, text):
@@ -135,6 +138,13 @@ def test_resuming_with_another_ladder_is_rejected(tmp_path):
     other = envs_for(context, spec={**SPEC, "together": []})
     with pytest.raises(ArtifactError, match="ladder=.*'int8', 'int4'.* cannot resume with ladder="):
         train(short(), other, tmp_path, progress=False)
+
+
+def test_resuming_on_another_model_is_rejected(tmp_path, context, real_context):
+    train(short(steps=32), make_envs(context), tmp_path, progress=False)
+    workload = {"name": "fixed", "batch_size": 1, "seq_len_tokens": 16}
+    with pytest.raises(ArtifactError, match="observation_space=.*cannot resume"):
+        train(short(), make_envs(real_context, workload=workload), tmp_path, progress=False)
 
 
 def test_a_warm_start_happens_once(tmp_path, context):
