@@ -136,8 +136,11 @@ class EnvConfig:
         check_settings(settings, "the calibration", settings_of(CorpusConfig))
         # A score table has a text of its own.
         text = {} if table_path(self.model) else self.text
-        if self.model.startswith("tiny-"):  # of few positions; they cannot write a text
-            text = {"source": TINY_HELD_OUT, "windows": 4, "window_tokens": 64}
+        if not table_path(self.model):
+            from rap_env.models.files.sources import TINY_MODELS  # needs torch
+
+            if self.model in TINY_MODELS:  # of few positions; they cannot write a text
+                text = {"source": TINY_HELD_OUT, "windows": 4, "window_tokens": 64}
         return CorpusConfig(**{**text, **settings})
 
     def context_config(self) -> ContextConfig:
