@@ -8,6 +8,7 @@ begins its unfinished episodes anew.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
@@ -24,6 +25,8 @@ from agents.algorithms import AgentConfig
 from agents.vector_env import GymVecEnv
 from rap_env.artifacts import disk_errors, load_artifact, save_artifact
 from rap_env.errors import ArtifactError
+
+log = logging.getLogger(__name__)
 
 _KIND, _VERSION = "checkpoint", 4
 _MANIFEST, _MODEL, _REPLAY = "checkpoint.json", "model.zip", "replay.pkl"
@@ -104,10 +107,10 @@ def save_checkpoint(
 
 
 def checkpoint_of(run_dir: str | Path) -> Checkpoint:
-    """Return the newest checkpoint of a run.
+    """Return the newest undamaged checkpoint of a run.
 
     Raises:
-        ArtifactError: There is none, or it is damaged.
+        ArtifactError: There is none, or all are damaged.
     """
     checkpoint = latest_checkpoint(Path(run_dir) / "checkpoints")
     if checkpoint is None:
@@ -116,13 +119,24 @@ def checkpoint_of(run_dir: str | Path) -> Checkpoint:
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
-    """Return the newest checkpoint, or None if there is none.
+    """Return the newest undamaged checkpoint, or None if there is none; damaged ones are logged.
 
     Raises:
-        ArtifactError: It is damaged.
+        ArtifactError: All checkpoints are damaged.
     """
-    folders = _folders(folder)
-    return _read(folders[0]) if folders else None
+    problem: ArtifactError | None = None
+    for each in _folders(folder):
+        try:
+            return _read(each)
+        except ArtifactError as error:
+            problem = error
+            log.warning("%s", error)
+    if problem is not None:
+        raise ArtifactError(
+            f"No checkpoint in {folder} can be used; delete them, and the training begins anew. "
+            f"{problem}"
+        )
+    return None
 
 
 def check_same_run(checkpoint: Checkpoint, config: AgentConfig, venv: VecEnv) -> None:
@@ -181,10 +195,7 @@ def _read(folder: Path) -> Checkpoint:
             if _checksum(folder / name) != checksum:
                 raise ArtifactError(f"{folder / name} was truncated or altered (checksum differs).")
     except (ArtifactError, FileNotFoundError) as error:
-        raise ArtifactError(
-            f"{folder} is damaged; delete it, and the training goes on from the checkpoint before, "
-            f"or from the start. {error}"
-        ) from None
+        raise ArtifactError(f"{folder} is damaged and is not used. {error}") from None
     return Checkpoint(folder, body)
 
 

@@ -91,7 +91,7 @@ def train(
             seconds and evaluations count as those of the training.
 
     Raises:
-        ArtifactError: The run was started with other settings, or its last checkpoint is
+        ArtifactError: The run was started with other settings, or all its checkpoints are
             damaged.
         StorageFullError: There is no space for a checkpoint.
         TrainingDivergedError: The parameters became NaN or infinite.

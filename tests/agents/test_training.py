@@ -1,5 +1,4 @@
 import errno
-import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -96,23 +95,30 @@ def damage(path):
 @pytest.mark.parametrize(
     "file", ["model.zip", pytest.param("checkpoint.json", marks=pytest.mark.slow)]
 )
-def test_a_damaged_checkpoint_raises_an_error_with_a_remedy(tmp_path, context, file):
+def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path, context, file, caplog):
     train(short(), make_envs(context), tmp_path, progress=False)
     folders = sorted((tmp_path / "checkpoints").iterdir())
     assert [folder.name for folder in folders] == ["step_000000224", "step_000000256"]
     damage(folders[1] / file)
-    with pytest.raises(ArtifactError, match="step_000000256 is damaged; delete it.* altered"):
-        train(short(), make_envs(context), tmp_path, progress=False)
-    with pytest.raises(ArtifactError, match="is damaged; delete it"):
-        TrainedPolicy.load(tmp_path, context)
-    shutil.rmtree(folders[1])
+    assert latest_checkpoint(tmp_path / "checkpoints").step == 224
+    assert "step_000000256 is damaged and is not used." in caplog.text
     assert train(short(), make_envs(context), tmp_path, progress=False).timesteps == 256
+    assert latest_checkpoint(tmp_path / "checkpoints").step == 256, "it is written anew"
+    for folder in sorted((tmp_path / "checkpoints").iterdir()):
+        damage(folder / file)
+    with pytest.raises(
+        ArtifactError, match="No checkpoint in .* can be used; delete them, .*alter"
+    ):
+        train(short(), make_envs(context), tmp_path, progress=False)
+    with pytest.raises(ArtifactError, match="No checkpoint in"):
+        TrainedPolicy.load(tmp_path, context)
 
 
 def test_a_checkpoint_without_its_model_is_damaged(tmp_path, context):
     train(short(steps=64), make_envs(context), tmp_path, progress=False)
-    (latest_checkpoint(tmp_path / "checkpoints").folder / "model.zip").unlink()
-    with pytest.raises(ArtifactError, match="is damaged; .*model.zip"):
+    for model in (tmp_path / "checkpoints").glob("*/model.zip"):
+        model.unlink()
+    with pytest.raises(ArtifactError, match="delete them, .*model.zip"):
         train(short(steps=64), make_envs(context), tmp_path, progress=False)
 
 
