@@ -21,8 +21,9 @@ from agents.checkpoint import Checkpoint, checkpoint_of
 from agents.networks import action_scores, as_tensors
 from rap_env.context.base import make_encoder
 from rap_env.errors import ArtifactError
+from rap_env.ladder.features import BYTES_OVER, bytes_over
 from rap_env.ladder.items import Counts
-from rap_env.ladder.observation import Observation, ObservationEncoder, ObservedPlans
+from rap_env.ladder.observation import Observation, ObservationEncoder
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.request import Request
@@ -49,8 +50,13 @@ class PlanObserver:
     """
 
     def __init__(self, encoder: ObservationEncoder, requests: Sequence[Request]) -> None:
-        self.ladder = encoder.ladder
-        self._plans = ObservedPlans.of(encoder, requests)
+        for request in requests:
+            encoder.memory.check(request.batch_size, request.seq_len_tokens)
+        shapes = np.array([(r.batch_size, r.seq_len_tokens) for r in requests]).T
+        self._encoder, self.ladder = encoder, encoder.ladder
+        self._costs = encoder.ladder_bytes.stacked(*shapes)
+        self._budget_bytes = np.array([request.budget_bytes for request in requests])
+        self._requests = encoder.request(self._costs, self._budget_bytes)
         self._lengths = np.array([len(item.levels) for item in self.ladder.items])
         self._caches = np.array(self.ladder.caches, dtype=np.int64)
 
@@ -68,8 +74,8 @@ class PlanObserver:
         Returns:
             Bytes, (n,).
         """
-        peaks = self._plans.costs.peaks(positions, which)
-        return np.asarray(np.maximum(0, peaks - self._plans.budget_bytes[which]))
+        peaks = self._costs.peaks(positions, which)
+        return np.asarray(np.maximum(0, peaks - self._budget_bytes[which]))
 
     def observe(self, which: Counts, positions: Counts) -> Observation:
         """The observations of plans; the arguments are those of `over_bytes`.
@@ -77,12 +83,19 @@ class PlanObserver:
         Returns:
             ``request`` (n, R), ``ladder`` (n, N, F) and ``action_mask`` (n, N), all float32.
         """
-        seen = self._plans.observe(positions, which, self._plans.costs.peaks(positions, which))
-        return {**seen, "action_mask": seen["action_mask"].astype(np.float32)}
+        peaks, dense_peaks = (
+            self._costs.peaks(positions, which),
+            self._costs.dense_peak_bytes[which],
+        )
+        request = self._requests[which]
+        request[:, BYTES_OVER] = bytes_over(peaks, self._budget_bytes[which], dense_peaks)
+        rows, valid = self._encoder.encode_plans(self._costs, positions, which)
+        mask = valid.astype(np.float32)
+        return {"request": request, self._encoder.key: rows, "action_mask": mask}
 
     def act(self, which: Counts, positions: Counts, items: Counts) -> Counts:
         """The positions after items, (n,), and all that are taken with them, were lowered."""
-        return self._plans.costs.lowered(positions, items, which)
+        return self._costs.lowered(positions, items, which)
 
     def right_actions(self, which: Counts, positions: Counts, targets: Counts) -> Flags:
         """The items that a plan on the way to a target may lower next, (n, N).
@@ -96,7 +109,7 @@ class PlanObserver:
             positions: The positions of each plan's levels, (n, N).
             targets: Those of the target's levels, (n, N).
         """
-        costs = self._plans.costs
+        costs = self._costs
         lower = costs.nexts(positions, which)
         # A cache that goes with its block is past its last level.
         stays = targets < self._lengths

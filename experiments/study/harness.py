@@ -18,7 +18,7 @@ from experiments.config import Config
 from experiments.study.console import say
 from experiments.study.json_records import Record, RowFile, row_key, write_text
 from experiments.study.run_folder import RunFolder, git_state
-from experiments.study.table_format import TitledTable, document, terminal, wrapped
+from experiments.study.table_format import TitledTable, document, rendered
 from rap_env.models.progress import progress_bar
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -197,12 +197,12 @@ class Study:
 
     def publish(self, rows: list[Any], folder: Path) -> None:
         """Write ``tables.md`` into a folder, and print the tables."""
-        shown = [terminal(self.tables(rows)), wrapped(self.words(rows))]
-        write_text(folder / "tables.md", self.markdown(rows))
-        say("\n\n".join(filter(None, shown)))
+        text = self.markdown(rows)
+        write_text(folder / "tables.md", text)
+        say(rendered(text))
         for published in self.published:
             if published.folder == folder.resolve():
-                write_pages({published.name: partial(published.shown, self.markdown(rows))})
+                write_pages({published.name: partial(published.shown, text)})
 
     def markdown(self, rows: list[Any]) -> str:
         """Return title, words and all tables in Markdown."""

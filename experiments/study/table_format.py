@@ -78,11 +78,6 @@ def document(tables: Iterable[TitledTable], *, captions: bool = False) -> str:
     return "\n".join(parts)
 
 
-def terminal(tables: Iterable[TitledTable]) -> str:
-    """Format tables as aligned text, each with its caption."""
-    return "\n\n".join(f"{plain(part.table)}\n{wrapped(part.caption)}" for part in tables)
-
-
 def markdown(table: Table) -> str:
     """Format a table as Markdown; the first column is left-aligned, the others right-aligned."""
     header, rows = table

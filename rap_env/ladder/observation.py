@@ -8,9 +8,9 @@ same encoder; `RAPPrune` and `RAPLadder` differ in the columns of a row, see
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -273,45 +273,3 @@ class ObservedState:
     def _show_bytes_over(self) -> None:
         peak_bytes, budget_bytes = self.state.peak_bytes, self._budget_bytes
         self._request[BYTES_OVER] = bytes_over(peak_bytes, budget_bytes, self._dense_peak_bytes)
-
-
-class ObservedPlans:
-    """The observations of many plans at once, each under one of s requests.
-
-    Args:
-        encoder: Encodes the observations.
-        costs: The bytes of the requests.
-        budget_bytes: Their budgets, (s,).
-    """
-
-    def __init__(
-        self, encoder: ObservationEncoder, costs: StackedCosts, budget_bytes: Counts
-    ) -> None:
-        self._encoder, self.costs, self.budget_bytes = encoder, costs, budget_bytes
-        self._request = encoder.request(costs, budget_bytes)
-
-    @classmethod
-    def of(cls, encoder: ObservationEncoder, requests: Sequence[Request]) -> Self:
-        """Those under some requests.
-
-        Raises:
-            InvalidRequestError: The model cannot serve one of them.
-        """
-        for request in requests:
-            encoder.memory.check(request.batch_size, request.seq_len_tokens)
-        shapes = np.array([(r.batch_size, r.seq_len_tokens) for r in requests]).T
-        budgets = np.array([request.budget_bytes for request in requests])
-        return cls(encoder, encoder.ladder_bytes.stacked(*shapes), budgets)
-
-    def observe(self, positions: Counts, which: Counts, peak_bytes: Counts) -> Observation:
-        """The observations, in new arrays with n rows.
-
-        Args:
-            positions: The positions of each plan's levels, (n, items).
-            which: Number of each plan's request, (n,).
-            peak_bytes: The peak bytes of each plan, (n,).
-        """
-        request, dense_peak_bytes = self._request[which], self.costs.dense_peak_bytes[which]
-        request[:, BYTES_OVER] = bytes_over(peak_bytes, self.budget_bytes[which], dense_peak_bytes)
-        rows, valid = self._encoder.encode_plans(self.costs, positions, which)
-        return {"request": request, self._encoder.key: rows, "action_mask": valid}
