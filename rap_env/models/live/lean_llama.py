@@ -268,11 +268,6 @@ class _MLP(nn.Module):
         return output
 
 
-_NORM_VALUES = 28 * 1024
-"""Values that are normalised at a time. More take over 128 KiB in float32, which the C
-library gets from the system anew for each operation: a twentieth of a prefill."""
-
-
 class _RMSNorm(nn.Module):
     def __init__(self, config: LeanConfig) -> None:
         super().__init__()
@@ -280,24 +275,14 @@ class _RMSNorm(nn.Module):
         self._epsilon = config.rms_norm_eps
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        if states.numel() <= _NORM_VALUES:
-            return self._normed(states).mul_(self.weight)
-        normed = torch.empty_like(states)
-        rows = max(1, _NORM_VALUES // states.shape[-1])
-        parts, outs = (torch.split(flat.flatten(0, -2), rows) for flat in (states, normed))
-        for part, out in zip(parts, outs, strict=True):
-            torch.mul(self._normed(part), self.weight, out=out)
-        return normed
-
-    def _normed(self, states: torch.Tensor) -> torch.Tensor:
         # Without the weight, because transformers rounds to the dtype before it multiplies.
         # Values beside their opposites have a mean of 0: for few, one operation in place of
         # eight.
         if states.shape[-2] == 1 and states.dtype == torch.bfloat16:
             both = torch.cat((states, -states), dim=-1)
-            normed = torch.layer_norm(both, both.shape[-1:], None, None, self._epsilon)
-            return normed[..., : states.shape[-1]]
-        return functional.rms_norm(states, self.weight.shape, eps=self._epsilon)
+            both = torch.layer_norm(both, both.shape[-1:], None, None, self._epsilon)
+            return both[..., : states.shape[-1]].mul_(self.weight)
+        return functional.rms_norm(states, self.weight.shape, eps=self._epsilon).mul_(self.weight)
 
 
 class _Rotary(nn.Module):
