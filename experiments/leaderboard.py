@@ -116,7 +116,7 @@ def publish_method(task: str, method: str, measure: bool) -> Path:
     """Write the entry of a method into the package.
 
     Args:
-        task: Name of a pinned task on a score table.
+        task: Name of a pinned task.
         method: Its class as ``package.module:Class``. The first line of its docstring
             describes it.
         measure: Whether to run the model for plans that the table has not measured. Without,
