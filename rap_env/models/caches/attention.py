@@ -252,29 +252,12 @@ PACKED_ATTENTION = "sdpa_packed"
 def speed_up_decoding(model: Any) -> None:
     """Decode single tokens faster on a CPU, with the same results; other devices do not change.
 
-    - **Attention.** Where heads share keys and values (grouped-query attention), torch's
-      kernel for a single query reads them once for each head. With the heads of a group as
-      the rows of one query matrix it reads them once. Transformers does so only where there
-      is an attention mask.
-    - **Head.** Logits are computed for the last token of each sequence, a slice of a batch.
-      For such a slice torch copies the weights of the head once for each sequence before it
-      multiplies.
+    Where heads share keys and values (grouped-query attention), torch's kernel for a single
+    query reads them once for each head. With the heads of a group as the rows of one query
+    matrix it reads them once. Transformers does so only where there is an attention mask.
     """
-    if model.device.type == "cpu":
-        model.get_output_embeddings().register_forward_pre_hook(_contiguous_rows)
-        _pack_single_queries(model)
-
-
-def _contiguous_rows(_head: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-    """Copy the last tokens' states (B, 1, H) if they are a slice of a larger tensor."""
-    states = args[0]
-    if states.dim() != 3 or states.shape[1] != 1 or states.stride(0) == states.shape[2]:
-        return None
-    # Not contiguous(): a dimension of size 1 may keep any stride there.
-    return (torch.empty_like(states, memory_format=torch.contiguous_format).copy_(states),)
-
-
-def _pack_single_queries(model: Any) -> None:
+    if model.device.type != "cpu":
+        return
     adapter = adapter_for(model.config)
     shared = adapter.kv_heads < adapter.config.num_attention_heads
     if not shared or model.config._attn_implementation not in ("sdpa", LEVEL_ATTENTIONS["sdpa"]):
