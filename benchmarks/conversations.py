@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from pydoc_data.topics import topics
 from typing import TYPE_CHECKING
 
@@ -236,6 +237,7 @@ def compare_servers(settings: ConversationSettings, llama_server: str) -> None:
         against="llama.cpp's server, the same file, prompts kept, one thread",
     )
     times = {side: spread(each) for side, each in seconds.items()}
+    settings.llama_server = Path(llama_server).name
     write_record("conversations_llama_cpp", settings, [reached], first_token_s=times)
 
 
