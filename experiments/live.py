@@ -75,8 +75,10 @@ class Step(NamedTuple):
 TEXT_CHARACTERS, CHAT_TOKENS, ANSWER_TOKENS = 3600, 480, 24
 _FIRST_ANSWER = "I have read it. What is your question?"
 
-LIMIT = {0.0: 1.1, 0.2: 1.1, 0.4: 0.55, 0.62: 0.55, 0.72: 1.1, 1.0: 1.1}
-"""The memory limit as a share of the native need, by the share of the time that has passed."""
+LIMIT = {0.0: 0.0, 0.2: 0.0, 0.4: 1.0, 0.62: 1.0, 0.72: 0.0, 1.0: 0.0}
+"""How far the memory limit has fallen, by the share of the time that has passed."""
+_MOST = 1.1
+"""The memory limit before it falls, as a share of the native need."""
 
 _FRAMES, _FRAMES_PER_S = 96, 8  # of the animation, however long the run was
 _CHARACTERS = 60  # of an answer that are shown
@@ -168,7 +170,8 @@ def record(llm: ElasticLLM, policy: Policy, settings: DemoConfig) -> Recording:
 
     def limit_bytes() -> float:
         passed = max(0.0, time.process_time() - started) / settings.live_s
-        return float(native_bytes * np.interp(passed, list(LIMIT), list(LIMIT.values())))
+        fallen = np.interp(passed, list(LIMIT), list(LIMIT.values()))
+        return float(_MOST * native_bytes * (1 - fallen * (1 - settings.lowest_share)))
 
     controller = RuntimeController(
         llm,

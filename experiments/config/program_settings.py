@@ -212,6 +212,8 @@ class DemoConfig:
     """What the policy is trained on."""
     live_s: float = setting(60, low=1)
     """Seconds of service with moving memory."""
+    lowest_share: float = setting(0.5, above=0, high=1)
+    """The memory limit at its lowest, as a share of what it is before it falls."""
     chats: int = setting(3, low=1)
     """Chats beside the conversation."""
     questions: dict[str, str] = setting({"What is the capital of France?": "Paris"})

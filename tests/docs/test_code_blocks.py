@@ -28,6 +28,7 @@ from tests.tiny import VOCAB_SIZE, randomise, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))]
+RESULT_PAGES = sorted(str(page.relative_to(ROOT)) for page in ROOT.glob("docs/results/*.md"))
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LANGUAGES = {"python", "bash", "toml", "json"}
 
@@ -35,6 +36,9 @@ COMPOSED = ["compose only"]
 """In the place of settings: the program takes too long, so its settings are composed."""
 UNSERVED = ("runs/", "examples.")
 """Policies of a program that is only composed here, and that need scores of the real model."""
+
+NO_SETTINGS = ("compare", "explorer", "export_policy", "leaderboard")
+"""Programs whose settings are not those of a run."""
 
 _TEXT = ("threads=1", "calibration.windows=1", "calibration.window_tokens=16")
 _CELLS = ("evaluate.requests=[1x128]", "evaluate.budgets=[0.9]")
@@ -174,14 +178,42 @@ def run_command(command: str, environment: dict[str, str], folder: Path) -> str:
     overrides = [*TINY.get(program, ())]
     long = ("experiment=", "wiki.jsonl", "grid", "+sweep=", "scoring.")  # some have their own tests
     if any(part in word for part in long for word in words):
-        # It needs data that is not here, or hours: its settings are composed. Without -m, a list of
-        # values is no sweep, so the first one is taken.
+        # It needs data that is not here, or hours: its settings are composed.
         given = [word for word in words[3:] if word != "-m"]
-        given = [word if "{" in word or "[" in word else word.split(",")[0] for word in given]
-        return composes(program.rpartition(".")[2], given)
+        return composes(program.rpartition(".")[2], firsts(given))
     if overrides == COMPOSED:
         return composes(program, words[3:])
     return _problem(run_python(*words[1:], *overrides, cwd=folder, env=environment))
+
+
+RECORDED = re.compile(r"python -m experiments\.([a-z_.]+)((?: [^`\n]*)?)")
+"""A command of an experiment in the text of a page, and its words."""
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "results/README.md",
+        *(pytest.param(page, marks=pytest.mark.slow) for page in PAGES + RESULT_PAGES),
+    ],
+)
+def test_settings_of_commands_in_texts_compose(page):
+    text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
+    problems = {}
+    for program, words in RECORDED.findall(text):
+        given = [word for word in shlex.split(words, comments=True) if word != "-m"]
+        if program in NO_SETTINGS or re.search(r"\.\.\.|\$|--", words):
+            continue
+        module = ROOT / "experiments" / program.replace(".", "/")
+        assert module.is_dir() or module.with_suffix(".py").is_file(), program
+        if problem := composes(program.rpartition(".")[2], firsts(given)):
+            problems[program + words] = problem
+    assert not problems
+
+
+def firsts(words: list[str]) -> list[str]:
+    """Settings with the first value of each sweep: without -m, a list of values is no sweep."""
+    return [word if "{" in word or "[" in word else word.split(",")[0] for word in words]
 
 
 def composes(program: str, overrides: list[str]) -> str:
