@@ -191,7 +191,8 @@ def comparison_document(comparison: Comparison) -> list[TitledTable]:
     if quality := quality_table(comparison):
         title = "Distance from the native model"
         tables.append(TitledTable(quality, title, QUALITY_CAPTION))
-    learned = [s.method for s in comparison.summaries if s.method in comparison.learned]
+    methods = [summary.method for summary in comparison.summaries]
+    learned = [name for name in methods if name in comparison.learned and len(methods) > 1]
     for method in learned:
         title = f"ΔNLL of {look(method).label} minus each other method, paired over windows"
         caption = f"{COUNTS_CAPTION} {HOLM_CAPTION}" if method == learned[-1] else ""

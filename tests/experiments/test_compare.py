@@ -66,6 +66,14 @@ def test_rows_that_cannot_be_averaged_are_named(tmp_path, change):
         compare(CompareConfig(runs=str(tmp_path)))
 
 
+@pytest.mark.parametrize("methods", [["rap"], ["rap", "gsi"]])
+def test_differences_need_a_second_method(tmp_path, methods):
+    write_rows(tmp_path / "x", [make_row(m, (1, 128), 0.9) for m in methods])
+    assert ("minus each other method" in compare(CompareConfig(runs=str(tmp_path)))) is (
+        len(methods) > 1
+    )
+
+
 def test_folders_are_found_at_any_depth_and_each_file_is_read_once(pair):
     assert named(pair, pair / "one").keys() == named(pair).keys() == {"one", "two"}
     assert len(named(pair / "one")["one"].rows) == 2
