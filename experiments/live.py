@@ -322,10 +322,11 @@ def _draw_memory(axis: Axes, recording: Recording, past: Sequence[Step], now_s: 
     """Draw limit and measured bytes up to a moment."""
     ends, limit, used, kept = np.array(past).T[:4]
     top = 1.1 * max(step.limit_bytes for step in recording.steps)
-    axis.plot(ends, limit / 2**20, color=INK, linewidth=2.0, label="memory limit")
-    axis.fill_between(ends, used / 2**20, color=_BLUE, alpha=0.2, linewidth=0, label="kept turns")
-    axis.fill_between(ends, (used - kept) / 2**20, color=_BLUE, alpha=0.4, linewidth=0)
-    axis.plot(ends, used / 2**20, color=_BLUE, linewidth=1.4, label="measured")
+    axis.plot(ends, limit / 2**20, color=INK, linewidth=2.0, label="limit")
+    running, used = (used - kept) / 2**20, used / 2**20
+    axis.fill_between(ends, running, color=_BLUE, alpha=0.5, linewidth=0, label="weights, caches")
+    axis.fill_between(ends, running, used, color=_BLUE, alpha=0.2, linewidth=0, label="kept turns")
+    axis.plot(ends, used, color=_BLUE, linewidth=1.4, label="measured")
     for right, marker in ((True, "o"), (False, "x")):
         at = [a.end_s for a in recording.answers if a.right == right and a.end_s <= now_s]
         word = f"{'right' if right else 'wrong'} answer" if at else None
@@ -333,7 +334,7 @@ def _draw_memory(axis: Axes, recording: Recording, past: Sequence[Step], now_s: 
     axis.set_xlim(0, recording.seconds)
     axis.set_ylim(0, 1.08 * top / 2**20)
     axis.set_ylabel("MiB")
-    axis.legend(loc="lower left", ncols=5, fontsize=8)
+    axis.legend(loc="lower left", ncols=5, fontsize=8, frameon=True, framealpha=1, edgecolor="none")
 
 
 def _draw_requests(axis: Axes, past: Sequence[Step]) -> None:
