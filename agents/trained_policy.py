@@ -83,10 +83,8 @@ class PlanObserver:
         Returns:
             ``request`` (n, R), ``ladder`` (n, N, F) and ``action_mask`` (n, N), all float32.
         """
-        peaks, dense_peaks = (
-            self._costs.peaks(positions, which),
-            self._costs.dense_peak_bytes[which],
-        )
+        peaks = self._costs.peaks(positions, which)
+        dense_peaks = self._costs.dense_peak_bytes[which]
         request = self._requests[which]
         request[:, BYTES_OVER] = bytes_over(peaks, self._budget_bytes[which], dense_peaks)
         rows, valid = self._encoder.encode_plans(self._costs, positions, which)

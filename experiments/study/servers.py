@@ -52,7 +52,7 @@ class Server:
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]
-        anew = httpx.Limits(max_keepalive_connections=0)  # llama.cpp's closes them at any time
+        anew = httpx.Limits(max_keepalive_connections=0)  # llama.cpp's server closes those
         self._http = httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, limits=anew)
         line = [*command, "--port", str(port)]
         self._start = partial(subprocess.Popen, line, stdout=log, stderr=log)

@@ -179,8 +179,7 @@ def run_command(command: str, environment: dict[str, str], folder: Path) -> str:
     long = ("experiment=", "wiki.jsonl", "grid", "+sweep=", "scoring.")  # some have their own tests
     if any(part in word for part in long for word in words):
         # It needs data that is not here, or hours: its settings are composed.
-        given = [word for word in words[3:] if word != "-m"]
-        return composes(program.rpartition(".")[2], firsts(given))
+        return composes(program.rpartition(".")[2], firsts(words[3:]))
     if overrides == COMPOSED:
         return composes(program, words[3:])
     return _problem(run_python(*words[1:], *overrides, cwd=folder, env=environment))
@@ -201,9 +200,9 @@ def test_settings_of_commands_in_texts_compose(page):
     text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
     problems = {}
     for program, words in RECORDED.findall(text):
-        given = [word for word in shlex.split(words, comments=True) if word != "-m"]
         if program in NO_SETTINGS or re.search(r"\.\.\.|\$|--", words):
             continue
+        given = shlex.split(words, comments=True)
         module = ROOT / "experiments" / program.replace(".", "/")
         assert module.is_dir() or module.with_suffix(".py").is_file(), program
         if problem := composes(program.rpartition(".")[2], firsts(given)):
@@ -212,7 +211,8 @@ def test_settings_of_commands_in_texts_compose(page):
 
 
 def firsts(words: list[str]) -> list[str]:
-    """Settings with the first value of each sweep: without -m, a list of values is no sweep."""
+    """Settings without -m, with the first value of each sweep, since a list is none without it."""
+    words = [word for word in words if word != "-m"]
     return [word if "{" in word or "[" in word else word.split(",")[0] for word in words]
 
 
