@@ -1,7 +1,7 @@
 """Generates what the documentation does not type: tables, environment pages, pictures.
 
-``python docs/generate.py`` writes the tables into the pages, between their markers, and a
-picture; all are committed. `docs/conf.py` makes the rest at each build, into
+``python docs/generate.py`` writes the tables into the pages, between their markers, and
+pictures; all are committed. `docs/conf.py` makes the rest at each build, into
 ``docs/_generated`` and ``docs/results/details``. All numbers come from the records in
 ``results/``.
 """
@@ -25,7 +25,9 @@ from pkgutil import walk_packages
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
+import gymnasium as gym
 import numpy as np
+from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
@@ -41,7 +43,7 @@ from experiments.config.program_settings import CompareConfig
 from experiments.studies.replay.cgroup import measures
 from experiments.studies.replay.conversations import memory_figure
 from experiments.study.harness import RESULTS, ROOT, Published, Study, write_changed, write_pages
-from experiments.study.plotting import FAINT, INK, Panel, look, panel_figure, save_png
+from experiments.study.plotting import FAINT, INK, Panel, look, panel_figure, save_gif, save_png
 from experiments.study.table_format import columns_table, markdown, mebibytes, percent, seconds
 from rap_env.cli import cli
 from rap_env.leaderboard.entries import Entry, TableValues, published_entries, table_values
@@ -49,10 +51,10 @@ from rap_env.leaderboard.tasks import ACROSS_JUDGED_ON, pinned_task, pinned_task
 from rap_env.scoring.held_out import Floats, spearman
 
 if TYPE_CHECKING:
-    import gymnasium
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+IMAGES = ROOT / "docs" / "images"
 ENVIRONMENTS = {
     "environment": ("RAPPrune-v0", "RAPPruneEnv"),
     "environment_ladder": ("RAPLadder-v0", "RAPLadderEnv"),
@@ -314,7 +316,7 @@ def methods_table() -> str:
     return markdown(columns_table(by_method("tight").values(), columns))
 
 
-def random_steps(env: gymnasium.Env[Any, Any], seed: int) -> int:
+def random_steps(env: gym.Env[Any, Any], seed: int) -> int:
     """The steps of an episode with random actions."""
     observation, _ = env.reset(seed=seed)
     env.action_space.seed(seed)
@@ -391,6 +393,7 @@ def bounds_table() -> str:
 _EASY = 10  # of the thirty budgets with low bits
 _EPISODES = 40  # with random actions, for the lengths of episodes
 MASK = "action_mask"
+_PLACE = 8  # the column of an item's place in the greedy order
 README_TASKS = (*STEP_TASKS[::-1], LOW_BITS)
 LISTED_TASKS = [name for name in pinned_tasks() if "-Table-" in name or "Tiny" in name]
 
@@ -399,7 +402,7 @@ _OFFSETS = {  # of labels that would overlap others
     "rap": (9, 5),
     "frontier": (9, -1),
     "score_model": (9, -13),
-    _GREEDY: (-120, 7),
+    _GREEDY: (-120, 11),
     "evolutionary": (9, 6),
     "beam": (15, -3),
 }
@@ -439,6 +442,21 @@ def decision_cost() -> Figure:
 
     panel = Panel(draw, x="runs of the model for one request", y="mean ΔNLL / the policy's")
     return panel_figure([panel], height=3.3, legend=0)
+
+
+def episode_images() -> list[Image.Image]:
+    """Pictures of an episode in the greedy order, one after each third action."""
+    env = gym.make(STEP_TASKS[1], render_mode="rgb_array")
+    request = {"batch_size": 8, "seq_len_tokens": 2048, "budget_fraction": 0.2}
+    observation, _ = env.reset(seed=0, options={"request": request})
+    images, over = [env.render()], False
+    while not over:
+        order = observation["ladder"][:, _PLACE]
+        action = np.where(observation[MASK], order, np.inf).argmin()
+        observation, _, *ends, _ = env.step(action)
+        over = any(ends)
+        images.append(env.render())
+    return [Image.fromarray(image).resize((720, 480)) for image in [*images[::3], images[-1]]]
 
 
 TABLES: dict[str, Callable[[], str | None]] = {
@@ -487,12 +505,13 @@ def command_reference() -> str:
 
 
 def main() -> None:
-    """Write the committed tables and the picture."""
+    """Write the committed tables and the pictures."""
     write_pages(TABLES, readme_numbers)
-    save_png(decision_cost(), ROOT / "docs" / "images" / "decision_cost.png")
+    save_png(decision_cost(), IMAGES / "decision_cost.png")
     study, published = STUDIES["conversations"]
     figure = memory_figure(study.read(published.folder))
-    save_png(figure, ROOT / "docs" / "images" / "kept_bytes.png")
+    save_png(figure, IMAGES / "kept_bytes.png")
+    save_gif(episode_images(), IMAGES / "episode.gif")
 
 
 if __name__ == "__main__":

@@ -30,9 +30,9 @@ from experiments.study.plotting import (
     item_levels,
     level_colour,
     level_legend,
+    save_gif,
     style,
 )
-from rap_env.artifacts import atomic_write
 from rap_env.errors import counted
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
@@ -80,7 +80,7 @@ LIMIT = {0.0: 0.0, 0.2: 0.0, 0.4: 1.0, 0.62: 1.0, 0.72: 0.0, 1.0: 0.0}
 _MOST = 1.1
 """The memory limit before it falls, as a share of the native need."""
 
-_FRAMES, _FRAMES_PER_S = 96, 8  # of the animation, however long the run was
+_FRAMES = 95  # of the animation, however long the run was
 _CHARACTERS = 60  # of an answer that are shown
 _BLUE = "#2171B5"
 
@@ -135,8 +135,8 @@ class Recording:
         return (
             f"The limit falls from {max(limits) / 2**20:.0f} to {min(limits) / 2**20:.0f} MiB and "
             f"returns. {right} of {len(self.answers)} answers in a conversation are right, after "
-            f"at most {wait_s:.1f} s for a first token; {over} of {len(self.steps)} passes of the "
-            f"model measure more than the limit, and the last plan is {last}."
+            f"at most {wait_s:.1f} s for a first token. Memory is above the limit in {over} of "
+            f"{len(self.steps)} passes of the model, and the last plan is {last}."
         )
 
 
@@ -300,22 +300,17 @@ def live_figure(recording: Recording, until_s: float | None = None) -> Figure:
     return figure
 
 
-def save_gif(recording: Recording, path: Path) -> None:
-    """Write the figure at moments of the run as an animation that begins with the last one."""
+def save_film(recording: Recording, path: Path) -> None:
+    """Write the figure at moments of the run as an animation."""
     from PIL import Image
 
     images: list[Image.Image] = []
-    for now_s in [recording.seconds, *np.linspace(0, recording.seconds, _FRAMES - 1)]:
+    for now_s in np.linspace(0, recording.seconds, _FRAMES):
         buffer = io.BytesIO()
         with style():
             live_figure(recording, until_s=float(now_s)).savefig(buffer, format="png", dpi=125)
         images.append(Image.open(buffer).convert("RGB"))
-    palette = images[0].quantize(64)  # it has all colours
-    images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
-    times_ms = [2500] + [1000 // _FRAMES_PER_S] * (_FRAMES - 1)
-    with atomic_write(path) as file:
-        images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=times_ms,
-                       loop=0)  # fmt: skip
+    save_gif(images, path)
 
 
 def _draw_memory(axis: Axes, recording: Recording, past: Sequence[Step], now_s: float) -> None:
@@ -341,6 +336,7 @@ def _draw_requests(axis: Axes, past: Sequence[Step]) -> None:
     """Draw how many requests ran in each pass."""
     axis.fill_between([s.end_s for s in past], [s.requests for s in past], step="pre", color=FAINT)
     axis.set_ylim(bottom=0)
+    axis.locator_params(axis="y", integer=True)
     axis.set_ylabel("Requests", rotation=0, ha="right", va="center")
 
 
@@ -371,7 +367,7 @@ def program(config: Config, folder: Path) -> Path:
 
     llm = shared_llm(config.model.name, dtype=config.model.dtype, weights=config.model.weights)
     recording = record_once(folder, llm, load_policy("knapsack", llm), config.demo)
-    save_gif(recording, folder / "live.gif")
+    save_film(recording, folder / "live.gif")
     say(f"{recording.summary}\n{folder / 'live.gif'}")
     return folder
 

@@ -189,7 +189,7 @@ def render_rgb(scene: Scene) -> npt.NDArray[np.uint8]:
     image = Image.new("RGB", SIZE, _PAPER)
     draw = ImageDraw.Draw(image)
     facts = scene.memory.facts
-    draw.text((32, 24), facts.name, _INK, _font(26))
+    draw.text((32, 24), facts.name.partition("@")[0], _INK, _font(26))
     draw.text((32, 60), scene.request_words, _GREY, _font(17))
     _draw_stack(draw, scene)
     _draw_bar(draw, scene)
@@ -222,6 +222,7 @@ def _draw_stack(draw: ImageDraw.ImageDraw, scene: Scene) -> None:
             _block(draw, outer, "KV cache", scene.cache_share_left(layer))
         span = (middle + 18, y0, middle + 18 + scale * ffn[layer], y1)
         _block(draw, span, "FFN weights", scene.share_left(2 * layer + 1), from_left=True)
+    draw.text((left, bottom + 6), "white: bytes that are freed", _GREY, _font(13))
 
 
 def _block(

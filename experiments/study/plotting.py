@@ -16,6 +16,7 @@ from rap_env.plan import EMBEDDINGS, block_name, cache_name
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from PIL import Image
 
 
 LEVEL_COLOURS = {
@@ -290,6 +291,20 @@ def save_png(figure: Figure, path: Path) -> None:
     """Write a figure into a PNG file."""
     with style(), atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=PNG_DPI)
+
+
+def save_gif(images: Sequence[Image.Image], path: Path) -> None:
+    """Write an animation of eight pictures a second, which begins and ends with the last one."""
+    from PIL.Image import Dither
+
+    palette = images[-1].quantize(64)  # it has all colours
+    shown = [images[-1], *images]
+    frames = [image.quantize(palette=palette, dither=Dither.NONE) for image in shown]
+    times_ms = [2500] + [125] * len(images)
+    with atomic_write(path) as file:
+        frames[0].save(
+            file, "GIF", save_all=True, append_images=frames[1:], duration=times_ms, loop=0
+        )
 
 
 def plain_log_ticks(axis: Any) -> None:

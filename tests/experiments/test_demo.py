@@ -68,7 +68,7 @@ def test_four_stages_end_with_a_service_and_a_verdict(config, capsys, monkeypatc
     assert min(limits) < 0.6 * max(limits)
     assert max(step.requests for step in recording.steps) > 1
     monkeypatch.setattr(live, "_FRAMES", 3)
-    live.save_gif(recording, config.root / "live.gif")
+    live.save_film(recording, config.root / "live.gif")
     assert (config.root / "live.gif").read_bytes().startswith(b"GIF8")
 
     def never(*_):
