@@ -15,7 +15,7 @@ from rap_env.importance.level_costs import prepared_costs
 from rap_env.importance.preparation import prepare
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
-from rap_env.models.files.prepared_files import find_prepared, write_prepared
+from rap_env.models.files.prepared_files import write_prepared
 from rap_env.models.live import calibration_text
 from rap_env.models.live.calibration_text import mixed_windows
 from rap_env.models.live.partial_forward import PartialForward
@@ -182,11 +182,38 @@ def test_the_file_of_a_prepared_model_is_found_beside_it(ready):
     assert not llm.absent_levels(("int3",))
 
 
+@pytest.mark.parametrize("other_machine", [False, True])
+def test_a_later_preparation_counts_and_not_the_file_beside_the_model(ready, other_machine):
+    folder, _, path = ready
+    write_prepared(path, folder.with_name("own-model-1.5b.rap"))
+    if other_machine:
+        shutil.rmtree(cache_dir())
+    later, _ = prepared(folder, bits=4)
+    assert "int4" in later.costs["layer00.ffn"]
+    assert prepared_costs(load_llm(folder, dtype="float32")) == later
+    shutil.rmtree(path.parent)
+    again = prepared_costs(load_llm(folder, dtype="float32"))
+    assert "int3" in again.costs["layer00.ffn"], "without its folder the file is copied again"
+
+
+def test_the_file_of_another_model_is_not_used(ready, tmp_path, caplog):
+    _, costs, path = ready
+    tiny_model("llama_wide", layers=1).save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    write_prepared(path, tmp_path / "other.rap")
+    shutil.rmtree(cache_dir())
+    assert prepared_costs(load_llm(tmp_path / "other", dtype="float32")) is None
+    assert not (cache_dir() / "prepared").exists()
+    (warning,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    model = costs.provenance["model"]
+    assert f"other.rap is not used, because it was prepared from {model} with other" in warning
+
+
 def test_a_damaged_file_of_a_prepared_model(folder):
     beside = folder.with_name("own-model-1.5b.rap")
     beside.write_bytes(b"PK no archive")
     with pytest.raises(ArtifactError, match="is damaged or no file of a prepared model"):
-        find_prepared(folder)
+        load_llm(folder)
     assert not (cache_dir() / "prepared").exists()
 
 

@@ -35,6 +35,7 @@ from rap_env.models.files.packed_folder import (
     model_without_weights,
     tensors_to_read,
 )
+from rap_env.models.files.prepared_files import find_prepared
 from rap_env.models.files.pruned_checkpoint import PRUNED_FILE, load_pruned
 from rap_env.models.files.sources import TINY_MODELS, locate, looks_like_path
 from rap_env.models.files.weight_files import load_tokenizer, load_weights
@@ -129,7 +130,9 @@ def load_llm(
             log.warning("%s is loaded whole, because it is a pruned checkpoint", source.name)
         if before_weights is not None:
             before_weights(2 * _bytes_of(stored_tensors(folder)))
-        return load_pruned(folder, device=str(place), dtype=None if dtype == "auto" else kind)
+        llm = load_pruned(folder, device=str(place), dtype=None if dtype == "auto" else kind)
+        find_prepared(model, llm)
+        return llm
     config = lean_config(folder) if lean and place.type == "cpu" else None
     if config is None:
         read_config(folder)
@@ -174,6 +177,8 @@ def load_llm(
     # The others have none, and hashing their weights takes seconds.
     if packed or source.name in TINY_MODELS:
         use_packaged_text(llm)
+    if not again:
+        find_prepared(model, llm)
     use_prepared_levels(llm)
     return llm
 

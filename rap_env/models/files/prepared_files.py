@@ -6,15 +6,22 @@ machine, where it is found beside the model.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from rap_env.artifacts import atomic_write
 from rap_env.errors import ArtifactError
+from rap_env.model_facts import HasFacts, ModelFacts
+from rap_env.models.files.sources import looks_like_path
 from rap_env.paths import COSTS_FILE, LEVELS_FILE, calibrated_dir, prepared_dir
+
+log = logging.getLogger(__name__)
 
 SUFFIX = ".rap"
 """Of a file beside a model, by the model's name, that is found there."""
@@ -30,53 +37,72 @@ def write_prepared(costs: Path, out: str | os.PathLike[str]) -> None:
     Raises:
         StorageFullError: The disk is full.
     """
-    calibrated = calibrated_dir(*_model_and_text(costs.read_bytes()))
+    content = costs.read_bytes()
+    provenance = _provenance(content)
+    calibrated = calibrated_dir(provenance["fingerprint"], provenance["scoring"]["calibration"])
     with atomic_write(out) as file, zipfile.ZipFile(file, "w") as archive:
         archive.write(costs, COSTS_FILE)
         for own in (*costs.parent.glob(LEVELS_FILE), *sorted(calibrated.glob("*.safetensors"))):
             archive.write(own, own.name)
+    _mark(costs.parent, content).touch()
 
 
-def read_prepared(path: Path) -> None:
-    """Copy what a file of `write_prepared` holds into the cache, unless it is there.
+def find_prepared(model: str | os.PathLike[str], llm: HasFacts) -> None:
+    """Read the file of a prepared model that is beside a model's own file or folder, if any.
 
     Raises:
         ArtifactError: It is damaged, or no such file.
         StorageFullError: The disk is full.
     """
+    path = Path(model).expanduser()
+    name = path.stem if path.suffix == ".gguf" else path.name  # a folder may have a dot
+    beside = path.with_name(f"{name}{SUFFIX}")
+    if looks_like_path(model) and path.exists() and beside.is_file():
+        _read_prepared(beside, llm.facts)
+
+
+def _read_prepared(path: Path, facts: ModelFacts) -> None:
+    """Copy what a file holds into the cache, once: a later preparation stays there."""
     try:
         with zipfile.ZipFile(path) as archive:
-            costs = archive.read(COSTS_FILE)
-            fingerprint, calibration = _model_and_text(costs)
-            own = prepared_dir(fingerprint) / COSTS_FILE
-            if own.is_file() and own.read_bytes() == costs:
+            content = archive.read(COSTS_FILE)
+            provenance = _provenance(content)
+            if provenance["fingerprint"] != facts.fingerprint:
+                log.warning(
+                    "%s is not used, because it was prepared from %s with other weights or another "
+                    "dtype than %s (%s).",
+                    path,
+                    provenance["model"],
+                    facts.name,
+                    facts.dtype,
+                )
                 return
-            calibrated = calibrated_dir(fingerprint, calibration)
+            folder = prepared_dir(facts.fingerprint)
+            if _mark(folder, content).exists():
+                return
+            calibrated = calibrated_dir(facts.fingerprint, provenance["scoring"]["calibration"])
             for member in sorted(archive.namelist(), reverse=True):
                 name = Path(member).name
-                folder = own.parent if name == LEVELS_FILE else calibrated
                 if name != COSTS_FILE:
-                    with archive.open(member) as stored, atomic_write(folder / name) as file:
+                    own = (folder if name == LEVELS_FILE else calibrated) / name
+                    with archive.open(member) as stored, atomic_write(own) as file:
                         shutil.copyfileobj(stored, file, 2**20)
     except (zipfile.BadZipFile, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(
             f"{path} is damaged or no file of a prepared model ({error}); write it again with "
             "`rap prepare MODEL --out FILE`, or remove it."
         ) from error
-    with atomic_write(own) as file:
-        file.write(costs)
+    with atomic_write(folder / COSTS_FILE) as file:
+        file.write(content)
+    _mark(folder, content).touch()
 
 
-def _model_and_text(costs: bytes) -> tuple[str, str]:
-    """The fingerprint of the model and the hash of the text in a file of costs."""
-    provenance = json.loads(costs)["body"]["provenance"]
-    return provenance["fingerprint"], provenance["scoring"]["calibration"]
+def _provenance(costs: bytes) -> dict[str, Any]:
+    """The provenance in a file of costs: model, fingerprint, text."""
+    provenance: dict[str, Any] = json.loads(costs)["body"]["provenance"]
+    return provenance
 
 
-def find_prepared(model: str | os.PathLike[str]) -> None:
-    """Read the file of a prepared model that is beside a model's own file or folder, if any."""
-    path = Path(model).expanduser()
-    name = path.stem if path.suffix == ".gguf" else path.name  # a folder may have a dot
-    beside = path.with_name(f"{name}{SUFFIX}")
-    if path.exists() and beside.is_file():
-        read_prepared(beside)
+def _mark(folder: Path, costs: bytes) -> Path:
+    """The empty file which tells that these costs were once in the folder of a prepared model."""
+    return folder / f"{hashlib.sha256(costs).hexdigest()[:16]}.copied"

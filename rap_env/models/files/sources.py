@@ -21,7 +21,6 @@ from rap_env.models.families.adapter import read_config
 from rap_env.models.files.gguf_source import MODELS, SMOLLM2, converted_gguf, gguf_folder_name
 from rap_env.models.files.hub import hub_folder
 from rap_env.models.files.model_folder import manifest_source, models_dir
-from rap_env.models.files.prepared_files import find_prepared
 from rap_env.paths import folder_bytes
 
 TINY = Path(__file__).parents[1] / "tiny"
@@ -81,7 +80,6 @@ def locate(
         return Located(name, TINY / name)
     if looks_like_path(model):
         path = Path(name).expanduser()
-        find_prepared(path)
         if path.is_dir():
             return Located(path.resolve().name, path)
         if path.is_file():
