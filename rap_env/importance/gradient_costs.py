@@ -316,9 +316,7 @@ def _in_float32(llm: ElasticLLM, levels: Mapping[str, Sequence[str]]) -> Elastic
     steps = not isinstance(llm.model, LeanLlama)  # whether it runs them
     if llm.folder is None or (steps and llm.dtype == torch.float32):
         return llm
-    wide = load_llm(
-        llm.folder, device=str(llm.device), dtype="float32", on_demand=True, again=True
-    )
+    wide = load_llm(llm.folder, device=str(llm.device), dtype="float32", on_demand=True, again=True)
     for own, given in zip(wide._live.all_items, llm._live.all_items, strict=True):
         own.files.update(given.files)
     return wide
