@@ -165,6 +165,8 @@ class KeptSequences:
 
         def may_use(node: Node) -> bool:
             assert node.block is not None
+            if node.temporary and node not in self._waiting.get(sequence, ()):
+                return False
             if self.files.is_slow(node.block, len(node.tokens)):
                 return False
             key = node.plans, node.block.levels
@@ -225,10 +227,12 @@ class KeptSequences:
             row: Its cache, or None.
             read: The plans under which that was computed.
             waiting: Whether the sequence was preempted. All of it is needed then until the
-                sequence continues or ends, and what has no room is written to a file.
+                sequence continues or ends, and what has no room is written to a file. What a
+                sequence adds whose prompt is not read yet is removed after that.
         """
         if row is None or not (self._keep or waiting):
             return
+        temporary = not self._keep or (waiting and not sequence.handle.token_ids)
         tree = TreeKey(self._owner(sequence), row.absent, row.ending)
         node = self._trees.setdefault(tree, Node(()))
         path: list[Node] = []
@@ -241,7 +245,8 @@ class KeptSequences:
                 block = self._placed(row.block(number), path, waiting=waiting)
                 if block is None:
                     break
-                child = self._add(node, tokens, block, plans)
+                child = self._add(node, Node(tokens, node, None, plans, temporary=temporary), block)
+            child.temporary &= temporary
             self._bring_back(child)
             path.append(child)
             node = child
@@ -262,7 +267,8 @@ class KeptSequences:
         """The block that follows a node, if it is kept and no worse than a new one."""
         children = [node.children[tokens]] if tokens in node.children else []
         if len(tokens) < GROUP_TOKENS and not ends:
-            children += [c for t, c in node.children.items() if t[: len(tokens)] == tokens]
+            longer = [c for t, c in node.children.items() if t[: len(tokens)] == tokens]
+            children += [child for child in longer if not child.temporary]
         for child in children:
             block = child.block
             assert block is not None
@@ -297,21 +303,27 @@ class KeptSequences:
                 self._set_block(node, block.in_memory())
                 self.files.note_read(block.file_bytes, time.perf_counter() - began_s)
 
-    def _add(self, parent: Node, tokens: Tokens, block: CacheBlock, plans: frozenset[Plan]) -> Node:
+    def _add(self, parent: Node, new: Node, block: CacheBlock) -> Node:
         """Let a block follow a node, in place of one with the same tokens or part of them."""
+        tokens = new.tokens
         node = parent.children.get(tokens)
         if node is not None:
             self._set_block(node, block)
-            node.plans = plans
+            node.plans = new.plans
             return node
         for known, child in list(parent.children.items()):
             part = known == tokens[: len(known)] and not self._needed(child)
-            if part and child.block is not None and not child.block.ends:
+            if (
+                part
+                and child.temporary >= new.temporary
+                and child.block is not None
+                and not child.block.ends
+            ):
                 self._remove(child)
-        node = parent.children[tokens] = Node(tokens, parent, None, plans)
-        self._set_block(node, block)
-        self._order[node] = None
-        return node
+        parent.children[tokens] = new
+        self._set_block(new, block)
+        self._order[new] = None
+        return new
 
     def _set_block(self, node: Node, block: CacheBlock | None) -> None:
         before = 0 if node.block is None else node.block.bytes
@@ -409,7 +421,7 @@ class KeptSequences:
     def _release(self, sequence: TokenSequence) -> None:
         """Note that a preempted sequence has continued or ended."""
         for node in reversed(self._waiting.pop(sequence, ())):
-            if not self._keep and not self._needed(node):
+            if node.temporary and not self._needed(node):
                 self._remove(node)
         self._limit_files()
         self._remove_empty()

@@ -32,6 +32,7 @@ class Node:
         block: Their keys and values; None for a root.
         plans: The plans under which they and all tokens before them were read.
         children: The blocks that follow it, by their tokens.
+        temporary: Whether only preempted requests have it, and none has read its prompt.
     """
 
     tokens: Tokens
@@ -39,6 +40,7 @@ class Node:
     block: CacheBlock | None = None
     plans: frozenset[Plan] = frozenset()
     children: dict[Tokens, Node] = field(default_factory=dict)
+    temporary: bool = False
 
 
 class TreeKey(NamedTuple):

@@ -129,7 +129,8 @@ class WrittenAnswers:
     not be found. Any thread may call it.
 
     Args:
-        most_tokens: Most tokens of all answers; the oldest are forgotten.
+        most_tokens: Most tokens of all answers, and one more for each; the oldest are
+            forgotten.
     """
 
     def __init__(self, most_tokens: int = 2**16) -> None:
@@ -142,7 +143,7 @@ class WrittenAnswers:
         with self._lock:
             self._answers.pop((owner, message), None)
             self._answers[owner, message] = text, tuple(token_ids)
-            while sum(len(ids) for _, ids in self._answers.values()) > self._most_tokens:
+            while sum(1 + len(ids) for _, ids in self._answers.values()) > self._most_tokens:
                 del self._answers[next(iter(self._answers))]
 
     def get(self, owner: str, message: str) -> tuple[str, tuple[int, ...]] | None:

@@ -12,6 +12,8 @@ from rap_env.plan import Plan
 from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.runtime.kept_tree import RECENT_S
 from rap_env.runtime.memory_estimator import BatchShape
+from rap_env.runtime.request_handle import RequestHandle
+from rap_env.runtime.sequence import TokenSequence
 from tests.policies.test_knapsack import costs
 from tests.runtime.harness import PLENTY, Harness, alone, greedy, prompt, steps
 from tests.runtime.test_sampling import reading
@@ -30,7 +32,7 @@ def conversing(**settings):
     """A harness with a long context, and its engine."""
     engine_settings = {
         name: settings.pop(name)
-        for name in ("keep", "keep_delta_nll", "keep_file_bytes")
+        for name in ("keep", "keep_delta_nll", "keep_file_bytes", "queue_timeout_s")
         if name in settings
     }
     harness = Harness(positions=LONG, **settings)
@@ -573,6 +575,43 @@ def test_a_prompt_that_was_read_in_part_is_kept_and_one_whose_probabilities_are_
         assert engine.stats().repeated_tokens == repeated
         assert handle.token_ids == alone(harness.llm, prompt(40), 4)
         assert handle.prompt_samples is None or len(handle.prompt_samples) == 39
+
+
+@pytest.mark.parametrize("end", ["cancel", "timeout", "finish"])
+@pytest.mark.parametrize("disk", [True, False])
+def test_of_a_prompt_that_is_never_read_to_its_end_nothing_is_kept(disk, end):
+    harness, engine = conversing(
+        guard_order=(), hold_s=0.0, disk=disk, keep_file_bytes=10**5, queue_timeout_s=5
+    )
+    answer(harness, engine, prompt(40), 1)
+    before = kept_bytes(harness)
+    unread = [*prompt(40), *prompt(60, 1)]
+    handle = engine.submit(unread, greedy(4))
+    for _ in range(3):
+        engine.step()
+    harness.budget_bytes = 10 if disk else harness.need(Plan(), BatchShape()) + 9 * before
+    engine._scheduler._preempt()
+    engine.step()
+    kept = engine._scheduler._kept
+    assert len(kept._waiting) == 1
+    other = TokenSequence(RequestHandle(tuple(unread), greedy(1), 0.0))
+    assert kept.match(other).tokens <= 40  # while it waits, too
+    if end == "cancel":
+        handle.cancel()
+    elif end == "timeout":
+        harness.time_s += 6
+    else:
+        harness.budget_bytes = PLENTY
+        harness.run(engine)
+        assert handle.token_ids == alone(harness.llm, unread, 4)
+        assert engine.stats().repeated_tokens == 0
+        assert kept.match(other).tokens == 99
+        return
+    engine.step()
+    assert handle.done
+    assert sum(node.block.bytes + node.block.file_bytes for node in kept._order) == before
+    harness.budget_bytes = PLENTY
+    assert answer(harness, engine, unread).kept_tokens == 40
 
 
 def test_a_full_disk_is_logged_once_and_the_request_is_read_again(monkeypatch, caplog):

@@ -137,8 +137,16 @@ def test_the_oldest_answers_are_forgotten():
     answers.add("me", "key", "bb", [7, 7])
     assert answers.get("me", "key") == ("bb", (7, 7))
     assert answers.get("you", "key") is None
-    answers.add("me", "other", "a", [3] * 11)
+    answers.add("me", "other", "a", [3] * 10)
     assert answers.get("me", "key") is None
+
+
+def test_answers_without_tokens_are_forgotten_too():
+    answers = WrittenAnswers(most_tokens=12)
+    for number in range(20):
+        answers.add(f"salt {number}", "key", "", [])
+    known = [answers.get(f"salt {number}", "key") is not None for number in range(20)]
+    assert known == [False] * 8 + [True] * 12
 
 
 @pytest.mark.parametrize("form", ["tagged", "bare"])
