@@ -329,7 +329,14 @@ def _draw_memory(axis: Axes, recording: Recording, past: Sequence[Step], now_s: 
     axis.set_xlim(0, recording.seconds)
     axis.set_ylim(0, 1.08 * top / 2**20)
     axis.set_ylabel("MiB")
-    axis.legend(loc="lower left", ncols=5, fontsize=8, frameon=True, framealpha=1, edgecolor="none")
+    axis.legend(  # where the limit has fallen
+        loc="center",
+        bbox_to_anchor=(0.485, 0.68),
+        ncols=2,
+        fontsize=8,
+        columnspacing=1,
+        handlelength=1.2,
+    )
 
 
 def _draw_requests(axis: Axes, past: Sequence[Step]) -> None:
@@ -337,7 +344,7 @@ def _draw_requests(axis: Axes, past: Sequence[Step]) -> None:
     axis.fill_between([s.end_s for s in past], [s.requests for s in past], step="pre", color=FAINT)
     axis.set_ylim(bottom=0)
     axis.locator_params(axis="y", integer=True)
-    axis.set_ylabel("Requests", rotation=0, ha="right", va="center")
+    axis.set_ylabel("Running", rotation=0, ha="right", va="center")
 
 
 def _draw_levels(
