@@ -46,7 +46,13 @@ from experiments.study.harness import RESULTS, ROOT, Published, Study, write_cha
 from experiments.study.plotting import FAINT, INK, Panel, look, panel_figure, save_gif, save_png
 from experiments.study.table_format import columns_table, markdown, mebibytes, percent, seconds
 from rap_env.cli import cli
-from rap_env.leaderboard.entries import Entry, TableValues, published_entries, table_values
+from rap_env.leaderboard.entries import (
+    Entry,
+    TableValues,
+    nested_shares,
+    published_entries,
+    table_values,
+)
 from rap_env.leaderboard.tasks import ACROSS_JUDGED_ON, pinned_task, pinned_tasks, tasks_of
 from rap_env.scoring.held_out import Floats, spearman
 
@@ -176,6 +182,7 @@ def leaderboard_table(comparison: str) -> str:
     """
     names = ", ".join(f"`{task.name}`" for task in tasks_of(comparison))
     entries, by_table = published_entries(comparison), table_values(comparison)
+    nested = nested_shares(comparison)
 
     def measured(entry: Entry, split: str) -> float:
         return float(entry.scores(split).mean()) if entry.measured_on(split) else math.inf
@@ -197,7 +204,7 @@ def leaderboard_table(comparison: str) -> str:
                 greyed(f"{v.calibration:.3f} ({v.num_predicted})") if v.num_predicted else "-"
             ),
         ),
-        "Nested": lambda e: by_table_alone(e, lambda v: f"{100 * v.nested_share:.0f} %"),
+        "Nested": lambda e: percent(nested[e.name], 0) if e.name in nested else "-",
         "Seeds": lambda e: str(len(e.runs)),
         "Evaluations": lambda e: f"{e.evaluations:,.0f} + {e.setup_evaluations:,}",
         "Time": lambda e: seconds(e.decision_s),
@@ -338,7 +345,7 @@ def task_row(name: str) -> list[str]:
     low, middle, high = np.percentile(lengths, [5, 50, 95])
     seen = [f"`{key}` {box.shape}" for key, box in env.observation_space.items() if key != MASK]
     scores = {of: float(each.mean()) for of, each in test_scores(name).items()}
-    best = min(scores, key=scores.__getitem__, default=None)
+    best = min(scores.keys() - _UNCHOSEN, key=scores.__getitem__, default=None)
     speed = speeds.get(f"{name}, 1024")
     return [
         f"`{name}`",
@@ -374,22 +381,26 @@ def own_plans_table() -> str:
 
 
 def bounds_table() -> str:
-    """What a table with bounds predicts of new plans, beside what they lose, by training seed."""
+    """What a table with bounds predicts, beside what plans lose, by method and training seed."""
     scorer = pinned_task("RAPLadder/SmolLM2-Table-v2").make().unwrapped.context.scorer
-    plans = defaultdict[tuple[str, int], list[tuple[float, float]]](list)
+    plans = defaultdict[tuple[str, int], list[tuple[float, float, bool]]](list)
     for row in Source("tight_bounds_seeds").rows:
-        if row.fits and scorer.is_predicted(row.plan):
-            predicted = scorer.nll(row.plan) - scorer.dense_nll
-            plans[row.method, row.depends_on["seed"]].append((predicted, row.delta_nll))
+        by_table, is_new = scorer.nll(row.plan) - scorer.dense_nll, scorer.is_predicted(row.plan)
+        plans[row.method, row.depends_on["seed"]].append((by_table, row.delta_nll, is_new))
     cells = list[list[str]]()
     for (method, seed), values in plans.items():
-        predicted, measured = np.mean(values, axis=0)
-        numbers = f"{predicted:.3f}", f"{measured:.3f}", percent(predicted / measured - 1, 1)
-        cells.append([look(method).label, str(seed), str(len(values)), *numbers])
-    header = ["Method", "Seed", "New plans", "Predicted", "Measured", "Difference"]
+        new = [value for value in values if value[-1]]
+        cell = [look(method).label, str(seed), str(len(new))]
+        for of in (new, values):
+            by_table, measured, _ = np.mean(of, axis=0)
+            cell += [f"{by_table:.3f}", f"{measured:.3f}", percent(by_table / measured - 1)]
+        cells.append(cell)
+    compared = ["Predicted", "Measured", "Difference"]
+    header = ["Method", "Seed", "New plans", *compared, *(f"{name}, all" for name in compared)]
     return markdown((header, cells))
 
 
+_UNCHOSEN = {"Do nothing", "Remove everything"}
 _EASY = 10  # of the thirty budgets with low bits
 _EPISODES = 40  # with random actions, for the lengths of episodes
 MASK = "action_mask"

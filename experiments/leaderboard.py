@@ -17,6 +17,7 @@ import click
 
 import rap_env
 from experiments.study.console import fail, say
+from experiments.study.plotting import look
 from rap_env.errors import RapError
 from rap_env.leaderboard.entries import ENTRIES, Entry
 from rap_env.leaderboard.measuring import TaskLosses
@@ -129,7 +130,8 @@ def publish_method(task: str, method: str, measure: bool) -> Path:
         RapError: As finding the class and evaluating it do.
     """
     found = find_plugin("policy", method, [], "Give package.module:Class.").load()
-    name = found.name.replace("_", " ").capitalize()
+    label = look(found.name).label
+    name = found.name.replace("_", " ").capitalize() if label == found.name else label
     result = rap_env.evaluate(found, task, "test", name=name, measure=measure)
     say(str(result))
     description = (inspect.getdoc(found) or name).partition("\n")[0].rstrip(".")

@@ -146,14 +146,11 @@ class TableValues:
             method were new, nats per token.
         num_predicted: Plans, of all seeds, that fit and that the table has not measured on
             the calibration text.
-        nested_share: Share of the pairs of budgets for one shape at which the plan for the
-            smaller budget keeps nothing that the other one lowers; mean over seeds.
     """
 
     calibration: float
     test: float
     num_predicted: int
-    nested_share: float
 
 
 def table_values(comparison: str) -> dict[str, TableValues]:
@@ -172,27 +169,38 @@ def table_values(comparison: str) -> dict[str, TableValues]:
     if task is None:
         return {}  # the model runs for every plan
     env: Any = task.make()
-    scorer, ladder = env.unwrapped.context.scorer, env.unwrapped.ladder
+    scorer = env.unwrapped.context.scorer
     held_out: HeldOutLosses = env.unwrapped.context.table.held_out
     calibration = {plan: scorer.nll(plan) - scorer.dense_nll for plan in held_out.measured}
     values = {}
     for entry in published_entries(comparison):
         if entry.origin["method"] in UNCHOSEN:
             continue
-        by_run = [[*map(Plan.of, run.plans)] for run in entry.runs]
-        plans, own = [*itertools.chain(*by_run)], {*itertools.chain(*by_run)}
+        plans = [Plan.of(plan) for run in entry.runs for plan in run.plans]
+        own = {*plans}
         fits = [*itertools.chain(*(run.fits for run in entry.runs))]
         others = {plan: value for plan, value in held_out.measured.items() if plan not in own}
         losses = HeldOutLosses.fitted(held_out.text, others, calibration, held_out.num_blocks)
         on_calibration = [scorer.nll(plan) - scorer.dense_nll for plan in plans]
         on_test = [*map(losses.delta_nll, plans, on_calibration)]
-        nested = [nested_share(task.requests, run, ladder) for run in by_run]
         values[entry.name] = TableValues(
             calibration=float(task.scores(on_calibration, fits).mean()),
             test=float(task.scores(on_test, fits).mean()),
             num_predicted=sum(map(scorer.is_predicted, itertools.compress(plans, fits))),
-            nested_share=float(np.mean(nested)),
         )
+    return values
+
+
+def nested_shares(comparison: str) -> dict[str, float]:
+    """`nested_share` of each published method that chooses, mean over seeds, by its name."""
+    task = min(tasks_of(comparison), key=lambda task: task.live)
+    env: Any = task.make()
+    values = {}
+    for entry in published_entries(comparison):
+        if entry.origin["method"] not in UNCHOSEN:
+            by_run = [[*map(Plan.of, run.plans)] for run in entry.runs]
+            shares = [nested_share(task.requests, plans, env.unwrapped.ladder) for plans in by_run]
+            values[entry.name] = float(np.mean(shares))
     return values
 
 

@@ -17,6 +17,7 @@ from rap_env.leaderboard.entries import (
     Entry,
     Run,
     nested_share,
+    nested_shares,
     published_entries,
     table_values,
 )
@@ -139,11 +140,24 @@ def test_plans_are_nested_if_a_smaller_budget_lowers_all_that_a_larger_one_lower
     assert nested_share(requests, [*plans[:2], Plan.removing(0, 1, 2), Plan()], ladder) == 1.0
 
 
+@pytest.mark.parametrize("comparison", ["SmolLM2-v2", "Tiny-v0"])
+def test_plans_of_lists_are_nested_with_a_table_and_without_one(comparison):
+    shares = nested_shares(comparison)
+    assert {entry.name for entry in published_entries(comparison)} - set(shares) == {
+        "Do nothing",
+        "Remove everything",
+    }
+    assert shares["Tuned list"] == shares["Fixed list"] == 1.0
+    assert 0 <= shares["Random orders"] < 0.5
+
+
 def test_a_method_is_published_with_a_rank_only_if_its_plans_were_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(leaderboard, "ENTRIES", tmp_path)
-    method = "rap_env.policies.orders:Random"
-    ran = CliRunner().invoke(main, ["publish", "RAPLadder/SmolLM2-Table-v1", method])
+    methods = ["rap_env.policies.orders:Random", "rap_env.policies.orders:OneShot"]
+    ran = CliRunner().invoke(main, ["publish", "RAPLadder/SmolLM2-Table-v1", *methods])
     assert ran.exit_code == 0, ran.output
+    labelled = Entry.load(tmp_path / "SmolLM2-v1" / "one_shot.json.gz")
+    assert labelled.name == "One-shot", "the label of all tables"
     entry = Entry.load(tmp_path / "SmolLM2-v1" / "random.json.gz")
     assert entry.name == "Random"
     assert entry.description == "Lowers random items; the same seed and request give the same plan"
