@@ -37,7 +37,7 @@ from experiments.study.run_folder import RunFolder
 from experiments.study.table_format import plain
 from rap_env.context.base import PruningContext
 from rap_env.importance.plan_table import PlanTable
-from rap_env.levels import LADDERS
+from rap_env.ladder.items import Ladder
 from rap_env.plan import Plan
 from rap_env.scoring.held_out import Fidelity, FidelityRow, HeldOutLosses
 
@@ -58,7 +58,8 @@ def export_scores(config: Config, folder: Path) -> Path:
     _check(context, recorded)
     run.start(config, frozen=("model", "calibration", "importance", "seed"))
     _ = context.one_shot, context.features  # measured first, because the table contains them
-    levels = context.level_costs(LADDERS["all"]["caches"]) if config.export.levels else None
+    everything = Ladder.of(context.memory.facts, "all")
+    levels = context.level_costs(everything) if config.export.levels else None
     # Machines differ in the last digits: what was published keeps its rise over the native
     # model.
     scores = stored_scores(context) | recorded

@@ -198,7 +198,7 @@ class _ScoredText:
         self._levels = None
         if config.env.task.layout == "ladder":
             ladder = make_ladder_bytes(config, context).ladder
-            self._levels = context.level_costs(ladder.cache_levels)
+            self._levels = context.level_costs(ladder)
 
     def predicted(self) -> TableContext:
         """Return a context whose scores a score model predicts, fitted to what is known now."""

@@ -129,8 +129,8 @@ class PruningContext(ABC):
         """One-shot importance of every block."""
 
     @abstractmethod
-    def level_costs(self, cache_levels: Sequence[str], /) -> LevelCosts:
-        """Costs of the levels of all items; those of caches are named."""
+    def level_costs(self, ladder: Ladder, /) -> LevelCosts:
+        """Costs of the levels of a ladder, and of others."""
 
     @abstractmethod
     def item_gsi(self, ladder_bytes: LadderBytes, /) -> GSIProfile:
@@ -173,7 +173,8 @@ class PruningContext(ABC):
         if self.importance == "one_shot":
             return ImportanceFeatures.from_one_shot(self.one_shot.delta_nll)
         if self.importance == "gradient":
-            costs, blocks = self.level_costs(()), range(self.memory.facts.num_blocks)
+            costs = self.level_costs(Ladder.of(self.memory.facts, "masks"))
+            blocks = range(self.memory.facts.num_blocks)
             rises = np.array([costs.cost(block_name(index), "removed") for index in blocks])
             return ImportanceFeatures.from_one_shot(rises)
         gsi = self.gsi
@@ -187,7 +188,7 @@ def item_order(
 
     `importance` is the context's unless it is given.
     """
-    costs = context.level_costs(ladder_bytes.ladder.cache_levels)
+    costs = context.level_costs(ladder_bytes.ladder)
     if (importance or context.importance) in ("gradient", "one_shot"):
         return greedy_order(costs, ladder_bytes)
     return greedy_order(costs, ladder_bytes, context.item_gsi(ladder_bytes))
@@ -197,7 +198,7 @@ def costs_of(context: PruningContext, ladder: Ladder) -> LevelCosts:
     """The costs of a ladder's levels; if it only removes, the one-shot importance of the blocks."""
     if ladder.removes_only:
         return LevelCosts.of_removals(context.one_shot)
-    return context.level_costs(ladder.cache_levels)
+    return context.level_costs(ladder)
 
 
 def method_order(
@@ -211,7 +212,7 @@ def method_order(
     by_gsi, ladder = importance == "gsi", ladder_bytes.ladder
     if not ladder.removes_only:
         steps = item_order(context, ladder_bytes, importance).steps
-        evaluations = context.level_costs(ladder.cache_levels).evaluations
+        evaluations = context.level_costs(ladder).evaluations
         return steps, evaluations + (context.item_gsi(ladder_bytes).evaluations if by_gsi else 0)
     if by_gsi:
         return [(block, 1) for block in context.gsi.full_order], context.gsi.evaluations

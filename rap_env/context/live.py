@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,9 +15,10 @@ import numpy.typing as npt
 
 from rap_env.artifacts import digest
 from rap_env.context.base import IMPORTANCES, PruningContext
-from rap_env.errors import ArtifactError
-from rap_env.importance.level_costs import LevelCosts
+from rap_env.errors import ArtifactError, UnknownNameError
+from rap_env.importance.level_costs import LevelCosts, prepared_costs
 from rap_env.importance.profiles import GSIProfile, OneShotProfile, Profile
+from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
 from rap_env.scoring.corpus import Corpus
@@ -123,15 +124,21 @@ class LiveContext(PruningContext):
 
         return layer_influence(self.llm, self.scorer.batches)
 
-    def level_costs(self, cache_levels: Sequence[str]) -> LevelCosts:
-        """Costs of the levels of all items by gradient, made on first use and cached.
+    def level_costs(self, ladder: Ladder) -> LevelCosts:
+        """Costs of levels by gradient: `_earlier_costs` with all levels of a ladder, or new ones.
 
-        For the default model and text that it writes, the costs in the package are used if
-        they have these levels.
+        New ones are of all weights and of the ladder's caches. They are made on the
+        calibration text on first use, and cached.
         """
-        key = tuple(cache_levels)
+        for costs in self._earlier_costs:
+            with contextlib.suppress(UnknownNameError):
+                for item in ladder.items:
+                    for level in item.levels[1:]:
+                        costs.cost(item.name, level)
+                return costs
+        key = ladder.cache_levels
         if key not in self._level_costs:
-            self._level_costs[key] = self._packaged_costs(key) or self._gradient_costs(key)
+            self._level_costs[key] = self._gradient_costs(key)
         return self._level_costs[key]
 
     def item_gsi(self, ladder_bytes: LadderBytes) -> GSIProfile:
@@ -146,7 +153,7 @@ class LiveContext(PruningContext):
         if self.importance not in IMPORTANCES:
             return GSIProfile.load(self.importance, self.llm)
         key = digest([[item.name, item.levels] for item in ladder.items] + [ladder.together])[:8]
-        costs = self.level_costs(ladder.cache_levels)
+        costs = self.level_costs(ladder)
         return self._measured_gsi("item-gsi", f"-{key}", ladder_bytes, costs)
 
     def _measured_gsi(
@@ -184,19 +191,20 @@ class LiveContext(PruningContext):
                     return profile
         return None
 
-    def _packaged_costs(self, cache_levels: tuple[str, ...]) -> LevelCosts | None:
-        """The costs in the package, if they are of this model and have these levels of caches.
+    @cached_property
+    def _earlier_costs(self) -> list[LevelCosts]:
+        """The costs in the package, then those that the model was prepared with, if it has any.
 
-        Their text is a mixture of kinds; a text that is named has costs of its own.
+        Their text is a mixture of kinds or the user's; their provenance names it. A calibration
+        text that is named has costs of its own.
         """
         if self.corpus.provenance.get("source") != "self":
-            return None
-        try:
-            costs = LevelCosts.load(PACKAGED_COSTS, self.llm)
-        except ArtifactError:
-            return None
-        measured = {level.name for level in costs.cache_levels}
-        return costs if measured.issuperset(cache_levels) else None
+            return []
+        prepared = prepared_costs(self.llm)
+        earlier = [] if prepared is None else [prepared]
+        with contextlib.suppress(ArtifactError):  # it is another model
+            earlier.insert(0, LevelCosts.load(PACKAGED_COSTS, self.llm))
+        return earlier
 
     def _gradient_costs(self, cache_levels: tuple[str, ...]) -> LevelCosts:
         from rap_env.importance.gradient_costs import gradient_costs, item_levels

@@ -6,7 +6,6 @@ A step of such an environment takes microseconds; neither torch nor transformers
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +17,7 @@ from rap_env.errors import ArtifactError, ModelNotAvailableError
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.plan_table import PlanTable
 from rap_env.importance.profiles import GSIProfile, OneShotProfile
+from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan, block_name
@@ -122,7 +122,7 @@ class TableContext(PruningContext):
         scores = self.table.scores
         return sorted(scores, key=scores.__getitem__)
 
-    def level_costs(self, cache_levels: Sequence[str]) -> LevelCosts:
+    def level_costs(self, ladder: Ladder) -> LevelCosts:
         """One-shot costs of the levels of all items.
 
         Raises:
@@ -136,7 +136,7 @@ class TableContext(PruningContext):
                 "(ScoreTable.fitted(..., levels=...))."
             )
         known = [level.name for level in costs.cache_levels]
-        for level in cache_levels:
+        for level in ladder.cache_levels:
             if level not in known:
                 raise ArtifactError(
                     f"The score table {self.name} has no costs of caches at level {level}, only "

@@ -189,9 +189,11 @@ class RAPLadderEnv(PruningEnv):
     The *greedy order* starts with native levels and repeatedly takes the step with the least
     predicted cost per freed byte at a reference request (4 sequences of 1,024 tokens).
     Predictions are sums of the costs of levels by gradient (`LevelCosts`). Those of the
-    default model are part of the package. For other models, the first environment computes
-    them (a backward pass for each window of the calibration text, and about ten evaluations)
-    and stores them in the user's cache. `"one_shot"` is the former name of `"gradient"`.
+    default model are part of the package. Those of a model that `rap prepare` prepared are
+    used if they have all levels of the ladder and `calibration` names no text. Otherwise the
+    first environment computes them (a backward pass for each window of the calibration text,
+    and about ten evaluations) and stores them in the user's cache. `"one_shot"` is the former
+    name of `"gradient"`.
 
     With `importance="gsi"`, the order is measured: after each step the model's NLL is
     measured again for the most promising next steps (`rap_env.gsi` with a ladder), and the

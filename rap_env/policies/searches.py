@@ -61,7 +61,7 @@ class GreedyPerByte(Method):
         super().__init__(basis)
         self._one_shot = np.zeros((len(self.ladder), self.ladder.width))
         if not self.ladder.removes_only:
-            costs = self.context.level_costs(self.ladder.cache_levels)
+            costs = self.context.level_costs(self.ladder)
             self._one_shot = one_shot_costs(costs, self.ladder)
             self.setup_evaluations = costs.evaluations
 

@@ -124,7 +124,7 @@ class ScoreModelSearch(Method):
     def __init__(self, basis: Basis) -> None:
         super().__init__(basis)
         table = self.context.frontier
-        costs = self.context.level_costs(self.ladder.cache_levels)
+        costs = self.context.level_costs(self.ladder)
         self._predictor = fit_plan_predictor(
             table.scores, costs, self.ladder, pessimism=_PESSIMISM, seed=self.seed
         )

@@ -92,7 +92,7 @@ class Uniform(Method):
         self.setup_evaluations = profile.evaluations
         self._native_nll = profile.dense_nll
         self._order, self._rises = self._removal_order(
-            greedy_order(self.context.level_costs(()), removals, profile)
+            greedy_order(self.context.level_costs(removals.ladder), removals, profile)
         )
         self._kept = self._kept_settings()
 

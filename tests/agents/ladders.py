@@ -64,7 +64,7 @@ class LadderContext:
         self.scorer = FormulaScorer(self.costs)
         self.importance = importance
 
-    def level_costs(self, cache_levels):
+    def level_costs(self, ladder):
         return self.costs
 
 

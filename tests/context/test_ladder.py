@@ -26,8 +26,12 @@ from tests.scoring.tiny_table import all_masks, table_of
 CACHES = LEVELS["caches"]
 
 
+def ladder_of(context, caches=CACHES) -> Ladder:
+    return Ladder.of(context.memory.facts, {**LEVELS, "caches": caches})
+
+
 def bytes_of(context) -> LadderBytes:
-    return LadderBytes(context.memory, Ladder.of(context.memory.facts, LEVELS))
+    return LadderBytes(context.memory, ladder_of(context))
 
 
 @pytest.fixture
@@ -45,12 +49,12 @@ def computed(monkeypatch):
 
 def test_costs_are_computed_once_and_kept(tmp_path, computed):
     first = make_ladder_context(folder=tmp_path)
-    costs = first.level_costs(CACHES)
-    assert first.level_costs(CACHES) is costs
+    costs = first.level_costs(ladder_of(first))
+    assert first.level_costs(ladder_of(first)) is costs
     again = make_ladder_context(folder=tmp_path)
-    assert again.level_costs(CACHES) == costs
+    assert again.level_costs(ladder_of(again)) == costs
     assert computed == [tuple(CACHES)]
-    fewer = again.level_costs(["int8"])  # other levels, another file
+    fewer = again.level_costs(ladder_of(again, ["int8"]))  # other levels, another file
     assert "int4" not in fewer.costs["layer00.cache"]
     assert computed == [tuple(CACHES), ("int8",)]
 
@@ -59,14 +63,15 @@ def test_costs_are_computed_once_and_kept(tmp_path, computed):
 def test_packaged_costs_are_used_for_self_written_text_where_they_fit(
     tmp_path, monkeypatch, source, computed
 ):
-    make_ladder_context().level_costs(CACHES).save(tmp_path / "packaged.json")
+    made = make_ladder_context()
+    made.level_costs(ladder_of(made)).save(tmp_path / "packaged.json")
     computed.clear()
     monkeypatch.setattr(live_module, "PACKAGED_COSTS", tmp_path / "packaged.json")
     context = make_ladder_context()
     context.scorer.corpus = Corpus.of_tokens(context.corpus.tokens, source=source)
-    context.level_costs(CACHES[:2])
+    context.level_costs(ladder_of(context, CACHES[:2]))
     assert (not computed) == (source == "self")
-    context.level_costs(["int2"])  # not among them
+    context.level_costs(ladder_of(context, ["int2"]))  # not among them
     assert computed[-1] == ("int2",)
 
 
@@ -97,21 +102,21 @@ def live() -> LiveContext:
 def table(live):
     """A table of all masks and of costs, without plans."""
     made = table_of(live, all_masks(6))
-    return replace(made, levels=asdict(live.level_costs(CACHES)))
+    return replace(made, levels=asdict(live.level_costs(ladder_of(live))))
 
 
 def test_a_table_has_the_costs_and_the_order_of_the_live_model(live, table, tmp_path):
     table.save(tmp_path / "t.json")
     context = TableContext(type(table).load(tmp_path / "t.json"), "t", importance="one_shot")
-    assert context.level_costs(CACHES) == live.level_costs(CACHES)
+    assert context.level_costs(ladder_of(context)) == live.level_costs(ladder_of(live))
     assert item_order(context, bytes_of(live)).steps == item_order(live, bytes_of(live)).steps
     with pytest.raises(ArtifactError, match="no costs of caches at level int2, only of native"):
-        context.level_costs(["int2"])
+        context.level_costs(ladder_of(context, ["int2"]))
     bare = TableContext(replace(table, levels=None), "t", importance="one_shot")
     with pytest.raises(
         ArtifactError, match="has no costs of levels; choose another policy, pass importance='none'"
     ):
-        bare.level_costs(CACHES)
+        bare.level_costs(ladder_of(bare))
     with pytest.raises(ArtifactError, match="no GSI over items; pass importance='one_shot'"):
         item_order(context, bytes_of(live), "gsi")
     masks = mask_bytes(live.memory)
@@ -143,7 +148,7 @@ def test_measured_plans_give_the_episodes_of_the_live_model(live, table):
 
 def test_other_plans_are_predicted_and_flagged(live, table):
     context = TableContext(table, "t", importance="one_shot")
-    cost = live.level_costs(CACHES).cost("layer00.cache", "int4")
+    cost = live.level_costs(ladder_of(live)).cost("layer00.cache", "int4")
     plan = Plan.of({"layer00.cache": "int4", "layer01.ffn": "removed"})
     assert context.scorer.is_predicted(plan)
     predict = table.predictor.delta_nll

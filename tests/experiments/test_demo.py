@@ -35,7 +35,7 @@ def config(base):
     )  # fmt: skip
     context = build_context(config)
     ladder = make_ladder_bytes(config, context).ladder
-    costs = context.level_costs(ladder.cache_levels)
+    costs = context.level_costs(ladder)
     plans = [Plan.uniform(3, caches=level, embeddings=embeddings)
              for level in ladder.cache_levels for embeddings in ("native", "int8")]  # fmt: skip
     masks = table_of(context, all_masks(6))

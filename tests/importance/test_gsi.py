@@ -143,9 +143,6 @@ def test_another_models_artifact_is_rejected(tmp_path):
         gsi(PlanScorer(tiny_llm(), tokens(seed=1)), path=path, progress=False)
 
 
-CACHES = LEVELS["caches"]
-
-
 @pytest.fixture(scope="module")
 def context():
     return make_ladder_context()
@@ -158,13 +155,12 @@ def bytes_of(context, together=("int8",)) -> LadderBytes:
 def run(context, ladder_bytes=None, **settings) -> GSIProfile:
     ladder_bytes = ladder_bytes or bytes_of(context)
     settings = {"method": "lazy", **settings}
-    return gsi(
-        context.scorer, ladder_bytes, context.level_costs(CACHES), progress=False, **settings
-    )
+    costs = context.level_costs(bytes_of(context).ladder)
+    return gsi(context.scorer, ladder_bytes, costs, progress=False, **settings)
 
 
 def priced(context, ladder_bytes) -> PricedState:
-    one_shot = one_shot_costs(context.level_costs(CACHES), ladder_bytes.ladder)
+    one_shot = one_shot_costs(context.level_costs(bytes_of(context).ladder), ladder_bytes.ladder)
     return PricedState(reference_costs(ladder_bytes), one_shot)
 
 
@@ -210,8 +206,9 @@ def test_it_ends_when_nothing_frees_bytes(context):
 
 
 def test_the_order_begins_with_the_measured_steps_and_is_complete(context):
-    ladder_bytes, costs = bytes_of(context), context.level_costs(CACHES)
+    ladder_bytes = bytes_of(context)
     profile, ladder = run(context, stop=6), ladder_bytes.ladder
+    costs = context.level_costs(ladder)
     order = greedy_order(costs, ladder_bytes, profile)
     state = priced(context, ladder_bytes)
     for name in profile.order:

@@ -76,7 +76,8 @@ def test_moves_down_are_the_actions_of_the_ladder(ladder_bytes):
 
 
 def test_improving_keeps_the_budget_and_never_makes_a_plan_worse(context, ladder_bytes):
-    ladder, costs = ladder_bytes.ladder, context.level_costs(CACHES)
+    ladder = ladder_bytes.ladder
+    costs = context.level_costs(ladder)
     scorer = context.scorer
     order = greedy_order(costs, ladder_bytes)
     plans = [Plan(), *(Plan.removing(index) for index in range(6))]
@@ -115,7 +116,7 @@ def test_improving_keeps_the_budget_and_never_makes_a_plan_worse(context, ladder
 
 
 def test_a_search_takes_in_what_is_known_and_improves_on_the_greedy_order(context, ladder_bytes):
-    costs = context.level_costs(CACHES)
+    costs = context.level_costs(ladder_bytes.ladder)
     wanted = requests(ladder_bytes)
     other = ladder_bytes.ladder.lowest
     known = {other: context.scorer.nll(other)}
@@ -144,7 +145,7 @@ def test_a_search_takes_in_what_is_known_and_improves_on_the_greedy_order(contex
 
 
 def test_a_search_starts_from_the_best_plans_of_another_table(context, ladder_bytes):
-    costs, (request, *_) = context.level_costs(CACHES), requests(ladder_bytes)
+    costs, (request, *_) = context.level_costs(ladder_bytes.ladder), requests(ladder_bytes)
     rng, ladder = np.random.default_rng(3), ladder_bytes.ladder
     spaces = [range(len(item.levels)) for item in ladder.items]
     drawn = [ladder.plan([int(rng.choice(s)) for s in spaces]) for _ in range(40)]
@@ -165,7 +166,7 @@ def test_a_text_that_is_shorter_than_the_windows_of_the_ladder_can_be_searched_o
     """There a window costs what its precision costs, and plans with it are measured as others."""
     short = make_ladder_context(length=64, importance="one_shot")
     ladder = Ladder.of(short.memory.facts, {"weights": ("removed",), "caches": CACHES}, TOGETHER)
-    costs, ladder_bytes = short.level_costs(CACHES), LadderBytes(short.memory, ladder)
+    costs, ladder_bytes = short.level_costs(ladder), LadderBytes(short.memory, ladder)
     assert "int4-window32" not in costs.costs["layer00.cache"]
     config = PlanSearchConfig(evaluations=30, batch=8, requests=8, members=2)
     found = build_plan_table(short.scorer, costs, ladder_bytes, requests(ladder_bytes), config)

@@ -2,10 +2,11 @@
 
 import shutil
 
+import gymnasium
 import pytest
 
 from rap_env.errors import ArtifactError, InvalidRequestError, ModelNotAvailableError
-from rap_env.importance import preparation
+from rap_env.importance import gradient_costs, preparation
 from rap_env.importance.gradient_costs import (
     fitted_costs,
     plan_nll,
@@ -102,6 +103,30 @@ def test_the_knapsack_uses_the_costs_from_then_on(ready):
     plan = policy.choose(request)
     assert memory.peak_bytes(plan, request) <= request.budget_bytes
     assert policy.delta_nll(plan) == pytest.approx(costs.delta_nll(plan))
+
+
+@pytest.mark.parametrize(("levels", "covered"), [("all", True), ("four-bits", False)])
+def test_an_environment_has_these_costs_if_they_cover_its_ladder(
+    ready, levels, covered, monkeypatch
+):
+    folder, costs, _ = ready
+    computed, compute = [], gradient_costs.gradient_costs
+
+    def noted(*args, **options):
+        computed.append(compute(*args, **options))
+        return computed[-1]
+
+    monkeypatch.setattr(gradient_costs, "gradient_costs", noted)
+    env = gymnasium.make(
+        "RAPLadder-v0", model=str(folder), dtype="float32", levels=levels, store=None,
+        workload={"name": "grid", "batch_sizes": [1], "seq_lens_tokens": [32]},
+        calibration={"source": "self", "windows": 1, "window_tokens": 32},
+    ).unwrapped  # fmt: skip
+    observed = env.context.level_costs(env.ladder)
+    assert observed == (costs if covered else computed[0])
+    assert len(computed) == (not covered)
+    assert observed.provenance["text"]["source"] == ("mixture" if covered else "self")
+    assert ("int4" in observed.costs["layer00.ffn"]) == (not covered)
 
 
 def test_a_run_that_was_ended_goes_on_where_it_was(folder, finished, monkeypatch):

@@ -79,7 +79,7 @@ def test_a_search_on_predicted_scores_runs_no_model_and_beats_the_greedy_order(
     requests = [between(shape, n / 20) for shape in SHAPES for n in range(1, 19)]
     build_plan_table(
         context.scorer,
-        context.level_costs(ladder_bytes.ladder.cache_levels),
+        context.level_costs(ladder_bytes.ladder),
         ladder_bytes,
         requests,
         PlanSearchConfig(evaluations=120, batch=12, requests=12, members=2),
