@@ -225,13 +225,25 @@ def test_tasks_without_likelihoods_of_answers_are_rejected_before_anything_loads
 
     monkeypatch.setattr("lm_eval.tasks.TaskManager.load", fail)
     monkeypatch.setattr("rap_env.envs.task.open_context", fail)
+    for name in ("gsm8k", "wikitext"):  # reading all of lm-eval's configs takes ten seconds
+        monkeypatch.setitem(lm_eval_tasks.TASK_FOLDERS, name, name)
     with pytest.raises(UnknownNameError, match="likelihood task 'gsm8k'.*by generate_until"):
         lm_eval_tasks.check_scorable(["gsm8k"])
     with pytest.raises(UnknownNameError, match="likelihood task 'gsm8k'"):
         RAPLadderEnv("no-such-model", reward="accuracy", tasks=["gsm8k"])
     with pytest.raises(UnknownNameError, match="'wikitext'.*scored by loglikelihood_rolling"):
         TaskScorer(llm, TaskConfig(("wikitext",)))
-    lm_eval_tasks.check_scorable(["piqa", "rap_choice", "blimp_causative", "truthfulqa_mc1"])
+    lm_eval_tasks.check_scorable(["piqa", "rap_choice", "blimp_causative"])
+
+
+@pytest.mark.slow
+def test_a_task_in_no_known_folder_is_found_among_all():
+    assert "truthfulqa_mc1" not in lm_eval_tasks.TASK_FOLDERS
+    lm_eval_tasks.check_scorable(["truthfulqa_mc1"])
+    with pytest.raises(UnknownNameError, match="likelihood task 'triviaqa'"):
+        lm_eval_tasks.check_scorable(["triviaqa"])
+    with pytest.raises(UnknownNameError, match="no-such-task"):
+        lm_eval_tasks.check_scorable(["no-such-task"])
 
 
 def test_groups_and_tags_stand_for_their_tasks(tmp_path, llm):
