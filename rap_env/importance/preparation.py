@@ -151,7 +151,7 @@ def prepare(
             f"{llm.name} has no tokenizer, and so no text to prepare it with; add its files to the "
             "model's folder."
         )
-    texts = _texts(llm, text)
+    texts = _texts(llm, text, bits)
     hashes = {name: Corpus.of_tokens(tokens).sha256 for name, tokens in texts.items()}
     key = digest([llm.fingerprint, hashes, bits, _VERSION])
     path = prepared_dir(llm.fingerprint) / COSTS_FILE
@@ -199,17 +199,17 @@ def _made_before(llm: ElasticLLM, path: Path, key: str, bits: int) -> LevelCosts
     return None
 
 
-def _texts(llm: ElasticLLM, text: str | Path | None) -> dict[str, torch.Tensor]:
+def _texts(llm: ElasticLLM, text: str | Path | None, bits: int) -> dict[str, torch.Tensor]:
     """Windows of token ids for costs and for levels, (windows, tokens) each."""
     longest = llm.adapter.max_positions
     costs = COST_WINDOWS, min(COST_TOKENS, longest)
     if text is None:
         texts = {"costs": mixed_windows(llm, *costs), "levels": calibration_windows(llm)}
     else:
-        fewest = _FEWEST_LEVEL_WINDOWS
+        fewest = _FEWEST_LEVEL_WINDOWS if _made_levels(bits) else 1  # which none is made with
         texts = {
-            "levels": user_windows(llm, text, *level_windows(llm), fewest=fewest),
             "costs": user_windows(llm, text, *costs, fewest=1),
+            "levels": user_windows(llm, text, *level_windows(llm), fewest=fewest),
         }
     greatest = max(int(tokens.max()) for tokens in texts.values())
     if greatest >= llm.facts.vocab_size:
@@ -254,17 +254,24 @@ def _process_bytes(llm: ElasticLLM) -> int:
 
 @contextlib.contextmanager
 def _progress(shown: bool, bits: int) -> Iterator[Note]:
-    """Yields what shows the share of a group of tasks that is done."""
-    done: dict[str, float] = {}
+    """Yields what shows the share of a group of tasks that is done.
+
+    What is done when a group begins is of an earlier run, and not of the time of this one.
+    """
+    earlier, done = dict[str, float](), dict[str, float]()
     shares = {name: share for name, share in _SHARES.items() if bits < 4 or name != "levels"}
-    with progress_bar(shown, total=100, desc="prepare", unit="%") as bar:
+    with progress_bar(shown, total=100, desc="prepare", unit="%", smoothing=0) as bar:
+
+        def percent(parts: Mapping[str, float]) -> int:
+            weighted = sum(shares[name] * part for name, part in parts.items())
+            return round(100 * weighted / sum(shares.values()))
 
         def note(group: str, share: float) -> None:
+            earlier.setdefault(group, share)
             done[group] = share
-            parts = [shares[name] * part for name, part in done.items()]
-            percent = round(100 * sum(parts) / sum(shares.values()))
-            if percent > bar.n:
-                bar.update(percent - bar.n)
+            if percent(done) > bar.n:
+                bar.initial = percent(earlier)
+                bar.update(percent(done) - bar.n)
 
         yield note
 

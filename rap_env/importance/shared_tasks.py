@@ -54,10 +54,10 @@ class Tasks:
         paths = [self.folder / f"{group}-{number:03d}.json" for number in range(count)]
         for number, path in enumerate(paths):
             self._check()
+            self._note(group, sum(path.exists() for path in paths) / count)
             if not path.exists() and _claimed(path):
                 save_artifact(path, KIND, FORMAT, do(number))
                 return_freed_memory()
-            self._note(group, sum(path.exists() for path in paths) / count)
         for path in paths:
             self.wait(path)
             self._note(group, sum(path.exists() for path in paths) / count)

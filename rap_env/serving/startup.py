@@ -142,9 +142,11 @@ def check_before_loading(settings: ServerSettings) -> None:
     facts = _known_facts(settings)
     if facts is None:
         from rap_env.models.files.loading import load_llm  # it imports torch
+        from rap_env.models.files.model_folder import made_apart
 
         how = {name: getattr(settings, name) for name in ("device", "dtype", "weights")}
-        facts = load_llm(settings.model, **how, lean=True, on_demand=True).facts
+        with made_apart():
+            facts = load_llm(settings.model, **how, lean=True, on_demand=True).facts
     elif settings.policy not in policy_names():
         return  # its file is for a dtype, which torch has to tell
     policy = load_policy(settings.policy, MemoryModel(replace(facts, name=settings.model)))

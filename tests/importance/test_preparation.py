@@ -5,7 +5,13 @@ import shutil
 import gymnasium
 import pytest
 
-from rap_env.errors import ArtifactError, InvalidRequestError, ModelNotAvailableError
+from rap_env.artifacts import save_artifact
+from rap_env.errors import (
+    ArtifactError,
+    CorpusError,
+    InvalidRequestError,
+    ModelNotAvailableError,
+)
 from rap_env.importance import gradient_costs, preparation
 from rap_env.importance.gradient_costs import (
     fitted_costs,
@@ -14,12 +20,14 @@ from rap_env.importance.gradient_costs import (
 )
 from rap_env.importance.level_costs import prepared_costs
 from rap_env.importance.preparation import prepare
+from rap_env.importance.shared_tasks import FORMAT, KIND, Tasks
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.prepared_files import write_prepared
 from rap_env.models.live import calibration_text
 from rap_env.models.live.calibration_text import mixed_windows
 from rap_env.models.live.partial_forward import PartialForward
+from rap_env.models.progress import progress_bar
 from rap_env.paths import cache_dir, prepared_dir
 from rap_env.policies.loading import load_policy
 from rap_env.request import Request
@@ -193,6 +201,35 @@ def test_four_bits_need_no_levels_that_a_text_makes(folder, caplog):
     assert sum("Loading" in message for message in caplog.messages) == 1
     assert set(costs.costs["layer00.ffn"]) == {"int8", "int4", "removed"}
     assert not list(cache_dir().glob("calibrated/*/*"))
+
+
+def test_a_short_text_is_enough_for_costs_alone(folder, tmp_path):
+    text = tmp_path / "own.txt"
+    text.write_text("the model of memory and the rest of it " * 12)
+    costs, _ = prepared(folder, bits=4, text=text)
+    assert costs.provenance["text"]["source"] == str(text)
+    with pytest.raises(CorpusError, match=r"but 1,008 are needed \(16 windows of 63\)"):
+        prepared(folder, bits=3, text=text)
+    text.write_text("the")
+    with pytest.raises(CorpusError, match=r"are needed \(1 windows of 32\)"):
+        prepared(folder, bits=4, text=text)
+
+
+def test_the_time_left_does_not_count_what_an_earlier_run_did(tmp_path, monkeypatch):
+    bars = []
+
+    def shown(*args, **options):
+        bars.append(progress_bar(*args, **options))
+        return bars[0]
+
+    monkeypatch.setattr(preparation, "progress_bar", shown)
+    for number in range(3):
+        save_artifact(tmp_path / f"levels-{number:03d}.json", KIND, FORMAT, {})
+    with preparation._progress(True, bits=2) as note:
+        Tasks(tmp_path, lambda: None, note).run("levels", 4, lambda number: {})
+        state = bars[0].format_dict
+    assert (state["initial"], state["n"]) == (38, 50)
+    assert state["rate"] is None, "tqdm takes the mean rate since the start, without these 38"
 
 
 def test_the_file_of_a_prepared_model_is_found_beside_it(ready):

@@ -7,6 +7,7 @@ import pytest
 
 from rap_env.errors import RapError
 from rap_env.memory import MemoryModel
+from rap_env.models.files import model_folder
 from rap_env.plan import Plan
 from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.policies.packaged_files import default_facts
@@ -19,6 +20,7 @@ from rap_env.serving.settings import ServerSettings
 from rap_env.serving.stack import build_stack
 from rap_env.serving.startup import check_before_loading
 from tests.models.states import saved
+from tests.models.tiny_gguf import write_tiny_gguf
 from tests.policies.test_knapsack import costs
 from tests.serving.background import BackgroundServer
 from tests.serving.conftest import dense_engine, served, tiny_stack
@@ -156,3 +158,18 @@ def test_what_a_model_lacks_is_said_before_its_weights_are_read(
     folder = saved(tmp_path / "model")
     with pytest.raises(RapError, match=message):
         check_before_loading(ServerSettings(model=str(folder), device="cpu", **settings))
+
+
+def test_a_file_is_converted_in_another_process_for_this(own_cache, tmp_path, monkeypatch):
+    apart = []
+
+    def noted(make, *args):
+        apart.append(args)
+        return make(*args)
+
+    monkeypatch.setattr(model_folder, "in_child", noted)
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+    settings = ServerSettings(model=str(tmp_path / "tiny.gguf"), device="cpu", policy="rap")
+    with pytest.raises(RapError, match="smollm2-135m"):
+        check_before_loading(settings)
+    assert len(apart) == 1
