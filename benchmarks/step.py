@@ -20,7 +20,16 @@ import numpy as np
 from benchmarks.harness import Settings, target, write_record
 from experiments.study.console import run_with_settings
 
-TASKS = ("RAPPrune/SmolLM2-Table-v1", "RAPLadder/SmolLM2-Table-v1")
+TASKS = ("RAPPrune/SmolLM2-Table-v1", *(f"RAPLadder/SmolLM2-Table-v{n}" for n in (1, 2)))
+OTHER_TASKS = (
+    "RAPLadder/SmolLM2-LowBits-Table-v0",
+    "RAPLadder/Gemma3-270M-Table-v1",
+    "RAPLadder/Tiny-v0",
+    "RAPLadder/TinyGrouped-v0",
+    "RAPLadder/TinyEven-v0",
+)
+"""Tasks of which the steps a second alone are recorded."""
+
 LEAST_RATIOS = {64: 4.0, 1024: 8.0}
 """By sub-environments: how many steps are to be made in the time of one of CartPole's."""
 
@@ -58,6 +67,11 @@ def main(settings: StepSettings) -> None:
             against = f"{_CART_POLE}, `SyncVectorEnv` of {_CART_POLES}"
             targets.append(target(what, *(r for r, _ in measured), at_least=least, against=against))
             steps_per_s[f"{name}, {num_envs}"] = median(rate for _, rate in measured)
+    for name in OTHER_TASKS:
+        num_envs = max(LEAST_RATIOS)
+        play = player(gym.make_vec(name, num_envs, info=settings.info))
+        play(2 * settings.turns)  # after this, episodes end at different times
+        steps_per_s[f"{name}, {num_envs}"] = play(2 * settings.turns)
     write_record("step", settings, targets, steps_per_s=steps_per_s)
 
 

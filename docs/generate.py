@@ -405,7 +405,7 @@ _EASY = 10  # of the thirty budgets with low bits
 _EPISODES = 40  # with random actions, for the lengths of episodes
 MASK = "action_mask"
 _PLACE = 8  # the column of an item's place in the greedy order
-README_TASKS = (*STEP_TASKS[::-1], LOW_BITS)
+README_TASKS = (*STEP_TASKS[1::-1], LOW_BITS)
 LISTED_TASKS = [name for name in pinned_tasks() if "-Table-" in name or "Tiny" in name]
 
 

@@ -345,10 +345,9 @@ class _Requests:
         cells = plans * positions.shape[1] + items
         self._seen_rows[cells], self._valid[cells] = rows, valid
         if encoder.ladder.freed_together:
-            moved = np.unique(plans[encoder.ladder.is_cache[items]])
-            rows_of_moved = self.seen[encoder.key][moved]
-            encoder.show_together(rows_of_moved, self.costs, positions[moved], moved)
-            self.seen[encoder.key][moved] = rows_of_moved
+            (moved,) = np.bincount(plans[encoder.ladder.is_cache[items]]).nonzero()
+            seen = self.seen[encoder.key]
+            encoder.show_together(seen, self.costs, positions[moved], moved, at=moved)
         self._show_bytes_over()
 
     def _show_bytes_over(self) -> None:

@@ -157,11 +157,23 @@ class ObservationEncoder:
         return rows, valid.astype(np.int8)
 
     def show_together(
-        self, rows: Floats, costs: StackedCosts, positions: Counts, shape: Counts | int
+        self,
+        rows: Floats,
+        costs: StackedCosts,
+        positions: Counts,
+        shape: Counts | int,
+        at: Counts | None = None,
     ) -> None:
-        """Show what caches that take a level together free, in rows (n, items, F) of plans.
+        """Show what caches that take a level together free.
 
         This does nothing unless the ladder says so (`Ladder.freed_together`).
+
+        Args:
+            rows: The rows of plans, (n, items, F).
+            costs: As for `encode_plans`, with `positions` and `shape`.
+            positions: As above.
+            shape: As above.
+            at: Which of the plans in `rows` these are, (m,); None for all.
         """
         if self.ladder.freed_together:
             plans, items, freed = costs.freed_together(
@@ -169,7 +181,8 @@ class ObservationEncoder:
             )
             of_plans = shape[plans] if isinstance(shape, np.ndarray) else shape
             shares = np.maximum(0, freed) / costs.dense_peak_bytes[of_plans]
-            rows.reshape(-1, *rows.shape[-2:])[plans, items, self.freed] = shares
+            where = plans if at is None else at[plans]
+            rows.reshape(-1, *rows.shape[-2:])[where, items, self.freed] = shares
 
     def request(self, costs: StackedCosts, budget_bytes: Counts) -> Floats:
         """What is observed of requests whatever the plan, (s, 5).
