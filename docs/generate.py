@@ -300,6 +300,7 @@ def readme_numbers() -> dict[str, str]:
         "tight_native": f"{native.mask_loss_mean:.2f}",
         "printed": printed.getvalue().strip(),
         "random": f"{scores['Random'].mean():.1f}",
+        "tuned_list": f"{scores['Tuned list'].mean():.2f}",
         "guess": f"{scores['Remove everything'].mean():.1f}",
         "served": f"{answered} of {answered + failed}",
         "silence": rap["Longest time without a token"],
