@@ -239,6 +239,14 @@ class RuntimeController:
             self.free_kept(excess, at_once)
             self.monitor.trim()
 
+    def must_interrupt(self) -> bool:
+        """Whether a pass is to end: the budget fell below what is used without what is kept."""
+        excess = self.monitor.excess_bytes()
+        if excess and self.llm.kept_bytes:
+            self.free_kept(excess, True)
+            excess = self.monitor.excess_bytes()
+        return excess > 0
+
     def has_room(self, shape: BatchShape, next_pass: PassSize) -> bool:
         """Whether the present plan fits a batch as it is."""
         self.monitor.poll()

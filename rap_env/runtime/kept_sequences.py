@@ -12,7 +12,8 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import ref
@@ -105,12 +106,14 @@ class Taken(NamedTuple):
 
     Attributes:
         tokens: Number of its first tokens.
-        levels: The levels that their keys and values had, in words.
+        levels: Number of them by the levels that their keys and values had, in words.
+        file_tokens: Number of them that were in files.
         plans: The plans under which they were read, with those levels.
     """
 
     tokens: int = 0
-    levels: str = ""
+    levels: Mapping[str, int] = {}
+    file_tokens: int = 0
     plans: frozenset[Plan] = frozenset()
 
 
@@ -194,12 +197,15 @@ class KeptSequences:
                     size = sum(block.file_bytes for block in blocks)
                     self.files.note_read(size, time.perf_counter() - began_s)
                     self._touch(path)
-                    levels = Plan()
-                    for block in blocks:
+                    levels, counts, file_tokens = Plan(), Counter[str](), 0
+                    for number, block in enumerate(blocks):
                         levels = with_lowest_caches(levels, block.levels)
-                    names = {level.name for _, level in levels.caches}
+                        count = min(GROUP_TOKENS, tokens - number * GROUP_TOKENS)
+                        names = {level.name for _, level in block.levels.caches}
+                        counts["/".join(sorted(names)) or "native"] += count
+                        file_tokens += 0 if block.file is None else count
                     plans = frozenset(with_lowest_caches(each, levels) for each in path[-1].plans)
-                    taken = Taken(tokens, "/".join(sorted(names)) or "native", plans)
+                    taken = Taken(tokens, counts, file_tokens, plans)
                     sequence.read = ReadPlans([(tokens, plans)])
                     sequence.refills = False
         except OSError as error:
@@ -242,7 +248,7 @@ class KeptSequences:
             plans = read.plans(first + len(tokens))
             child = self._child(node, tokens, plans, sequence, ends=ends)
             if child is None:
-                block = self._placed(row.block(number), path, waiting=waiting)
+                block = self._placed(row.block(number), plans, path, waiting=waiting)
                 if block is None:
                     break
                 child = self._add(node, Node(tokens, node, None, plans, temporary=temporary), block)
@@ -279,7 +285,12 @@ class KeptSequences:
         return None
 
     def _placed(
-        self, block: CacheBlock, path: Sequence[Node], *, waiting: bool
+        self,
+        block: CacheBlock,
+        plans: frozenset[Plan],
+        path: Sequence[Node],
+        *,
+        waiting: bool,
     ) -> CacheBlock | None:
         """A block in memory, else with fewer bits, else in a file; None if there is no room."""
         need = self.bytes + block.bytes - self.room_bytes()
@@ -288,7 +299,7 @@ class KeptSequences:
         room = self.room_bytes() - self.bytes
         if block.bytes <= room:
             return block
-        for bits in self.quality.useful_bits(self._llm.plan):
+        for bits in self.quality.useful_bits(plans):
             if block.lowered_bytes(bits) <= room:
                 return block.lowered(bits)
         return self.files.store(block) if waiting else None
@@ -355,22 +366,28 @@ class KeptSequences:
         """
         deadline_s = time.perf_counter() + _LOWERING_S
         most = self.bytes - need_bytes
-        useful = self.quality.useful_bits(self._llm.plan) if most > 0 else []
         stays = set(beside)
         nodes = [node for node in self._order if node.block is not None and node not in stays]
-        least = {n: n.block.lowered_bytes(useful[-1]) for n in nodes if n.block and useful}
+        read_under = {node.plans for node in nodes}
+        useful = {plans: self.quality.useful_bits(plans) for plans in read_under}
+        least = {
+            node: node.block.lowered_bytes(next(reversed(useful[node.plans]), {}))
+            for node in nodes
+            if node.block
+        }
         lowest = self.bytes - sum(n.block.bytes for n in least if n.block) + sum(least.values())
         for node, size in least.items():
             if lowest <= most:
                 break
             lowest -= size
             self._drop(node, deadline_s)
-        for bits, node in itertools.product(useful, nodes):
+        for number, node in itertools.product(range(2), nodes):
             if self.bytes <= most or (at_once and time.perf_counter() > deadline_s):
                 break
             block = node.block
-            if block is not None and block.lowered_bytes(bits) < block.bytes:
-                self._set_block(node, block.lowered(bits))
+            for bits in useful[node.plans][number : number + 1]:
+                if block is not None and block.lowered_bytes(bits) < block.bytes:
+                    self._set_block(node, block.lowered(bits))
         for node in nodes:
             if self.bytes <= most:
                 break

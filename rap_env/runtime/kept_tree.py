@@ -128,7 +128,6 @@ class KeptQuality:
 
     Attributes:
         max_rise: As given.
-        useful_bits: As `_find_useful_bits`, with cached results.
     """
 
     def __init__(
@@ -143,7 +142,7 @@ class KeptQuality:
         self._clock = clock
         self._last_ran_s: dict[Plan, float] = {}
         self.max_rise = max_rise
-        self.useful_bits = lru_cache(maxsize=16)(self._find_useful_bits)
+        self._useful_bits = lru_cache(maxsize=16)(self._find_useful_bits)
 
     def note_pass(self, plan: Plan) -> None:
         """The model has run with a plan."""
@@ -151,7 +150,20 @@ class KeptQuality:
 
     def may_use(self, plans: frozenset[Plan], levels: Plan, sequence: TokenSequence) -> bool:
         """Whether blocks read under plans, with present levels, may serve a sequence."""
-        plan, tokens = self._llm.plan, sequence.handle.final_tokens
+        handle = sequence.handle
+        return self._allows(plans, levels, handle.final_tokens, handle.params.max_delta_nll)
+
+    def useful_bits(self, plans: frozenset[Plan]) -> list[dict[int, int]]:
+        """Bits of layers to which what was read under plans may be lowered, and still serve."""
+        tokens = self._llm.facts.max_positions
+        useful = self._useful_bits(self._llm.plan, self._chooser.max_delta_nll)
+        return [bits for bits in useful if self._allows(plans, _caches(bits), tokens)]
+
+    def _allows(
+        self, plans: frozenset[Plan], levels: Plan, tokens: int, floor: float | None = None
+    ) -> bool:
+        """As `may_use`, for sequences of so many tokens with a floor of their own."""
+        plan = self._llm.plan
         own = {with_lowest_caches(each, levels) for each in plans}
         if own == {plan}:
             return True
@@ -161,7 +173,7 @@ class KeptQuality:
             return False
         recent = (rise(each, tokens) for each in self._recent_plans())
         worst = max([of_plan, *(each for each in recent if each is not None)])
-        floors = self._chooser.max_delta_nll, sequence.handle.params.max_delta_nll
+        floors = self._chooser.max_delta_nll, floor
         most = min([worst + self.max_rise, *(each for each in floors if each is not None)])
         return all(
             (own_rise := rise(each, tokens)) is not None and own_rise <= most for each in own
@@ -172,26 +184,31 @@ class KeptQuality:
         self._last_ran_s = {p: s for p, s in self._last_ran_s.items() if s >= oldest_s}
         return self._last_ran_s if self.max_rise else ()
 
-    def _find_useful_bits(self, plan: Plan) -> list[dict[int, int]]:
-        """Bits of layers to which what is read under a plan may be lowered, and still serve it.
+    def _find_useful_bits(self, plan: Plan, floor: float | None) -> list[dict[int, int]]:
+        """As `useful_bits`, for what is read under the present plan, with a floor.
 
         First int8 in all layers, then int4 in as many as the bound allows, those with the
         least predicted rise first.
         """
         layers, useful = range(self._llm.adapter.num_layers), list[dict[int, int]]()
-        present = self._rise_at(plan, {})
+        most = self._rise_at(plan, {}) + self.max_rise
+        most = most if floor is None else min(most, floor)
         extra = {n: self._rise_at(plan, {n: 4}) - self._rise_at(plan, {n: 8}) for n in layers}
         bits = dict.fromkeys(layers, 8)
         for layer in (None, *sorted(extra, key=extra.__getitem__)):
             lowered = bits if layer is None else bits | {layer: 4}
-            if not self._rise_at(plan, lowered) <= present + self.max_rise:
+            if not self._rise_at(plan, lowered) <= most:
                 break
             useful, bits = [*useful[:1], lowered], lowered
         return useful
 
     def _rise_at(self, plan: Plan, bits: Mapping[int, int]) -> float:
         """Rise in NLL of a plan with caches of so many bits; NaN without a prediction."""
-        lowered = Plan(caches=tuple((n, CacheLevel(b)) for n, b in bits.items()))
         tokens = self._llm.facts.max_positions
-        rise = self._chooser.rise(with_lowest_caches(plan, lowered), tokens)
+        rise = self._chooser.rise(with_lowest_caches(plan, _caches(bits)), tokens)
         return math.nan if rise is None else rise
+
+
+def _caches(bits: Mapping[int, int]) -> Plan:
+    """A plan in which caches have so many bits, by layer."""
+    return Plan(caches=tuple((layer, CacheLevel(count)) for layer, count in bits.items()))

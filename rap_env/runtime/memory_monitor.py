@@ -239,14 +239,14 @@ class MemoryMonitor:
         self.used_bytes = self.meter.used_bytes()
         self.budget_bytes = self._read_budget()
 
-    def exceeds_lower_budget(self) -> bool:
-        """Whether the budget has fallen since the last `poll`, to less than is used now."""
+    def excess_bytes(self) -> int:
+        """Bytes in use above the budget, if that has fallen since the last `poll`, else 0."""
         try:
             budget = self.source.budget_bytes(self.used_bytes)
         except MemorySourceError:
-            return False
+            return 0
         budget += self.borrowed_bytes
-        return budget < self.budget_bytes and self.meter.used_bytes() > budget
+        return max(0, self.meter.used_bytes() - budget) if budget < self.budget_bytes else 0
 
     @property
     def usable_reserve_bytes(self) -> int:

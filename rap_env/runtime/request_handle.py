@@ -8,8 +8,8 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from rap_env.errors import InfeasibleBudgetError, QualityFloorError
@@ -42,13 +42,15 @@ class AdmitEvent:
     Attributes:
         kept_tokens: Its first tokens that were kept of earlier requests, or of itself before a
             preemption, and are not read again.
-        kept_levels: The levels that their keys and values had, in words; empty without any.
+        kept_levels: Number of them by the levels that their keys and values had, in words.
+        kept_file_tokens: Number of them that were in files.
         kept_plans: The plans under which they were read, with those levels.
     """
 
     time_s: float
     kept_tokens: int = 0
-    kept_levels: str = ""
+    kept_levels: Mapping[str, int] = field(default_factory=dict)
+    kept_file_tokens: int = 0
     kept_plans: frozenset[Plan] = frozenset()
 
 
@@ -122,7 +124,8 @@ class RequestHandle:
         error: The error message, if the request failed.
         rejection: Why the engine rejected the request after it had waited, if it did.
         kept_tokens: Tokens of its prompt that were kept of earlier requests.
-        kept_levels: The levels that their keys and values had, in words; empty without any.
+        kept_levels: Number of them by the levels that their keys and values had, in words.
+        kept_file_tokens: Number of them that were in files.
         kept_plans: The plans under which tokens that it took over were read, with the levels
             that they had, also after preemptions. Its own tokens depend on them.
         preemptions: How often the request was preempted and restarted from its tokens.
@@ -154,7 +157,8 @@ class RequestHandle:
         self.error: str | None = None
         self.rejection: Rejection | None = None
         self.kept_tokens = 0
-        self.kept_levels = ""
+        self.kept_levels: Mapping[str, int] = {}
+        self.kept_file_tokens = 0
         self.kept_plans: frozenset[Plan] = frozenset()
         self.preemptions = 0
         self.cancelled = False
@@ -217,6 +221,7 @@ class RequestHandle:
                     self.admitted_s = event.time_s
                     self.kept_tokens = event.kept_tokens
                     self.kept_levels = event.kept_levels
+                    self.kept_file_tokens = event.kept_file_tokens
             else:
                 self.ended_s, self.reason, self.error = event.time_s, event.reason, event.error
                 self.rejection = event.rejection

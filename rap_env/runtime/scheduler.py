@@ -195,7 +195,7 @@ class Scheduler:
         if now < self._next_look_s or self._interruptions >= _MOST_INTERRUPTIONS:
             return False
         self._next_look_s = now + _LOOK_S
-        return self._controller.monitor.exceeds_lower_budget()
+        return self._controller.must_interrupt()
 
     def _decode(self) -> None:
         began, started = self._clock(), time.perf_counter()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -234,8 +235,9 @@ class AnswerPlans:
         fingerprint: The API's ``system_fingerprint``: equal for equal `server` and equal
             plans.
         changed: Whether the plan changed from one pass to the next.
-        kept_tokens: Tokens of the prompts that were kept of earlier requests.
-        kept_levels: The levels that their keys and values had.
+        kept_levels: Tokens of the prompts that were kept of earlier requests, by the levels that
+            their keys and values had.
+        kept_file_tokens: Those of them that were in files.
     """
 
     def __init__(self, predict: Callable[[Plan], float | None], server: str) -> None:
@@ -246,8 +248,8 @@ class AnswerPlans:
         self._delta_nll: float | None = 0.0
         self.fingerprint = ""
         self.changed = False
-        self.kept_tokens = 0
-        self.kept_levels = ""
+        self.kept_levels = Counter[str]()
+        self.kept_file_tokens = 0
 
     def add(self, plan: Plan) -> None:
         """Add the plan of the next pass."""
@@ -274,8 +276,9 @@ class AnswerPlans:
             "levels": plan.summary,
             "delta_nll": self._delta_nll,
             "plan_changed": self.changed,
-            "kept_tokens": self.kept_tokens,
-            "kept_levels": self.kept_levels or None,
+            "kept_tokens": self.kept_levels.total(),
+            "kept_levels": self.kept_levels,
+            "kept_file_tokens": self.kept_file_tokens,
         }
 
 

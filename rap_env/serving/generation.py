@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -123,7 +124,7 @@ class Generation:
     @property
     def kept_tokens(self) -> int:
         """Tokens of prompts, each counted once, that were kept of earlier requests."""
-        return self._plans.kept_tokens
+        return self._plans.kept_levels.total()
 
     def log_fields(self) -> dict[str, Any]:
         """What a line of the log says: times and tokens so far, over all answers, and the plan."""
@@ -209,9 +210,10 @@ class Generation:
         if isinstance(event, AdmitEvent):
             self._plans.add_kept(event.kept_plans)
             handles = [choice.handle for choice in self._choices[:: self.request.n]]
-            self._plans.kept_tokens = sum(handle.kept_tokens for handle in handles)
-            levels = dict.fromkeys(h.kept_levels for h in handles if h.kept_tokens)
-            self._plans.kept_levels = "/".join(levels)
+            self._plans.kept_file_tokens = sum(handle.kept_file_tokens for handle in handles)
+            self._plans.kept_levels = Counter()
+            for handle in handles:
+                self._plans.kept_levels.update(handle.kept_levels)
             return None
         if isinstance(event, PlanEvent):
             self._plans.add(event.plan)

@@ -213,6 +213,27 @@ def test_a_prefill_chunk_ends_when_the_budget_falls_and_is_repeated(chunk):
 
 
 @pytest.mark.usefixtures("looks_before_each_layer")
+def test_a_chunk_goes_on_if_what_is_kept_makes_the_room():
+    harness = ordered()
+    engine, fall = harness.engine(prefill_chunk_tokens=16), Fall(harness)
+    for number in range(1, 5):
+        engine.submit(prompt(40, number), greedy(1))
+    harness.run(engine)
+    kept_bytes, records = harness.llm.kept_bytes, len(harness.records)
+    handle = engine.submit(prompt(11), greedy(4))
+    budget = harness.need(Plan(), BatchShape(1, 15))
+    assert harness.llm.held_bytes.weights + kept_bytes > budget
+    fall.arm(budget)
+    engine.step()
+    assert len(harness.records) > records  # the chunk ended
+    assert harness.records[records].kind == "prefill"
+    assert harness.llm.kept_bytes < kept_bytes
+    harness.run(engine)
+    assert (engine.stats().repeated_tokens, harness.mask) == (0, Plan())
+    assert handle.token_ids == alone(harness.llm, prompt(11), 4)
+
+
+@pytest.mark.usefixtures("looks_before_each_layer")
 def test_a_budget_that_falls_and_rises_without_end_cannot_stop_a_prefill():
     harness = ordered(hold_s=0.0)
     engine, fall = harness.engine(), Fall(harness)

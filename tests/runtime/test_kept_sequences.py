@@ -211,7 +211,7 @@ class TestRoom:
         history = [*prompt(96), *prompt(9, 1)]
         handle = answer(harness, engine, history)
         assert handle.kept_tokens == 96
-        assert handle.kept_levels == "int8"
+        assert handle.kept_levels == {"native": 32, "int8": 64}
         assert set(handle.plans) == {Plan()}
         assert handle.kept_plans == {Plan.uniform(3, caches="int8")}
         # What was read after it knows that.
@@ -226,7 +226,7 @@ class TestRoom:
         handle = answer(harness, engine, [*prompt(96), *prompt(9, 1)])
         assert handle.kept_tokens == 96
         assert set(handle.plans) == {Plan()}
-        assert handle.kept_levels == "int8"
+        assert handle.kept_levels == {"native": 32, "int8": 64}
 
     def test_as_many_layers_have_int4_as_the_bound_allows(self):
         harness, engine, _ = lowering(2.0, share=0.29)
@@ -235,14 +235,36 @@ class TestRoom:
         assert {level.bits for _, level in levels.caches} == {8, 4}
         rises = [policy.delta_nll(plan, LONG) for plan in (levels, Plan.uniform(3, caches="int4"))]
         assert rises[0] <= 2.0 < rises[1]
-        assert answer(harness, engine, prompt(97)).kept_levels == "int4/int8"
+        assert answer(harness, engine, [*prompt(96), 5]).kept_levels == {"int4/int8": 64}
 
     @pytest.mark.parametrize("max_rise", [0.0, 0.5])
     def test_it_is_dropped_if_it_would_be_worse_than_the_bound(self, max_rise):
         harness, engine, _ = lowering(max_rise)
         levels = {node.block.levels for node in engine._scheduler._kept._order}
         assert levels == {Plan()}
-        assert answer(harness, engine, prompt(96)).kept_levels in ("", "native")
+        assert answer(harness, engine, prompt(96)).kept_levels.keys() <= {"native"}
+
+    def test_it_is_not_lowered_below_the_floor(self):
+        rise = predicting().delta_nll(Plan.uniform(3, caches="int8"), LONG)
+        harness, engine, _ = lowering(1.5, max_delta_nll=rise / 2)
+        assert {node.block.levels for node in engine._scheduler._kept._order} == {Plan()}
+        assert answer(harness, engine, [*prompt(96), 5]).kept_tokens == 64
+
+    def test_what_was_read_under_a_worse_plan_is_lowered_less(self):
+        worse, policy = Plan.uniform(3, weights="int4"), predicting()
+        rises = [policy.delta_nll(plan, LONG) for plan in (worse, Plan.uniform(3, caches="int8"))]
+        harness, engine = conversing(
+            policy=policy, guard_order=(), hold_s=1e9, keep_delta_nll=max(rises) + 0.01
+        )
+        harness.llm.apply(worse)
+        harness.controller.growth.at_arrival = lambda *_: None
+        answer(harness, engine, prompt(96), 1)
+        harness.llm.apply(Plan())
+        harness.controller.forget_margin()
+        harness.time_s += RECENT_S + 0.1
+        squeeze(harness, engine, 0.7)
+        assert {node.block.levels for node in engine._scheduler._kept._order} == {Plan()}
+        assert answer(harness, engine, [*prompt(96), 5]).kept_tokens == 64
 
     @pytest.mark.parametrize("max_rise", [0.0, 0.5])
     def test_what_was_read_under_a_worse_plan_is_used_while_plans_like_it_return(self, max_rise):
@@ -274,7 +296,7 @@ class TestRoom:
         history = [*prompt(96), *prompt(9, 1)]
         handle = answer(harness, engine, history, max_delta_nll=0.0)
         assert handle.kept_tokens == 32  # which was not lowered
-        assert handle.kept_levels == "native"
+        assert handle.kept_levels == {"native": 32}
 
 
 class TestFiles:
@@ -297,10 +319,13 @@ class TestFiles:
     def test_what_would_be_dropped_is_read_back_and_returns_to_memory(self):
         harness, engine = self.squeezed()
         assert engine.stats().kept_file_bytes == self.kept
+        files = []
         for number in (0, 1, 0):
             handle = answer(harness, engine, [*prompt(96, number), 5])
-            assert (handle.kept_tokens, handle.kept_levels) == (96, "native")
+            assert (handle.kept_tokens, handle.kept_levels) == (96, {"native": 96})
+            files.append(handle.kept_file_tokens)
             assert handle.token_ids == alone(harness.llm, [*prompt(96, number), 5], 8)
+        assert files == [96, 96, 0]
         assert kept_bytes(harness) >= self.kept
         assert answer(harness, engine, [*prompt(96), 5], owner="other").kept_tokens == 0
 
@@ -367,18 +392,23 @@ def predicting(kind=KnapsackPolicy):
     return kind(memory, costs(memory.facts, caches=("int8", "int4")))
 
 
-def lowering(max_rise, share=0.7):
-    """An engine that has kept a sequence, for a share of which there was room for a moment."""
-    harness, engine = conversing(
-        policy=predicting(), guard_order=(), hold_s=1e9, keep_delta_nll=max_rise
-    )
-    answer(harness, engine, prompt(96), 1)
+def squeeze(harness, engine, share):
+    """Let there be room for a share of what is kept, for a moment; returns all that was kept."""
     kept = kept_bytes(harness)
     harness.budget_bytes = harness.need(Plan(), BatchShape()) + int(kept * share)
     engine.step()
     harness.budget_bytes = PLENTY
     engine.step()
-    return harness, engine, kept
+    return kept
+
+
+def lowering(max_rise, share=0.7, **settings):
+    """An engine that has kept a sequence, for a share of which there was room for a moment."""
+    harness, engine = conversing(
+        policy=predicting(), guard_order=(), hold_s=1e9, keep_delta_nll=max_rise, **settings
+    )
+    answer(harness, engine, prompt(96), 1)
+    return harness, engine, squeeze(harness, engine, share)
 
 
 @torch.no_grad()

@@ -46,7 +46,8 @@ def test_the_plan_with_the_largest_rise_is_reported():
     for plans in ((PLAN,), (NATIVE, PLAN), (PLAN, NATIVE)):
         assert plans_of(*plans).report() == {
             "plan": PLAN.digest, "levels": LEVELS, "delta_nll": rise,
-            "plan_changed": len(plans) > 1, "kept_tokens": 0, "kept_levels": None,
+            "plan_changed": len(plans) > 1, "kept_tokens": 0, "kept_levels": {},
+            "kept_file_tokens": 0,
         }  # fmt: skip
     kept = AnswerPlans(lambda plan: delta_nll(plan, 100), "server")
     kept.add_kept({PLAN})
@@ -76,12 +77,14 @@ def test_an_answer_has_the_plan(lowered, body, route):
     tokens = (PROMPT if body is CHAT else len("hi")) + 7
     assert found == {
         "plan": PLAN.digest, "levels": LEVELS, "delta_nll": delta_nll(PLAN, tokens),
-        "plan_changed": True, "kept_tokens": 0, "kept_levels": None,
+        "plan_changed": True, "kept_tokens": 0, "kept_levels": {},
+            "kept_file_tokens": 0,
     }  # fmt: skip
     first = post(lowered, {**body, "max_tokens": 2}, route)
     assert first.json()["rap"] == {
         "plan": NATIVE.digest, "levels": "native", "delta_nll": 0.0, "plan_changed": False,
-        "kept_tokens": 0, "kept_levels": None,
+        "kept_tokens": 0, "kept_levels": {},
+            "kept_file_tokens": 0,
     }  # fmt: skip
     assert first.json()["system_fingerprint"] != response.json()["system_fingerprint"]
 

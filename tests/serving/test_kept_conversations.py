@@ -45,7 +45,8 @@ def test_an_answer_says_how_many_tokens_of_its_prompt_were_kept(tokenizer):
         assert (cached(first), cached(second)) == (0, first.usage.prompt_tokens)
         reports = [answer.model_extra["rap"] for answer in (first, second)]
         assert [report["kept_tokens"] for report in reports] == [0, cached(second)]
-        assert [report["kept_levels"] for report in reports] == [None, "native"]
+        assert [report["kept_levels"] for report in reports] == [{}, {"native": cached(second)}]
+        assert [report["kept_file_tokens"] for report in reports] == [0, 0]
         metrics = httpx.get(f"{server.url}/metrics").text
         assert f'rap_tokens_total{{part="kept"}} {cached(second)}.0' in metrics
         assert "rap_kept_sequences 2.0" in metrics

@@ -137,7 +137,7 @@ def served(workload: str, system: str, start: Start, policy: Policy) -> Conversa
         for plan in handle.plans
     ]
     for _, handle in turns:
-        kept[handle.kept_levels] += handle.kept_tokens
+        kept.update(handle.kept_levels)
     later = [(turn, handle) for turn, handle in turns if turn.turn or turn.again]
     ended_s = max(handle.ended_s or 0.0 for _, handle in turns)
     steps = run.intervals[:: 1 + len(run.intervals) // _POINTS]
@@ -147,7 +147,7 @@ def served(workload: str, system: str, start: Start, policy: Policy) -> Conversa
         outcomes=dict(Counter(map(outcome, run.handles))),
         limit_bytes=max(run.budget.levels_bytes),
         prompt_tokens=sum(len(turn.prompt_ids) for turn, _ in turns),
-        kept_tokens={levels: tokens for levels, tokens in kept.items() if tokens},
+        kept_tokens=dict(kept),
         tokens_per_s=len(rises) / (ended_s - run.requests[0].time_s),
         first_token_s=[round((h.first_token_s or 0.0) - t.time_s, 4) for t, h in later],
         predicted_delta_nll=mean_of_known(rises),

@@ -1,12 +1,17 @@
 """Blocks of 32 tokens are cut from a row, lowered, written to files, and put together again."""
 
+import itertools
+
 import pytest
 import torch
 
 from rap_env.levels import GROUP_TOKENS
 from rap_env.models.caches.tensor_file import TensorFile
+from rap_env.models.files.loading import load_llm
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
+from rap_env.scoring.corpus import TINY_HELD_OUT, CorpusConfig
+from rap_env.scoring.corpus_loading import load_corpus
 from tests.models.grouped import LEVELS, long_llm, random_rows, uniform
 from tests.tiny import LAYERS
 
@@ -143,3 +148,26 @@ def test_later_tokens_of_a_row_do_not_change_its_blocks():
             batch.extend([3 + step])
         for block, copies in zip(blocks, before, strict=True):
             assert all(map(torch.equal, block.tensors, copies))
+
+
+def test_in_bfloat16_text_after_a_kept_beginning_is_as_likely_as_without_keeping():
+    llm = load_llm("tiny-deep", dtype="bfloat16")
+    config = CorpusConfig(source=TINY_HELD_OUT, windows=6, window_tokens=128)
+    corpus = load_corpus(config, llm)
+
+    def nll(batch, tokens):
+        losses = []
+        for token, following in itertools.pairwise(tokens):
+            losses.append(-batch.extend([token])[0].log_softmax(-1)[following])
+        return torch.stack(losses)
+
+    rises = []
+    for window in corpus.tokens.tolist():
+        earlier = LiveBatch(llm, most_tokens=16)
+        earlier.prefill([window[:90]])
+        _, blocks = blocks_of(earlier)
+        kept, fresh = filled(llm, window[:75], blocks), LiveBatch(llm, most_tokens=40)
+        kept.append([window[75:100]])
+        fresh.prefill([window[:100]])
+        rises.append(nll(kept, window[100:]) - nll(fresh, window[100:]))
+    assert torch.stack(rises).mean().abs() <= 0.001
