@@ -78,7 +78,7 @@ class RuntimeController:
         switcher: Applies plans.
         growth: Raises items of the plan.
         free_kept: Frees so many bytes of what is kept beside the batch, which count as free;
-            at once, or taking the time to lower it.
+            at once, or as far as there is time to lower it.
         overhead_s: Seconds spent in the controller, switching and measuring included.
 
     Raises:
@@ -140,7 +140,7 @@ class RuntimeController:
         *,
         stalled: bool = False,
     ) -> bool:
-        """Choose and apply a plan for a request that has arrived; return whether one fits.
+        """Choose and apply a plan for a request that has arrived; return whether it may begin.
 
         While others run, a plan that already fits stays. With nothing else running, a switch
         costs no refill: then the policy is asked for a plan that suits the request, and one
@@ -160,8 +160,9 @@ class RuntimeController:
             fits = self._admit(shape, running, next_pass) or (
                 stalled and self._fit_in_reserve(shape, "arrival", next_pass, running=False)
             )
-            if fits:
-                self._leave_room(self.llm.plan, shape, next_pass, at_once=False)
+            # While others run, the request waits for each 50 ms of lowering.
+            while fits and not self._leave_room(self.llm.plan, shape, next_pass, at_once=False):
+                fits = not running
             return fits
 
     def _admit(self, shape: BatchShape, running: BatchShape, next_pass: PassSize) -> bool:
@@ -229,15 +230,18 @@ class RuntimeController:
 
     def _leave_room(
         self, plan: Plan, shape: BatchShape, next_pass: PassSize, *, at_once: bool = True
-    ) -> None:
-        """Free what is kept, as far as a batch with a plan needs the bytes."""
+    ) -> bool:
+        """Free what is kept, as far as a batch with a plan needs the bytes; whether it has them."""
         if self.llm.kept_bytes <= max(0, self.room_for_kept(shape, next_pass, plan)):
-            return
+            return True
         self.monitor.trim()
         excess = self.llm.kept_bytes - max(0, self.room_for_kept(shape, next_pass, plan))
         if excess > 0:
+            most = self.llm.kept_bytes - excess
             self.free_kept(excess, at_once)
             self.monitor.trim()
+            return self.llm.kept_bytes <= most
+        return True
 
     def must_interrupt(self) -> bool:
         """Whether a pass is to end: the budget fell below what is used without what is kept."""

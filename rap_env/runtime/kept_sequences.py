@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LOWERING_S = 0.05
-"""Longest time for lowering and writing to files after a fall of the limit."""
+"""Longest time for lowering and writing to files at a time while requests run."""
 
 
 _PARTS = 32  # files in which the blocks are: one ends, and its bytes with it, once all are gone
@@ -295,7 +296,7 @@ class KeptSequences:
         """A block in memory, else with fewer bits, else in a file; None if there is no room."""
         need = self.bytes + block.bytes - self.room_bytes()
         if need > 0:
-            self.free(need, path, at_once=False)
+            self.free(need, path, lowering_s=math.inf)
         room = self.room_bytes() - self.bytes
         if block.bytes <= room:
             return block
@@ -352,7 +353,14 @@ class KeptSequences:
 
     # Dropping
 
-    def free(self, need_bytes: int, beside: Collection[Node] = (), *, at_once: bool = True) -> None:
+    def free(
+        self,
+        need_bytes: int,
+        beside: Collection[Node] = (),
+        *,
+        lowering_s: float | None = None,
+        at_once: bool = True,
+    ) -> None:
         """Free at least so many bytes, or all: lower what is still useful then, and drop.
 
         What was used least recently goes first. What no lowering saves is dropped before
@@ -362,9 +370,12 @@ class KeptSequences:
         Args:
             need_bytes: Bytes.
             beside: Blocks that stay.
-            at_once: Whether what `_LOWERING_S` of lowering does not free is dropped.
+            lowering_s: Longest time for lowering; by default `_LOWERING_S`.
+            at_once: Whether what it has not freed then is dropped, else the next call goes on.
         """
-        deadline_s = time.perf_counter() + _LOWERING_S
+        began_s = time.perf_counter()
+        deadline_s = began_s + _LOWERING_S
+        lowering_s = _LOWERING_S if lowering_s is None else lowering_s
         most = self.bytes - need_bytes
         stays = set(beside)
         nodes = [node for node in self._order if node.block is not None and node not in stays]
@@ -381,15 +392,19 @@ class KeptSequences:
                 break
             lowest -= size
             self._drop(node, deadline_s)
+        late = False
         for number, node in itertools.product(range(2), nodes):
-            if self.bytes <= most or (at_once and time.perf_counter() > deadline_s):
+            if self.bytes <= most:
                 break
             block = node.block
             for bits in useful[node.plans][number : number + 1]:
                 if block is not None and block.lowered_bytes(bits) < block.bytes:
                     self._set_block(node, block.lowered(bits))
+                    late = time.perf_counter() - began_s > lowering_s
+            if late:
+                break
         for node in nodes:
-            if self.bytes <= most:
+            if self.bytes <= most or (late and not at_once):
                 break
             self._drop(node, deadline_s)
         self._limit_files(stays)

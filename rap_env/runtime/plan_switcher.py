@@ -64,7 +64,7 @@ class PlanSwitcher:
         self._monitor = monitor
         self._clock = clock
         self.rows_plan: Callable[[], Plan] = lambda: self._llm.plan
-        self.before_switch: Callable[[Plan, BatchShape, PassSize], None] = lambda *_: None
+        self.before_switch: Callable[[Plan, BatchShape, PassSize], object] = lambda *_: None
         self.unreadable = ""
         self._unreadable_plan = Plan()
         self._retry_at_s = 0.0

@@ -228,6 +228,33 @@ class TestRoom:
         assert set(handle.plans) == {Plan()}
         assert handle.kept_levels == {"native": 32, "int8": 64}
 
+    @pytest.mark.parametrize("runs", [True, False])
+    def test_while_a_request_decodes_a_request_waits_for_lowering(self, runs, monkeypatch):
+        """Here enough for a block at a time: a request waits for it, and nothing that runs does."""
+        monkeypatch.setattr("rap_env.runtime.kept_sequences._LOWERING_S", 0.0)
+        harness, engine = conversing(policy=predicting(), guard_order=(), keep_delta_nll=1.5)
+        answer(harness, engine, prompt(96), 1)
+        room = int(0.6 * kept_bytes(harness))
+        if runs:
+            running = engine.submit(prompt(10, 2), greedy(100))
+            while len(running.token_ids) < 2:
+                engine.step()
+        turns = [[*prompt(96), *prompt(9, n)] for n in (1, 3)]
+        batch = engine._scheduler.batch
+        sequence = TokenSequence(RequestHandle((*turns[0],), greedy(4), 0.0))
+        harness.budget_bytes = harness.need(Plan(), batch.shape_with(sequence, 105, 16)) + room
+        handles = [engine.submit(turn, greedy(4)) for turn in turns[:1]]
+        lowered = [0]
+        while handles[0].admitted_s is None:
+            before = len(running.token_ids) if runs else 0
+            engine.step()
+            levels = [node.block.levels for node in engine._scheduler._kept._order]
+            lowered.append(sum(level != Plan() for level in levels))
+            assert not runs or len(running.token_ids) > before
+        assert handles[0].kept_tokens == 96
+        assert handles[0].kept_levels["int8"] >= 64
+        assert lowered[:3] == ([0, 1, 2] if runs else [0, 2])
+
     def test_as_many_layers_have_int4_as_the_bound_allows(self):
         harness, engine, _ = lowering(2.0, share=0.29)
         kept, policy = engine._scheduler._kept, harness.policy
