@@ -78,7 +78,7 @@ class RuntimeController:
         switcher: Applies plans.
         growth: Raises items of the plan.
         free_kept: Frees so many bytes of what is kept beside the batch, which count as free;
-            at once, or as far as there is time to lower it.
+            at once, or as far as there is time to lower it. Whether it has to go on then.
         overhead_s: Seconds spent in the controller, switching and measuring included.
 
     Raises:
@@ -123,7 +123,7 @@ class RuntimeController:
         )
         self.switcher = PlanSwitcher(self.chooser, self.monitor, clock)
         self.switcher.before_switch = self._leave_room
-        self.free_kept: Callable[[int, bool], None] = lambda *_: None
+        self.free_kept: Callable[[int, bool], bool] = lambda *_: False
         self.overhead_s = 0.0
         self._waiting = 0
         self.growth = Growth(self.chooser, self.switcher, self.monitor, clock)
@@ -161,7 +161,7 @@ class RuntimeController:
                 stalled and self._fit_in_reserve(shape, "arrival", next_pass, running=False)
             )
             # While others run, the request waits for each 50 ms of lowering.
-            while fits and not self._leave_room(self.llm.plan, shape, next_pass, at_once=False):
+            while fits and self._leave_room(self.llm.plan, shape, next_pass, at_once=False):
                 fits = not running
             return fits
 
@@ -231,17 +231,15 @@ class RuntimeController:
     def _leave_room(
         self, plan: Plan, shape: BatchShape, next_pass: PassSize, *, at_once: bool = True
     ) -> bool:
-        """Free what is kept, as far as a batch with a plan needs the bytes; whether it has them."""
+        """Free what is kept, as far as a batch with a plan needs the bytes; whether more is to go."""
         if self.llm.kept_bytes <= max(0, self.room_for_kept(shape, next_pass, plan)):
-            return True
+            return False
         self.monitor.trim()
         excess = self.llm.kept_bytes - max(0, self.room_for_kept(shape, next_pass, plan))
+        unfinished = excess > 0 and self.free_kept(excess, at_once)
         if excess > 0:
-            most = self.llm.kept_bytes - excess
-            self.free_kept(excess, at_once)
             self.monitor.trim()
-            return self.llm.kept_bytes <= most
-        return True
+        return unfinished
 
     def must_interrupt(self) -> bool:
         """Whether a pass is to end: the budget fell below what is used without what is kept."""

@@ -360,7 +360,7 @@ class KeptSequences:
         *,
         lowering_s: float | None = None,
         at_once: bool = True,
-    ) -> None:
+    ) -> bool:
         """Free at least so many bytes, or all: lower what is still useful then, and drop.
 
         What was used least recently goes first. What no lowering saves is dropped before
@@ -372,6 +372,9 @@ class KeptSequences:
             beside: Blocks that stay.
             lowering_s: Longest time for lowering; by default `_LOWERING_S`.
             at_once: Whether what it has not freed then is dropped, else the next call goes on.
+
+        Returns:
+            Whether the next call has to go on.
         """
         began_s = time.perf_counter()
         deadline_s = began_s + _LOWERING_S
@@ -403,11 +406,13 @@ class KeptSequences:
                     late = time.perf_counter() - began_s > lowering_s
             if late:
                 break
+        unfinished = late and not at_once and self.bytes > most
         for node in nodes:
-            if self.bytes <= most or (late and not at_once):
+            if self.bytes <= most or unfinished:
                 break
             self._drop(node, deadline_s)
         self._limit_files(stays)
+        return unfinished
 
     def _drop(self, node: Node, deadline_s: float) -> None:
         """Write a block to a file, until a time if no request needs it, or drop it.

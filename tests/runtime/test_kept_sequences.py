@@ -255,6 +255,17 @@ class TestRoom:
         assert handles[0].kept_levels["int8"] >= 64
         assert lowered[:3] == ([0, 1, 2] if runs else [0, 2])
 
+    @pytest.mark.parametrize("running", [BatchShape(), BatchShape(1, 16)])
+    def test_a_request_begins_where_nothing_more_can_be_freed(self, running):
+        harness, engine = conversing(policy=predicting(), guard_order=(), keep_delta_nll=1.5)
+        answer(harness, engine, prompt(96), 1)
+        controller, shape = harness.controller, BatchShape(2, 64)
+        asked = []
+        controller.free_kept = lambda *call: bool(asked.append(call))
+        harness.budget_bytes = harness.need(Plan(), shape) + kept_bytes(harness) // 2
+        assert controller.admit(shape, running)
+        assert [at_once for _, at_once in asked] == [False]
+
     def test_as_many_layers_have_int4_as_the_bound_allows(self):
         harness, engine, _ = lowering(2.0, share=0.29)
         kept, policy = engine._scheduler._kept, harness.policy

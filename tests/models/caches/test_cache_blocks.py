@@ -152,7 +152,7 @@ def test_later_tokens_of_a_row_do_not_change_its_blocks():
 
 def test_in_bfloat16_text_after_a_kept_beginning_is_as_likely_as_without_keeping():
     llm = load_llm("tiny-deep", dtype="bfloat16")
-    config = CorpusConfig(source=TINY_HELD_OUT, windows=6, window_tokens=128)
+    config = CorpusConfig(source=TINY_HELD_OUT, windows=2, window_tokens=128)
     corpus = load_corpus(config, llm)
 
     def nll(batch, tokens):
