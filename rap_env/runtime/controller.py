@@ -231,7 +231,7 @@ class RuntimeController:
     def _leave_room(
         self, plan: Plan, shape: BatchShape, next_pass: PassSize, *, at_once: bool = True
     ) -> bool:
-        """Free what is kept, as far as a batch with a plan needs the bytes; whether more is to go."""
+        """Free what is kept, as far as a batch with a plan needs it; whether more is to go."""
         if self.llm.kept_bytes <= max(0, self.room_for_kept(shape, next_pass, plan)):
             return False
         self.monitor.trim()
