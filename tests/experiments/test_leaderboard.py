@@ -140,7 +140,7 @@ def test_plans_are_nested_if_a_smaller_budget_lowers_all_that_a_larger_one_lower
     assert nested_share(requests, [*plans[:2], Plan.removing(0, 1, 2), Plan()], ladder) == 1.0
 
 
-@pytest.mark.parametrize("comparison", ["SmolLM2-v2", "Tiny-v0"])
+@pytest.mark.parametrize("comparison", ["SmolLM2-v2", "TinyEven-v0"])
 def test_plans_of_lists_are_nested_with_a_table_and_without_one(comparison):
     shares = nested_shares(comparison)
     assert {entry.name for entry in published_entries(comparison)} - set(shares) == {

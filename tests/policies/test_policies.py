@@ -126,7 +126,7 @@ class TestLoadPolicy:
             assert (bool(plan.weights), bool(plan.removed_names)) == (lowered, removed)
         (record,) = caplog.records
         assert "made has no measured level costs" in record.getMessage()
-        assert "`rap prepare made` makes them once (about 6 minutes)" in record.getMessage()
+        assert "`rap prepare made` makes them once (about 9 minutes)" in record.getMessage()
 
     def test_every_method_is_served_on_the_packaged_scores(self):
         served = MemoryModel(packaged_files.default_facts())
