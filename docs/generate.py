@@ -46,7 +46,9 @@ from experiments.study.harness import RESULTS, ROOT, Published, Study, write_cha
 from experiments.study.plotting import FAINT, INK, Panel, look, panel_figure, save_gif, save_png
 from experiments.study.table_format import columns_table, markdown, mebibytes, percent, seconds
 from rap_env.cli import cli
+from rap_env.ladder.features import ITEM_FEATURES
 from rap_env.leaderboard.entries import (
+    UNCHOSEN,
     Entry,
     TableValues,
     nested_shares,
@@ -346,7 +348,9 @@ def task_row(name: str) -> list[str]:
     low, middle, high = np.percentile(lengths, [5, 50, 95])
     seen = [f"`{key}` {box.shape}" for key, box in env.observation_space.items() if key != MASK]
     scores = {of: float(each.mean()) for of, each in test_scores(name).items()}
-    best = min(scores.keys() - _UNCHOSEN, key=scores.__getitem__, default=None)
+    entries = published_entries(pinned_task(name).comparison)
+    unchosen = {entry.name for entry in entries if entry.origin["method"] in UNCHOSEN}
+    best = min(scores.keys() - unchosen, key=scores.__getitem__, default=None)
     speed = speeds.get(f"{name}, 1024")
     return [
         f"`{name}`",
@@ -401,11 +405,9 @@ def bounds_table() -> str:
     return markdown((header, cells))
 
 
-_UNCHOSEN = {"Do nothing", "Remove everything"}
 _EASY = 10  # of the thirty budgets with low bits
 _EPISODES = 40  # with random actions, for the lengths of episodes
 MASK = "action_mask"
-_PLACE = 8  # the column of an item's place in the greedy order
 README_TASKS = (*STEP_TASKS[1::-1], LOW_BITS)
 LISTED_TASKS = [name for name in pinned_tasks() if "-Table-" in name or "Tiny" in name]
 
@@ -463,7 +465,7 @@ def episode_images() -> list[Image.Image]:
     observation, _ = env.reset(seed=0, options={"request": request})
     images, over = [env.render()], False
     while not over:
-        order = observation["ladder"][:, _PLACE]
+        order = observation["ladder"][:, ITEM_FEATURES.index("order_place")]
         action = np.where(observation[MASK], order, np.inf).argmin()
         observation, _, *ends, _ = env.step(action)
         over = any(ends)
