@@ -236,9 +236,10 @@ class RuntimeController:
             return False
         self.monitor.trim()
         excess = self.llm.kept_bytes - max(0, self.room_for_kept(shape, next_pass, plan))
-        unfinished = excess > 0 and self.free_kept(excess, at_once)
-        if excess > 0:
-            self.monitor.trim()
+        if excess <= 0:
+            return False
+        unfinished = self.free_kept(excess, at_once)
+        self.monitor.trim()
         return unfinished
 
     def must_interrupt(self) -> bool:
