@@ -153,7 +153,7 @@ def chat_ids(llm: ElasticLLM, *messages: str) -> list[int]:
 def record(llm: ElasticLLM, policy: Policy, settings: DemoConfig) -> Recording:
     """Serve for some seconds within the moving limit; the model is native afterwards.
 
-    Time is the CPU time of the process, so that other programs slow nothing down.
+    Time is the CPU time of this thread, so that other programs slow nothing down.
     """
     from rap_env.runtime.controller import RuntimeController
     from rap_env.runtime.engine import Engine
@@ -169,7 +169,7 @@ def record(llm: ElasticLLM, policy: Policy, settings: DemoConfig) -> Recording:
     started, native_bytes = float("inf"), 2**62
 
     def limit_bytes() -> float:
-        passed = max(0.0, time.process_time() - started) / settings.live_s
+        passed = max(0.0, time.thread_time() - started) / settings.live_s
         fallen = np.interp(passed, list(LIMIT), list(LIMIT.values()))
         return float(_MOST * native_bytes * (1 - fallen * (1 - settings.lowest_share)))
 
@@ -179,14 +179,14 @@ def record(llm: ElasticLLM, policy: Policy, settings: DemoConfig) -> Recording:
         GivenMemory(limit_bytes),
         max_delta_nll=DEFAULT_MAX_DELTA_NLL,
         most_delta_nll=DEFAULT_MOST_DELTA_NLL,
-        clock=time.process_time,
+        clock=time.thread_time,
     )
     engine = Engine(
         llm,
         controller,
         max_batch_size=settings.chats + 1,
         target_itl_s=0.1,
-        clock=time.process_time,
+        clock=time.thread_time,
     )
     shape = BatchShape(settings.chats + 1, max(map(len, prompts)) + CHAT_TOKENS)
     native_bytes = controller.estimator.peak_bytes(Plan(), shape)
@@ -195,7 +195,7 @@ def record(llm: ElasticLLM, policy: Policy, settings: DemoConfig) -> Recording:
     def on_step(step: StepRecord) -> None:
         if not recording.plans or recording.plans[-1] != step.plan.levels:
             recording.plans.append(step.plan.levels)
-        end_s, running = round(time.process_time() - started, 3), engine.stats().running
+        end_s, running = round(time.thread_time() - started, 3), engine.stats().running
         memory = step.budget_bytes, step.peak_bytes, step.held.kept
         plan = len(recording.plans) - 1
         recording.steps.append(Step(end_s, *memory, plan, max(running, 1), step.length))
@@ -222,8 +222,8 @@ def record(llm: ElasticLLM, policy: Policy, settings: DemoConfig) -> Recording:
     engine.observers.append(on_step)
     questions = itertools.cycle(settings.questions.items())
     asked: RequestHandle | None = None
-    started = time.process_time()
-    while (passed := round(time.process_time() - started, 3)) < settings.live_s:
+    started = time.thread_time()
+    while (passed := round(time.thread_time() - started, 3)) < settings.live_s:
         if asked is None:
             answer = Question(*next(questions), passed)
             conversation.append(answer.question)
@@ -231,10 +231,10 @@ def record(llm: ElasticLLM, policy: Policy, settings: DemoConfig) -> Recording:
         running = [chat(i) if handle.done else handle for i, handle in enumerate(running)]
         engine.step()
         if asked.token_ids and not answer.first_s:
-            answer.first_s = round(time.process_time() - started, 3)
+            answer.first_s = round(time.thread_time() - started, 3)
         if asked.done:
             answer.answer = llm.tokenizer.decode(asked.token_ids, skip_special_tokens=True).strip()
-            answer.end_s, asked = round(time.process_time() - started, 3), None
+            answer.end_s, asked = round(time.thread_time() - started, 3), None
             conversation.append(answer.answer)
             recording.answers.append(answer)
     engine.close()
