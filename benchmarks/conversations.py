@@ -2,7 +2,9 @@
 
 ``python -m benchmarks.conversations``. Both sides are engines on one model in one process, in
 turn: each runs the same requests, of tokens that it has not seen before. Times are those of
-the CPU, of one thread.
+the CPU, of one thread. At the end the limit falls, and what is kept is given back. `rap serve`
+is then started to measure its memory, and how much of their history later turns of a chat
+read again.
 
 ``python -m benchmarks.conversations llama_server=PATH`` compares `rap serve` with llama.cpp's
 server and the same file instead: first tokens of chats, whose prompts both keep, in turn. Times
@@ -14,7 +16,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -34,11 +36,15 @@ TURNS, FIRST_TOKENS, NEW_TOKENS, ANSWER_TOKENS = 8, 200, 20, 4
 """Turns of a conversation, tokens of its first prompt, and of each message and answer after."""
 SPEED_USERS, SPEED_TURNS, SPEED_NEW_TOKENS, SPEED_ANSWER_TOKENS = 4, 4, 112, 16
 """Those of conversations at one time, of which the tokens a second are measured."""
-_FIRST_CHARACTERS, _NEW_CHARACTERS = 800, 80
-"""About those tokens, of chats."""
+_FIRST_CHARACTERS, _NEW_CHARACTERS, _CHAT_ANSWER_TOKENS = 800, 80, 32
+"""Characters of a chat's first message and of later ones, about those tokens; tokens of an answer
+where what is read again is counted."""
 _READ_USERS = 2
 """Users whose whole prompts are read; without keeping all of them take the same time."""
 _TURN_AT_MOST, _USER_AT_MOST, _SPEED_AT_LEAST, _LLAMA_AT_MOST = 0.2, 0.15, 1.8, 0.9
+_FALL_BYTES, _FALL_STEPS = 200 * 2**20, 16
+"""By how much the limit falls, and decode steps before that, of which one's time is the median."""
+_FALL_AT_MOST_S, _IDLE_AT_MOST_MIB = 0.3, 354
 
 
 @dataclass
@@ -54,14 +60,15 @@ class ConversationSettings(Settings):
     """llama.cpp's program; null to compare engines."""
 
 
-def engine_on(llm: ElasticLLM, *, keep: bool) -> Engine:
-    """An engine with room for everything, whose clock counts CPU seconds."""
+def engine_on(llm: ElasticLLM, limit_bytes: list[int], *, keep: bool) -> Engine:
+    """An engine within the last one of some limits, whose clock counts CPU seconds."""
     from rap_env.policies.loading import load_policy
     from rap_env.runtime.controller import RuntimeController
     from rap_env.runtime.engine import Engine
     from rap_env.runtime.memory_meter import TensorMeter
 
-    controller = RuntimeController(llm, load_policy("dense"), 2**32, meter=TensorMeter(llm))
+    policy, limit, meter = load_policy("dense"), lambda: limit_bytes[-1], TensorMeter(llm)
+    controller = RuntimeController(llm, policy, limit, meter=meter)
     return Engine(llm, controller, keep=keep, clock=time.process_time)
 
 
@@ -128,23 +135,89 @@ def speed(engine: Engine, seed: int) -> float:
     return SPEED_USERS * SPEED_TURNS * SPEED_ANSWER_TOKENS / (engine.clock() - began_s)
 
 
-def chat(server: Server, model: str, seed: int) -> list[float]:
-    """Seconds to the first text of each turn of a chat from the second one on."""
+def give_back(engine: Engine, limit_bytes: list[int], bytes_given: int) -> tuple[float, float]:
+    """Let the limit fall before a decode step, so that bytes that are kept must be given back.
+
+    Returns:
+        CPU seconds until resident memory has fallen by them, at the end of a decode step, and by
+        how many decode steps that one took longer than others.
+    """
+    from rap_env.models.device import resident_bytes
+    from rap_env.runtime.memory_estimator import BatchShape, PassSize
+    from rap_env.runtime.sampling import SamplingParams
+
+    steps_s, clock = list[float](), engine.clock
+    prompt = _tokens(engine, np.random.default_rng(3), FIRST_TOKENS)
+    handle = engine.submit(prompt, SamplingParams(max_new_tokens=4 * _FALL_STEPS))
+    for _ in range(_FALL_STEPS):
+        began_s = clock()
+        engine.step()
+        steps_s.append(clock() - began_s)
+    decode_step = PassSize(1, prefills=False)
+    room_bytes = engine.controller.room_for_kept(BatchShape(1, handle.final_tokens), decode_step)
+    excess_bytes = engine.stats().kept_bytes - bytes_given - room_bytes
+    before, began_s = resident_bytes()[1], clock()
+    limit_bytes.append(limit_bytes[-1] + excess_bytes)
+    while resident_bytes()[1] > before - bytes_given and not handle.done:
+        engine.step()
+    seconds = clock() - began_s
+    handle.cancel()
+    engine.step()
+    return seconds, float(seconds / np.median(steps_s) - 1)
+
+
+def chat(
+    server: Server, model: str, seed: int, answer_tokens: int
+) -> tuple[list[float], list[int]]:
+    """What later turns of a chat take.
+
+    Returns:
+        Seconds to the first text of each turn from the second one on, and how many tokens of
+        the prompt and the answer before it read again: one, which no pass has run, after an
+        answer of full length.
+    """
     draw, messages, seconds = np.random.default_rng(seed), list[dict[str, str]](), []
+    history, read_again = 0, list[int]()
     texts = sorted(topics.values(), key=len)[-40:]
     for turn in range(TURNS):
         text = texts[draw.integers(len(texts))]
         begin = int(draw.integers(len(text) // 2))
         text = text[begin : begin + (_NEW_CHARACTERS if turn else _FIRST_CHARACTERS)]
         messages.append({"role": "user", "content": text})
-        body = {"model": model, "messages": messages, "max_tokens": ANSWER_TOKENS, "temperature": 0}
+        body = {"model": model, "messages": messages, "max_tokens": answer_tokens, "temperature": 0}
         began_s, first_s, answer = time.perf_counter(), math.inf, ""
         for event in server.chat(body):
             if answer := answer + piece(event):
                 first_s = min(first_s, time.perf_counter() - began_s)
+            if usage := event.get("usage"):
+                kept = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+                read_again.append(history - kept)
+                history = usage["prompt_tokens"] + usage["completion_tokens"]
         messages.append({"role": "assistant", "content": answer})
         seconds.append(first_s)
-    return seconds[1:]
+    return seconds[1:], read_again[1:]
+
+
+def served(settings: ConversationSettings) -> tuple[dict[str, list[float]], list[int]]:
+    """What `rap serve` takes, and what a chat with it reads again.
+
+    Returns:
+        MiB of the process before the first request, without and with keeping, and the second
+        result of `chat`.
+    """
+    from rap_env.models.device import resident_bytes
+
+    idle_mib: dict[str, list[float]] = {"off": [], "on": []}
+    read_again = list[int]()
+    for _ in range(settings.repeats):
+        for side, mib in idle_mib.items():
+            with closing(Server(rap_command(settings.model, "--keep", side))) as server:
+                server.wait_until_ready()
+                process = Path("/proc", str(server.process.pid))
+                mib.append(resident_bytes(process)[1] / 2**20)
+                if side == "on" and not read_again:
+                    _, read_again = chat(server, settings.model, 0, _CHAT_ANSWER_TOKENS)
+    return idle_mib, read_again
 
 
 def _tokens(engine: Engine, draw: np.random.Generator, count: int) -> list[int]:
@@ -164,7 +237,8 @@ def main(settings: ConversationSettings) -> None:
     use_threads(settings.threads or 1)
     llm = load_served_model(ServerSettings(model=settings.model, device="cpu"))
     free_memory_early()
-    engines = {side: engine_on(llm, keep=side == "on") for side in ("off", "on")}
+    limit_bytes = [2**32]
+    engines = {side: engine_on(llm, limit_bytes, keep=side == "on") for side in ("off", "on")}
     turns: dict[str, list[float]] = {side: [] for side in engines}
     users: dict[str, list[float]] = {side: [] for side in engines}
     tokens_per_s: dict[str, list[float]] = {side: [] for side in engines}
@@ -176,6 +250,10 @@ def main(settings: ConversationSettings) -> None:
             users[side].append(float(np.mean(shared)))
             tokens_per_s[side].append(speed(engine, repeat))
     stats = engines["on"].stats()
+    fell_s, _ = give_back(engines["on"], limit_bytes, min(_FALL_BYTES, stats.kept_bytes))
+    _, all_steps = give_back(engines["on"], limit_bytes, engines["on"].stats().kept_bytes)
+    idle_mib, read_again = served(settings)
+    keeping_mib = np.subtract(idle_mib["on"], idle_mib["off"]).tolist()
     against = "the same engine without keeping, one thread"
     targets = [
         target(
@@ -197,6 +275,11 @@ def main(settings: ConversationSettings) -> None:
             at_least=_SPEED_AT_LEAST,
             against=against,
         ),
+        target("s until 200 kept MiB are given back", fell_s, at_most=_FALL_AT_MOST_S),
+        target("decode steps that giving back all of it takes", all_steps, at_most=1),
+        target("MiB of the idle server", *idle_mib["on"], at_most=_IDLE_AT_MOST_MIB),
+        target("MiB that the idle server takes for keeping", *keeping_mib, at_most=1),
+        target("known tokens that a turn of a chat reads again", *read_again, at_most=1),
     ]
     write_record(
         "conversations",
@@ -208,6 +291,7 @@ def main(settings: ConversationSettings) -> None:
         kept_tokens=stats.kept_tokens,
         kept_bytes=stats.kept_bytes,
         kept_sequences=stats.kept_sequences,
+        idle_mib={side: spread(each) for side, each in idle_mib.items()},
     )
     for engine in engines.values():
         engine.close()
@@ -226,10 +310,11 @@ def compare_servers(settings: ConversationSettings, llama_server: str) -> None:
             stack.callback(server.close)
         for server in servers.values():
             server.wait_until_ready()
-            chat(server, settings.model, settings.repeats)
+            chat(server, settings.model, settings.repeats, ANSWER_TOKENS)
         for repeat in range(settings.repeats):
             for side, server in servers.items():
-                seconds[side].append(float(np.mean(chat(server, settings.model, repeat))))
+                first_s, _ = chat(server, settings.model, repeat, ANSWER_TOKENS)
+                seconds[side].append(float(np.mean(first_s)))
     reached = target(
         f"first token of turns 2 to {TURNS} of a chat",
         *ratios(seconds["rap"], seconds["llama.cpp"]),

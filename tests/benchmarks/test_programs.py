@@ -2,8 +2,10 @@
 
 import importlib
 import json
+import os
 import pkgutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import benchmarks
 from benchmarks import conversations, decide, levels, memory, scoring, step
 from benchmarks.memory import measured_peak
 from rap_env.memory import MemoryModel
+from rap_env.models.device import resident_bytes
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.pruned_checkpoint import load_pruned, save_pruned
 from rap_env.plan import Plan
@@ -127,12 +130,20 @@ def test_conversations_read_only_what_is_new(measured, monkeypatch):
     monkeypatch.setattr(conversations, "SPEED_ANSWER_TOKENS", 4)
     llm = tiny_llm(layers=LAYERS, positions=256)
     monkeypatch.setattr("rap_env.serving.served_model.load_served_model", lambda _: llm)
-    records = measured(
-        conversations, conversations.ConversationSettings, users=3, system_tokens=100
-    )
+    servers, schema = [], conversations.ConversationSettings
+    monkeypatch.setattr(conversations, "Server", lambda command: server_of(servers, command))
+    records = measured(conversations, schema, model="m", users=3, system_tokens=100)
     record = records["conversations-cpu"]
-    turns, users, speed = record["targets"]
+    turns, users, speed, fall, all_of_it, idle, keeping, again = record["targets"]
     assert (turns["at_most"], users["at_most"], speed["at_least"]) == (0.2, 0.15, 1.8)
+    assert 0 < fall["reached"] < 5
+    assert -1 < all_of_it["reached"] < 100
+    assert [server.command[-1] for server in servers] == ["off", "on"]
+    used_mib = resident_bytes()[1] / 2**20
+    assert idle["reached"] == pytest.approx(used_mib, rel=0.5)  # this process stands for both
+    assert abs(keeping["reached"]) < used_mib / 2
+    assert (again["low"], again["reached"], again["high"]) == (1, 1, 1)
+    assert not any(server.is_open for server in servers)
     answer = conversations.ANSWER_TOKENS
     new = conversations.NEW_TOKENS + answer
     taken = (60 + answer - 1) + (60 + new + answer - 1) + 2 * 100
@@ -142,38 +153,45 @@ def test_conversations_read_only_what_is_new(measured, monkeypatch):
 
 
 class FakeServer:
+    """It answers with two tokens, of which no pass has run the last one at the next turn."""
+
     def __init__(self, command):
-        self.command, self.chats = command, []
+        self.command, self.chats, self.is_open = command, [], True
+        self.process = SimpleNamespace(pid=os.getpid())
 
     def wait_until_ready(self):
         pass
 
     def close(self):
-        self.command = None
+        self.is_open = False
 
     def chat(self, body):
         assert body["model"] == "m"
         self.chats.append([message["content"] for message in body["messages"]])
         yield {"choices": [{"delta": {"content": None}}]}
         yield {"choices": [{"delta": {"content": f"answer {len(self.chats)}"}}]}
-        yield {"choices": [], "usage": {"completion_tokens": 2}}
+        tokens = 10 * len(self.chats[-1])
+        usage = {"prompt_tokens": tokens, "completion_tokens": 2}
+        details = {"cached_tokens": tokens - 20 + 1}
+        yield {"choices": [], "usage": usage | {"prompt_tokens_details": details}}
+
+
+def server_of(servers, command):
+    servers.append(FakeServer(command))
+    return servers[-1]
 
 
 def test_both_servers_get_the_same_chats_with_their_own_answers(measured, monkeypatch):
     servers = []
-
-    def start(command):
-        servers.append(FakeServer(command))
-        return servers[-1]
-
-    monkeypatch.setattr(conversations, "Server", start)
+    monkeypatch.setattr(conversations, "Server", lambda command: server_of(servers, command))
     monkeypatch.setattr(conversations, "llama_command", lambda program, *_: [program])
     schema = conversations.ConversationSettings
     (record,) = measured(conversations, schema, llama_server="llama-server", model="m").values()
     assert record["benchmark"] == "conversations_llama_cpp"
     assert record["targets"][0]["at_most"] == 0.9
     rap, other = servers
-    assert rap.command is other.command is None  # both were closed
+    assert not rap.is_open
+    assert not other.is_open
     assert rap.chats == other.chats
     *_, last = rap.chats
     assert len(last) == 2 * conversations.TURNS - 1
