@@ -294,4 +294,5 @@ class Engine:
                     log.exception("A turn of the engine failed; the engine continues.")
                 self._turn_error = error
             if not worked:
+                self.controller.monitor.meter.rest()
                 self._wake.wait(_IDLE_POLL_S)

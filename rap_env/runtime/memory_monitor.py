@@ -303,7 +303,6 @@ class MemoryMonitor:
         freed, changed = self._explained_bytes - self.held.total, self.used_bytes - self.held.total
         if freed > 0 or abs(changed) > _LEAST_CHANGE_BYTES:
             self.trim()
-        self.meter.rest()
         self.margin.observe("decode", self.used_bytes - self._explained_bytes)
 
     def trim(self) -> None:

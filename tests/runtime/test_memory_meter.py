@@ -15,6 +15,8 @@ from rap_env.models.weights.packed_layout import buffer_bytes
 from rap_env.plan import Plan
 from rap_env.policies.loading import OrderPolicy, StaticPolicy
 from rap_env.policies.uniform import uniform_plans
+from rap_env.runtime.controller import RuntimeController
+from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_estimator import (
     EMPTY_BATCH,
     UNKNOWN_PASS,
@@ -28,6 +30,7 @@ from rap_env.runtime.memory_meter import (
     process_meter,
 )
 from rap_env.runtime.memory_monitor import GivenMemory, MemoryMonitor, SafetyMargin
+from rap_env.runtime.sampling import SamplingParams
 from tests.runtime.harness import NoisyMeter, set_status
 from tests.tiny import tiny_llm
 
@@ -98,6 +101,20 @@ def test_sampling_ends_with_the_meter():
     del meter
     thread.join(timeout=5)
     assert not thread.is_alive()
+
+
+@linux
+def test_an_idle_engine_takes_no_samples():
+    llm = tiny_llm()
+    meter = ResidentMeter(llm)
+    engine = Engine(llm, RuntimeController(llm, StaticPolicy(Plan()), 2**40, meter=meter))
+    engine.start()
+    engine.submit([1, 2, 3], SamplingParams(max_new_tokens=2)).result(timeout_s=30)
+    assert engine.stats().kept_bytes > 0
+    time.sleep(0.3)  # some looks at the budget
+    sampled = [meter._sampler._sampling.is_set() for _ in range(40) if not time.sleep(0.01)]
+    engine.close()
+    assert sum(sampled) < 20
 
 
 @linux
