@@ -287,8 +287,18 @@ def grouped_query_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Transformers' scaled dot product attention, faster for single queries without a mask."""
-    if query.shape[2] > 1 or attention_mask is not None or set(kwargs) - _IGNORED:
+    """Transformers' scaled dot product attention with the same results, in less time on a CPU.
+
+    It is faster for single queries without a mask, and for several queries with one.
+    """
+    known = not set(kwargs) - _IGNORED
+    if known and query.shape[2] > 1 and attention_mask is not None:
+        # Transformers copies keys and values for each head of a group.
+        attended = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True
+        )
+        return attended.transpose(1, 2).contiguous(), None
+    if query.shape[2] > 1 or attention_mask is not None or not known:
         whole: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )

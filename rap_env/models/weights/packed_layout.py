@@ -273,20 +273,20 @@ def widen_blocks(
 ) -> None:
     """Codes (blocks, in, 32), scale and zero (groups, rows), into (in, rows).
 
-    The codes become signed bytes of 16 times their distance from the middle, which take one
-    operation for each half of a byte and convert to any dtype exactly.
+    The codes become signed bytes of their distance from the middle, which convert to any dtype
+    exactly.
     """
     blocks, inputs, _ = codes.shape
     halves = out.view(inputs, blocks, 2, HALF)
     with buffer_in_use():
         signed = widening_buffer(codes.numel(), torch.uint8, codes.device).view(codes.shape)
-        torch.bitwise_and(codes, 0xF0, out=signed).bitwise_xor_(0x80)
+        torch.bitwise_right_shift(codes, 4, out=signed).sub_(MIDDLE)
         halves[:, :, 1].copy_(signed.view(torch.int8).transpose(0, 1))
-        torch.bitwise_left_shift(codes, 4, out=signed).bitwise_xor_(0x80)
+        torch.bitwise_and(codes, 15, out=signed).sub_(MIDDLE)
         halves[:, :, 0].copy_(signed.view(torch.int8).transpose(0, 1))
     groups = out.view(-1, group_inputs, out.shape[1])
     # Contiguous: with other strides torch computes one value at a time.
-    scale, zero = (part[:, None].to(out.dtype).contiguous() for part in (scale / 16, zero))
+    scale, zero = (part[:, None].to(out.dtype).contiguous() for part in (scale, zero))
     torch.addcmul(zero, groups, scale, out=groups)
 
 
