@@ -10,7 +10,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -252,7 +252,7 @@ def _log_request(scope: Scope, status: int, seconds: float) -> None:
     path = shown(scope["raw_path"].decode("ascii"))  # as sent: no line breaks
     known = {name: state.get(name) for name in ("outcome", "reason")}
     known |= state.get("log_fields", dict)()
-    known = {name: value for name, value in known.items() if value is not None}
+    known = {name: value for name, value in known.items() if value not in (None, {})}
     words = [f" {name}={_quoted(value)}" for name, value in known.items()]
     log.log(
         logging.DEBUG if scope["path"] in UNLIMITED_PATHS else logging.INFO,
@@ -261,8 +261,9 @@ def _log_request(scope: Scope, status: int, seconds: float) -> None:
 
 
 def _quoted(value: object) -> str:
-    """Text of a value, in quotes if it has spaces."""
-    text = str(value)
+    """Text of a value, in quotes if it has spaces; of a mapping as ``name:value,name:value``."""
+    pairs = value.items() if isinstance(value, Mapping) else ()
+    text = ",".join(f"{name}:{each}" for name, each in pairs) or str(value)
     return json.dumps(text) if " " in text else text
 
 

@@ -1,5 +1,7 @@
 """Answers say what was kept of earlier requests, and each client finds only its own."""
 
+import logging
+
 import httpx
 import pytest
 
@@ -53,13 +55,17 @@ def test_an_answer_says_how_many_tokens_of_its_prompt_were_kept(tokenizer):
         assert 'rap_memory_held_bytes{part="kept"} 0.0' not in metrics
 
 
-def test_a_stream_says_it_too(tokenizer):
+def test_a_stream_and_the_line_of_the_log_say_it_too(tokenizer, caplog):
+    caplog.set_level(logging.INFO, logger="rap_env.serving")
     with served(engine(tokenizer), tokenizer) as server, client_of(server) as client:
         complete(client, TEXT)
         body = {"model": "tiny", "prompt": TEXT + "more", "max_tokens": 4}
         options = {"stream": True, "stream_options": {"include_usage": True}}
         *_, last = client.completions.create(**body, **options)
         assert cached(last) == last.model_extra["rap"]["kept_tokens"] == len(TEXT)
+    first, second = [r.message for r in caplog.records if r.name == "rap_env.serving.http"]
+    assert "kept_levels" not in first
+    assert f" kept_tokens={len(TEXT)} kept_levels=native:{len(TEXT)} " in second
 
 
 def test_answers_to_one_prompt_are_counted_once(tokenizer):
