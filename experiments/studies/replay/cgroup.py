@@ -10,6 +10,7 @@ that of llama.cpp with an f16 cache for as many answers as there are clients.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import random
@@ -96,6 +97,14 @@ def measures(trial: TrialRow) -> dict[str, str]:
     moves = sorted(time_s for a in trial.answers for time_s in (a["asked_s"], *a["times_s"]))
     gaps_s = [gap_s for answer in trial.answers for gap_s in np.diff(answer["times_s"])]
     gap_ms = 1000 * np.median(gaps_s) if gaps_s else 0
+    times_s = sorted(time_s for answer in trial.answers for time_s in answer["times_s"])
+    ends_s = [(a["times_s"][0], a["times_s"][-1]) for a in trial.answers if a["times_s"]]
+    pauses = sorted(itertools.pairwise(times_s), key=lambda pause: pause[0] - pause[1])
+    under_way_s = (
+        end - begin
+        for begin, end in pauses  # the longest one first
+        if any(first <= begin and end <= last for first, last in ends_s)
+    )
     values = {
         "Minutes": f"{trial.minutes:.1f}",
         "Requests answered": f"{len(answered)}",
@@ -103,6 +112,8 @@ def measures(trial: TrialRow) -> dict[str, str]:
         "Processes killed, and started again": f"{trial.kills}",
         "Tokens a second": f"{tokens / trial.minutes / 60:.1f}",
         "Longest time without a token": f"{max(np.diff(moves), default=0):.1f} s",
+        "Longest time without a token, an answer under way": f"{next(under_way_s, 0):.1f} s",
+        "Longest time between the pieces of an answer": f"{max(gaps_s, default=0):.1f} s",
         "Time between the pieces of an answer, median": f"{gap_ms:.0f} ms",
     }
     if answered:

@@ -41,8 +41,19 @@ def test_a_table_has_a_column_for_each_server():
     assert values["Processes killed, and started again"] == ["0", "3"]
     assert values["Tokens a second"] == ["6.5", "0.0"]  # 97 in a quarter of a minute
     assert values["Longest time without a token"] == ["3.0 s", "0.0 s"]
+    assert values["Longest time without a token, an answer under way"] == ["3.0 s", "0.0 s"]
+    assert values["Longest time between the pieces of an answer"] == ["3.0 s", "0.0 s"]
     assert values["Time between the pieces of an answer, median"] == ["100 ms", "0 ms"]
     assert values["ΔNLL of the answers' plans, mean"] == ["0.500", "-"]
+
+
+def test_silence_counts_while_an_answer_is_under_way():
+    preempted = answer(0.0, [1.0, 2.0, 11.0, 12.0])
+    beside_it = answer(3.0, [3.5, 5.5, 7.0])
+    values = cgroup.measures(TrialRow("rap", 0, [preempted, beside_it, answer(20.0, [30.0])], 1.0))
+    assert values["Longest time between the pieces of an answer"] == "9.0 s"
+    assert values["Longest time without a token, an answer under way"] == "4.0 s"
+    assert values["Longest time without a token"] == "10.0 s"
 
 
 def test_each_server_has_its_command(monkeypatch):
