@@ -133,6 +133,10 @@ def measures(trial: TrialRow) -> dict[str, str]:
             middle = f"{np.median(waits_s):.1f} s ({len(waits_s)})" if waits_s else "-"
             values[f"First token of later turns{how}: median (turns)"] = middle
         values["Prompt tokens of later turns that were kept"] = percent(kept)
+        for took, words in ((True, "took"), (False, "took no")):
+            rises = [a["delta_nll"] or 0 for a in answered if bool(a["kept_tokens"]) == took]
+            mean = f"{np.mean(rises):.3f} ({len(rises)})" if rises else "-"
+            values[f"ΔNLL of answers that {words} kept tokens, mean (answers)"] = mean
     return values
 
 

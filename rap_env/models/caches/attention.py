@@ -292,8 +292,9 @@ def grouped_query_attention(
     It is faster for single queries without a mask, and for several queries with one.
     """
     known = not set(kwargs) - _IGNORED
-    if known and query.shape[2] > 1 and attention_mask is not None:
-        # Transformers copies keys and values for each head of a group.
+    masked = query.shape[2] > 1 and attention_mask is not None
+    if known and masked and query.device.type == "cpu":
+        # Transformers copies keys and values for each head of a group, which kernels of CUDA need.
         attended = functional.scaled_dot_product_attention(
             query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True
         )
