@@ -160,7 +160,8 @@ class Admission:
         """Reject what has waited too long, and admit the next request if it fits.
 
         That is the first of the queue that does not wait for its own floor. Where nothing has
-        run for `_STALLED_S`, all are tried, the shortest first.
+        run for `_STALLED_S`, all are tried, the shortest first. None is admitted before the last
+        prompt that was read is kept, since it may begin as that does.
 
         Args:
             interrupt: As for `LiveBatch`.
@@ -172,6 +173,8 @@ class Admission:
         self._kept.release_ended()
         self._controller.note_waiting(len(self._queue))
         batch = self._batch
+        if any(sequence.unkept for sequence in batch.decoding):
+            return False
         if batch.prefilling is not None or len(batch.decoding) >= self.most_running:
             return False
         if self.stalled_s >= _STALLED_S:

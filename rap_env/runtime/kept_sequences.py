@@ -35,7 +35,6 @@ log = logging.getLogger(__name__)
 _LOWERING_S = 0.05
 """Longest time for lowering and writing to files at a time while requests run."""
 
-
 _PARTS = 32  # files in which the blocks are: one ends, and its bytes with it, once all are gone
 _LEAST_BYTES = 4 * 2**20  # of a file, before another one is begun
 _NEW_SHARE = 0.1  # of the last measurement in the average seconds of a byte and a token
@@ -226,8 +225,11 @@ class KeptSequences:
         read: ReadPlans,
         *,
         waiting: bool = False,
-    ) -> None:
+    ) -> bool:
         """Keep a row of a sequence, as far as there is room; blocks that are kept stay.
+
+        While the sequence goes on, new blocks are added for as long as `_LOWERING_S`, and at
+        least one, unless only the whole row would serve.
 
         Args:
             sequence: The sequence.
@@ -236,9 +238,15 @@ class KeptSequences:
             waiting: Whether the sequence was preempted. All of it is needed then until the
                 sequence continues or ends, and what has no room is written to a file. What a
                 sequence adds whose prompt is not read yet is removed after that.
+
+        Returns:
+            Whether the next call has to go on.
         """
         if row is None or not (self._keep or waiting):
-            return
+            return False
+        at_once = waiting or sequence.handle.done or row.ending
+        deadline_s = math.inf if at_once else time.perf_counter() + _LOWERING_S
+        added = unfinished = False
         temporary = not self._keep or (waiting and not sequence.handle.token_ids)
         tree = TreeKey(self._owner(sequence), row.absent, row.ending)
         node = self._trees.setdefault(tree, Node(()))
@@ -249,10 +257,13 @@ class KeptSequences:
             plans = read.plans(first + len(tokens))
             child = self._child(node, tokens, plans, sequence, ends=ends)
             if child is None:
+                if unfinished := added and time.perf_counter() > deadline_s:
+                    break
                 block = self._placed(row.block(number), plans, path, waiting=waiting)
                 if block is None:
                     break
                 child = self._add(node, Node(tokens, node, None, plans, temporary=temporary), block)
+                added = True
             child.temporary &= temporary
             self._bring_back(child)
             path.append(child)
@@ -261,6 +272,7 @@ class KeptSequences:
         if waiting:
             self._waiting[sequence] = tuple(path)
         self._remove_empty()
+        return unfinished
 
     def _child(
         self,
@@ -294,9 +306,9 @@ class KeptSequences:
         waiting: bool,
     ) -> CacheBlock | None:
         """A block in memory, else with fewer bits, else in a file; None if there is no room."""
-        need = self.bytes + block.bytes - self.room_bytes()
-        if need > 0:
-            self.free(need, path, lowering_s=math.inf)
+        while (need := self.bytes + block.bytes - self.room_bytes()) > 0:
+            if not self.free(need, path, at_once=False):
+                break
         room = self.room_bytes() - self.bytes
         if block.bytes <= room:
             return block
@@ -358,27 +370,23 @@ class KeptSequences:
         need_bytes: int,
         beside: Collection[Node] = (),
         *,
-        lowering_s: float | None = None,
         at_once: bool = True,
     ) -> bool:
         """Free at least so many bytes, or all: lower what is still useful then, and drop.
 
         What was used least recently goes first. What no lowering saves is dropped before
         anything is lowered, since that takes time. What is dropped goes to files, if there are
-        any, for as long as `_LOWERING_S`.
+        any. Both end after `_LOWERING_S`.
 
         Args:
             need_bytes: Bytes.
             beside: Blocks that stay.
-            lowering_s: Longest time for lowering; by default `_LOWERING_S`.
             at_once: Whether what it has not freed then is dropped, else the next call goes on.
 
         Returns:
             Whether the next call has to go on.
         """
-        began_s = time.perf_counter()
-        deadline_s = began_s + _LOWERING_S
-        lowering_s = _LOWERING_S if lowering_s is None else lowering_s
+        deadline_s = time.perf_counter() + _LOWERING_S
         most = self.bytes - need_bytes
         stays = set(beside)
         nodes = [node for node in self._order if node.block is not None and node not in stays]
@@ -403,7 +411,7 @@ class KeptSequences:
             for bits in useful[node.plans][number : number + 1]:
                 if block is not None and block.lowered_bytes(bits) < block.bytes:
                     self._set_block(node, block.lowered(bits))
-                    late = time.perf_counter() - began_s > lowering_s
+                    late = time.perf_counter() > deadline_s
             if late:
                 break
         unfinished = late and not at_once and self.bytes > most

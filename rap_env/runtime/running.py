@@ -146,7 +146,9 @@ class RunningBatch:
             joining, chunks = None, 0
             if self.prefilling is not None and refilling is None:
                 joining, chunks = self.prefilling.sequence, self.prefilling.chunks_left
-            self._shape = shape_of(self.decoding, joining, chunks, uniform=self._uniform)
+                joining = None if joining.handle.done else joining
+            running = [sequence for sequence in self.decoding if not sequence.handle.done]
+            self._shape = shape_of(running, joining, chunks, uniform=self._uniform)
         return replace(self._shape, kept_bytes=kept_bytes) if kept_bytes else self._shape
 
     def shape_with(self, sequence: TokenSequence, unread: int, chunk_tokens: int) -> BatchShape:
@@ -232,8 +234,10 @@ class RunningBatch:
             batch, read = prefilling.batch, prefilling.read
         else:
             row = self.decoding.index(sequence)
+        sequence.unkept, self._shape = False, None
         if batch.size:
-            self.kept.put(sequence, batch.cached_row(row), read, waiting=waiting)
+            cached = batch.cached_row(row)
+            sequence.unkept = self.kept.put(sequence, cached, read, waiting=waiting)
 
     def remove(self, sequences: Collection[TokenSequence]) -> None:
         """Remove sequences, with a refill or a prefill of theirs."""

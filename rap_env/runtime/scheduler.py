@@ -95,6 +95,7 @@ class Scheduler:
     def turn(self) -> bool:
         """Run one turn; return whether the model was run."""
         self._remove_cancelled()
+        self._keep([sequence for sequence in self.batch.decoding if sequence.unkept])
         if self.admission.admit_next(self._must_interrupt):
             self._interruptions = 0
         self._refill_next()
@@ -329,10 +330,10 @@ class Scheduler:
             self.output.end(sequence, "cancelled")
         cancelled = [sequence for sequence in self.batch.sequences if sequence.handle.cancelled]
         if cancelled:
-            self._keep([each for each in cancelled if each in self.batch.decoding])
-            self.batch.remove(cancelled)
             for sequence in cancelled:
                 self.output.end(sequence, "cancelled")
+            self._keep([each for each in cancelled if each in self.batch.decoding])
+            self.batch.remove(cancelled)
 
     def _keep(self, sequences: Sequence[TokenSequence]) -> None:
         """Keep what sequences have cached, unless their logits were not finite."""

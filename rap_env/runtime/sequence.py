@@ -71,6 +71,7 @@ class TokenSequence:
         queued_since_s: When it last entered the queue, on the engine's clock.
         computed_tokens: Most of its tokens that were in a cache so far.
         refills: Whether its cache may be computed again at better levels.
+        unkept: Whether keeping it has to go on (see `KeptSequences.put`).
         unfit_bytes: The largest budget in which it did not fit alone above its own floor.
     """
 
@@ -82,6 +83,7 @@ class TokenSequence:
         self.queued_since_s = handle.arrived_s
         self.computed_tokens = 0
         self.refills = True
+        self.unkept = False
         self.unfit_bytes = 0
 
     @property

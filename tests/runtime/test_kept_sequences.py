@@ -255,6 +255,38 @@ class TestRoom:
         assert handles[0].kept_levels["int8"] >= 64
         assert lowered[:3] == ([0, 1, 2] if runs else [0, 2])
 
+    def test_a_prompt_is_kept_between_the_tokens_of_others(self, monkeypatch):
+        """Here enough for a block at a time; a request that begins alike waits for all of it."""
+        monkeypatch.setattr("rap_env.runtime.kept_sequences._LOWERING_S", 0.0)
+        harness, engine = conversing(policy=predicting(), guard_order=(), keep_delta_nll=1.5)
+        answer(harness, engine, prompt(128), 1)
+        room = int(1.5 * kept_bytes(harness))
+        running = engine.submit(prompt(10, 2), greedy(100))
+        while len(running.token_ids) < 2:
+            engine.step()
+        kept = engine._scheduler._kept
+        harness.budget_bytes = harness.need(Plan(), BatchShape(3, 140)) + room
+        handles = [engine.submit([*prompt(128, 1), *more], greedy(9)) for more in ([], [5])]
+        same = TokenSequence(RequestHandle(handles[1].prompt_ids, greedy(9), 0.0))
+        found = []
+        while handles[1].admitted_s is None:
+            tokens = len(running.token_ids)
+            engine.step()
+            assert len(running.token_ids) == tokens + 1
+            found += [kept.match(same).tokens] * bool(handles[0].token_ids)
+        assert found[:4] == [32, 64, 96, 128]
+        assert handles[1].kept_tokens == 128
+        assert {level.name for n in kept._order for _, level in n.block.levels.caches} == {"int8"}
+
+    def test_room_for_an_answer_that_ends_is_that_beside_what_goes_on(self):
+        harness, engine = conversing(policy=predicting(), guard_order=(), keep_delta_nll=1.5)
+        harness.budget_bytes = harness.need(Plan(), BatchShape(1, 104))  # no room beside it
+        answer(harness, engine, prompt(96))
+        blocks = harness.estimator.memory.kv_bytes_by_layer(1, 96).sum()
+        assert blocks < kept_bytes(harness)
+        handle = answer(harness, engine, [*prompt(90), 5], 1)
+        assert handle.kept_levels == {"int8": 90}
+
     @pytest.mark.parametrize("running", [BatchShape(), BatchShape(1, 16)])
     def test_a_request_begins_where_nothing_more_can_be_freed(self, running):
         harness, engine = conversing(policy=predicting(), guard_order=(), keep_delta_nll=1.5)
