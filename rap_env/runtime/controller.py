@@ -219,12 +219,16 @@ class RuntimeController:
         """Bytes that may be kept beside a batch, by default with the present plan.
 
         That is what the batch at its largest leaves, and what the next pass leaves of what is
-        used now. May be negative.
+        used now; lowering what is kept, between two passes, fits in either, so that it never
+        takes more than the limit that held when it began. May be negative.
         """
         monitor, plan = self.monitor, self.llm.plan if plan is None else plan
+        estimator, lowering_bytes = self.estimator, self.estimator.lowering_bytes
         margin = monitor.margin.bytes_for(prefills=next_pass.prefills)
-        beside_batch = monitor.budget_bytes - margin - self.estimator.peak_bytes(plan, shape)
-        pass_bytes = self.estimator.pass_estimate(plan, shape, next_pass).total
+        margin += max(0, lowering_bytes - estimator.workspace_bytes(shape))
+        beside_batch = monitor.budget_bytes - margin - estimator.peak_bytes(plan, shape)
+        estimate = estimator.pass_estimate(plan, shape, next_pass)
+        pass_bytes = estimate.growth + max(estimate.workspace, lowering_bytes)
         used_bytes = monitor.meter.used_bytes() - self.llm.kept_bytes
         return min(beside_batch, monitor.budget_bytes - used_bytes - pass_bytes)
 

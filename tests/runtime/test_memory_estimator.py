@@ -1,13 +1,18 @@
 """Shapes of batches, and what they need."""
 
+import itertools
+import json
 import random
 
 import pytest
+import torch
+from torch.profiler import profile
 
 from rap_env.memory import MemoryModel
+from rap_env.models.caches.cache_blocks import CacheBlock, LayerStack
 from rap_env.plan import Plan
 from rap_env.request import Request
-from rap_env.runtime.memory_estimator import BatchShape, MemoryEstimator
+from rap_env.runtime.memory_estimator import _LOWERING_BLOCKS, BatchShape, MemoryEstimator
 from tests.tiny import tiny_llm
 
 SHAPE = BatchShape(3, 20)
@@ -68,3 +73,26 @@ def test_a_uniform_shape_covers_every_row_at_every_time():
         assert shape.seq_len_tokens == max(held + coming for held, coming in rows) or (
             shape.tokens >= simulated(rows)
         )
+
+
+@pytest.mark.parametrize(("bits", "fewer"), [(16, 8), (16, 4), (8, 4)])
+def test_lowering_a_kept_block_takes_no_more_than_is_counted_for_it(bits, fewer, tmp_path):
+    """Beside that block there may be one in native bits, on its way into the store."""
+    layers, states = range(30), torch.randn(2, 30, 3, 32, 64).bfloat16()  # as the default model
+    stack = LayerStack((*layers,), 16, (*states.unbind(),))
+    block = CacheBlock((stack,), {}, torch.bfloat16, torch.device("cpu")).in_own_pages()
+    native = block.bytes
+    block = block.lowered(dict.fromkeys(layers, bits))
+    with profile(profile_memory=True) as run:
+        block.lowered(dict.fromkeys(layers, fewer))
+    run.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    memory = sorted((e for e in events if e["name"] == "[memory]"), key=lambda event: event["ts"])
+    most = max(itertools.accumulate(event["args"]["Bytes"] for event in memory))
+    assert 0.8 * (_LOWERING_BLOCKS - 1) < most / native <= _LOWERING_BLOCKS - 1
+
+
+def test_bytes_for_lowering_a_kept_block_grow_with_keys_and_values(llm):
+    memory = MemoryModel(llm)
+    native = memory.kv_bytes_by_layer(1, 32).sum()
+    assert MemoryEstimator(llm).lowering_bytes == _LOWERING_BLOCKS * native
