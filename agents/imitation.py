@@ -2,13 +2,12 @@
 
 A plan says which level each item has, not in which order they were lowered. In a state on the
 way there, each remaining step is therefore a right action, and the policy is trained to
-choose one of them. States are random plans between the native one and the teacher's; they are
-drawn again for each update.
+choose one of them. States are random plans between the native one and the teacher's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,13 +19,12 @@ from stable_baselines3.dqn.policies import DQNPolicy
 from agents.algorithms import AgentConfigError
 from agents.networks import action_scores, as_tensors
 from agents.trained_policy import PlanObserver
-from rap_env.ladder.items import Counts
 from rap_env.ladder.observation import ObservationEncoder
 from rap_env.models.progress import progress_bar
 from rap_env.plan import Plan
 from rap_env.request import Request
 
-_BATCH_SIZE = 256  # states in each update
+_WAYS = 512  # least number of random ways that are walked at once
 _LEARNING_RATE, _LAST_SHARE = 3e-3, 0.05  # Adam's first learning rate, and what is left at the end
 _MARGIN = 0.8  # that other actions' Q values should be lower, in normalised rewards, as in DQfD
 _REPORTED_UPDATES = 20
@@ -52,8 +50,10 @@ class Batch(NamedTuple):
     valid: torch.Tensor
 
 
-class TeacherStates:
-    """Samples states on the way to a teacher's plans.
+def teacher_states(
+    shown: Sequence[Demonstration], encoder: ObservationEncoder, batch_size: int, seed: int
+) -> Iterator[Batch]:
+    """Sample states on the way to a teacher's plans, all numbers of steps equally likely.
 
     Args:
         shown: n demonstrations; those whose plan takes no step are never sampled.
@@ -61,44 +61,31 @@ class TeacherStates:
         batch_size: States in a batch, B.
         seed: Seed of the sampling.
 
-    Attributes:
-        steps: Number of actions to each plan, (n,).
+    Yields:
+        Batches, without end. Their states are from random ways, walked for many batches at once.
 
     Raises:
         AgentConfigError: No plan takes a step.
     """
-
-    def __init__(
-        self,
-        shown: Sequence[Demonstration],
-        encoder: ObservationEncoder,
-        batch_size: int,
-        seed: int,
-    ) -> None:
-        self.steps = np.zeros(0, dtype=np.int64)
-        if shown:
-            self._observer = PlanObserver(
-                encoder, [demonstration.request for demonstration in shown]
-            )
-            plans = [demonstration.plan for demonstration in shown]
-            self._targets = np.array(list(map(encoder.ladder.positions, plans)))
-            self.steps = self._observer.distance(np.arange(len(shown)), self._targets)
-        if not self.steps.any():
-            raise AgentConfigError(
-                f"Nothing to imitate: none of {len(shown)} demonstrations lowers "
-                "anything. Give requests whose budgets are below the native peak."
-            )
-        self._sampled = np.flatnonzero(self.steps)
-        self._rng = np.random.default_rng(seed)
-        self._batch_size = batch_size
-
-    def draw(self) -> Batch:
-        """Sample a batch of states before the end of a way, all numbers of steps equally likely."""
-        which = self._sampled[self._rng.integers(len(self._sampled), size=self._batch_size)]
-        done: Counts = self._rng.integers(self.steps[which])
-        state, right = self._observer.walk(which, self._targets[which], done, self._rng)
-        seen = as_tensors(self._observer.observe(which, state))
-        return Batch(seen, torch.from_numpy(right), seen["action_mask"] > 0)
+    nothing = AgentConfigError(
+        f"Nothing to imitate: none of {len(shown)} demonstrations lowers "
+        "anything. Give requests whose budgets are below the native peak."
+    )
+    if not shown:
+        raise nothing
+    rng = np.random.default_rng(seed)
+    observer = PlanObserver(encoder, [each.request for each in shown])
+    targets = np.array([encoder.ladder.positions(each.plan) for each in shown])
+    while True:
+        which = np.resize(rng.permutation(len(shown)), max(_WAYS, len(shown)))
+        ways, positions, right = observer.ways(which, targets[which], rng)
+        if not len(ways):
+            raise nothing
+        share = 1 / np.bincount(ways)[ways]  # a long way is no more likely than a short one
+        size = -(-len(ways) // batch_size), batch_size
+        for chosen in rng.choice(len(ways), size, p=share / share.sum()):
+            seen = as_tensors(observer.observe(which[ways[chosen]], positions[chosen]))
+            yield Batch(seen, torch.from_numpy(right[chosen]), seen["action_mask"] > 0)
 
 
 def imitate(
@@ -107,6 +94,7 @@ def imitate(
     encoder: ObservationEncoder,
     *,
     updates: int,
+    batch_size: int = 256,
     seed: int = 0,
     progress: bool = True,
 ) -> float:
@@ -123,6 +111,7 @@ def imitate(
         shown: The teacher's plans; those without any step are ignored.
         encoder: Encodes the observations of the model that they are for.
         updates: Updates of the network.
+        batch_size: States in each update.
         seed: Seed of the states.
         progress: Show a progress bar on a terminal.
 
@@ -136,13 +125,13 @@ def imitate(
         UnknownNameError: It lacks levels of a plan.
     """
     policy: Any = model.policy
-    states = TeacherStates(shown, encoder, _BATCH_SIZE, seed)
+    states = teacher_states(shown, encoder, batch_size, seed)
     policy.set_training_mode(True)
     optimizer = torch.optim.Adam(policy.parameters(), lr=_LEARNING_RATE)
     rates = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, _LAST_SHARE, updates)
     agreements = []
     for _ in progress_bar(progress, range(updates), desc="imitate"):
-        loss, agreement = _loss(policy, states.draw())
+        loss, agreement = _loss(policy, next(states))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)

@@ -8,7 +8,7 @@ depend on N, unless each block or item has a learned vector.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -25,6 +25,20 @@ from rap_env.ladder.observation import Observation
 from rap_env.policies.network_rows import MOST_SPREADS, OVER_FLOOR, ROWS, SPREAD_FLOOR
 
 _VECTOR_SPREAD = 0.3
+
+
+class RowParts(NamedTuple):
+    """The columns of rows, from the first to the last, without the repetition of shared ones.
+
+    Attributes:
+        own: What each row has of its own, (B, N, O).
+        vectors: The learned vectors, equal in all observations, (N, V).
+        shared: What all rows of an observation have, (B, S); W = O + V + S.
+    """
+
+    own: torch.Tensor
+    vectors: torch.Tensor
+    shared: torch.Tensor
 
 
 class Rows(BaseFeaturesExtractor):
@@ -71,8 +85,8 @@ class Rows(BaseFeaturesExtractor):
             self.register_buffer("vectors", vectors, persistent=False)
         self._placed, self._near = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
 
-    def forward(self, observations: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return rows of shape (B, N, W)."""
+    def forward(self, observations: dict[str, torch.Tensor]) -> RowParts:
+        """Return the rows."""
         spec = self.spec
         each = observations[spec.key] * self._seen
         request = observations["request"] * float(self.see_request)
@@ -84,24 +98,24 @@ class Rows(BaseFeaturesExtractor):
         level = spec.level(each).unsqueeze(-1)
         lowest = (level >= 1).to(each.dtype)
         kinds = torch.stack(spec.kinds(each), dim=2)
-        vectors = self.vectors.expand(len(each), -1, -1)
         parts = {
             "features": each,
             "compared": _standardised(torch.cat([each, prices], dim=2), valid),
             "useful": useful,
             "valid": valid,
             "neighbours": self._neighbours(each, level),
-            "vectors": vectors,
             "request": request,
             "mean_level": _by_kind(kinds, level),
             "lowest": _by_kind(kinds[:, :, : spec.lowest_kinds], lowest),
-            "lowered_vectors": (vectors * level).mean(dim=1),
+            "lowered_vectors": level.squeeze(2) @ self.vectors / each.shape[1],
         }
         if spec.means:
             parts["mean_valid"], parts["mean_lowest"] = _mean(each, valid), _mean(each, lowest)
-            parts["lowered_vectors"] = _mean(vectors, lowest)
-        rows = [_for_each(parts[name], each.shape[1]) for name in self.columns if name in parts]
-        return torch.cat(rows, dim=2)
+            count = lowest.sum(dim=1).clamp(min=1)
+            parts["lowered_vectors"] = lowest.squeeze(2) @ self.vectors / count
+        own = [parts[name] for name in self.columns if name in parts and parts[name].dim() == 3]
+        shared = [parts[name] for name in self.columns if name in parts and parts[name].dim() == 2]
+        return RowParts(torch.cat(own, dim=2), self.vectors, torch.cat(shared, dim=1))
 
     def _neighbours(self, each: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         """Return what is observed of the levels of each row's neighbours."""
@@ -116,11 +130,6 @@ class Rows(BaseFeaturesExtractor):
         near_levels = levels.unsqueeze(1).expand(-1, levels.shape[1] - 1, -1)
         near_levels = near_levels.gather(2, self._near.where(self._near >= 0, levels.shape[1] - 1))
         return 1 - near_levels if self.spec.near_kept else near_levels
-
-
-def _for_each(part: torch.Tensor, count: int) -> torch.Tensor:
-    """Return a part of the rows, (B, N, F); a part of shape (B, F) is repeated for all rows."""
-    return part if part.dim() == 3 else part.unsqueeze(1).expand(-1, count, -1)
 
 
 def _by_kind(kinds: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -153,9 +162,13 @@ class BlockScores(nn.Module):
         self.linear = nn.Linear(row_width, 1, bias=False)
         nn.init.zeros_(self.linear.weight)
 
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """Map rows (B, N, W) to scores (B, N)."""
-        return cast(torch.Tensor, self.net(rows) + self.linear(rows)).squeeze(-1)
+    def forward(self, rows: RowParts) -> torch.Tensor:
+        """Map rows to scores (B, N)."""
+        first, *others = cast(Any, self.net)
+        hidden = _of_rows(first, rows)
+        for layer in others:
+            hidden = layer(hidden)
+        return (hidden + _of_rows(self.linear, rows)).squeeze(-1)
 
 
 class PooledValue(nn.Module):
@@ -166,9 +179,10 @@ class PooledValue(nn.Module):
         self.rows = nn.Sequential(_linear(row_width, hidden), nn.ReLU())
         self.value = nn.Sequential(_linear(hidden, hidden), nn.ReLU(), _linear(hidden, 1, gain=1.0))
 
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """Map rows (B, N, W) to values (B, 1)."""
-        return cast(torch.Tensor, self.value(self.rows(rows).mean(dim=1)))
+    def forward(self, rows: RowParts) -> torch.Tensor:
+        """Map rows to values (B, 1)."""
+        first, activation = cast(Any, self.rows)
+        return cast(torch.Tensor, self.value(activation(_of_rows(first, rows)).mean(dim=1)))
 
 
 class ActorCriticHeads(nn.Module):
@@ -179,15 +193,15 @@ class ActorCriticHeads(nn.Module):
         self.actor = BlockScores(row_width, hidden)
         self.critic = PooledValue(row_width, hidden)
 
-    def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, rows: RowParts) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits (B, N) and values (B, 1)."""
         return self.actor(rows), self.critic(rows)
 
-    def forward_actor(self, rows: torch.Tensor) -> torch.Tensor:
+    def forward_actor(self, rows: RowParts) -> torch.Tensor:
         """Return logits (B, N)."""
         return cast(torch.Tensor, self.actor(rows))
 
-    def forward_critic(self, rows: torch.Tensor) -> torch.Tensor:
+    def forward_critic(self, rows: RowParts) -> torch.Tensor:
         """Return values (B, 1)."""
         return cast(torch.Tensor, self.critic(rows))
 
@@ -203,9 +217,17 @@ class DuelingHeads(nn.Sequential):
         self.advantage = BlockScores(row_width, hidden)
         self.value = PooledValue(row_width, hidden)
 
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """Map rows (B, N, W) to Q values (B, N)."""
+    def forward(self, rows: RowParts) -> torch.Tensor:
+        """Map rows to Q values (B, N)."""
         return cast(torch.Tensor, self.value(rows) + self.advantage(rows))
+
+
+def _of_rows(layer: nn.Linear, rows: RowParts) -> torch.Tensor:
+    """Apply a layer to rows, (B, N, H): a sum over their parts, each computed once."""
+    own, vectors, shared = torch.split(layer.weight, [p.shape[-1] for p in rows], dim=1)
+    of_request = nn.functional.linear(rows.shared, shared).unsqueeze(1)
+    of_items = nn.functional.linear(rows.vectors, vectors, layer.bias)
+    return nn.functional.linear(rows.own, own) + of_items + of_request
 
 
 def _mlp(width: int, hidden: int, last_gain: float) -> nn.Sequential:

@@ -118,44 +118,30 @@ class PlanObserver:
             right[:, self._caches] |= takes & needed
         return right
 
-    def distance(self, which: Counts, targets: Counts) -> Counts:
-        """The number of right actions from the native plan to targets, (n,).
-
-        The arguments are those of `right_actions`.
-        """
-        at, steps = self.start(len(which)), np.zeros(len(which), dtype=np.int64)
-        while (right := self.right_actions(which, at, targets)).any():
-            goes = np.asarray(right.any(axis=1))
-            steps += goes
-            at = np.where(goes[:, None], self.act(which, at, right.argmax(axis=1)), at)
-        return steps
-
-    def walk(
-        self, which: Counts, targets: Counts, steps: Counts, rng: np.random.Generator
-    ) -> tuple[Counts, Flags]:
-        """Lower native plans by random right actions.
+    def ways(
+        self, which: Counts, targets: Counts, rng: np.random.Generator
+    ) -> tuple[Counts, Counts, Flags]:
+        """Lower native plans by random right actions, until none is left.
 
         Args:
             which: Index of each target's request, (n,).
             targets: The positions of its levels, (n, N).
-            steps: Number of actions, (n,); fewer than the target's `distance`.
             rng: Source of randomness.
 
         Returns:
-            The positions, and the right actions there, (n, N) each.
+            Of all states in which an action was taken, step by step: the number of the target,
+            (states,), the positions, int8, and the right actions there, (states, N) each.
         """
-        at = self.start(len(which))
-        right = self.right_actions(which, at, targets)
-        goes = np.flatnonzero(steps > 0)
-        for number in range(1, int(steps.max(initial=0)) + 1):
-            chosen = np.where(right[goes], rng.random(right[goes].shape), -1.0).argmax(axis=1)
-            moved = self.act(which[goes], at[goes], chosen)
-            then = self.right_actions(which[goes], moved, targets[goes])
-            # Ways differ in length: a shorter one stays one step before its end.
-            short = np.asarray(~then.any(axis=1))
-            at[goes[~short]], right[goes[~short]] = moved[~short], then[~short]
-            goes = goes[~short & (steps[goes] > number)]
-        return at, right
+        numbers, at, states = np.arange(len(which)), self.start(len(which)), []
+        while True:
+            right = self.right_actions(which[numbers], at, targets[numbers])
+            goes = right.any(axis=1)
+            numbers, at, right = numbers[goes], at[goes], right[goes]
+            states.append((numbers, at.astype(np.int8), right))
+            if not len(numbers):
+                return tuple(map(np.concatenate, zip(*states, strict=True)))  # type: ignore[return-value]
+            chosen = np.where(right, rng.random(right.shape), -1.0).argmax(axis=1)
+            at = self.act(which[numbers], at, chosen)
 
 
 ScorePlans = Callable[[Sequence[Any]], Sequence[float]]

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -98,7 +98,8 @@ def train(
     """
     run_dir = Path(run_dir)
     venv = make_vector_env(config, make_envs)
-    scored_before = _evaluations(venv)
+    contexts = set(venv.get_attr("context")) if venv.has_attr("context") else set()
+    scored_before = _evaluations(contexts)
     try:
         checkpoint = latest_checkpoint(run_dir / "checkpoints")
         if checkpoint is None:
@@ -108,7 +109,7 @@ def train(
             model, done = checkpoint.load_model(venv), checkpoint.body["progress"]
             log.info("Training resumes from step %d of %s.", checkpoint.step, run_dir)
         model.set_logger(Logger(folder=None, output_formats=[_SinkWriter(log_fns)]))
-        recorder = Recorder(config, run_dir, log_fns, done, progress, scored_before)
+        recorder = Recorder(config, run_dir, log_fns, done, progress, contexts, scored_before)
         remaining = config.total_timesteps - model.num_timesteps
         if remaining > 0:
             _learn(model, remaining, recorder, fresh=checkpoint is None)
@@ -176,6 +177,7 @@ class Recorder(BaseCallback):
         sinks: Sequence[MetricSink],
         done: dict[str, float],
         show_bar: bool,
+        contexts: Collection[Any],
         scored_before: int,
     ) -> None:
         super().__init__()
@@ -183,7 +185,7 @@ class Recorder(BaseCallback):
         self._folder = run_dir / "checkpoints"
         self._sinks = sinks
         self._show_bar = show_bar
-        self._scored_before = scored_before
+        self._contexts, self._scored_before = contexts, scored_before
         self._recent: deque[float] = deque(maxlen=_RECENT_EPISODES)
         self._bar: tqdm[Any] | None = None
         self._saved_at = -1
@@ -268,7 +270,7 @@ class Recorder(BaseCallback):
     def _count(self) -> None:
         spent = time.perf_counter() - self._start
         self.totals["seconds"] = self._before["seconds"] + spent
-        run = _evaluations(self.training_env) - self._scored_before
+        run = _evaluations(self._contexts) - self._scored_before
         self.totals["evaluations"] = self._before["evaluations"] + run
 
     def _steps_per_s(self) -> float:
@@ -299,7 +301,6 @@ class _SinkWriter(KVWriter):
         """Do nothing; there is nothing to close."""
 
 
-def _evaluations(venv: VecEnv) -> int:
-    """Return how many scores the environments' contexts were asked for; 0 without one."""
-    contexts = venv.get_attr("context") if venv.has_attr("context") else []
-    return sum(int(context.scorer.known) for context in set(contexts))
+def _evaluations(contexts: Collection[Any]) -> int:
+    """Return how many scores contexts were asked for."""
+    return sum(int(context.scorer.known) for context in contexts)

@@ -309,6 +309,7 @@ def _warm_start(config: Config, context: PruningContext) -> WarmStart | None:
             shown,
             encoder,
             updates=settings.updates,
+            batch_size=settings.batch_size,
             seed=config.seed,
             progress=config.progress,
         )

@@ -15,6 +15,7 @@ from hydra.types import RunMode
 import rap_env
 from agents.algorithms import AgentConfig
 from agents.checkpoint import latest_checkpoint
+from agents.export import export_policy
 from agents.trained_policy import TrainedPolicy
 from agents.training import TrainResult
 from experiments.config import Config
@@ -33,6 +34,7 @@ from experiments.study.loggers import open_loggers
 from experiments.study.run_folder import RunFolder
 from rap_env.context.base import PruningContext
 from rap_env.leaderboard.tasks import pinned_tasks
+from rap_env.policies.network_policy import NetworkPolicy
 from rap_env.reward import plan_scores
 
 log = logging.getLogger(__name__)
@@ -155,7 +157,7 @@ def verdict(config: Config, folder: Path, context: PruningContext) -> str:
     task = task_of(config)
     if task is None:
         return ""
-    policy = TrainedPolicy.load(folder, context)
+    policy = NetworkPolicy(context.memory, export_policy(folder, context))  # decides faster
     result = rap_env.evaluate(policy, task, "test", name=folder.name, seed=config.seed)
     return f"{result}\nAll plans of the published methods were measured on the model.\n"
 

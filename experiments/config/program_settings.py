@@ -86,6 +86,8 @@ class WarmStartConfig:
     """Workload requests that the teacher answers."""
     updates: int = setting(600, low=1)
     """Updates of the network on the teacher's plans."""
+    batch_size: int = setting(256, low=1)
+    """States in each update."""
 
 
 @dataclass

@@ -26,6 +26,7 @@ from rap_env.model_facts import HasFacts
 from rap_env.plan import Plan
 
 _FORMAT = 1
+_PLANS_AT_ONCE = 400
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,5 +137,9 @@ class KnownPlans:
 
     def best(self, costs: LadderCosts, budget_bytes: int) -> Plan | None:
         """The plan of least ΔNLL that fits a budget, None if none does."""
-        fitting = np.flatnonzero(self.peak_bytes(costs) <= budget_bytes)
-        return self.plans[fitting[0]] if len(fitting) else None
+        for first in range(0, len(self.plans), _PLANS_AT_ONCE):  # the best plans come first
+            peaks = costs.peaks(self.positions[first : first + _PLANS_AT_ONCE])
+            fitting = np.flatnonzero(peaks <= budget_bytes)
+            if len(fitting):
+                return self.plans[first + int(fitting[0])]
+        return None

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from agents.algorithms import AgentConfigError
-from agents.imitation import Demonstration, TeacherStates, imitate
+from agents.imitation import Demonstration, imitate, teacher_states
 from agents.trained_policy import TrainedPolicy
 from rap_env.context.base import item_order
 from rap_env.errors import UnknownNameError
@@ -84,8 +84,7 @@ def test_a_teacher_whose_plans_the_ladder_cannot_reach_is_followed_as_far_as_pos
 
 
 def test_states_are_subsets_of_the_masks_that_leave_something_to_do(builder, teacher):
-    states = TeacherStates(teacher, builder, batch_size=1000, seed=0)
-    batch = states.draw()
+    batch = next(teacher_states(teacher, builder, batch_size=1000, seed=0))
     seen_masks = set()
     for right, valid in zip(batch.right, batch.valid, strict=True):
         left = frozenset(torch.nonzero(right).ravel().tolist())
@@ -111,6 +110,8 @@ def test_unsupported_imitation_is_rejected(context, builder, teacher):
     idle = [Demonstration(teacher[0].request, Plan())]
     with pytest.raises(AgentConfigError, match="none of 1 demonstrations"):
         imitate(model, idle, builder, **QUICK)
+    with pytest.raises(AgentConfigError, match="none of 0 demonstrations"):
+        imitate(model, [], builder, **QUICK)
     foreign = [Demonstration(teacher[0].request, Plan.removing(40))]
     with pytest.raises(UnknownNameError):
         imitate(model, foreign, builder, **QUICK)

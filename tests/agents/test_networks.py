@@ -35,13 +35,25 @@ def without_blocks(encoder, *removed, **request):
     return observed(encoder, Plan.removing(*removed).levels, **request)
 
 
+def joined(rows, seen):
+    """The rows of an observation, (B, N, W)."""
+    own, vectors, shared = rows(seen)
+    count = own.shape[1]
+    parts = own, vectors.expand(len(own), -1, -1), shared.unsqueeze(1).expand(-1, count, -1)
+    return torch.cat(parts, dim=2)
+
+
 def columns_that_change(rows, one, other):
-    return set(torch.nonzero((rows(one) - rows(other)).abs().amax(dim=(0, 1))).ravel().tolist())
+    return set(
+        torch.nonzero((joined(rows, one) - joined(rows, other)).abs().amax(dim=(0, 1)))
+        .ravel()
+        .tolist()
+    )
 
 
 def test_a_block_observes_which_neighbours_are_kept(blocks):
     rows = Rows(blocks.space)
-    near = rows(without_blocks(blocks, 4, 7))[0][:, rows.columns["neighbours"]].tolist()
+    near = joined(rows, without_blocks(blocks, 4, 7))[0][:, rows.columns["neighbours"]].tolist()
     assert near[5] == [1, 0, 1, 0]  # offsets -2, -1, +1, +2: blocks 3, 4, 6, 7
     assert near[6] == [0, 1, 0, 1]
     assert near[9] == [0, 1, 1, 1]
@@ -50,7 +62,7 @@ def test_a_block_observes_which_neighbours_are_kept(blocks):
 
 def test_an_item_observes_the_levels_of_its_neighbours(items):
     rows, numbers = Rows(items.space), items.ladder.numbers
-    near = rows(observed(items, LOWERED))[0][:, rows.columns["neighbours"]]
+    near = joined(rows, observed(items, LOWERED))[0][:, rows.columns["neighbours"]]
     places = {pair: place for place, pair in enumerate(_NEAR_ITEMS)}
     middle = near[numbers["layer01.attn"]]
     assert middle[places[-1, "attn"]] == 1  # removed
@@ -64,10 +76,10 @@ def test_an_item_observes_the_levels_of_its_neighbours(items):
 
 def test_shared_features_are_mean_levels_and_shares_of_lowest_levels(blocks, items):
     rows = Rows(blocks.space)
-    removed = rows(without_blocks(blocks, 0, 2, 3))[0][:, rows.columns["mean_level"]]
+    removed = joined(rows, without_blocks(blocks, 0, 2, 3))[0][:, rows.columns["mean_level"]]
     assert torch.allclose(removed, torch.tensor([2 / 6, 1 / 6]).expand(12, -1))
     rows = Rows(items.space)
-    seen = rows(observed(items, LOWERED))[0]
+    seen = joined(rows, observed(items, LOWERED))[0]
     mean = torch.tensor([1 / 3, 1 / 9, (1 + 2 / 5) / 3, 1.0]).expand(10, -1)
     assert torch.allclose(seen[:, rows.columns["mean_level"]], mean)
     lowest = torch.tensor([1 / 3, 0.0]).expand(10, -1)
@@ -76,7 +88,7 @@ def test_shared_features_are_mean_levels_and_shares_of_lowest_levels(blocks, ite
 
 def test_blocks_have_means_over_kept_and_over_removed_ones(blocks):
     rows, seen = Rows(blocks.space), without_blocks(blocks, 2, 9)
-    out, kept = rows(seen)[0, 0], [n for n in range(12) if n not in (2, 9)]
+    out, kept = joined(rows, seen)[0, 0], [n for n in range(12) if n not in (2, 9)]
     features = seen["blocks"][0]
     assert torch.allclose(out[rows.columns["mean_valid"]], features[kept].mean(dim=0))
     assert torch.allclose(out[rows.columns["mean_lowest"]], features[[2, 9]].mean(dim=0))
@@ -115,7 +127,9 @@ def test_another_ladder_of_as_many_items_has_its_own_neighbours(items):
     assert other.space == items.space
     rows = Rows(items.space)
     rows(observed(items))
-    near = rows(observed(other, {"layer03.ffn": "removed"}))[0][:, rows.columns["neighbours"]]
+    near = joined(rows, observed(other, {"layer03.ffn": "removed"}))[0][
+        :, rows.columns["neighbours"]
+    ]
     places = {pair: place for place, pair in enumerate(_NEAR_ITEMS)}
     for step in (-1, 0, 1):
         expected = [float(layer + step == 3) for layer in range(5) for _ in ("attn", "ffn")]
@@ -129,7 +143,7 @@ def test_vectors_are_per_row_and_shared_features_have_those_of_lowered_ones(bloc
         (items, {"embeddings": "int8"}, lambda vectors: vectors[9] / 10),
     ):
         rows = Rows(encoder.space, block_vectors=3)
-        out = rows(observed(encoder, levels))[0]
+        out = joined(rows, observed(encoder, levels))[0]
         assert torch.equal(out[:, rows.columns["vectors"]], rows.vectors)
         lowered = out[:, rows.columns["lowered_vectors"]]
         assert torch.allclose(lowered, mean(rows.vectors).expand(len(out), -1))

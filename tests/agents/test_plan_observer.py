@@ -66,7 +66,7 @@ def test_right_actions_lead_to_the_target_and_nowhere_else(together):
     levels = {"layer00.attn": "removed", "layer01.ffn": "int4", "embeddings": "int8",
               "layer01.cache": "int4", "layer02.cache": "int4"}  # fmt: skip
     target, which = target_of(builder, levels)[None], np.zeros(1, dtype=np.int64)
-    (distance,) = observer.distance(which, target)
+    distance = len(observer.ways(which, target, rng)[0])
     shared = len({"int8", "int4"} & set(together))
     assert distance == 3 + 2 + 1 + shared + 2 * (2 - shared)
     for _ in range(20):
@@ -94,27 +94,30 @@ def test_a_level_that_the_request_skips_is_not_on_the_way():
     builder = encoder_of()
     observer = PlanObserver(builder, requests_of(builder))
     target = target_of(builder, {"layer01.cache": "int4-window128"})[None]
-    steps = [observer.distance(np.array([index]), target)[0] for index in range(len(SHAPES))]
+    rng = np.random.default_rng(0)
+    steps = [len(observer.ways(np.array([n]), target, rng)[0]) for n in range(len(SHAPES))]
     assert steps == [5, 2, 5, 3]
 
 
 @pytest.mark.parametrize("together", TOGETHERS, ids=str)
-def test_walks_end_between_the_native_plan_and_the_target(together):
+def test_ways_lead_from_the_native_plan_to_the_target_by_right_actions(together):
     builder = encoder_of(together)
     observer, rng = PlanObserver(builder, requests_of(builder)), np.random.default_rng(0)
     which = np.zeros(400, dtype=np.int64)
     levels = {"layer00.attn": "removed", "layer01.ffn": "removed", "layer02.cache": "int4"}
     targets = np.repeat(target_of(builder, levels)[None], 400, axis=0)
-    distance = observer.distance(which, targets)
-    steps = rng.integers(distance)
-    state, right = observer.walk(which, targets, steps, rng)
+    ways, states, right = observer.ways(which, targets, rng)
     assert right.any(axis=1).all()
-    assert np.array_equal(right, observer.right_actions(which, state, targets))
-    left = observer.start(400) + state
+    assert np.array_equal(right, observer.right_actions(which[ways], states, targets[ways]))
     cache = builder.ladder.numbers["layer00.cache"]
-    inside = np.delete(left <= np.maximum(targets, state * (targets == 0)), cache, axis=1)
-    assert inside.all()
-    assert (state[steps == 0] == 0).all()
-    assert len(np.unique(state, axis=0)) > 15
-    again = observer.walk(which, targets, steps, np.random.default_rng(0))[0]
-    assert again.shape == state.shape
+    inside = states <= np.maximum(targets[ways], states * (targets[ways] == 0))
+    assert np.delete(inside, cache, axis=1).all()
+    assert len(np.unique(states, axis=0)) > 15
+    for number in range(3):
+        way = states[ways == number]
+        assert not way[0].any()
+        for before, after, allowed in zip(way, way[1:], right[ways == number], strict=False):
+            reached = [observer.act(which[:1], before[None], np.array([item]))[0]
+                       for item in np.flatnonzero(allowed)]  # fmt: skip
+            assert any(np.array_equal(after, each) for each in reached)
+    assert np.array_equal(observer.ways(which, targets, np.random.default_rng(0))[1], states)
