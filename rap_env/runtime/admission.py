@@ -173,9 +173,8 @@ class Admission:
         self._kept.release_ended()
         self._controller.note_waiting(len(self._queue))
         batch = self._batch
-        if any(sequence.unkept for sequence in batch.decoding):
-            return False
-        if batch.prefilling is not None or len(batch.decoding) >= self.most_running:
+        unkept = any(sequence.unkept for sequence in batch.decoding)
+        if unkept or batch.prefilling is not None or len(batch.decoding) >= self.most_running:
             return False
         if self.stalled_s >= _STALLED_S:
             return self._admit_any(interrupt)

@@ -9,6 +9,7 @@ call the store; numbers of bytes, sequences and tokens may be read from any thre
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import math
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from weakref import ref
 
 from rap_env.levels import GROUP_TOKENS
-from rap_env.models.caches.cache_blocks import CacheBlock, CachedRow
+from rap_env.models.caches.cache_blocks import EMPTY_BLOCK, CacheBlock, CachedRow
 from rap_env.models.caches.tensor_file import TensorFile
 from rap_env.plan import Plan, with_lowest_caches
 from rap_env.runtime.kept_tree import KeptQuality, Match, Node, Tokens, TreeKey, longest_match
@@ -164,18 +165,14 @@ class KeptSequences:
         if sequence.scores_prompt:
             return best
         tokens = tuple(sequence.tokens[:-1])
-        usable: dict[tuple[frozenset[Plan], Plan], bool] = {}
+        allows = functools.cache(functools.partial(self.quality.may_use, sequence=sequence))
 
         def may_use(node: Node) -> bool:
-            assert node.block is not None
             if node.temporary and node not in self._waiting.get(sequence, ()):
                 return False
             if self.files.is_slow(node.block, len(node.tokens)):
                 return False
-            key = node.plans, node.block.levels
-            if key not in usable:
-                usable[key] = self.quality.may_use(*key, sequence)
-            return usable[key]
+            return allows(node.plans, node.block.levels)
 
         owner, removed = self._owner(sequence), self._llm.removed_attention
         for tree, root in self._trees.items():
@@ -191,7 +188,7 @@ class KeptSequences:
             with self._llm.exclusive():
                 path, tokens = self.match(sequence)
                 if tokens:
-                    blocks = [node.block for node in path if node.block is not None]
+                    blocks = [node.block for node in path]
                     began_s = time.perf_counter()
                     batch.fill(sequence.tokens[:tokens], blocks)
                     size = sum(block.file_bytes for block in blocks)
@@ -262,7 +259,7 @@ class KeptSequences:
                 block = self._placed(row.block(number), plans, path, waiting=waiting)
                 if block is None:
                     break
-                child = self._add(node, Node(tokens, node, None, plans, temporary=temporary), block)
+                child = self._add(node, Node(tokens, node, plans=plans, temporary=temporary), block)
                 added = True
             child.temporary &= temporary
             self._bring_back(child)
@@ -289,11 +286,10 @@ class KeptSequences:
             longer = [c for t, c in node.children.items() if t[: len(tokens)] == tokens]
             children += [child for child in longer if not child.temporary]
         for child in children:
-            block = child.block
-            assert block is not None
-            if ends and not block.ends:
+            if ends and not child.block.ends:
                 continue
-            if child.plans == plans or self.quality.may_use(child.plans, block.levels, sequence):
+            levels = child.block.levels
+            if child.plans == plans or self.quality.may_use(child.plans, levels, sequence):
                 return child
         return None
 
@@ -307,7 +303,7 @@ class KeptSequences:
     ) -> CacheBlock | None:
         """A block in memory, else with fewer bits, else in a file; None if there is no room."""
         while (need := self.bytes + block.bytes - self.room_bytes()) > 0:
-            if not self.free(need, path, at_once=False):
+            if not self.free(need, at_once=False, beside=path):
                 break
         room = self.room_bytes() - self.bytes
         if block.bytes <= room:
@@ -320,7 +316,6 @@ class KeptSequences:
     def _bring_back(self, node: Node) -> None:
         """Bring a block that is used from its file back to memory that is free."""
         block = node.block
-        assert block is not None
         if block.file is not None and block.file_bytes <= self.room_bytes() - self.bytes:
             with contextlib.suppress(OSError):  # the next request that needs it logs why
                 began_s = time.perf_counter()
@@ -336,42 +331,29 @@ class KeptSequences:
             node.plans = new.plans
             return node
         for known, child in list(parent.children.items()):
-            part = known == tokens[: len(known)] and not self._needed(child)
-            if (
-                part
-                and child.temporary >= new.temporary
-                and child.block is not None
-                and not child.block.ends
-            ):
+            part = known == tokens[: len(known)] and not child.block.ends
+            if part and child.temporary >= new.temporary and not self._needed(child):
                 self._remove(child)
         parent.children[tokens] = new
         self._set_block(new, block)
         self._order[new] = None
         return new
 
-    def _set_block(self, node: Node, block: CacheBlock | None) -> None:
-        before = 0 if node.block is None else node.block.bytes
+    def _set_block(self, node: Node, block: CacheBlock) -> None:
+        change = block.bytes - node.block.bytes
         node.block = block
-        change = (0 if block is None else block.bytes) - before
         self.bytes += change
         self._llm.kept_bytes += change
 
     def _touch(self, path: Sequence[Node]) -> None:
         """Note that blocks are used, the last one first, so that it goes before the others."""
         for node in reversed(path):
-            if node in self._order:
-                del self._order[node]
-                self._order[node] = None
+            del self._order[node]
+            self._order[node] = None
 
     # Dropping
 
-    def free(
-        self,
-        need_bytes: int,
-        beside: Collection[Node] = (),
-        *,
-        at_once: bool = True,
-    ) -> bool:
+    def free(self, need_bytes: int, at_once: bool = True, beside: Collection[Node] = ()) -> bool:
         """Free at least so many bytes, or all: lower what is still useful then, and drop.
 
         What was used least recently goes first. What no lowering saves is dropped before
@@ -380,8 +362,8 @@ class KeptSequences:
 
         Args:
             need_bytes: Bytes.
-            beside: Blocks that stay.
             at_once: Whether what it has not freed then is dropped, else the next call goes on.
+            beside: Blocks that stay.
 
         Returns:
             Whether the next call has to go on.
@@ -389,15 +371,11 @@ class KeptSequences:
         deadline_s = time.perf_counter() + _LOWERING_S
         most = self.bytes - need_bytes
         stays = set(beside)
-        nodes = [node for node in self._order if node.block is not None and node not in stays]
+        nodes = [node for node in self._order if node not in stays]
         read_under = {node.plans for node in nodes}
         useful = {plans: self.quality.useful_bits(plans) for plans in read_under}
-        least = {
-            node: node.block.lowered_bytes(next(reversed(useful[node.plans]), {}))
-            for node in nodes
-            if node.block
-        }
-        lowest = self.bytes - sum(n.block.bytes for n in least if n.block) + sum(least.values())
+        least = {n: n.block.lowered_bytes(next(reversed(useful[n.plans]), {})) for n in nodes}
+        lowest = self.bytes - sum(node.block.bytes - size for node, size in least.items())
         for node, size in least.items():
             if lowest <= most:
                 break
@@ -407,10 +385,9 @@ class KeptSequences:
         for number, node in itertools.product(range(2), nodes):
             if self.bytes <= most:
                 break
-            block = node.block
             for bits in useful[node.plans][number : number + 1]:
-                if block is not None and block.lowered_bytes(bits) < block.bytes:
-                    self._set_block(node, block.lowered(bits))
+                if node.block.lowered_bytes(bits) < node.block.bytes:
+                    self._set_block(node, node.block.lowered(bits))
                     late = time.perf_counter() > deadline_s
             if late:
                 break
@@ -428,7 +405,7 @@ class KeptSequences:
         All that follow a dropped block are dropped with it.
         """
         block, stored = node.block, None
-        if block is None or block.file is not None:
+        if node not in self._order or block.file is not None:
             return
         fits = block.bytes <= self.files.most_bytes and time.perf_counter() < deadline_s
         if fits or self._needed(node):
@@ -443,14 +420,13 @@ class KeptSequences:
         for node in list(self._order):
             if self.files.bytes <= self.files.most_bytes:
                 break
-            in_file = node.block is not None and node.block.file is not None
-            if in_file and node not in beside and not self._needed(node):
+            if node.block.file and node not in beside and not self._needed(node):
                 self._remove(node)
 
     def _remove(self, node: Node) -> None:
         for child in list(node.children.values()):
             self._remove(child)
-        self._set_block(node, None)
+        self._set_block(node, EMPTY_BLOCK)
         self._order.pop(node, None)
         if node.parent is not None and node.parent.children.get(node.tokens) is node:
             del node.parent.children[node.tokens]
@@ -479,7 +455,6 @@ class KeptSequences:
     def close(self) -> None:
         """Drop all."""
         self._waiting.clear()
-        for root in self._trees.values():
-            for node in list(root.children.values()):
-                self._remove(node)
+        for node in list(self._order):
+            self._remove(node)
         self._trees.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from rap_env.levels import GROUP_TOKENS, CacheLevel
-from rap_env.models.caches.cache_blocks import CacheBlock
+from rap_env.models.caches.cache_blocks import EMPTY_BLOCK, CacheBlock
 from rap_env.plan import Plan, with_lowest_caches
 from rap_env.runtime.plan_chooser import PlanChooser
 from rap_env.runtime.sequence import TokenSequence
@@ -29,7 +30,7 @@ class Node:
     Attributes:
         tokens: Its tokens; none for the root of a tree.
         parent: The block before it.
-        block: Their keys and values; None for a root.
+        block: Their keys and values; an empty one for a root and for what was dropped.
         plans: The plans under which they and all tokens before them were read.
         children: The blocks that follow it, by their tokens.
         temporary: Whether only preempted requests have it, and none has read its prompt.
@@ -37,7 +38,7 @@ class Node:
 
     tokens: Tokens
     parent: Node | None = None
-    block: CacheBlock | None = None
+    block: CacheBlock = EMPTY_BLOCK
     plans: frozenset[Plan] = frozenset()
     children: dict[Tokens, Node] = field(default_factory=dict)
     temporary: bool = False
@@ -86,9 +87,7 @@ def longest_match(
         if following is None or whole:
             for child in node.children.values():
                 count = _common(child.tokens, rest)
-                if whole and (
-                    count < len(child.tokens) or child.block is None or not child.block.ends
-                ):
+                if whole and (count < len(child.tokens) or not child.block.ends):
                     continue
                 if count and first + count > best.tokens and may_use(child):
                     best = Match((*path, child), first + count)
@@ -102,12 +101,8 @@ def longest_match(
 
 def _common(tokens: Tokens, others: Tokens) -> int:
     """Tokens with which two sequences begin alike."""
-    count = 0
-    for token, other in zip(tokens, others, strict=False):
-        if token != other:
-            break
-        count += 1
-    return count
+    pairs = zip(tokens, others, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 class KeptQuality:

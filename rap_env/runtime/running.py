@@ -144,9 +144,8 @@ class RunningBatch:
             kept_bytes = self.rows.row_bytes(self.decoding.index(refilling.sequence))
         if self._shape is None:
             joining, chunks = None, 0
-            if self.prefilling is not None and refilling is None:
+            if self.prefilling and not (refilling or self.prefilling.sequence.handle.done):
                 joining, chunks = self.prefilling.sequence, self.prefilling.chunks_left
-                joining = None if joining.handle.done else joining
             running = [sequence for sequence in self.decoding if not sequence.handle.done]
             self._shape = shape_of(running, joining, chunks, uniform=self._uniform)
         return replace(self._shape, kept_bytes=kept_bytes) if kept_bytes else self._shape

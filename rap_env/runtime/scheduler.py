@@ -72,7 +72,7 @@ class Scheduler:
         quality = KeptQuality(llm, controller.chooser, keep_delta_nll, clock)
         self._kept = KeptSequences(llm, quality, files, keep=keep)
         self._kept.room_bytes = lambda: controller.room_for_kept(self.batch.shape)
-        controller.free_kept = lambda need, at_once: self._kept.free(need, at_once=at_once)
+        controller.free_kept = self._kept.free
         self.batch = RunningBatch(llm, chunk_tokens, self._kept, uniform=uniform)
         controller.switcher.rows_plan = lambda: self.batch.rows.lowest_plan
         self._next_refill_s = float("-inf")

@@ -212,6 +212,10 @@ class CacheBlock:
         return _row_of(self.ends[number], 0, 0, 0)
 
 
+EMPTY_BLOCK = CacheBlock((), {}, torch.float32, torch.device("cpu"))
+"""No token at all."""
+
+
 def _by_bits(stack: LayerStack, bits: Mapping[int, int]) -> dict[int, tuple[int, ...]]:
     """The layers of a stack by the bits that they have if none has more than `bits`."""
     layers: dict[int, tuple[int, ...]] = {}
