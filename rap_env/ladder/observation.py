@@ -125,16 +125,22 @@ class ObservationEncoder:
     ) -> tuple[npt.NDArray[np.void], npt.NDArray[np.bool_]]:
         """The rows of items, as values of `row_type`, and whether they have a lower level.
 
-        The arguments are those of `StackedCosts.freed_bytes`.
+        Args:
+            costs: The bytes of s shapes of requests.
+            items: The items.
+            positions: The positions of their levels.
+            counterparts: Those of their counterparts, see `Ladder.counterparts`.
+            shape: The number of each one's shape.
         """
         levels = costs.levels(items, positions)
         kinds = len(costs.tables.steps)
         if len(self._all_fixed) < kinds * costs.tables.size:
             rows = np.stack([self.fixed_rows(kind) for kind in range(kinds)])
             self._all_fixed = rows.view(self.row_type).ravel()
-        valid = costs.of_steps(costs.tables.next_level, levels, shape) >= 0
-        encoded = costs.of_steps(self._all_fixed, levels, shape)
-        freed_bytes = costs.freed_bytes(items, positions, counterparts, shape)
+        places = costs.in_steps(levels, shape)
+        valid = costs.tables.next_level.take(places) >= 0
+        encoded = self._all_fixed.take(places)
+        freed_bytes = costs.freed_bytes(items, levels, places, counterparts, shape)
         shares = np.maximum(0, freed_bytes) / costs.dense_peak_bytes[shape]
         floats = encoded.view(np.float32).reshape(*levels.shape, len(self.features))
         floats[..., self.freed] = shares

@@ -397,13 +397,14 @@ class StackedCosts:
 
     def nexts(self, positions: Counts, shape: Any = 0) -> Counts:
         """The position of the next level of all items of plans, -1 if there is none, (n, items)."""
-        return self.of_steps(self.tables.next_level, self._first + positions, column(shape))
+        places = self.in_steps(self._first + positions, column(shape))
+        return np.asarray(self.tables.next_level.take(places))
 
-    def of_steps(self, table: npt.NDArray[Any], levels: Counts, shape: Any) -> npt.NDArray[Any]:
-        """What a table with a row for each of the tables' steps has for levels."""
+    def in_steps(self, levels: Counts, shape: Any) -> Counts:
+        """Where levels are in tables with a row for each of the tables' steps."""
         if len(self.tables.steps) > 1:
             levels = levels + self.kinds[shape] * self.tables.size
-        return np.asarray(table.take(levels))
+        return levels
 
     def item_bytes(self, levels: Counts, shape: Any) -> Counts:
         """Bytes of items at levels."""
@@ -428,23 +429,19 @@ class StackedCosts:
         return np.asarray(own_bytes + SharedBytes(*self.numbers[5:-1, shape]).of(sharers))
 
     def freed_bytes(
-        self,
-        items: Any,
-        positions: npt.NDArray[Any],
-        counterparts: Any,
-        shape: Any = 0,
+        self, items: Any, levels: Counts, places: Counts, counterparts: Any, shape: Any = 0
     ) -> Counts:
         """Bytes that the next level of each item frees, shared ones left out.
 
         The cache of a removed attention block counts, other companions do not.
         """
-        tables, levels, at = self.tables, self.levels(items, positions), self._at[shape]
+        tables, at = self.tables, self._at[shape]
         freed = self._varying.take(at + tables.freed_numbers.take(levels))
-        freed = freed + tables.freed_bytes.take(levels)
+        freed += tables.freed_bytes.take(levels)
         if len(tables.caches):
-            removes = self.of_steps(tables.effects, levels, shape) == WITH_CACHE
+            removes = tables.effects.take(places) == WITH_CACHE
             cache_levels = self.levels(self.ladder.counterpart_array[items], counterparts)
-            freed = freed + removes * self.item_bytes(cache_levels, shape)
+            freed += removes * self.item_bytes(cache_levels, shape)
         return np.asarray(freed)
 
     def freed_together(
@@ -461,12 +458,13 @@ class StackedCosts:
         """
         tables, caches = self.tables, self.tables.caches
         levels, shape = self.levels(caches, positions[:, caches]), column(shape)
-        together = self.of_steps(tables.effects, levels, shape) == TOGETHER
+        places = self.in_steps(levels, shape)
+        together = tables.effects.take(places) == TOGETHER
         plans, columns = together.nonzero()
         of_each = shape[plans, 0] if isinstance(shape, np.ndarray) else shape
-        items, at = caches[columns], levels[together]
-        lower = self.of_steps(tables.next_level, at, of_each)
-        freed = self.freed_bytes(items, positions[plans, items], 0, of_each)
+        items, at = caches[columns], places[together]
+        lower = tables.next_level.take(at)
+        freed = self.freed_bytes(items, levels[together], at, 0, of_each)
         groups = plans * self.ladder.width + lower
         return plans, items, np.bincount(groups, freed).astype(np.int64)[groups]
 
@@ -486,11 +484,12 @@ class StackedCosts:
         tables, ladder, plans = self.tables, self.ladder, np.arange(len(items))
         shape = np.full(len(items), shape) if isinstance(shape, int) else shape
         levels = self.levels(items, positions[plans, items])
-        lower = self.of_steps(tables.next_level, levels, shape)
+        places = self.in_steps(levels, shape)
+        lower = tables.next_level.take(places)
         if not len(tables.caches):
             (plans,) = (lower >= 0).nonzero()
             return plans, items[plans], lower[plans]
-        effects = self.of_steps(tables.effects, levels, shape)
+        effects = tables.effects.take(places)
         together = effects == TOGETHER
         (own,) = ((lower >= 0) & ~together).nonzero()
         (with_cache,) = (effects == WITH_CACHE).nonzero()
@@ -501,7 +500,7 @@ class StackedCosts:
             parts.append((with_cache, caches, np.full_like(caches, ladder.removed_cache)))
         if len(shared):
             levels = self.levels(tables.caches, positions[shared[:, None], tables.caches])
-            nexts = self.of_steps(tables.next_level, levels, shape[shared, None])
+            nexts = tables.next_level.take(self.in_steps(levels, shape[shared, None]))
             rows, caches = (nexts == lower[shared, None]).nonzero()
             parts.append((shared[rows], tables.caches[caches], lower[shared[rows]]))
         if len(parts) == 1:

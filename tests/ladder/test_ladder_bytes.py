@@ -29,7 +29,9 @@ LADDERS = ["all", "masks", "caches", {"weights": ["int8"], "caches": ["int4", "i
 def freed_bytes(stacked, positions, shape=0) -> list:
     """What lowering each item of plans frees."""
     items, others = np.arange(len(stacked.ladder)), stacked.ladder.counterpart_array
-    return stacked.freed_bytes(items, positions, positions[..., others], shape).tolist()
+    levels = stacked.levels(items, positions)
+    places = stacked.in_steps(levels, shape)
+    return stacked.freed_bytes(items, levels, places, positions[..., others], shape).tolist()
 
 
 def walk(memory, ladder, shape, seed, start=None):
