@@ -383,14 +383,12 @@ class KeptSequences:
             self._drop(node, deadline_s)
         late = False
         for number, node in itertools.product(range(2), nodes):
-            if self.bytes <= most:
+            if late or self.bytes <= most:
                 break
             for bits in useful[node.plans][number : number + 1]:
                 if node.block.lowered_bytes(bits) < node.block.bytes:
                     self._set_block(node, node.block.lowered(bits))
                     late = time.perf_counter() > deadline_s
-            if late:
-                break
         unfinished = late and not at_once and self.bytes > most
         for node in nodes:
             if self.bytes <= most or unfinished:

@@ -79,7 +79,8 @@ class TestBeginnings:
             assert handle.token_ids == alone(harness.llm, branch, 8)
 
     @pytest.mark.parametrize("name", ["gemma3", "mistral_sliding"])
-    def test_with_sliding_windows_only_whole_sequences_serve(self, name):
+    def test_with_sliding_windows_only_whole_sequences_serve(self, name, monkeypatch):
+        monkeypatch.setattr("rap_env.runtime.kept_sequences._LOWERING_S", 0.0)  # at once, too
         harness, engine = conversing(name=name)
         answer(harness, engine, prompt(50))
         branch = [*prompt(50)[:40], *prompt(12, 2)]
@@ -622,7 +623,10 @@ def lowered(seed: int) -> Counter:
     conversations = Conversations(seed, moves=0.4, longest=150, new=4, **settings)
     # Less than a pass takes, or more: that depends on the model.
     conversations.controller.estimator.lowering_bytes = (20_000, 120_000)[seed % 2]
-    conversations.run(5)
+    with pytest.MonkeyPatch.context() as patch:
+        # Time for one block at a time, or for all.
+        patch.setattr("rap_env.runtime.kept_sequences._LOWERING_S", (0.0, 60.0)[seed // 2 % 2])
+        conversations.run(5)
     return conversations.used
 
 
