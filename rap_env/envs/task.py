@@ -6,6 +6,7 @@ there are, what is observed of them, and how infos and messages call them.
 
 from __future__ import annotations
 
+import itertools
 import math
 from bisect import insort
 from collections.abc import Callable, Mapping, Sequence
@@ -192,17 +193,26 @@ class PruningTask:
 
     def shown_levels(self, positions: Sequence[int]) -> ShownLevels:
         """What `info` says of a plan."""
-        if self.info_arrays:
-            return np.array(positions, np.int8)
-        if self._names_removed:
-            return [self.ladder.items[i].name for i, position in enumerate(positions) if position]
-        levels = zip(self.ladder.level_names, positions, strict=True)
-        return [names[position] for names, position in levels]
+        given = np.array(positions, np.int8)
+        return given if self.info_arrays else self.shown_names(given[None])[0]
+
+    def shown_names(self, positions: npt.NDArray[np.int8]) -> list[list[str]]:
+        """What `info` says of many plans, (n, items), by names."""
+        if not self._names_removed:
+            names: list[list[str]] = self._names[np.arange(len(self.ladder)), positions].tolist()
+            return names
+        plans, items = positions.nonzero()
+        removed = self._names[items].tolist()
+        ends = np.bincount(plans, minlength=len(positions)).cumsum().tolist()
+        return [removed[start:end] for start, end in itertools.pairwise([0, *ends])]
 
     @cached_property
-    def native_levels(self) -> ShownLevels:
-        """What `info` says of the native plan."""
-        return self.shown_levels([0] * len(self.ladder))
+    def _names(self) -> npt.NDArray[np.object_]:
+        """The names of the items, (items,), or of the levels of each, (items, W)."""
+        if self._names_removed:
+            return np.array([item.name for item in self.ladder.items], dtype=object)
+        levels = itertools.zip_longest(*self.ladder.level_names)  # items differ in their number
+        return np.array([*levels], dtype=object).T
 
     def show_level(self, levels: ShownLevels, item: int, position: int) -> None:
         """Update what `shown_levels` returned after an item moved to a level."""

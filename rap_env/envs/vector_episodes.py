@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rap_env.envs.episode import Episode, usable_masks
-from rap_env.envs.task import EpisodeStart, Flags, Floats, Measurement, PruningTask, ShownLevels
+from rap_env.envs.task import EpisodeStart, Flags, Floats, Measurement, PruningTask
 from rap_env.errors import RapError
 from rap_env.ladder.features import BYTES_OVER, bytes_over
 from rap_env.ladder.items import Counts
@@ -51,7 +51,6 @@ class VectorEpisodes:
         self.positions = np.zeros((num_envs, len(task.ladder)), dtype=np.int8)
         self.measured = np.zeros((len(Measurement._fields), num_envs))
         self.started, self.known, self.over = np.zeros((3, num_envs), dtype=bool)
-        self._levels: list[ShownLevels] = [[]] * num_envs
 
     def begin(self, rows: Counts, generators: Generators, request: Any = None) -> None:
         """Start episodes in some sub-environments, (m,); if one cannot start, none does.
@@ -76,11 +75,9 @@ class VectorEpisodes:
         self.started[rows] = self.known[rows] = True
         self.over[rows] = False
         self.measured[:, rows] = task.measured_start.values[:, None]
-        for row in rows.tolist():
-            if request is None:
+        if request is None:
+            for row in rows.tolist():
                 del self._drawn[row]
-            if not task.info_arrays:
-                self._levels[row] = task.native_levels.copy()
 
     def _draw(self, rows: Counts, generators: Generators) -> None:
         """Draw the next requests of some sub-environments, unless they were drawn."""
@@ -105,7 +102,6 @@ class VectorEpisodes:
         now.put(rows, start.costs.stacked, np.array([budget]), np.array([asked]))
         self.positions[row] = episode.state.positions
         now.show_plans(rows, self.positions[rows])
-        self._levels[row] = episode.levels.copy()
         self.started[row], self.known[row] = True, episode.measurement is not None
         self.measured[:, row] = 0.0
         if episode.measurement is not None:
@@ -180,10 +176,6 @@ class VectorEpisodes:
         now.invalid_actions[:], now.steps[:] = invalid_actions, steps
         self.over = ends | ~active
         now.show(self.positions, plans, items)
-        if not task.info_arrays:
-            moves = zip(plans.tolist(), items.tolist(), lower.tolist(), strict=True)
-            for row, item, position in moves:
-                task.show_level(self._levels[row], item, position)
         return terms, terminated, truncated
 
     def observation(self) -> Observation:
@@ -215,9 +207,12 @@ class VectorEpisodes:
         if not rewarded.all():
             terms = {name: np.where(rewarded, values, 0.0) for name, values in terms.items()}
         if task.info_arrays:
-            levels: Any = self.positions * shown[:, None]
+            levels = self.positions * shown[:, None]
         else:
-            levels = _objects(shown, self._levels)
+            levels = np.empty(len(shown), dtype=object)
+            each = task.shown_names(self.positions[shown])
+            for row, names in zip(shown.nonzero()[0].tolist(), each, strict=True):
+                levels[row] = names
         request = {name: seen[number] for name, number in _REQUEST.items()}
         infos: dict[str, Any] = {}
         _add(infos, task.info_key, levels, shown)
@@ -365,14 +360,6 @@ def _entries(values: Mapping[str, npt.NDArray[Any]], has_it: Flags) -> dict[str,
     for key, value in values.items():
         _add(infos, key, value, has_it)
     return infos
-
-
-def _objects(has_it: Flags, values: Sequence[Any]) -> npt.NDArray[np.object_]:
-    """An array with a copy of an object for each sub-environment that has one, else None."""
-    array = np.empty(len(has_it), dtype=object)
-    for row in np.flatnonzero(has_it).tolist():
-        array[row] = values[row].copy()
-    return array
 
 
 def _sums(groups: Counts, values: Counts, count: int) -> Counts:
