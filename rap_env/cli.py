@@ -254,6 +254,7 @@ def fetch(model: str, accept_licence: bool, as_json: bool) -> None:
     show_default=True,
     help="Fewest bits of weights. Levels below four bits take most of the time.",
 )
+@click.option("--thorough", is_flag=True, help="Make levels by GPTQ: better, in about four times.")
 @setting_option("device")
 @setting_option("dtype")
 @json_option
@@ -263,6 +264,7 @@ def prepare(
     out: Path | None,
     memory: str | None,
     bits: int,
+    thorough: bool,
     device: str,
     dtype: str,
     as_json: bool,
@@ -277,7 +279,13 @@ def prepare(
 
     memory_bytes = None if memory is None else parse_bytes("--memory", memory)
     costs, path = prepare_model(
-        model, text=text, bits=bits, memory_bytes=memory_bytes, device=device, dtype=dtype
+        model,
+        text=text,
+        bits=bits,
+        memory_bytes=memory_bytes,
+        device=device,
+        dtype=dtype,
+        thorough=thorough,
     )
     if out is not None:
         write_prepared(path, out)

@@ -11,6 +11,7 @@ import click
 
 from rap_env.levels import WEIGHT_LEVELS, CacheLevel
 from rap_env.model_facts import ModelFacts
+from rap_env.paths import prepared_dir
 from rap_env.plan import EMBEDDINGS, layer_ranges, layers_by_level
 from rap_env.serving.settings import ServerSettings
 from rap_env.specs import settings_of
@@ -86,12 +87,20 @@ def facts_of(model: str, device: str, dtype: str, weights: str) -> ModelFacts:
         from rap_env.policies.packaged_files import default_facts
 
         facts = default_facts(weights)
-        if model in (facts.name, facts.name.partition("@")[0]) and dtype in ("auto", facts.dtype):
+        same = model in (facts.name, facts.name.partition("@")[0])
+        prepared = prepared_dir(facts.fingerprint).exists()
+        if same and dtype in ("auto", facts.dtype) and not prepared:
             return facts
     from rap_env.models.files.loading import load_llm
 
     return load_llm(
-        model, device=device, dtype=dtype, weights=weights, lean=True, on_demand=True
+        model,
+        device=device,
+        dtype=dtype,
+        weights=weights,
+        lean=True,
+        on_demand=True,
+        quick_levels=True,
     ).facts
 
 

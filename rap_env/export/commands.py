@@ -87,7 +87,7 @@ def export(
     llm = None
     if target != "gguf" or measure is not None:
         weights = "native" if target == "gguf" else "bf16"
-        llm = load_llm(model, device=device, dtype=dtype, weights=weights)
+        llm = load_llm(model, device=device, dtype=dtype, weights=weights, quick_levels=True)
     if file is not None:
         facts = facts_of(model, device, dtype, "native") if llm is None else llm.facts
         answer = write_gguf(file, facts, order, llm)

@@ -236,7 +236,9 @@ def write_gguf(
     lowered = not chosen.plan.weight_levels.isdisjoint(LOW_BIT_FORMATS)
     if llm is None and lowered:
         assert export.gguf_file is not None
-        llm = load_llm(export.gguf_file, weights="native")  # it makes these levels
+        llm = load_llm(
+            export.gguf_file, weights="native", quick_levels=True
+        )  # it makes these levels
         facts = replace(llm.facts, name=facts.name)
     plan = chosen.plan if llm is None else chosen.plan.without(*llm.pruned.removed)
     if llm is not None and lowered:

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from statistics import fmean
 from typing import cast
 
 import torch
@@ -118,7 +119,7 @@ def window_costs(
         with forward.loaded(layer):
             gradient = _layer_costs(forward, layer, states.pop(), gradient, levels, sums)
     blocks = [name for name, offered in levels.items() if "removed" in offered]
-    removed = _removals(forward, window[:, :REMOVAL_TOKENS], blocks)
+    removed = _removals(forward, window[:, :REMOVAL_TOKENS], blocks) if blocks else {}
     return WindowCosts(float(nll.double().sum()), sums, removed)
 
 
@@ -301,8 +302,8 @@ def gradient_costs(
             parts.append(window_costs(forward, windows[number, None], levels))
             bar.update()
 
-    def measure(plans: Sequence[Plan]) -> list[float]:
-        return [plan_nll(forward, windows, plan) for plan in plans]
+    def measure(plans: Sequence[Plan]) -> list[list[float]]:
+        return [plan_nlls(forward, windows, plan) for plan in plans]
 
     fitted = fitted_costs(llm.facts, parts, levels, text, measure)
     return replace(fitted, seconds=time.monotonic() - started)
@@ -327,28 +328,33 @@ def fitted_costs(
     parts: Sequence[WindowCosts],
     levels: Mapping[str, Sequence[str]],
     text: Corpus,
-    measure: Callable[[Sequence[Plan]], Sequence[float]],
+    measure: Callable[[Sequence[Plan]], Sequence[Sequence[float]]],
+    kinds: Sequence[str] = (),
 ) -> LevelCosts:
     """The costs that follow from the gradients on a text and the `joint_plans`, measured here.
+
+    With several kinds of text, costs are those of the kind on which a joint plan loses most: a
+    floor of quality holds for each kind then.
 
     Args:
         facts: Facts about the model.
         parts: What each window of the text tells.
         levels: The levels of each item, as of `item_levels`.
         text: The text.
-        measure: Gives the NLL of plans, nats per token.
+        measure: Gives the NLL of plans on each window of the text, nats per token.
+        kinds: The kind of text of each window; empty for one kind.
     """
     window_tokens = text.tokens.shape[1]
     costs = mean_costs(parts, window_tokens)
     plans = joint_plans(costs, levels)
     native, *lowered = measure([Plan(), *plans.values()])
     pairs = zip(plans.items(), lowered, strict=True)
-    measured = {scaled: (plan, nll - native) for (scaled, plan), nll in pairs}
+    measured = {scaled: (plan, _worst_rise(native, nlls, kinds)) for (scaled, plan), nlls in pairs}
     evaluations = 1 + len(plans)
     return LevelCosts(
         num_layers=facts.num_layers,
         window_tokens=window_tokens,
-        native_nll=native,
+        native_nll=fmean(native),
         costs=scaled_costs(costs, measured),
         joint={plan.to_json(): rise for plan, rise in measured.values()},
         evaluations=evaluations,
@@ -364,8 +370,16 @@ def fitted_costs(
     )
 
 
-def plan_nll(forward: PartialForward, windows: torch.Tensor, plan: Plan) -> float:
-    """Measured NLL of a plan, nats per token, of which one layer is in memory at a time.
+def _worst_rise(native: Sequence[float], lowered: Sequence[float], kinds: Sequence[str]) -> float:
+    """The greatest mean rise in NLL of a kind of text, nats per token."""
+    by_kind: dict[str, list[float]] = {}
+    for number, (before, after) in enumerate(zip(native, lowered, strict=True)):
+        by_kind.setdefault(kinds[number] if kinds else "", []).append(after - before)
+    return max(map(fmean, by_kind.values()))
+
+
+def plan_nlls(forward: PartialForward, windows: torch.Tensor, plan: Plan) -> list[float]:
+    """Measured NLL of a plan on each window, nats per token; one layer is in memory at a time.
 
     Args:
         forward: Steps of a float32 model.
@@ -378,8 +392,7 @@ def plan_nll(forward: PartialForward, windows: torch.Tensor, plan: Plan) -> floa
             for step in layer:
                 states = [forward.run(step, state, plan).detach() for state in states]
     with forward.embeddings(plan.embeddings):
-        nlls = [
-            head_nll(forward, forward.leave(state).detach()[0, :-1], window[1:])[0]
-            for state, window in zip(states, windows, strict=True)
+        return [
+            float(head_nll(forward, forward.leave(s).detach()[0, :-1], w[1:])[0].double().mean())
+            for s, w in zip(states, windows, strict=True)
         ]
-    return float(torch.cat(nlls).double().mean())

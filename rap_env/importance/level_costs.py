@@ -229,8 +229,15 @@ def window_share(level: CacheLevel, tokens: int) -> float:
 def prepared_costs(model: HasFacts) -> LevelCosts | None:
     """The costs of a model that was prepared (`rap_env.importance.preparation`); else None.
 
+    Costs of other levels than the model has are not returned, such as those of quick levels
+    for a model that was loaded without.
+
     Raises:
         ArtifactError: They are damaged.
     """
     path = prepared_dir(model.facts.fingerprint) / COSTS_FILE
-    return LevelCosts.load(path, model) if path.is_file() else None
+    if not path.is_file():
+        return None
+    costs = LevelCosts.load(path, model)
+    same = costs.provenance["scoring"].get("calibration") == model.facts.calibration
+    return costs if same else None

@@ -1,5 +1,8 @@
 """Prepare a model of one's own: weights of few bits, and costs of levels, made once with a text.
 
+*Quick* levels take minutes and *thorough* ones, by GPTQ, several times as long; see
+`models.live.calibration`. Costs of quick levels are of less text, and not of removals.
+
 The work is a list of tasks, which processes share (`importance.shared_tasks`):
 
 1. *Levels*, a task for each layer (`models.live.calibration`): its native outputs are passed on
@@ -32,7 +35,7 @@ from rap_env.importance.gradient_costs import (
     WindowCosts,
     fitted_costs,
     item_levels,
-    plan_nll,
+    plan_nlls,
     window_costs,
 )
 from rap_env.importance.level_costs import CACHE_LEVELS, LevelCosts
@@ -50,6 +53,7 @@ from rap_env.models.live.calibration import (
     use_text,
 )
 from rap_env.models.live.calibration_text import (
+    COST_KINDS,
     calibration_windows,
     level_windows,
     mixed_windows,
@@ -68,9 +72,11 @@ from rap_env.scoring.corpus import Corpus
 log = logging.getLogger(__name__)
 
 COST_WINDOWS, COST_TOKENS = 4, 1024
-"""Windows of text for costs, and the tokens of each."""
+"""Windows of text for costs, a kind of text each, and the tokens of each."""
+QUICK_COST_TOKENS = 512
+QUICK_LEVEL_WINDOWS = 10
 _FEWEST_LEVEL_WINDOWS = 16  # that a user's text must have
-_VERSION = 2
+_VERSION = 3
 """Part of a run's key: increase it when results change."""
 
 _SHARES = {"levels": 0.5, "costs": 0.3, "plans": 0.2}  # of the time, about
@@ -88,6 +94,8 @@ class _Run:
         device: Where all is computed.
         bits: Fewest bits of weights, 2, 3 or 4.
         text: Source of the text.
+        kinds: The kind of text of each window for costs; empty for a user's text.
+        thorough: Whether levels are made by GPTQ.
         threads: Threads of each process; None for torch's own number.
         bounded: Whether freed memory returns to the system at once, with which preparing takes
             half as much time again.
@@ -99,6 +107,8 @@ class _Run:
     device: str
     bits: int
     text: str
+    kinds: tuple[str, ...]
+    thorough: bool
     threads: int | None
     bounded: bool
 
@@ -118,11 +128,13 @@ def prepare(
     memory_bytes: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    thorough: bool = False,
     progress: bool = True,
 ) -> tuple[LevelCosts, Path]:
     """Make the levels of a model and measure what they cost, unless both exist.
 
-    They are used wherever the model is loaded in this dtype from then on.
+    They are used wherever the model is served in this dtype from then on; in environments and
+    studies only thorough ones are. Thorough levels replace quick ones, but not the reverse.
 
     Args:
         model: As for `rap_env.load_llm`.
@@ -133,6 +145,7 @@ def prepare(
             processes on a CPU with two cores.
         device: As for `load_llm`.
         dtype: As for `load_llm`: the dtype in which the model will be used.
+        thorough: Whether levels are made by GPTQ.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -145,16 +158,16 @@ def prepare(
     if bits not in (2, 3, 4):
         raise InvalidRequestError(f"bits must be 2, 3 or 4, not {bits!r}.")
     started = time.monotonic()
-    llm = load_llm(model, device=device, dtype=dtype, on_demand=True)
+    llm = load_llm(model, device=device, dtype=dtype, on_demand=True, quick_levels=True)
     if llm.tokenizer is None:
         raise ModelNotAvailableError(
             f"{llm.name} has no tokenizer, and so no text to prepare it with; add its files to the "
             "model's folder."
         )
-    texts = _texts(llm, text, bits)
-    hashes = {name: Corpus.of_tokens(tokens).sha256 for name, tokens in texts.items()}
-    key = digest([llm.fingerprint, hashes, bits, _VERSION])
     path = prepared_dir(llm.fingerprint) / COSTS_FILE
+    texts = _texts(llm, text, bits, thorough)
+    key = _key(llm, texts, bits, thorough)
+    quick_key = _key(llm, _texts(llm, text, bits, False), bits, False) if thorough else key
     folder = path.parent / f"{key[:16]}.part"
     with locked(folder):
         if (made := _made_before(llm, path, key, bits)) is not None:
@@ -170,6 +183,8 @@ def prepare(
             str(llm.device),
             bits,
             text="mixture" if text is None else os.fspath(text),
+            kinds=COST_KINDS if text is None else (),
+            thorough=thorough,
             threads=1 if workers > 1 else None,
             bounded=memory_bytes is not None,
         )
@@ -178,7 +193,8 @@ def prepare(
         work = partial(_work, run)
         with _progress(progress, bits) as note, helpers(folder, work, workers) as check:
             costs = work(check, note)
-        scoring = {**costs.provenance["scoring"], "preparation": key}
+        keys = list(dict.fromkeys((key, quick_key)))  # thorough levels serve as quick ones
+        scoring = {**costs.provenance["scoring"], "preparations": keys}
         costs = replace(
             costs,
             seconds=time.monotonic() - started,
@@ -189,27 +205,37 @@ def prepare(
     return costs, path
 
 
+def _key(llm: ElasticLLM, texts: Mapping[str, torch.Tensor], bits: int, thorough: bool) -> str:
+    """What tells a run and its results apart from others."""
+    hashes = {name: Corpus.of_tokens(tokens).sha256 for name, tokens in texts.items()}
+    return digest([llm.fingerprint, hashes, bits, thorough, _VERSION])
+
+
 def _made_before(llm: ElasticLLM, path: Path, key: str, bits: int) -> LevelCosts | None:
     """The costs of an earlier run of this key, if they and its levels exist."""
     with contextlib.suppress(FileNotFoundError, ArtifactError):
         costs = LevelCosts.load(path, llm)
-        use_prepared_levels(llm)  # another process may have made them meanwhile
-        same = costs.provenance["scoring"].get("preparation") == key
+        use_prepared_levels(llm, quick=True)  # another process may have made them meanwhile
+        same = key in costs.provenance["scoring"].get("preparations", ())
         return costs if same and not llm.absent_levels(_made_levels(bits)) else None
     return None
 
 
-def _texts(llm: ElasticLLM, text: str | Path | None, bits: int) -> dict[str, torch.Tensor]:
+def _texts(
+    llm: ElasticLLM, text: str | Path | None, bits: int, thorough: bool
+) -> dict[str, torch.Tensor]:
     """Windows of token ids for costs and for levels, (windows, tokens) each."""
-    longest = llm.adapter.max_positions
-    costs = COST_WINDOWS, min(COST_TOKENS, longest)
+    costs = COST_WINDOWS, min(_cost_tokens(thorough), llm.adapter.max_positions)
+    windows, tokens = level_windows(llm)
+    levels = windows if thorough else QUICK_LEVEL_WINDOWS, tokens
     if text is None:
-        texts = {"costs": mixed_windows(llm, *costs), "levels": calibration_windows(llm)}
+        own = calibration_windows(llm) if thorough else mixed_windows(llm, *levels)
+        texts = {"costs": mixed_windows(llm, *costs, COST_KINDS), "levels": own}
     else:
         fewest = _FEWEST_LEVEL_WINDOWS if _made_levels(bits) else 1  # which none is made with
         texts = {
             "costs": user_windows(llm, text, *costs, fewest=1),
-            "levels": user_windows(llm, text, *level_windows(llm), fewest=fewest),
+            "levels": user_windows(llm, text, *levels, fewest=min(fewest, levels[0])),
         }
     greatest = max(int(tokens.max()) for tokens in texts.values())
     if greatest >= llm.facts.vocab_size:
@@ -219,6 +245,10 @@ def _texts(llm: ElasticLLM, text: str | Path | None, bits: int) -> dict[str, tor
             "model: replace its files in the model's folder."
         )
     return texts
+
+
+def _cost_tokens(thorough: bool) -> int:
+    return COST_TOKENS if thorough else QUICK_COST_TOKENS
 
 
 def _workers(llm: ElasticLLM, memory_bytes: int | None) -> int:
@@ -286,17 +316,17 @@ def _work(run: _Run, check: Check, note: Note) -> LevelCosts:
     llm, made = run.open(run.dtype), _made_levels(run.bits)
     if made:
         text = torch.tensor(texts["levels"])
-        use_text(llm, text, made)
+        use_text(llm, text, made, quick=not run.thorough)
         _make_levels(llm, text, tasks)
         save_prepared_levels(llm, made)
     levels = {
-        item: names if is_cache(item) else _offered(names, run.bits)
+        item: names if is_cache(item) else _offered(names, run.bits, run.thorough)
         for item, names in item_levels(llm.facts, CACHE_LEVELS, windows.shape[1]).items()
     }
     parts = _window_costs(run, windows, tasks, levels, llm)
     text_of_costs = Corpus.of_tokens(windows, source=run.text)
     measure = partial(_plan_nlls, llm, windows, tasks)
-    return fitted_costs(llm.facts, parts, levels, text_of_costs, measure)
+    return fitted_costs(llm.facts, parts, levels, text_of_costs, measure, run.kinds)
 
 
 def _window_costs(
@@ -320,14 +350,14 @@ def _window_costs(
 
 def _plan_nlls(
     llm: ElasticLLM, windows: torch.Tensor, tasks: Tasks, plans: Sequence[Plan]
-) -> list[float]:
-    """NLL of each plan in the dtype in which the model will be used, nats per token."""
+) -> list[list[float]]:
+    """NLL of each plan on each window in the dtype that the model is served in, nats per token."""
     forward = PartialForward(llm, widen=True)
 
     def do(number: int) -> dict[str, Any]:
-        return {"nll": plan_nll(forward, windows, plans[number])}
+        return {"nlls": plan_nlls(forward, windows, plans[number])}
 
-    return [result["nll"] for result in tasks.run("plans", len(plans), do)]
+    return [result["nlls"] for result in tasks.run("plans", len(plans), do)]
 
 
 def _make_levels(llm: ElasticLLM, windows: torch.Tensor, tasks: Tasks) -> None:
@@ -366,8 +396,10 @@ def _made_levels(bits: int) -> list[PackedLevel]:
     return [name for name, form in LOW_BIT_FORMATS.items() if 4 > bits <= form.bits]
 
 
-def _offered(names: Sequence[str], bits: int) -> list[str]:
+def _offered(names: Sequence[str], bits: int, thorough: bool) -> list[str]:
     """The levels that weights are offered: int4 only where no text makes a smaller one."""
     made = set(names).intersection(_made_levels(bits))
-    without_text = {"int8", "removed"} if made else {"int8", "int4", "removed"}
+    without_text = {"int8"} if made else {"int8", "int4"}
+    if thorough:
+        without_text |= {"removed"}
     return [name for name in names if name in made | without_text]

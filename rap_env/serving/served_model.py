@@ -51,6 +51,7 @@ def load_served_model(settings: ServerSettings, limit: LiveLimit | None = None) 
             dtype=settings.dtype,
             weights=settings.weights,
             lean=True,
+            quick_levels=True,
             before_weights=partial(check_start, settings.model, limit)
             if limit is not None and limits_process
             else None,

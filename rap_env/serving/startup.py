@@ -146,7 +146,9 @@ def check_before_loading(settings: ServerSettings) -> None:
 
         how = {name: getattr(settings, name) for name in ("device", "dtype", "weights")}
         with made_apart():
-            facts = load_llm(settings.model, **how, lean=True, on_demand=True).facts
+            facts = load_llm(
+                settings.model, **how, lean=True, on_demand=True, quick_levels=True
+            ).facts
     elif settings.policy not in policy_names():
         return  # its file is for a dtype, which torch has to tell
     policy = load_policy(settings.policy, MemoryModel(replace(facts, name=settings.model)))

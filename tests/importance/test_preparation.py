@@ -15,7 +15,7 @@ from rap_env.errors import (
 from rap_env.importance import gradient_costs, preparation
 from rap_env.importance.gradient_costs import (
     fitted_costs,
-    plan_nll,
+    plan_nlls,
     window_costs,
 )
 from rap_env.importance.level_costs import prepared_costs
@@ -25,7 +25,7 @@ from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.prepared_files import write_prepared
 from rap_env.models.live import calibration_text
-from rap_env.models.live.calibration_text import mixed_windows
+from rap_env.models.live.calibration_text import COST_KINDS, mixed_windows
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.progress import progress_bar
 from rap_env.paths import cache_dir, prepared_dir
@@ -43,6 +43,7 @@ def little_text():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preparation, "COST_WINDOWS", 2)
         patch.setattr(preparation, "COST_TOKENS", 32)
+        patch.setattr(preparation, "QUICK_COST_TOKENS", 32)
         patch.setattr(preparation, "_workers", lambda llm, memory_bytes: 1)
         patch.setattr(calibration_text, "SOURCE_FILES", ("queue.py",))
         yield
@@ -57,8 +58,8 @@ def folder(tmp_path):
     return folder
 
 
-def prepared(folder, **options):
-    return prepare(folder, dtype="float32", progress=False, **options)
+def prepared(folder, *, thorough=True, **options):
+    return prepare(folder, dtype="float32", progress=False, thorough=thorough, **options)
 
 
 @pytest.fixture(scope="module")
@@ -85,21 +86,38 @@ def test_costs_are_those_of_the_model_in_memory_with_the_levels_that_were_made(r
     folder, costs, path = ready
     llm = load_llm(folder, dtype="float32")
     assert not llm.absent_levels(("int4-compact", "int3", "int2"))
-    windows = mixed_windows(llm, 2, 32)
+    windows = mixed_windows(llm, 2, 32, COST_KINDS)
     forward = PartialForward(llm, widen=True, gradients=True)
     parts = [window_costs(forward, window[None], costs.costs) for window in windows]
 
     def measure(plans):
-        return [plan_nll(forward, windows, plan) for plan in plans]
+        return [plan_nlls(forward, windows, plan) for plan in plans]
 
     text = Corpus.of_tokens(windows)
-    expected = fitted_costs(llm.facts, parts, costs.costs, text, measure)
+    expected = fitted_costs(llm.facts, parts, costs.costs, text, measure, COST_KINDS)
     assert set(costs.costs["layer00.ffn"]) == {"int8", "int4-compact", "int3", "int2", "removed"}
     for item, levels in costs.costs.items():
         for level, cost in levels.items():
             assert cost == pytest.approx(expected.costs[item][level], rel=1e-3, abs=1e-7)
     assert costs.native_nll == pytest.approx(expected.native_nll, rel=1e-5)
     assert not list(path.parent.glob("*.part")), "the files of the run are removed"
+
+
+def test_quick_levels_are_served_until_thorough_ones_replace_them(folder):
+    quick, path = prepared(folder, thorough=False)
+    assert set(quick.costs["layer00.ffn"]) == {"int8", "int4-compact", "int3", "int2"}
+    served = load_llm(folder, dtype="float32", quick_levels=True)
+    assert prepared_costs(served) == quick
+    assert not served.absent_levels(("int3",))
+    studied = load_llm(folder, dtype="float32")
+    assert prepared_costs(studied) is None
+    assert studied.absent_levels(("int3",)), "a study makes its levels by GPTQ"
+    assert studied.facts.calibration != served.facts.calibration
+    thorough, _ = prepared(folder)
+    for quick_levels in (True, False):
+        llm = load_llm(folder, dtype="float32", quick_levels=quick_levels)
+        assert prepared_costs(llm) == thorough
+    assert prepared(folder, thorough=False) == (thorough, path), "quick ones replace no others"
 
 
 def test_the_knapsack_uses_the_costs_from_then_on(ready):

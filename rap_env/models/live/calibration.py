@@ -1,9 +1,10 @@
 """Calibration of a live model: levels that are made with a text.
 
-Levels of four bits and less are made by GPTQ (`models.weights.gptq`) with a text, which loses
-far less than rounding the weights alone. In a plan each block has a level of its own, so the
-inputs of a block are those of the native model. The matrices of a block have the same level,
-so its last one makes up for the errors of the others.
+Levels of four bits and less are made with a text, which loses far less than rounding the
+weights alone: *thorough* ones by GPTQ (`models.weights.gptq`), *quick* ones with the mean
+square of each input as the importance of its weights (`models.weights.quantisers`). In a plan
+each block has a level of its own, so the inputs of a block are those of the native model. The
+matrices of a block have the same level, so its last one makes up for the errors of the others.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.weights.gptq import DampedHessian, correction, hessians, quantise_gptq, recorded
 from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS, PACKED_LEVELS, PackedLevel
 from rap_env.models.weights.packed_modules import raw_weights
-from rap_env.models.weights.packing import PackedMatrix
+from rap_env.models.weights.quantisers import Quantiser, quantise
 from rap_env.models.weights.tensors import verified_tensors, write_tensors
 from rap_env.models.weights.weight_levels import Place, WeightItem
 from rap_env.paths import LEVELS_FILE, cache_dir, calibrated_dir, prepared_dir
@@ -36,8 +37,11 @@ from rap_env.plan import Plan
 log = logging.getLogger(__name__)
 
 _LEVELS: tuple[PackedLevel, ...] = tuple(level for level in PACKED_LEVELS if level != "int8")
-_VERSION = 4
-"""Part of the names of files: increase it when the weights come out differently."""
+_VERSION, _QUICK_VERSION = 4, 1
+"""Parts of the names of files: increase one when the weights come out differently."""
+
+QUICK = "quick-"
+"""Beginning of the hash of a text that quick levels are made with."""
 
 _PREPARED_KIND, _PREPARED_FORMAT = "prepared levels", 1
 
@@ -51,6 +55,7 @@ hardly anything. At int3 all blocks of the default model lost 0.44 nats per toke
 on six windows of WikiText that no result is measured on, and 0.29 with it."""
 _CORRECTION_DAMPING = 0.3
 _EVERY = 2  # of the windows that it is fitted on; with 4, int3 lost 0.03 nats per token more
+_LEAST_IMPORTANCE = 1e-3  # of an input, in units of the mean: the text may never use it
 _WINDOWS = 8  # that a block runs at a time
 
 
@@ -63,14 +68,20 @@ def use_packaged_text(llm: ElasticLLM) -> None:
         use_text(llm, windows)
 
 
-def use_prepared_levels(llm: ElasticLLM) -> None:
-    """Name the text and the levels of a model that was prepared on this machine."""
+def use_prepared_levels(llm: ElasticLLM, *, quick: bool) -> None:
+    """Name the text and the levels of a model that was prepared on this machine.
+
+    Args:
+        llm: The model.
+        quick: Whether they may be quick ones.
+    """
     if not any(cache_dir().glob(f"prepared/*/{LEVELS_FILE}")):
         return  # without the seconds that a fingerprint of unquantised weights takes
     with contextlib.suppress(FileNotFoundError):
         path = prepared_dir(llm.fingerprint) / LEVELS_FILE
         made = load_artifact(path, _PREPARED_KIND, _PREPARED_FORMAT)
-        _use_files(llm, made["calibration"], made["levels"])
+        if quick or not made["calibration"].startswith(QUICK):
+            _use_files(llm, made["calibration"], made["levels"])
 
 
 def save_prepared_levels(llm: ElasticLLM, levels: Collection[PackedLevel]) -> None:
@@ -89,6 +100,8 @@ def use_text(
     llm: ElasticLLM,
     windows: torch.Tensor,
     levels: Collection[PackedLevel] = _LEVELS,
+    *,
+    quick: bool = False,
 ) -> None:
     """Name the text that the levels of a model's blocks are made with, without making them.
 
@@ -99,12 +112,14 @@ def use_text(
         windows: Token ids, (windows, tokens); ten thousand tokens are enough for good
             weights.
         levels: Packed levels below int8.
+        quick: Whether they are quick ones.
     """
     text = hashlib.sha256(windows.cpu().contiguous().numpy().tobytes())
     # "False" is a setting that went; score tables and caches have hashes with it.
-    text.update(f"{tuple(windows.shape)} False {_DAMPING} v{_VERSION}".encode())
+    how = f"quick v{_QUICK_VERSION}" if quick else f"False {_DAMPING} v{_VERSION}"
+    text.update(f"{tuple(windows.shape)} {how}".encode())
     digest = text.hexdigest()
-    _use_files(llm, digest, levels)
+    _use_files(llm, f"{QUICK}{digest}" if quick else digest, levels)
 
 
 def _use_files(llm: ElasticLLM, digest: str, levels: Collection[PackedLevel]) -> None:
@@ -200,15 +215,32 @@ class _NativePass:
     Attributes:
         step: The blocks.
         states: Their inputs.
-        sums: Hessians of the inputs of matrices, by name (`hessians`).
+        sums: Hessians of the inputs of matrices, by name (`hessians`); for quick levels their
+            diagonals.
         last_outputs: Outputs of the last matrix of each block, of every second window, for each
             entry of `states`.
+        quick: Whether quick levels are made.
     """
 
     step: tuple[int, ...]
     states: list[torch.Tensor]
     sums: dict[str, torch.Tensor]
     last_outputs: dict[int, list[torch.Tensor]]
+    quick: bool
+
+    @cached_property
+    def _quantisers(self) -> dict[int, Quantiser]:
+        """A quantiser for each of the distinct sums, by its identity."""
+        totals = {id(total): total for total in self.sums.values()}
+        if self.quick:
+            return {key: _by_importance(total) for key, total in totals.items()}
+        damped = {key: DampedHessian.of(total, _DAMPING) for key, total in totals.items()}
+        return {key: partial(quantise_gptq, hessian=each) for key, each in damped.items()}
+
+    def quantisers(self, item: WeightItem) -> dict[Place, Quantiser]:
+        """How the matrices of a block are quantised."""
+        own = {place: self.sums[place.name] for place in item.places if place.name in self.sums}
+        return {place: self._quantisers[id(total)] for place, total in own.items()}
 
 
 def native_passes(
@@ -220,7 +252,7 @@ def native_passes(
     """Run the native blocks of a layer, for `round_layer`.
 
     Args:
-        llm: The model.
+        llm: The model, whose levels `use_text` has named.
         forward: Its steps.
         layer: The steps of the layer, whose weights are in memory.
         states: Native inputs of the layer, as of `enter`.
@@ -261,11 +293,21 @@ def make_head(llm: ElasticLLM, forward: PartialForward, states: list[torch.Tenso
     if not (levels := _missing(item)):
         return
     hidden = [window.float() for state in states for window in forward.leave(state)]
-    total = sum((part.T @ part for part in hidden[1:]), hidden[0].T @ hidden[0])
-    head, hessian = item.places[-1], DampedHessian.of(total, _DAMPING)
+    head = item.places[-1]
+    if llm.calibration.startswith(QUICK):
+        quantiser = _by_importance(sum(part.square().sum(dim=0) for part in hidden))
+    else:
+        total = sum((part.T @ part for part in hidden[1:]), hidden[0].T @ hidden[0])
+        quantiser = partial(quantise_gptq, hessian=DampedHessian.of(total, _DAMPING))
     for level in levels:
-        item.quantise(level, {head.tied or head: partial(quantise_gptq, hessian=hessian)})
+        item.quantise(level, {head.tied or head: quantiser})
         _write(item, level)
+
+
+def _by_importance(squares: torch.Tensor) -> Quantiser:
+    """A quantiser for inputs with these sums of squares, (in,)."""
+    least = _LEAST_IMPORTANCE * squares.mean() + torch.finfo(torch.float32).tiny
+    return partial(quantise, importance=squares + least)
 
 
 def _run_natively(
@@ -280,7 +322,8 @@ def _run_natively(
         for place in items[index].places
         if not raw_weights(place.original)
     }
-    with hessians(layers) as sums, contextlib.ExitStack() as hooks:
+    quick = llm.calibration.startswith(QUICK)
+    with hessians(layers, diagonal=quick) as sums, contextlib.ExitStack() as hooks:
         last_outputs = {
             index: hooks.enter_context(
                 recorded(items[index].places[-1].original, _EVERY, outputs=True)
@@ -288,19 +331,14 @@ def _run_natively(
             for index in missing
         }
         outputs = [forward.run(step, state) for state in states]
-    return _NativePass(step, states, sums, last_outputs), outputs
+    return _NativePass(step, states, sums, last_outputs, quick), outputs
 
 
 def _round(llm: ElasticLLM, forward: PartialForward, native: _NativePass) -> None:
     """Write the missing levels of the blocks of a step."""
-    damped = {id(total): DampedHessian.of(total, _DAMPING) for total in native.sums.values()}
     for index, outputs in native.last_outputs.items():
         item = llm._live.items[index]
-        quantisers = {
-            place: partial(quantise_gptq, hessian=damped[id(native.sums[place.name])])
-            for place in item.places
-            if place.name in native.sums
-        }
+        quantisers = native.quantisers(item)
         run = partial(forward.run, native.step)
         for level in _missing(item):
             _quantise(item, level, quantisers, outputs, native.states, run)
@@ -310,7 +348,7 @@ def _round(llm: ElasticLLM, forward: PartialForward, native: _NativePass) -> Non
 def _quantise(
     item: WeightItem,
     level: PackedLevel,
-    quantisers: Mapping[Place, Callable[..., PackedMatrix]],
+    quantisers: Mapping[Place, Quantiser],
     outputs: Sequence[torch.Tensor],
     states: Sequence[torch.Tensor],
     run: Callable[[torch.Tensor], object],

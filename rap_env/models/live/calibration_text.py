@@ -13,7 +13,7 @@ import contextlib
 import logging
 import re
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,16 @@ TEXTS = Path(__file__).parent / "texts"
 SELF_WRITTEN = TEXTS / "self_written.jsonl"
 """Chats and articles that the default model wrote (``tools/self_written_texts.py``)."""
 
+PROSE = TEXTS / "prose.txt"
+"""Articles that were written for this package."""
+
 TEXT_KINDS = ("chat", "article", "code")
 """Kinds of text of a mixture, in the order of its windows."""
+
+COST_KINDS = ("chat", "prose", "code", "article")
+"""Kinds of text that costs are computed on. What the default model wrote is easy to predict, and
+models lose less on it than on text of people; ``prose`` was written for this package, about places
+and people that do not exist, so that no model knows it."""
 
 SOURCE_FILES = (
     "calendar.py", "configparser.py", "csv.py", "fractions.py", "heapq.py", "json/decoder.py",
@@ -78,8 +86,10 @@ def packaged_windows(llm: ElasticLLM) -> torch.Tensor | None:
     return torch.tensor(load_artifact(path, _TEXT_KIND, _TEXT_FORMAT)["tokens"])
 
 
-def mixed_windows(llm: ElasticLLM, windows: int, window_tokens: int) -> torch.Tensor:
-    """Text of several kinds, (windows, window_tokens); kinds take turns (`TEXT_KINDS`).
+def mixed_windows(
+    llm: ElasticLLM, windows: int, window_tokens: int, kinds: Sequence[str] = TEXT_KINDS
+) -> torch.Tensor:
+    """Text of several kinds, (windows, window_tokens); kinds take turns.
 
     The text is encoded without special tokens and then cut; a window begins with the tokens
     that the tokenizer puts before each text, if there are any (`opening_tokens`). Windows of
@@ -91,14 +101,15 @@ def mixed_windows(llm: ElasticLLM, windows: int, window_tokens: int) -> torch.Te
         llm: The model.
         windows: Number of windows.
         window_tokens: Tokens of each, fewer than the model's longest sequence.
+        kinds: The kinds.
 
     Raises:
         UnsupportedModelError: The tokenizer encodes text as no tokens, or the model must write
             windows and has no start token.
     """
     rows: list[torch.Tensor | None] = [None] * windows
-    for number, kind in enumerate(TEXT_KINDS if llm.tokenizer is not None else ()):
-        places = range(number, windows, len(TEXT_KINDS))
+    for number, kind in enumerate(kinds if llm.tokenizer is not None else ()):
+        places = range(number, windows, len(kinds))
         readable = _cut(llm.tokenizer, _kind_ids(llm, kind), window_tokens, _readable)
         for place, row in zip(places, _spread(readable, len(places)), strict=False):
             rows[place] = row
@@ -172,6 +183,8 @@ def _kind_ids(llm: ElasticLLM, kind: str) -> list[int]:
     """Token ids of all text of a kind."""
     if kind == "code":
         texts = list(_source_files())
+    elif kind == "prose":
+        texts = [PROSE.read_text(encoding="utf-8")]
     else:
         rows = (row for row in read_rows(SELF_WRITTEN) if row["kind"] == kind)
         texts = [_row_text(llm.tokenizer, row) for row in rows]

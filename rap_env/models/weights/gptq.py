@@ -13,7 +13,7 @@ transposed, so that what a step reads and writes is contiguous.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -29,7 +29,9 @@ _PANEL = 256  # rows of a symmetric matrix that are computed at a time, from the
 
 
 @contextlib.contextmanager
-def hessians(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tensor]]:
+def hessians(
+    layers: Mapping[str, nn.Module], *, diagonal: bool = False
+) -> Iterator[dict[str, torch.Tensor]]:
     """Sum ``x.T x`` of the inputs of linear layers, (in, in), float32, while a model runs.
 
     Layers that are called with the same tensor one after the other, as the projections of
@@ -38,6 +40,7 @@ def hessians(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tensor
 
     Args:
         layers: The layers by any names.
+        diagonal: Whether only the diagonals, (in,), are summed.
 
     Yields:
         The sums, complete after the block, by the names of the layers that were called.
@@ -54,15 +57,21 @@ def hessians(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tensor
         last, size = (states, name), states.shape[-1]
         if name not in sums:
             with torch.inference_mode(False):  # it is damped later, in place
-                sums[name] = torch.zeros(size, size, device=states.device)
-        _add_upper(sums[name], states.detach().reshape(-1, size).float())
+                shape = (size,) if diagonal else (size, size)
+                sums[name] = torch.zeros(shape, device=states.device)
+        wide = states.detach().reshape(-1, size).float()
+        if diagonal:
+            sums[name] += wide.square().sum(dim=0)
+        else:
+            _add_upper(sums[name], wide)
 
     with contextlib.ExitStack() as hooks:
         for name, layer in layers.items():
             hooks.callback(layer.register_forward_pre_hook(partial(add, name)).remove)
         yield sums
-    for total in {id(total): total for total in sums.values()}.values():
-        _mirror_(total)
+    if not diagonal:
+        for total in {id(total): total for total in sums.values()}.values():
+            _mirror_(total)
 
 
 def _add_upper(total: torch.Tensor, states: torch.Tensor) -> None:
@@ -116,7 +125,7 @@ def correction(
     With it, outputs for the changed inputs y are nearest to the native ones, by least
     squares: for the outputs d that are lost, ``d.T y / H`` with ``H = y.T y`` (as in GPTAQ,
     Li et al. 2025, arXiv 2504.02692, with ``(x - y) W.T`` for d, which has fewer columns than
-    native inputs x).
+    native inputs x). With fewer tokens than inputs the same is ``d.T / (y y.T) y``.
 
     Args:
         pairs: For some tokens each, native outputs minus those of the native layer for the
@@ -126,21 +135,36 @@ def correction(
     Returns:
         The correction; None without any pair.
     """
-    hessian = cross = None
+    pairs = list(pairs)
+    if not pairs:
+        return None
+    outputs, inputs = (part.shape[1] for part in pairs[0])
+    if sum(len(changed) for _, changed in pairs) < inputs:
+        return _correction_by_tokens(pairs, damping)
+    hessian = torch.zeros(inputs, inputs, device=pairs[0][1].device)
+    cross = hessian.new_zeros(inputs, outputs)
     for lost, changed in pairs:
         wide = changed.float()
-        if hessian is None or cross is None:
-            hessian = wide.new_zeros(wide.shape[1], wide.shape[1])
-            cross = wide.new_zeros(wide.shape[1], lost.shape[1])
         _add_upper(hessian, wide)
         cross.addmm_(wide.T, lost.float())
-    if hessian is None or cross is None:
-        return None
     lower = _cholesky_(_damp_(_mirror_(hessian), damping))
     # torch.cholesky_solve would copy the factor.
     half = torch.linalg.solve_triangular(lower, cross, upper=False)
     added: torch.Tensor = torch.linalg.solve_triangular(lower, half.T, upper=False, left=False)
     return added
+
+
+def _correction_by_tokens(
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], damping: float
+) -> torch.Tensor:
+    """`correction` with a matrix of the tokens in place of one of the inputs."""
+    lost, changed = (torch.cat(parts).float() for parts in zip(*pairs, strict=True))
+    products = changed @ changed.T
+    # The mean diagonal of y.T y, as for the other form.
+    added = damping * float(products.diagonal().sum()) / changed.shape[1]
+    products.diagonal().add_(added + torch.finfo(torch.float32).tiny)
+    solved: torch.Tensor = torch.cholesky_solve(lost, _cholesky_(products))
+    return solved.T @ changed
 
 
 def _damp_(matrix: torch.Tensor, damping: float) -> torch.Tensor:

@@ -9,7 +9,7 @@ weight is among them, so weights on a grid of 16 steps keep their values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,7 @@ _WIDTHS: dict[int, tuple[float, ...]] = {
 _REFITS = 2
 _EXACT = 2.0**-18  # squared error of weights on a grid whose scales were rounded
 _ROWS = 128  # of a matrix that are quantised at a time, to bound temporary memory
+_GROUPS = 16  # of so many rows that are searched at a time: what is tried stays in the CPU's cache
 
 
 @dataclass(frozen=True)
@@ -122,19 +123,23 @@ def concatenated(parts: Sequence[CodedRows]) -> PackedMatrix:
     return LowBitMatrix.pack(grid.level, codes, scale, zero, torch.cat(factors))
 
 
-def quantise(weight: torch.Tensor, level: PackedLevel) -> PackedMatrix:
+def quantise(
+    weight: torch.Tensor, level: PackedLevel, importance: torch.Tensor | None = None
+) -> PackedMatrix:
     """Pack a matrix with the least squared error of its weights.
 
     Args:
         weight: (out, in), floating-point.
         level: A packed level; int4 takes its place for shapes that cannot have it.
+        importance: Factors of the squared errors of each input's weights, (in,), positive, such
+            as the mean square of the input; None for equal ones. Not used at int8.
     """
     check_name("level of packed weights", level, PACKED_LEVELS)
     weight = weight.detach()
     if level == "int8":
         return _quantise_int8(weight)
     level = stored_level(level, (weight.shape[0], weight.shape[1]))
-    return _packed(torch.split(weight, _ROWS), level)
+    return _packed(torch.split(weight, _ROWS), level, importance)
 
 
 def _quantise_int8(weight: torch.Tensor) -> PackedMatrix:
@@ -144,23 +149,37 @@ def _quantise_int8(weight: torch.Tensor) -> PackedMatrix:
     return PackedMatrix.from_codes(codes.to(torch.int8), scale)
 
 
-def _packed(parts: Iterable[torch.Tensor], level: PackedLevel) -> PackedMatrix:
+def _packed(
+    parts: Iterable[torch.Tensor], level: PackedLevel, importance: torch.Tensor | None
+) -> PackedMatrix:
     """Pack the rows of a matrix, some at a time, (rows, in) each."""
     coded = []
     for part in parts:
         columns = part.float().T.contiguous()
         grid, codes, scales, zeros = Grid.of(level, columns), [], [], []
-        size = grid.group_inputs
-        for some in torch.split(columns, max(size, len(columns) // size * size)):
-            # The last group may be short.
-            groups = some.view(-1, min(size, len(some)), some.shape[1])
-            scale, zero = searched(grid, groups, groups.new_ones(groups.shape[1]))
+        for groups, factors in _grouped(columns, grid.group_inputs, importance):
+            scale, zero = searched(grid, groups, factors)
             own = (groups - zero[:, None]).div_(nonzero(scale)[:, None])
             codes.append(grid.nearest_(own).flatten(0, 1).to(torch.int8))
             scales.append(scale)
             zeros.append(zero)
         coded.append(CodedRows(grid, *map(torch.cat, (codes, scales, zeros))))
     return concatenated(coded)
+
+
+def _grouped(
+    columns: torch.Tensor, size: int, importance: torch.Tensor | None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Groups of inputs, (groups, n, rows), with their importance, (groups, n) or (n,)."""
+    whole = max(size, len(columns) // size * size)
+    for first in range(0, len(columns), whole):  # the last group may be short
+        some = columns[first : first + whole]
+        groups = some.view(-1, min(size, len(some)), some.shape[1])
+        if importance is None:
+            yield groups, groups.new_ones(groups.shape[1])
+            continue
+        factors = importance[first : first + whole].view(groups.shape[:2])
+        yield from zip(torch.split(groups, _GROUPS), torch.split(factors, _GROUPS), strict=True)
 
 
 def nonzero(scale: torch.Tensor) -> torch.Tensor:
@@ -179,16 +198,16 @@ def searched(
     Args:
         grid: The weights that codes can stand for.
         groups: Weights, (groups, n, rows).
-        importance: Factors of the squared errors, (n,).
+        importance: Factors of the squared errors, (n,), or of each group (groups, n).
 
     Returns:
         Scale and zero, (groups, rows), as a packed matrix stores them; zero is the weight of
         the middle code.
     """
-    share = importance / importance.sum()
-    mean = share @ groups
+    share = importance / importance.sum(dim=-1, keepdim=True)
+    mean = _shared_sum(share, groups)
     weights = groups - mean[:, None]  # so that little is lost where sums cancel
-    shared = weights * share[:, None]
+    shared = weights * share[..., None]
     square = (shared * weights).sum(dim=1)
     low, high = weights.amin(dim=1), weights.amax(dim=1)  # `aminmax` takes ten times as long
     steps = torch.tensor(_WIDTHS[grid.bits], device=groups.device)[:, None, None]
@@ -204,8 +223,8 @@ def searched(
         codes = torch.addcmul((-zero * inverse)[:, :, None], weights, inverse[:, :, None])
         grid.nearest_(codes)  # (widths, groups, n, rows)
         product = (codes * shared).sum(dim=2)
-        mean_code = share @ codes
-        mean_square = share @ codes.square_()
+        mean_code = _shared_sum(share, codes)
+        mean_square = _shared_sum(share, codes.square_())
         cross = 2 * (zero * mean_code - product)
         error = square + zero.square() + scale * (scale * mean_square + cross)
         if bool((error[0] <= _EXACT * (square + mean.square())).all()):
@@ -218,3 +237,8 @@ def searched(
     scales, zeros, errors = (torch.cat(parts).flatten(1) for parts in zip(*tried, strict=True))
     best = errors.T.contiguous().argmin(dim=1)[None]
     return scales.gather(0, best).view(low.shape), zeros.gather(0, best).view(low.shape)
+
+
+def _shared_sum(share: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Weighted sums over inputs, (..., n, rows) to (..., rows), with shares (n,) or (groups, n)."""
+    return share @ values if share.dim() == 1 else (share[:, None] @ values).squeeze(-2)
