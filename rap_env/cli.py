@@ -154,6 +154,10 @@ def serve(**options: str | bool | None) -> None:
 
 @cli.command()
 @request_options(required=True)
+@setting_option("prepare")
+@click.option(
+    "--allow-removal", is_flag=True, help=settings_of(ServerSettings)["allow_removal"].help
+)
 @json_option
 def choose(
     batch: int,
@@ -164,21 +168,28 @@ def choose(
     device: str,
     dtype: str,
     weights: str,
+    prepare: str,
+    allow_removal: bool,
     as_json: bool,
 ) -> None:
     """Choose a plan for a request and show its memory.
 
-    The default model needs neither its weights nor torch.
+    The default model needs neither its weights nor torch. Any other one that does not fit as it
+    is, is prepared first, once (`rap prepare`).
     """
     from rap_env.policies.loading import load_policy
-    from rap_env.policies.packaged_files import find_delta_nll
+    from rap_env.policies.packaged_files import find_delta_nll, lacks_costs
 
     request = Request(batch, seq, parse_bytes("--budget", budget))
-    facts = facts_of(model, device, dtype, weights)
-    # Messages name commands for the model, which take its path.
-    facts = replace(facts, name=model) if Path(model).exists() else facts
-    memory = MemoryModel(facts)
-    chooser = load_policy(policy, memory)
+    memory = _memory_of(model, device, dtype, weights)
+    too_large = memory.dense_peak_bytes(batch, seq) > request.budget_bytes
+    if prepare == "on" and policy == "knapsack" and too_large and lacks_costs(memory):
+        from rap_env.importance.preparation import prepare as prepare_model
+
+        prepare_model(model, device=device, dtype=dtype)
+        memory = _memory_of(model, device, dtype, weights)
+    facts = memory.facts
+    chooser = load_policy(policy, memory, allow_removal=allow_removal)
     started = time.perf_counter()
     plan = chooser.choose(request)
     seconds = time.perf_counter() - started
@@ -203,6 +214,12 @@ def choose(
         memory.check_fits(plan, request)
     show(answer, _choice_text(answer), as_json)
     memory.check_fits(plan, request)
+
+
+def _memory_of(model: str, device: str, dtype: str, weights: str) -> MemoryModel:
+    """The byte arithmetic of a model; messages name commands for it, which take its path."""
+    facts = facts_of(model, device, dtype, weights)
+    return MemoryModel(replace(facts, name=model) if Path(model).exists() else facts)
 
 
 def _choice_text(answer: dict[str, Any]) -> str:

@@ -71,9 +71,9 @@ from rap_env.scoring.corpus import Corpus
 
 log = logging.getLogger(__name__)
 
-COST_WINDOWS, COST_TOKENS = 4, 1024
+COST_WINDOWS, COST_TOKENS = 3, 1024
 """Windows of text for costs, a kind of text each, and the tokens of each."""
-QUICK_COST_TOKENS = 512
+QUICK_COST_WINDOWS, QUICK_COST_TOKENS = 2, 512
 QUICK_LEVEL_WINDOWS = 10
 _FEWEST_LEVEL_WINDOWS = 16  # that a user's text must have
 _VERSION = 3
@@ -183,7 +183,7 @@ def prepare(
             str(llm.device),
             bits,
             text="mixture" if text is None else os.fspath(text),
-            kinds=COST_KINDS if text is None else (),
+            kinds=() if text is not None else COST_KINDS[: len(texts["costs"])],
             thorough=thorough,
             threads=1 if workers > 1 else None,
             bounded=memory_bytes is not None,
@@ -225,9 +225,10 @@ def _texts(
     llm: ElasticLLM, text: str | Path | None, bits: int, thorough: bool
 ) -> dict[str, torch.Tensor]:
     """Windows of token ids for costs and for levels, (windows, tokens) each."""
-    costs = COST_WINDOWS, min(_cost_tokens(thorough), llm.adapter.max_positions)
-    windows, tokens = level_windows(llm)
-    levels = windows if thorough else QUICK_LEVEL_WINDOWS, tokens
+    costs, levels = (COST_WINDOWS, COST_TOKENS), level_windows(llm)
+    if not thorough:
+        costs, levels = (QUICK_COST_WINDOWS, QUICK_COST_TOKENS), (QUICK_LEVEL_WINDOWS, levels[1])
+    costs = costs[0], min(costs[1], llm.adapter.max_positions)
     if text is None:
         own = calibration_windows(llm) if thorough else mixed_windows(llm, *levels)
         texts = {"costs": mixed_windows(llm, *costs, COST_KINDS), "levels": own}
@@ -245,10 +246,6 @@ def _texts(
             "model: replace its files in the model's folder."
         )
     return texts
-
-
-def _cost_tokens(thorough: bool) -> int:
-    return COST_TOKENS if thorough else QUICK_COST_TOKENS
 
 
 def _workers(llm: ElasticLLM, memory_bytes: int | None) -> int:
@@ -317,7 +314,7 @@ def _work(run: _Run, check: Check, note: Note) -> LevelCosts:
     if made:
         text = torch.tensor(texts["levels"])
         use_text(llm, text, made, quick=not run.thorough)
-        _make_levels(llm, text, tasks)
+        _make_levels(llm, text, tasks, made)
         save_prepared_levels(llm, made)
     levels = {
         item: names if is_cache(item) else _offered(names, run.bits, run.thorough)
@@ -360,8 +357,13 @@ def _plan_nlls(
     return [result["nlls"] for result in tasks.run("plans", len(plans), do)]
 
 
-def _make_levels(llm: ElasticLLM, windows: torch.Tensor, tasks: Tasks) -> None:
-    """Make the levels of all layers and of the head; each task passes its states on in a file."""
+def _make_levels(
+    llm: ElasticLLM, windows: torch.Tensor, tasks: Tasks, levels: Sequence[PackedLevel]
+) -> None:
+    """Make levels of all layers and of the head, a task for each layer and each level of the head.
+
+    A layer's task passes its native states on in a file.
+    """
     forward, count = PartialForward(llm), len(llm._live.items) // 2
 
     def path_of(number: int) -> Path:
@@ -371,11 +373,12 @@ def _make_levels(llm: ElasticLLM, windows: torch.Tensor, tasks: Tasks) -> None:
         return {f"{n:04d}": state for n, state in enumerate(states)}
 
     def make(number: int) -> dict[str, Any]:
-        tasks.wait(path_of(number))
-        stored = verified_tensors(path_of(number))
+        entered = path_of(min(number, count))
+        tasks.wait(entered)
+        stored = verified_tensors(entered)
         states = [stored[name].to(llm.device) for name in sorted(stored)]
-        if number == count:
-            make_head(llm, forward, states)
+        if number >= count:
+            make_head(llm, forward, states, levels[number - count : number - count + 1])
         else:
             layer = forward.layer_steps[number]
             with forward.loaded(layer):
@@ -383,12 +386,13 @@ def _make_levels(llm: ElasticLLM, windows: torch.Tensor, tasks: Tasks) -> None:
                 write_tensors(path_of(number + 1), named(outputs))
                 del outputs
                 round_layer(llm, forward, passes)
-        path_of(number - 2).unlink(missing_ok=True)  # the one before may still be needed
+        if number < count:
+            path_of(number - 2).unlink(missing_ok=True)  # the one before may still be needed
         return {}
 
     if not path_of(0).exists() and not any(tasks.folder.glob("states-*")):
         write_tensors(path_of(0), named(enter(forward, windows)))
-    tasks.run("levels", count + 1, make)
+    tasks.run("levels", count + len(levels), make)
 
 
 def _made_levels(bits: int) -> list[PackedLevel]:

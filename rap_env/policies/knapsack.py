@@ -74,7 +74,7 @@ class KnapsackPolicy(Policy):
     An attention block and
     its cache are one choice, since the removal of the block removes both. The optimum is
     exact; only the sum of costs is an approximation. If nothing fits, the smallest plan is
-    chosen. Threads may share a policy.
+    chosen, with blocks removed in `order`. Threads may share a policy.
 
     Args:
         memory: The model's byte arithmetic.
@@ -83,7 +83,7 @@ class KnapsackPolicy(Policy):
             allows all that were measured.
 
     Attributes:
-        order: Blocks in the order of what their removal costs, (2L,); None if that was not
+        order: Blocks in the order of what their removal costs, (2L,); empty if that was not
             measured for all of them.
 
     Raises:
@@ -92,6 +92,7 @@ class KnapsackPolicy(Policy):
 
     name = "knapsack"
     level_costs: LevelCosts
+    order: tuple[int, ...]
 
     def __init__(
         self,
@@ -122,10 +123,10 @@ class KnapsackPolicy(Policy):
         """Predicted rise in NLL of a plan, nats per token; see `LevelCosts.delta_nll`."""
         return self.level_costs.delta_nll(plan, seq_len_tokens)
 
-    def _removal_order(self) -> tuple[int, ...] | None:
+    def _removal_order(self) -> tuple[int, ...]:
         names = [block_name(index) for index in range(self.memory.facts.num_blocks)]
         if not all(self._measured(name, "removed") for name in names):
-            return None
+            return ()
         costs = [self.level_costs.cost(name, "removed") for name in names]
         return tuple(sorted(range(len(names)), key=costs.__getitem__))
 
@@ -143,7 +144,9 @@ class KnapsackPolicy(Policy):
         if plans:
             return min(plans, key=lambda pair: pair[0])[1]
         smallest = min(problems, key=lambda p: p.shared_bytes + p.solver.least_bytes)
-        return smallest.plan(smallest.solver.least)
+        least = smallest.plan(smallest.solver.least)
+        smaller = itertools.accumulate(self.order, Plan.without, initial=least)
+        return self.memory.first_that_fits(smaller, request)
 
     def _make_problems(self, batch_size: int, seq_len_tokens: int) -> tuple[_Problem, ...]:
         """One problem for each set of sharers that plans may have, most permissive first.

@@ -82,27 +82,31 @@ class OrderPolicy(Policy):
         self.memory = memory
         self.order = tuple(order)
         Plan.removing(*self.order).check(memory.facts.num_blocks)
-        *first, last = map(memory.check_plan, plans)
-        self._plans = (*first, *itertools.accumulate(self.order, Plan.without, initial=last))
-        used = last.weight_levels.union(*(plan.weight_levels for plan in first))
+        self._plans = tuple(map(memory.check_plan, plans))
+        used = frozenset[str]().union(*(plan.weight_levels for plan in self._plans))
         self.weight_levels = tuple(level for level in WEIGHT_LEVELS if level in used)
 
     def choose(self, request: Request) -> Plan:
         """Return the most exact plan that fits, or the smallest one if none does."""
-        return self.memory.first_that_fits(self._plans, request)
+        *first, last = self._plans
+        smaller = itertools.accumulate(self.order, Plan.without, initial=last)
+        return self.memory.first_that_fits(itertools.chain(first, smaller), request)
 
 
 def uniform_policy(memory: MemoryModel) -> OrderPolicy:
     """A rule for a model of which nothing was measured, with levels that need no text.
 
-    It lowers all caches, then all weights, and then removes layers (`middle_first`).
+    It lowers all caches and then all weights. It removes no block.
     """
     facts = memory.facts.without_levels({*WEIGHT_LEVELS} - {"int8", "int4"})
-    return OrderPolicy(memory, middle_first(facts.num_layers), uniform_plans(facts), "uniform")
+    return OrderPolicy(memory, (), uniform_plans(facts), "uniform")
 
 
 def load_policy(
-    source: str | os.PathLike[str], model: HasFacts | MemoryModel | None = None
+    source: str | os.PathLike[str],
+    model: HasFacts | MemoryModel | None = None,
+    *,
+    allow_removal: bool = False,
 ) -> Policy:
     """Load a policy for a model.
 
@@ -121,6 +125,8 @@ def load_policy(
             callable that makes a policy from the model's byte arithmetic.
         model: The model that is served, or its byte arithmetic. None is the default model
             with native weights; it is not loaded, as its facts are in the package.
+        allow_removal: Whether ``"knapsack"`` may remove blocks whose cost is not known, where
+            nothing else fits (`middle_first`).
 
     Raises:
         UnknownNameError: There is no policy of this name, and no such file.
@@ -130,16 +136,17 @@ def load_policy(
     memory = model if isinstance(model, MemoryModel) else MemoryModel(model or default_facts())
     name = os.fspath(source)
     try:
-        return _make(name, memory, None)
+        policy = _make(name, memory, None)
     except ArtifactError as error:
         if name != "knapsack":
             raise
         log.warning(
-            "%s Until then all caches are lowered alike, then all weights, and then whole layers "
-            "are removed, from the last but one down.",
-            error,
+            "%s Until then all caches are lowered alike, and then all weights, to four bits.", error
         )
-    return uniform_policy(memory)
+        policy = uniform_policy(memory)
+    if name == "knapsack" and allow_removal and not policy.order:
+        policy.order = tuple(middle_first(memory.facts.num_layers))
+    return policy
 
 
 def make_method(

@@ -70,6 +70,15 @@ def model_costs(memory: MemoryModel) -> LevelCosts:
         ) from None
 
 
+def lacks_costs(memory: MemoryModel) -> bool:
+    """Whether a model has no costs of levels, so that preparing it would gain plans."""
+    try:
+        model_costs(memory)
+    except ArtifactError:
+        return True
+    return False
+
+
 def _prepare_minutes(facts: ModelFacts) -> int:
     """About what preparing a model takes on two cores, by its matrices (three in an FFN block)."""
     width = facts.hidden_size

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rap_env.errors import ServingSettingsError
-from rap_env.request import Request, parse_bytes
+from rap_env.request import parse_bytes
+from rap_env.runtime.memory_estimator import BatchShape
 from rap_env.runtime.memory_monitor import HEADROOM_BYTES
 
 if TYPE_CHECKING:
@@ -116,24 +117,26 @@ class LiveLimit:
 
 
 def least_check(model: str, controller: RuntimeController) -> Callable[[int], None]:
-    """What rejects a limit in which not even one token fits with every block removed."""
-    least = controller.estimator.memory.peak_bytes_without_blocks(Request(1, 1, 1))
+    """What rejects a limit in which not even one token fits with the smallest plan."""
+    one = BatchShape(1, 1)
+    smallest = controller.chooser.smallest(one, 1)
+    least = controller.estimator.memory.peak_bytes(smallest, one.request(1))
     source = controller.monitor.source
 
     def check(limit_bytes: int) -> None:
         if source.other_bytes is None:
             if limit_bytes < least:
                 raise ServingSettingsError(
-                    f"model_memory must be at least {least:,} bytes for {model}, which it needs "
-                    f"for one token without any block, not {limit_bytes:,}; give more."
+                    f"model_memory must be at least {least:,} bytes for {model}, which its "
+                    f"smallest plan needs for one token, not {limit_bytes:,}; give more."
                 )
             return
         others = source.other_bytes + HEADROOM_BYTES
         if limit_bytes < least + others:
             raise ServingSettingsError(
                 f"memory must be at least {mebibytes(others + least)} for {model}: "
-                f"{mebibytes(least)} for one token without any block and {mebibytes(others)} for "
-                f"everything else in the process, not {mebibytes(limit_bytes)}; give more."
+                f"{mebibytes(least)} for one token with its smallest plan and {mebibytes(others)} "
+                f"for everything else in the process, not {mebibytes(limit_bytes)}; give more."
             )
 
     return check

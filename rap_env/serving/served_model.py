@@ -106,10 +106,11 @@ def choose_policy(settings: ServerSettings, llm: ElasticLLM, limit: LiveLimit | 
     They are needed if without them one short request does not fit the limit within the floor.
     """
     facts = replace(llm.facts, name=settings.model)  # messages name commands for it
-    chosen = load_policy(settings.policy, MemoryModel(facts))
+    load = partial(load_policy, settings.policy, allow_removal=settings.allow_removal)
+    chosen = load(MemoryModel(facts))
     if not (absent := llm.absent_levels(chosen.weight_levels)):
         return chosen
-    fewer = load_policy(settings.policy, MemoryModel(facts.without_levels(absent)))
+    fewer = load(MemoryModel(facts.without_levels(absent)))
     if limit is not None:
         request = _short_request(llm, limit)
         plan = fewer.choose(request)
@@ -145,6 +146,8 @@ def _other_bytes(llm: ElasticLLM) -> int:
 
 def floor_of(settings: ServerSettings, policy: Policy) -> float | None:
     """The floor of the settings; none, with a warning, if it is the default and unpredictable."""
+    if settings.max_delta_nll == "auto" and settings.allow_removal:
+        return None
     if settings.max_delta_nll != "auto" or predicts(policy):
         return settings.floor_if_predicted
     log.warning(

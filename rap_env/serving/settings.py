@@ -61,6 +61,17 @@ class ServerSettings:
         low=0,
         choices=("auto",),
     )
+    allow_removal: bool = setting(
+        False,
+        "Remove blocks whose cost is not known where nothing else fits: knapsack then has no floor "
+        "of quality, unless it is a number.",
+    )
+    prepare: str = setting(
+        "on",
+        "Whether a model without costs of levels is prepared: before it serves if it does not fit "
+        "the limit as it is, else while it serves.",
+        choices=("on", "off"),
+    )
     memory: str | int = setting(
         "auto",
         "Memory limit: auto (free memory of the device or of the cgroup), cgroup, cuda, or bytes "

@@ -15,12 +15,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from rap_env.errors import ServingSettingsError, check_name
+from rap_env.errors import InvalidRequestError, ServingSettingsError, check_name
 from rap_env.extras import require_extra
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.policies.loading import check_policy, load_policy
-from rap_env.policies.packaged_files import default_facts
+from rap_env.policies.packaged_files import default_facts, lacks_costs
 from rap_env.policies.registry import policy_names
 from rap_env.runtime.plan_chooser import no_prediction_text, predicts
 from rap_env.serving.settings import ServerSettings
@@ -28,6 +28,7 @@ from rap_env.serving.settings import ServerSettings
 log = logging.getLogger(__name__)
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
+_SHORT_TOKENS = 256  # of a request that a server should be able to serve
 _TEXT = "%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s"
 _TIME = "%Y-%m-%dT%H:%M:%S"
 
@@ -52,6 +53,7 @@ def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
     check_before_loading(settings)
     with server_logging(settings), bind(settings.host, settings.port) as bound:
         check_address(bound, settings)
+        prepare_before(settings)
         gc.disable()  # to search what imports make for garbage takes an eighth of the start
         try:
             # These import torch, which takes seconds.
@@ -66,6 +68,41 @@ def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
             gc.enable()
         text = greeting(stack, url_of(bound))
         Server(stack.app, lambda: say(text)).run(sockets=[bound])
+
+
+def prepare_before(settings: ServerSettings) -> None:
+    """Prepare a model that has no costs of levels and does not fit its limit as it is.
+
+    Raises:
+        ServingSettingsError: There is not enough memory to prepare it.
+        RapError: As for `rap_env.importance.preparation.prepare`.
+    """
+    limit_bytes = settings.model_bytes or settings.process_bytes
+    wanted = settings.prepare == "on" and settings.policy == "knapsack"
+    if not wanted or limit_bytes is None or _known_facts(settings) is not None:
+        return
+    memory = MemoryModel(_read_facts(settings))
+    native_bytes = memory.dense_peak_bytes(1, min(_SHORT_TOKENS, memory.facts.max_positions))
+    if settings.process_bytes is not None:
+        from rap_env.models.device import resident_bytes
+
+        native_bytes += resident_bytes()[1]
+    if native_bytes <= limit_bytes or not lacks_costs(memory):
+        return
+    from rap_env.importance.preparation import prepare
+
+    log.info("%s does not fit as it is, and is prepared first (once).", settings.model)
+    try:
+        prepare(
+            settings.model,
+            memory_bytes=settings.process_bytes,
+            device=settings.device,
+            dtype=settings.dtype,
+        )
+    except InvalidRequestError as error:
+        raise ServingSettingsError(
+            f"{error} Or run `rap prepare {settings.model}` once where there is more memory."
+        ) from None
 
 
 # The address
@@ -141,19 +178,23 @@ def check_before_loading(settings: ServerSettings) -> None:
         return  # they are for every model
     facts = _known_facts(settings)
     if facts is None:
-        from rap_env.models.files.loading import load_llm  # it imports torch
-        from rap_env.models.files.model_folder import made_apart
-
-        how = {name: getattr(settings, name) for name in ("device", "dtype", "weights")}
-        with made_apart():
-            facts = load_llm(
-                settings.model, **how, lean=True, on_demand=True, quick_levels=True
-            ).facts
+        facts = _read_facts(settings)
     elif settings.policy not in policy_names():
         return  # its file is for a dtype, which torch has to tell
-    policy = load_policy(settings.policy, MemoryModel(replace(facts, name=settings.model)))
+    policy = load_policy(settings.policy, MemoryModel(facts))
     if floor not in (None, "auto") and not predicts(policy):
         raise ServingSettingsError(no_prediction_text(floor, policy.name))
+
+
+def _read_facts(settings: ServerSettings) -> ModelFacts:
+    """Facts of a model from its files, which are converted first, in another process."""
+    from rap_env.models.files.loading import load_llm  # it imports torch
+    from rap_env.models.files.model_folder import made_apart
+
+    how = {name: getattr(settings, name) for name in ("device", "dtype", "weights")}
+    with made_apart():
+        llm = load_llm(settings.model, **how, lean=True, on_demand=True, quick_levels=True)
+    return replace(llm.facts, name=settings.model)
 
 
 def _known_facts(settings: ServerSettings) -> ModelFacts | None:

@@ -281,16 +281,23 @@ def round_layer(llm: ElasticLLM, forward: PartialForward, passes: list[_NativePa
         del passes[0]
 
 
-def make_head(llm: ElasticLLM, forward: PartialForward, states: list[torch.Tensor]) -> None:
+def make_head(
+    llm: ElasticLLM,
+    forward: PartialForward,
+    states: list[torch.Tensor],
+    levels: Collection[PackedLevel] = _LEVELS,
+) -> None:
     """Write the files of the head's levels that are missing or damaged.
 
     Args:
         llm: The model.
         forward: Its steps.
         states: Outputs of the last layer.
+        levels: Those of the levels that are made.
     """
     item = llm._live.embeddings
-    if not (levels := _missing(item)):
+    levels = [level for level in _missing(item) if level in levels]
+    if not levels:
         return
     hidden = [window.float() for state in states for window in forward.leave(state)]
     head = item.places[-1]

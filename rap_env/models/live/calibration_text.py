@@ -39,10 +39,11 @@ PROSE = TEXTS / "prose.txt"
 TEXT_KINDS = ("chat", "article", "code")
 """Kinds of text of a mixture, in the order of its windows."""
 
-COST_KINDS = ("chat", "prose", "code", "article")
-"""Kinds of text that costs are computed on. What the default model wrote is easy to predict, and
-models lose less on it than on text of people; ``prose`` was written for this package, about places
-and people that do not exist, so that no model knows it."""
+COST_KINDS = ("prose", "code", "chat")
+"""Kinds of text that costs are computed on, those first on which models lose most. Plans lose
+far less on what the default model wrote, which is easy to predict, than on other text: ``prose``
+was written for this package, about places and people that do not exist, so that no model knows
+it."""
 
 SOURCE_FILES = (
     "calendar.py", "configparser.py", "csv.py", "fractions.py", "heapq.py", "json/decoder.py",
