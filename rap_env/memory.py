@@ -210,7 +210,7 @@ class MemoryModel:
         """Raise an `InfeasibleBudgetError` unless a plan fits a request's budget."""
         if (need := self.peak_bytes(plan, request)) > request.budget_bytes:
             least = min(need, self.peak_bytes_without_blocks(request))
-            what = "This plan, the smallest that the policy has,"
+            what = "This plan"
             rest = f"give more (without any block the model needs {human_bytes(least)})"
             if least > request.budget_bytes:
                 shape = f"{request.batch_size} x {request.seq_len_tokens} tokens"

@@ -253,7 +253,7 @@ def _workers(llm: ElasticLLM, memory_bytes: int | None) -> int:
     most = 2 if llm.device.type == "cpu" and (os.cpu_count() or 1) > 1 else 1
     if memory_bytes is None:
         return most
-    need = _process_bytes(llm)
+    need = resident_bytes()[1] + process_bytes(llm)
     if need > memory_bytes:
         raise InvalidRequestError(
             f"memory is {human_bytes(memory_bytes)}, but preparing {llm.name} takes about "
@@ -262,8 +262,8 @@ def _workers(llm: ElasticLLM, memory_bytes: int | None) -> int:
     return min(most, memory_bytes // need)
 
 
-def _process_bytes(llm: ElasticLLM) -> int:
-    """About the most resident memory of a process that prepares a model, which is open in this one.
+def process_bytes(llm: ElasticLLM) -> int:
+    """About what preparing a model takes at most in each process, beside Python and libraries.
 
     For levels it is mostly five float32 matrices (n, n), for a matrix with n inputs; for
     costs the states of a window in all layers and what the gradient of one layer needs. On a
@@ -276,7 +276,7 @@ def _process_bytes(llm: ElasticLLM) -> int:
     )
     states = facts.num_layers * facts.hidden_size + 12 * facts.ffn_width
     values = max(5 * most_inputs**2 + layer, COST_TOKENS * states + 2 * layer)
-    return resident_bytes()[1] + 4 * (values if llm.device.type == "cpu" else layer)
+    return 4 * (values if llm.device.type == "cpu" else layer)
 
 
 @contextlib.contextmanager

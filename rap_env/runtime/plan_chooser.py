@@ -85,12 +85,29 @@ class PlanChooser:
         most_delta_nll: float | None = None,
     ) -> None:
         self.llm = llm
+        self.estimator = estimator
+        self._guard_order = guard_order
+        self.use_policy(policy, max_delta_nll, most_delta_nll)
+        self.decisions = 0
+        self.decision_s = 0.0
+
+    def use_policy(
+        self,
+        policy: Policy,
+        max_delta_nll: float | None,
+        most_delta_nll: float | None = None,
+    ) -> None:
+        """Ask a policy from now on, with a quality floor; hold the model's lock in a service.
+
+        Raises:
+            InvalidRequestError: As for the class.
+            UnknownNameError: As for the class.
+        """
         self.policy = policy
         self.max_delta_nll = self._least_delta_nll = max_delta_nll
         self.most_delta_nll = None if max_delta_nll is None else most_delta_nll or max_delta_nll
-        self.estimator = estimator
-        num_blocks = estimator.memory.facts.num_blocks
-        order = policy.order if guard_order is None else guard_order
+        num_blocks = self.estimator.memory.facts.num_blocks
+        order = policy.order if self._guard_order is None else self._guard_order
         self._order = None if order is None else tuple(order)
         blocks = range(num_blocks) if self._order is None else self._order
         self._all_removable = Plan.removing(*blocks).check(num_blocks)
@@ -103,8 +120,6 @@ class PlanChooser:
                 )
             if not predicts(policy):
                 raise InvalidRequestError(no_prediction_text(max_delta_nll, policy.name))
-        self.decisions = 0
-        self.decision_s = 0.0
 
     # Quality
 

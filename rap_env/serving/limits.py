@@ -43,6 +43,7 @@ class LiveLimit:
         self.name = name
         self._check: Callable[[int], None] = lambda limit_bytes: None
         self._bytes = limit_bytes
+        self._aside_bytes = 0
         self._file = None if file is None else Path(file)
         self._lock = threading.RLock()
         self._read_state = self._state()
@@ -54,7 +55,11 @@ class LiveLimit:
         if self._file is not None:
             with self._lock:
                 self._follow()
-        return self._bytes
+        return self._bytes - self._aside_bytes
+
+    def set_aside(self, own_bytes: int) -> None:
+        """Leave so many bytes of the limit to another process."""
+        self._aside_bytes = own_bytes
 
     def attach(self, check: Callable[[int], None]) -> None:
         """Check the present value and all later ones against what is served.

@@ -18,7 +18,7 @@ from rap_env.policies.loading import load_policy
 from rap_env.request import Request
 from rap_env.runtime.plan_chooser import predicts
 from rap_env.serving.limits import LiveLimit, mebibytes
-from rap_env.serving.settings import ServerSettings
+from rap_env.serving.settings import DEFAULT_MOST_DELTA_NLL, ServerSettings
 
 if TYPE_CHECKING:
     from rap_env.models.weights.residency import Residency
@@ -142,6 +142,12 @@ def _short_request(llm: ElasticLLM, limit: LiveLimit, reserve_bytes: int = 0) ->
 def _other_bytes(llm: ElasticLLM) -> int:
     """Bytes of the process now that are not the model's weights and caches."""
     return max(0, resident_bytes()[1] - llm.held_bytes.total)
+
+
+def floors_of(settings: ServerSettings, policy: Policy) -> tuple[float | None, float | None]:
+    """The floor of the settings, and the highest that it rises to with the queue."""
+    most = DEFAULT_MOST_DELTA_NLL if settings.max_delta_nll == "auto" else None
+    return floor_of(settings, policy), most
 
 
 def floor_of(settings: ServerSettings, policy: Policy) -> float | None:

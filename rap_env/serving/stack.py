@@ -23,11 +23,11 @@ from rap_env.serving.prompts import grammar_compiler
 from rap_env.serving.served_model import (
     check_started,
     choose_policy,
-    floor_of,
+    floors_of,
     load_served_model,
     lowers_weights,
 )
-from rap_env.serving.settings import DEFAULT_MOST_DELTA_NLL, ServerSettings
+from rap_env.serving.settings import ServerSettings
 
 _TARGET_ITL_S = 0.1  # while prompts of others are read
 
@@ -123,13 +123,14 @@ def _controller(
     if memory is None:
         meter = meter or process_meter(llm)
         memory = _open_budget(settings, llm, limit, meter)
+    floor, most = floors_of(settings, policy)
     return RuntimeController(
         llm,
         policy,
         memory,
         meter=meter,
-        max_delta_nll=floor_of(settings, policy),
-        most_delta_nll=DEFAULT_MOST_DELTA_NLL if settings.max_delta_nll == "auto" else None,
+        max_delta_nll=floor,
+        most_delta_nll=most,
         chunk_tokens=settings.prefill_chunk_tokens,
     )
 

@@ -58,6 +58,7 @@ def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
         try:
             # These import torch, which takes seconds.
             from rap_env.models.device import use_threads
+            from rap_env.serving.background_preparation import start_preparation
             from rap_env.serving.server import Server
             from rap_env.serving.stack import build_stack, greeting
 
@@ -67,7 +68,12 @@ def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
         finally:
             gc.enable()
         text = greeting(stack, url_of(bound))
-        Server(stack.app, lambda: say(text)).run(sockets=[bound])
+        preparation = start_preparation(settings, stack.engine.controller, stack.limit)
+        try:
+            Server(stack.app, lambda: say(text)).run(sockets=[bound])
+        finally:
+            if preparation is not None:
+                preparation.close()
 
 
 def prepare_before(settings: ServerSettings) -> None:

@@ -200,7 +200,7 @@ def test_a_limit_of_memory_that_is_too_low(folder, monkeypatch, cores):
     monkeypatch.setattr(preparation, "_workers", workers)
     monkeypatch.setattr(preparation.os, "cpu_count", lambda: cores)
     llm = load_llm(folder, dtype="float32")
-    need = preparation._process_bytes(llm)
+    need = preparation.resident_bytes()[1] + preparation.process_bytes(llm)
     with pytest.raises(InvalidRequestError, match="preparing own-model-1.5b takes about"):
         prepared(folder, memory_bytes=need // 4)
     assert workers(llm, None) == workers(llm, 3 * need) == cores

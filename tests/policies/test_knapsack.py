@@ -170,7 +170,7 @@ def test_the_removal_order_follows_the_costs():
     assert sorted(policy.order) == [0, 1, 2, 3]
     assert rises == sorted(rises)
     some = {item: levels for item, levels in known.costs.items() if item != "layer01.ffn"}
-    assert KnapsackPolicy(MemoryModel(made), replace(known, costs=some)).order is None
+    assert KnapsackPolicy(MemoryModel(made), replace(known, costs=some)).order == ()
 
 
 def test_costs_and_requests_of_another_model_are_rejected():

@@ -4,7 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from rap_env.errors import ArtifactError, InvalidRequestError, UnknownNameError
+from rap_env.errors import (
+    ArtifactError,
+    InfeasibleBudgetError,
+    InvalidRequestError,
+    UnknownNameError,
+)
 from rap_env.importance.plan_table import PlanTable
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
@@ -115,18 +120,27 @@ class TestLoadPolicy:
         live = MemoryModel(replace(facts, name="made", fingerprint="a" * 64))
         policy = load_policy("knapsack", live)
         assert (policy.name, policy.weight_levels) == ("uniform", ("int8", "int4"))
-        for fraction, lowered, removed in (
-            (1, False, False),
-            (0.5, True, False),
-            (0.2, True, True),
-        ):
+        for fraction, lowered in ((1, False), (0.5, True)):
             request = Request.at_fraction(live, 1, 700, fraction)
             plan = policy.choose(request)
             live.check_fits(plan, request)
-            assert (bool(plan.weights), bool(plan.removed_names)) == (lowered, removed)
+            assert (bool(plan.weights), bool(plan.removed_names)) == (lowered, False)
         (record,) = caplog.records
         assert "made has no measured level costs" in record.getMessage()
         assert "`rap prepare made` makes them once (about 9 minutes)" in record.getMessage()
+
+    def test_blocks_whose_cost_is_not_known_are_removed_only_where_that_is_allowed(self):
+        facts = packaged_files.default_facts("bf16")
+        live = MemoryModel(replace(facts, name="made", fingerprint="a" * 64))
+        request = Request.at_fraction(live, 1, 700, 0.23)
+        smallest = load_policy("knapsack", live).choose(request)
+        assert not smallest.removed
+        with pytest.raises(InfeasibleBudgetError, match="without any block the model needs"):
+            live.check_fits(smallest, request)
+        allowed = load_policy("knapsack", live, allow_removal=True)
+        plan = allowed.choose(request)
+        live.check_fits(plan, request)
+        assert plan.removed == frozenset(allowed.order[: len(plan.removed)])
 
     def test_every_method_is_served_on_the_packaged_scores(self):
         served = MemoryModel(packaged_files.default_facts())
