@@ -55,6 +55,7 @@ def write_tiny_gguf(
     architecture: str = "llama",
     seed: int = 0,
     kind: str = "F32",
+    head: str | None = None,
     leave_out: str = "none",
     **sizes: Any,
 ) -> Any:
@@ -65,16 +66,18 @@ def write_tiny_gguf(
         architecture: What its header says.
         seed: Seed of the weights.
         kind: Type of its matrices; if not F32, they hold the model's weights only approximately.
+        head: Type of the head, which is then in the file even if the model ties it.
         leave_out: A tensor that the file lacks, or ``"tokenizer"``.
         **sizes: As for `tiny_source_model`.
     """
     model = tiny_source_model(seed, **sizes)
     tensors = {}
     for name, tensor in model.state_dict().items():
+        own = head if name == "lm_head.weight" else None
         tied_head = name == "lm_head.weight" and model.config.tie_word_embeddings
-        if not tied_head and name != leave_out:
+        if (own or not tied_head) and name != leave_out:
             written, values = _gguf_tensor(name, tensor, model.config.num_hidden_layers)
-            stored = GGMLQuantizationType[kind if values.ndim > 1 else "F32"]
+            stored = GGMLQuantizationType[(own or kind) if values.ndim > 1 else "F32"]
             tensors[written] = quantize(values, stored), stored
     header = _header(model.config)
     if leave_out == "tokenizer":

@@ -33,7 +33,7 @@ from rap_env.models.progress import transformers_bars
 log = logging.getLogger(__name__)
 
 _CONVERTER = 1
-_PACKER = 1
+_PACKER = 2
 """Parts of folders' names: increase them when the result of a conversion changes."""
 
 
@@ -50,9 +50,10 @@ def converted_gguf(path: Path, sha256: str | None = None, *, packed: bool = Fals
         path: The file.
         sha256: Its SHA-256, in hex, if it was already computed.
         packed: Keep the file's own bits, for
-            `rap_env.models.files.packed_folder.load_native`; else quantised tensors become
-            the float32 values that they represent, so that the folder takes 4 bytes per
-            parameter and transformers can load it.
+            `rap_env.models.files.packed_folder.load_native`, and one copy of a vocabulary that
+            is there twice; else quantised tensors become the float32 values that they
+            represent, so that the folder takes 4 bytes per parameter and transformers can
+            load it.
     """
     if not path.is_file():
         raise ModelNotAvailableError(f"There is no GGUF file {path}; check the path.")

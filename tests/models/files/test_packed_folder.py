@@ -1,10 +1,11 @@
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType
+from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize, quantize
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
@@ -162,6 +163,56 @@ def test_gemma_with_mixed_types(lonely: Path, tmp_path: Path) -> None:
     assert torch.equal(llm.model(ids).logits, native(ids).logits)
     actual, expected = (torch.log_softmax(m(ids).logits, -1) for m in (native, wide))
     assert (expected.exp() * (expected - actual)).sum(-1).abs().max() < 0.02
+
+
+@pytest.mark.parametrize(("rows", "head"), [("Q5_0", "Q8_0"), ("Q8_0", "Q4_1"), ("Q4_0", "F16")])
+def test_the_finer_copy_of_a_vocabulary_is_kept(
+    rows, head, lonely, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rap_env.models.files.gguf_reader._PIECE_VALUES", 5 * 64)
+    source = write_tiny_gguf(tmp_path / "tied.gguf", kind=rows, head=head, **SIZES)
+    native = load_native(converted_gguf(tmp_path / "tied.gguf", packed=True), torch.float32)
+    embeddings, shared = native.model.embed_tokens, native.lm_head
+    if isinstance(shared, PackedModule):
+        assert shared.weight_codes is embeddings.weight_codes
+        kept = shared.matrices["weight"].widened(torch.float32)
+    else:
+        assert shared.weight is embeddings.weight
+        kept = shared.weight
+    assert native.config.tie_word_embeddings
+    assert (kept - source.lm_head.weight).norm() < 0.01 * kept.norm()
+
+
+@pytest.mark.parametrize("others", ["all rows", "one row"])
+def test_a_head_of_its_own_is_kept(others: str, lonely: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_tiny_gguf(path, kind="Q5_0", head="Q8_0", tied=others == "one row", **SIZES)
+    if others == "one row":
+        with_tensors(path, lambda tensors: tensors["output.weight"][-1].fill(1))
+    native, wide = both(path)
+    assert check_weights(native, wide) == 2 * 7 + 2
+    assert not native.config.tie_word_embeddings
+    assert (native.model.embed_tokens.level, native.lm_head.level) == ("int8", "int8")
+    assert native.lm_head.weight_codes is not native.model.embed_tokens.weight_codes
+
+
+def with_tensors(path: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
+    """Change the stored tensors of a GGUF file in place."""
+    file = GGUFReader(path, "r+")
+    change({tensor.name: tensor.data for tensor in file.tensors})
+    file.data.flush()
+
+
+def test_the_head_of_a_gpt2_is_tied(lonely: Path, tmp_path: Path) -> None:
+    path = tmp_path / "gpt2.gguf"
+    write_gpt2(path)
+    with_tensors(
+        path, lambda tensors: np.copyto(tensors["output.weight"], tensors["token_embd.weight"])
+    )
+    native, wide = both(path)
+    assert check_weights(native, wide) == 2 * 4 + 2
+    assert native.lm_head.weight_codes is native.transformer.wte.weight_codes
+    assert not wide.config.tie_word_embeddings
 
 
 def test_the_blocks_of_a_transposed_matrix_are_kept(lonely: Path, tmp_path: Path) -> None:
