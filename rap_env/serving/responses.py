@@ -47,8 +47,11 @@ class ResponseWriter:
             "object": "chat.completion" if self._request.chat else "text_completion",
             "choices": [self._whole_choice(i, parts) for i, parts in enumerate(by_answer)],
             "usage": dict(usage),
-            "rap": self._plans.report(),
+            "rap": self._report(),
         }
+
+    def _report(self) -> dict[str, Any]:
+        return self._plans.report() | {"ignored": self._request.ignored}
 
     def _whole_choice(self, index: int, deltas: Sequence[OutputDelta]) -> dict[str, Any]:
         text = "".join(delta.text for delta in deltas)
@@ -92,7 +95,7 @@ class ResponseWriter:
         if not self._request.include_usage:
             return [DONE]
         last = {**self._stream_head(), "choices": [], "usage": dict(usage)}
-        return [event({**last, "rap": self._plans.report()}), DONE]
+        return [event({**last, "rap": self._report()}), DONE]
 
     def _chunk(
         self,
@@ -107,7 +110,7 @@ class ResponseWriter:
         if self._request.include_usage:
             chunk["usage"] = None
         elif finish_reason is not None and not self._unfinished:
-            chunk["rap"] = self._plans.report()
+            chunk["rap"] = self._report()
         return event(chunk)
 
     def _stream_head(self) -> dict[str, Any]:
