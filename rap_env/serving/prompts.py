@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rap_env.errors import InvalidGrammarError, MissingDependencyError, UnsupportedModelError
 from rap_env.models.files.gguf_source import MODELS
+from rap_env.runtime.request_handle import EXPECTED_TOKENS
 from rap_env.runtime.sampling import SamplingParams
 from rap_env.runtime.structured_output import (
     GrammarCompiler,
@@ -90,7 +91,8 @@ class GenerationRequest:
     @property
     def final_tokens(self) -> int:
         """Most tokens that the cache of one of its answers will hold."""
-        return max(map(len, self.prompts)) + self.params.max_new_tokens - 1
+        expected = min(EXPECTED_TOKENS, self.params.max_new_tokens)
+        return max(map(len, self.prompts)) + expected - 1
 
     def params_of(self, number: int) -> SamplingParams:
         """Sampling parameters of answer `number`; with a seed, each answer has its own seed."""
