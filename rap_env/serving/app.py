@@ -280,8 +280,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
     @app.get("/")
     async def root() -> Response:
         routes = sorted(route.path for route in app.routes if isinstance(route, JsonRoute))
-        about = "An OpenAI-compatible server; OpenAI's clients use the base URL /v1."
-        return JSONResponse({"name": "rap-env", "about": about, "routes": routes})
+        return JSONResponse({"about": "rap-env: an OpenAI-compatible server", "routes": routes})
 
     @app.get("/version")
     async def version() -> Response:
@@ -290,14 +289,9 @@ def _add_facts(app: FastAPI, service: Service) -> None:
     @app.get("/props")
     async def props() -> Response:
         context = {"n_ctx": builder.context_tokens, "params": {**builder.sampling}}
-        about = {
-            "default_generation_settings": context,
-            "total_slots": service.settings.max_batch_size,
-            "model_alias": service.name,
-            "chat_template": tokenizer.chat_template or "",
-            "build_info": f"rap-env {__version__}",
-        }
-        return JSONResponse(about)
+        slots, template = service.settings.max_batch_size, tokenizer.chat_template or ""
+        about = {"default_generation_settings": context, "total_slots": slots}
+        return JSONResponse({**about, "model_alias": service.name, "chat_template": template})
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> Response:

@@ -98,20 +98,14 @@ class ResponsesWriter:
 
     def __init__(self, request: GenerationRequest, *, model: str, plans: AnswerPlans) -> None:
         self._request, self._plans = request, plans
-        params = request.params
         self._head = {
-            "id": f"resp_{uuid.uuid4().hex}",
-            "object": "response",
-            "created_at": int(time.time()),
-            "model": model,
+            **{"id": f"resp_{uuid.uuid4().hex}", "object": "response", "model": model},
             **dict.fromkeys(("error", "instructions", "previous_response_id")),
-            "metadata": {},
-            "temperature": params.temperature,
-            "top_p": params.top_p,
-            "max_output_tokens": params.max_new_tokens,
-            "parallel_tool_calls": True,
-            "tool_choice": "auto",
-            "tools": [],
+            **{"created_at": int(time.time()), "parallel_tool_calls": True, "tools": []},
+            **{"tool_choice": "auto", "metadata": {}},
+            "temperature": request.params.temperature,
+            "top_p": request.params.top_p,
+            "max_output_tokens": request.params.max_new_tokens,
         }
         self._message_id = f"msg_{uuid.uuid4().hex}"
         self._text, self._reason = "", ""
@@ -126,48 +120,40 @@ class ResponsesWriter:
 
     def opening(self) -> list[bytes]:
         """First events of a stream."""
-        response = self._response()
-        return [self._event(f"response.{name}", response=response) for name in _OPENING]
+        kinds = "created", "in_progress"
+        return [self._event(kind, response=self._response()) for kind in kinds]
 
     def chunks(self, delta: OutputDelta) -> list[bytes]:
         """Events of a stream for one delta; calls come whole, at the end."""
-        begins = bool(delta.text) and not self._text
-        self._add(delta)
-        inside = {"item_id": self._message_id, "output_index": 0, "content_index": 0}
+        item = {"item_id": self._message_id, "output_index": 0, "content_index": 0}
         events = []
-        if begins:
+        if delta.text and not self._text:
             empty = {**self._message(), "status": "in_progress", "content": []}
-            events = [
-                self._event("response.output_item.added", output_index=0, item=empty),
-                self._event("response.content_part.added", **inside, part=_text_part("")),
-            ]
+            events.append(self._event("output_item.added", output_index=0, item=empty))
+            events.append(self._event("content_part.added", **item, part=_text_part("")))
+        self._add(delta)
         if delta.text:
-            more = {**inside, "delta": delta.text, "logprobs": []}
-            events.append(self._event("response.output_text.delta", **more))
-        if not delta.finish_reason:
-            return events
-        if self._text:
-            done = {**inside, "text": self._text, "logprobs": []}
-            part = _text_part(self._text)
-            events.append(self._event("response.output_text.done", **done))
-            events.append(self._event("response.content_part.done", **inside, part=part))
-        for index, item in enumerate(self._output()):
-            if item["type"] == "function_call":
-                empty = {**item, "status": "in_progress", "arguments": ""}
-                place = {"item_id": item["id"], "output_index": index}
-                arguments, kind = item["arguments"], "response.function_call_arguments"
-                events += [
-                    self._event("response.output_item.added", output_index=index, item=empty),
-                    self._event(f"{kind}.delta", **place, delta=arguments),
-                    self._event(f"{kind}.done", **place, arguments=arguments, name=item["name"]),
-                ]
-            events.append(self._event("response.output_item.done", output_index=index, item=item))
+            more = {"delta": delta.text, "logprobs": []}
+            events.append(self._event("output_text.delta", **item, **more))
+        if delta.finish_reason and self._text:
+            text, part = {"text": self._text, "logprobs": []}, _text_part(self._text)
+            events.append(self._event("output_text.done", **item, **text))
+            events.append(self._event("content_part.done", **item, part=part))
+        for index, output in enumerate(self._output() if delta.finish_reason else ()):
+            place = {"item_id": output["id"], "output_index": index}
+            if call := output.get("arguments"):
+                empty = {**output, "status": "in_progress", "arguments": ""}
+                events.append(self._event("output_item.added", output_index=index, item=empty))
+                events.append(self._event("function_call_arguments.delta", **place, delta=call))
+                done = {**place, "arguments": call}
+                events.append(self._event("function_call_arguments.done", **done))
+            events.append(self._event("output_item.done", output_index=index, item=output))
         return events
 
     def closing(self, usage: Mapping[str, Any]) -> list[bytes]:
         """Last event of a stream."""
         response = self._response(usage)
-        return [self._event(f"response.{response['status']}", response=response)]
+        return [self._event(response["status"], response=response)]
 
     def _add(self, delta: OutputDelta) -> None:
         self._text += delta.text
@@ -175,50 +161,40 @@ class ResponsesWriter:
         self._reason = delta.finish_reason or self._reason
 
     def _message(self) -> dict[str, Any]:
-        content = [_text_part(self._text)]
-        state = {"type": "message", "role": "assistant", "status": "completed"}
-        return {"id": self._message_id, **state, "content": content}
+        message = {"id": self._message_id, "type": "message", "role": "assistant"}
+        return {**message, "status": "completed", "content": [_text_part(self._text)]}
 
     def _output(self) -> list[dict[str, Any]]:
         """The items of the answer."""
         calls = [
-            {
-                "type": "function_call",
-                "id": f"fc_{call['id']}",
-                "call_id": call["id"],
-                "status": "completed",
-                **call["function"],
-            }
+            {"type": "function_call", "id": f"fc_{call['id']}", "call_id": call["id"]}
+            | {"status": "completed", **call["function"]}
             for call in self._calls
         ]
         return [self._message(), *calls] if self._text or not calls else calls
 
     def _response(self, usage: Mapping[str, Any] | None = None) -> dict[str, Any]:
         cut = self._reason == "length"
-        ended = "incomplete" if cut else "completed"
+        state: dict[str, Any] = {"status": "in_progress", "output": [], "usage": None}
+        if usage is not None:
+            tokens = {"total_tokens": usage["total_tokens"]}
+            for ours, name in (("prompt", "input"), ("completion", "output")):
+                tokens[f"{name}_tokens"] = usage[f"{ours}_tokens"]
+            tokens["input_tokens_details"] = usage["prompt_tokens_details"]
+            tokens["output_tokens_details"] = {"reasoning_tokens": 0}
+            ended = "incomplete" if cut else "completed"
+            state = {"status": ended, "output": self._output(), "usage": tokens}
         return {
             **self._head,
-            "status": "in_progress" if usage is None else ended,
+            **state,
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-            "output": [] if usage is None else self._output(),
-            "usage": usage
-            and {
-                "input_tokens": usage["prompt_tokens"],
-                "input_tokens_details": usage["prompt_tokens_details"],
-                "output_tokens": usage["completion_tokens"],
-                "output_tokens_details": {"reasoning_tokens": 0},
-                "total_tokens": usage["total_tokens"],
-            },
             "rap": self._plans.report() | {"ignored": self._request.ignored},
         }
 
     def _event(self, kind: str, **content: Any) -> bytes:
+        named = {"type": f"response.{kind}", "sequence_number": self._events, **content}
         self._events += 1
-        named = {"type": kind, "sequence_number": self._events - 1, **content}
-        return f"event: {kind}\n".encode() + event(named)
-
-
-_OPENING = ("created", "in_progress")
+        return f"event: response.{kind}\n".encode() + event(named)
 
 
 def _text_part(text: str) -> dict[str, Any]:

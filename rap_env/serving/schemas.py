@@ -20,6 +20,7 @@ from pydantic import (
     StrictInt,
     TypeAdapter,
     ValidationError,
+    model_validator,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
@@ -35,14 +36,6 @@ TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
 _MAX_SEED = 2**63 - 1
 _MAX_STOP_STRINGS, _MAX_STOP_CHARS, _MAX_MESSAGES = 4, 256, 1024
 _MAX_SALT_CHARS = 256
-_WITHOUT_EFFECT: dict[str, Sequence[Any]] = {
-    "modalities": [["text"]],
-    "function_call": ["none", "auto"],
-    "reasoning_effort": ["none"],
-    "verbosity": ["medium"],
-    "best_of": [1],
-}
-"""Values of other fields that change nothing, beside null, false, 0 and what is empty."""
 _IGNORED = {
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prediction", "include"),
     *("prompt_cache_key", "prompt_cache_retention", "cache_prompt", "keep_alive", "truncation"),
@@ -130,19 +123,6 @@ class Function(BaseModel):
     strict: StrictBool | None = None
 
 
-class FunctionName(BaseModel):
-    """The name of a function."""
-
-    name: str
-
-
-class ToolChoice(BaseModel):
-    """The one function that an answer must call."""
-
-    type: Literal["function"]
-    function: FunctionName
-
-
 class Tool(BaseModel):
     """A tool that answers may use: a function."""
 
@@ -161,6 +141,8 @@ class ChatMessage(BaseModel):
 
 class StructuredOutputs(BaseModel):
     """What an answer has to follow, as in vLLM; at most one of them."""
+
+    model_config = ConfigDict(extra="ignore")
 
     json_schema: JsonSchema | None = Field(None, alias="json")
     choice: Annotated[list[str], Field(min_length=1)] | None = None
@@ -231,15 +213,18 @@ class BaseCompletionRequest(SamplingFields):
     response_format: dict[str, Any] | None = None
     """`text`, `json_object` (with `schema`, if one is given) or `json_schema`."""
     structured_outputs: StructuredOutputs | None = None
-    """One of `json`, `choice`, `regex` and `grammar`, as in vLLM."""
-    guided_json: JsonSchema | None = None
-    """The older names of these: a JSON schema, ..."""
-    guided_choice: Annotated[list[str], Field(min_length=1)] | None = None
-    """... texts, ..."""
-    guided_regex: str | None = None
-    """... a regular expression, ..."""
-    guided_grammar: str | None = None
-    """... or a grammar in the form of Lark or GBNF."""
+    """One of `json` (a schema), `choice` (texts), `regex` and `grammar` (in the form of Lark or
+    GBNF), as in vLLM. Also under the older names `guided_json`, `guided_choice`, ..."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _guided(cls, given: Any) -> Any:
+        older = {f"guided_{name}": name for name in ("json", "choice", "regex", "grammar")}
+        if not isinstance(given, dict) or older.keys().isdisjoint(given):
+            return given
+        asked = {older[name]: value for name, value in given.items() if name in older}
+        others = {name: value for name, value in given.items() if name not in older}
+        return {"structured_outputs": asked, **others}
 
     @property
     def new_tokens(self) -> int | None:
@@ -260,7 +245,7 @@ class ChatCompletionRequest(BaseCompletionRequest):
     """So many of the likeliest tokens beside each of them."""
     tools: list[Tool] | None = None
     """Functions: `name`, `description`, `parameters` (a JSON schema), `strict`."""
-    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    tool_choice: Literal["none", "auto", "required"] | Tool | None = None
     """`none`, `auto` (the default), `required`, or one function."""
     parallel_tool_calls: bool | None = None
     """If false, an answer has at most one call."""
@@ -278,7 +263,7 @@ class ChatCompletionRequest(BaseCompletionRequest):
     @property
     def chosen_function(self) -> str | None:
         """The one function that the answers must call."""
-        return self.tool_choice.function.name if isinstance(self.tool_choice, ToolChoice) else None
+        return self.tool_choice.function.name if isinstance(self.tool_choice, Tool) else None
 
     @property
     def new_tokens(self) -> int | None:
@@ -313,11 +298,9 @@ class DetokenizeRequest(BaseModel):
 
 
 def other_fields(body: SamplingFields) -> list[str]:
-    """Fields of a body that this server does not know and that might change the answer."""
+    """Fields of a body that this server does not know, with a value, which might change answers."""
     return [
-        name
-        for name, value in (body.model_extra or {}).items()
-        if value and name not in _IGNORED and value not in _WITHOUT_EFFECT.get(name, ())
+        name for name, value in (body.model_extra or {}).items() if value and name not in _IGNORED
     ]
 
 
@@ -373,18 +356,10 @@ def answer_grammar(body: BaseCompletionRequest) -> tuple[str, GrammarKind, Any] 
     """
     if (schema := _format_schema(body.response_format)) is not None:
         return "response_format", "json_schema", schema
-    asked = body.structured_outputs or StructuredOutputs()
-    contents: list[tuple[str, GrammarKind, Any]] = [
-        ("guided_json", "json_schema", body.guided_json),
-        ("guided_choice", "choice", body.guided_choice),
-        ("guided_regex", "regex", body.guided_regex),
-        ("guided_grammar", "grammar", body.guided_grammar),
-        ("structured_outputs", "json_schema", asked.json_schema),
-        ("structured_outputs", "choice", asked.choice),
-        ("structured_outputs", "regex", asked.regex),
-        ("structured_outputs", "grammar", asked.grammar),
-    ]
-    return next((each for each in contents if each[2] is not None), None)
+    for kind, content in body.structured_outputs or ():
+        if content is not None:
+            return "structured_outputs", kind, content
+    return None
 
 
 def _format_schema(given: dict[str, Any] | None) -> dict[str, Any] | None:
