@@ -26,7 +26,10 @@ from rap_env.specs import settings_of
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"max_body_bytes": 0}, "max_body_bytes must be a whole number of at least 1, not 0"),
+        (
+            {"max_body_bytes": 0},
+            "max_body_bytes must be a whole number of at least 1, or none, not 0",
+        ),
         ({"max_seq_len_tokens": 0}, "max_seq_len_tokens must be .* at least 1, or none, not 0"),
         ({"memory": "much"}, "memory must be a number of bytes .* not 'much'"),
         ({"model_memory": "auto"}, "model_memory must be a number of bytes .* not 'auto'"),
