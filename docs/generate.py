@@ -57,6 +57,8 @@ from rap_env.leaderboard.entries import (
 )
 from rap_env.leaderboard.tasks import ACROSS_JUDGED_ON, pinned_task, pinned_tasks, tasks_of
 from rap_env.scoring.held_out import Floats, spearman
+from rap_env.serving.responses_api import ResponsesRequest
+from rap_env.serving.schemas import ChatCompletionRequest, CompletionRequest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -502,6 +504,43 @@ def write_all(docs: Path) -> None:
         text = f"---\norphan: true\n---\n\n{full_text(name).strip()}\n"
         write_changed(details / f"{name}.md", text)
     write_changed(folder / "commands.md", command_reference())
+    write_changed(folder / "request_fields.md", request_fields())
+
+
+def request_fields() -> str:
+    """The fields of requests by kind, each with its values and description."""
+    parts, shown = [], set[str | None]()
+    for title, model in {
+        "Chats, and what all kinds share": ChatCompletionRequest,
+        "Only in plain completions": CompletionRequest,
+        "Only in `/v1/responses`": ResponsesRequest,
+    }.items():
+        schemas = model.model_json_schema()["properties"]
+        rows = [
+            f"| `{name}` | {_values(schemas.get(name, {}))} | {field.description} |".replace(
+                "\n", " "
+            )
+            for name, field in sorted(model.model_fields.items())
+            if field.description not in shown
+        ]
+        shown |= {field.description for field in model.model_fields.values()}
+        parts.append(
+            "\n".join([f"**{title}**\n", "| Field | Values | |", "| :-- | :-- | :-- |", *rows])
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _values(schema: dict[str, Any]) -> str:
+    """The values of a field, in words."""
+    kinds = [kind for kind in schema.get("anyOf", [schema]) if kind.get("type") != "null"]
+    words = []
+    for kind in kinds:
+        low, high = kind.get("minimum", kind.get("exclusiveMinimum")), kind.get("maximum")
+        ends = [] if low is None or low < -(2**40) else [f"from {low}"]
+        ends += [] if high is None or abs(high) > 2**40 else [f"to {high}"]
+        names = ", ".join(f"`{name}`" for name in kind.get("enum", ()))
+        words.append(names or " ".join([kind.get("type", "object"), *ends]))
+    return " or ".join(dict.fromkeys(words))
 
 
 def command_reference() -> str:

@@ -17,6 +17,10 @@ from rap_env.serving.responses import event
 from rap_env.serving.schemas import ChatCompletionRequest, SamplingFields, first_error
 
 
+_MOST_TOKENS = 2048
+"""Most tokens of an answer whose request sets no number."""
+
+
 class ResponsesRequest(SamplingFields):
     """Body of ``POST /v1/responses``."""
 
@@ -25,13 +29,13 @@ class ResponsesRequest(SamplingFields):
     instructions: str | None = None
     """What the system says before them."""
     max_output_tokens: int | None = Field(None, ge=-1)
-    """As `max_tokens` of a chat."""
+    """As `max_tokens` of a chat, 2,048 by default: clients take a cut answer for a failure."""
     tools: list[dict[str, Any]] | None = None
     """Functions: `type`, `name`, `description`, `parameters`, `strict`."""
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
-    """As of a chat."""
+    """`none`, `auto` (the default), `required`, or one function."""
     parallel_tool_calls: bool | None = None
-    """As of a chat."""
+    """If false, an answer has at most one call."""
     text: dict[str, Any] | None = None
     """`format`: `text`, `json_object` or `json_schema`, with `schema` beside `type`."""
     previous_response_id: str | None = None
@@ -59,7 +63,7 @@ class ResponsesRequest(SamplingFields):
             **(self.model_extra or {}),
             **kept,
             "messages": self._messages(),
-            "max_tokens": self.max_output_tokens,
+            "max_tokens": self.max_output_tokens or _MOST_TOKENS,
             "tools": functions or None,
             "tool_choice": choice,
             "parallel_tool_calls": self.parallel_tool_calls,

@@ -1,0 +1,26 @@
+"""The command `llm`, with a model of its file of OpenAI-compatible ones."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["LLM_USER_PATH"] = str(Path.cwd())
+Path("extra-openai-models.yaml").write_text(
+    f'- {{model_id: rap, model_name: rap, api_base: "{sys.argv[1]}", supports_schema: true}}\n'
+)
+
+
+def ask(*arguments: str) -> str:
+    """What the command prints."""
+    command = [Path(sys.executable).with_name("llm"), "-m", "rap", "--key", "none", *arguments]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+question = "What is the capital of France?"
+print(json.dumps({
+    "chat": ask("--no-stream", question),
+    "stream": ask(question),
+    "structured": json.loads(ask("--schema", "name, country", question))["name"],
+}))  # fmt: skip
