@@ -16,7 +16,6 @@ from rap_env.serving.prompts import GenerationRequest
 from rap_env.serving.responses import event
 from rap_env.serving.schemas import ChatCompletionRequest, SamplingFields, first_error
 
-
 _MOST_TOKENS = 2048
 """Most tokens of an answer whose request sets no number."""
 

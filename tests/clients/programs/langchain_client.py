@@ -1,24 +1,13 @@
 """LangChain's client of OpenAI's API."""
 
-import json
-import sys
-
+from asked import QUESTION, SERVER, City, show
 from langchain_openai import ChatOpenAI
-from pydantic import BaseModel
 
-
-class City(BaseModel):
-    """A city."""
-
-    name: str
-
-
-model = ChatOpenAI(base_url=sys.argv[1], api_key="none", model="any")
+model = ChatOpenAI(**SERVER, model="any")
 calling = model.bind_tools([City], tool_choice="any")
-question = "What is the capital of France?"
-print(json.dumps({
-    "chat": model.invoke(question).content,
-    "stream": "".join(chunk.content for chunk in model.stream(question)),
-    "structured": model.with_structured_output(City).invoke(question).name,
-    "tools": calling.invoke(question).tool_calls[0]["args"]["name"],
-}))  # fmt: skip
+show(
+    chat=model.invoke(QUESTION).content,
+    stream="".join(chunk.content for chunk in model.stream(QUESTION)),
+    structured=model.with_structured_output(City).invoke(QUESTION).name,
+    tools=calling.invoke(QUESTION).tool_calls[0]["args"]["name"],
+)

@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+URL, QUESTION = sys.argv[1], "What is the capital of France?"
 os.environ["LLM_USER_PATH"] = str(Path.cwd())
 Path("extra-openai-models.yaml").write_text(
-    f'- {{model_id: rap, model_name: rap, api_base: "{sys.argv[1]}", supports_schema: true}}\n'
+    f'- {{model_id: rap, model_name: rap, api_base: "{URL}", supports_schema: true}}\n'
 )
 
 
@@ -18,9 +19,9 @@ def ask(*arguments: str) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-question = "What is the capital of France?"
-print(json.dumps({
-    "chat": ask("--no-stream", question),
-    "stream": ask(question),
-    "structured": json.loads(ask("--schema", "name, country", question))["name"],
-}))  # fmt: skip
+chat, stream, formed = (
+    ask("--no-stream", QUESTION),
+    ask(QUESTION),
+    ask("--schema", "name", QUESTION),
+)
+print(json.dumps({"chat": chat, "stream": stream, "structured": json.loads(formed)["name"]}))

@@ -1,53 +1,38 @@
 """OpenAI's Agents SDK in its default mode, the newer API."""
 
 import asyncio
-import json
-import sys
 
+from asked import QUESTION, SERVER, City, show
 from openai import AsyncOpenAI
-from pydantic import BaseModel
 
-from agents import (
-    Agent,
-    ModelSettings,
-    Runner,
-    function_tool,
-    set_default_openai_client,
-    set_tracing_disabled,
-)
+import agents
 
 
-class City(BaseModel):
-    """A city."""
-
-    name: str
-
-
-@function_tool
+@agents.function_tool
 def weather(city: str) -> str:
     """The weather in a city."""
     return f"It is sunny in {city}."
 
 
-async def answers() -> dict[str, str]:
-    """The answers of each kind."""
-    client = AsyncOpenAI(base_url=sys.argv[1], api_key="none")
-    set_default_openai_client(client, use_for_tracing=False)
-    set_tracing_disabled(True)
-    question, plain = "What is the capital of France?", Agent(name="plain", model="any")
-    formed = Agent(name="formed", model="any", output_type=City)
-    must = ModelSettings(tool_choice="required")
-    calling = Agent(name="calling", model="any", tools=[weather], model_settings=must,
-                    tool_use_behavior="stop_on_first_tool")  # fmt: skip
-    streamed = Runner.run_streamed(plain, question)
+async def ask() -> None:
+    """Show the answers of each kind."""
+    agents.set_default_openai_client(AsyncOpenAI(**SERVER), use_for_tracing=False)
+    agents.set_tracing_disabled(True)
+    plain = agents.Agent(name="plain", model="any")
+    formed = agents.Agent(name="formed", model="any", output_type=City)
+    must = agents.ModelSettings(tool_choice="required")
+    calling = plain.clone(
+        tools=[weather], model_settings=must, tool_use_behavior="stop_on_first_tool"
+    )
+    streamed = agents.Runner.run_streamed(plain, QUESTION)
     async for _ in streamed.stream_events():
         pass
-    return {
-        "chat": (await Runner.run(plain, question)).final_output,
-        "stream": streamed.final_output,
-        "structured": (await Runner.run(formed, question)).final_output.name,
-        "tools": (await Runner.run(calling, "The weather in Rome?")).final_output,
-    }
+    show(
+        chat=(await agents.Runner.run(plain, QUESTION)).final_output,
+        stream=streamed.final_output,
+        structured=(await agents.Runner.run(formed, QUESTION)).final_output.name,
+        tools=(await agents.Runner.run(calling, "The weather in Rome?")).final_output,
+    )
 
 
-print(json.dumps(asyncio.run(answers())))
+asyncio.run(ask())

@@ -1,31 +1,17 @@
-"""The OpenAI client: chats, and the newer API, which shares its stream and tools."""
-
-import json
-import sys
+"""The OpenAI client: chats, and a stream of the newer API."""
 
 import openai
-from pydantic import BaseModel
+from asked import CHAT, QUESTION, SERVER, City, show
 
-
-class City(BaseModel):
-    """A city."""
-
-    name: str
-    country: str
-
-
-client = openai.OpenAI(base_url=sys.argv[1], api_key="none")
-asked = {
-    "model": "any",
-    "messages": [{"role": "user", "content": "What is the capital of France?"}],
-}
+client = openai.OpenAI(**SERVER)
 tools = [openai.pydantic_function_tool(City)]
-stream = client.responses.create(model="any", input=question, stream=True)
-parsed = client.chat.completions.parse(**asked, response_format=City).choices[0].message.parsed
-called = client.chat.completions.create(**asked, tools=tools, tool_choice="required").choices[0]
-print(json.dumps({
-    "chat": client.chat.completions.create(**asked).choices[0].message.content,
-    "stream": "".join(event.delta for event in stream if event.type.endswith("text.delta")),
-    "structured": parsed.name,
-    "tools": json.loads(called.message.tool_calls[0].function.arguments)["name"],
-}))  # fmt: skip
+stream = client.responses.create(model="any", input=QUESTION, stream=True)
+called = client.chat.completions.create(**CHAT, tools=tools, tool_choice="required").choices[0]
+show(
+    chat=client.chat.completions.create(**CHAT).choices[0].message.content,
+    stream="".join(event.delta for event in stream if event.type.endswith("text.delta")),
+    structured=client.chat.completions.parse(**CHAT, response_format=City)
+    .choices[0]
+    .message.parsed.name,
+    tools=called.message.tool_calls[0].function.arguments,
+)
