@@ -508,39 +508,19 @@ def write_all(docs: Path) -> None:
 
 
 def request_fields() -> str:
-    """The fields of requests by kind, each with its values and description."""
-    parts, shown = [], set[str | None]()
+    """The fields of requests by kind, each with its description."""
+    lines, shown = list[str](), set[str | None]()
     for title, model in {
         "Chats, and what all kinds share": ChatCompletionRequest,
-        "Only in plain completions": CompletionRequest,
-        "Only in `/v1/responses`": ResponsesRequest,
+        "Plain completions": CompletionRequest,
+        "`/v1/responses`": ResponsesRequest,
     }.items():
-        schemas = model.model_json_schema()["properties"]
-        rows = [
-            f"| `{name}` | {_values(schemas.get(name, {}))} | {field.description} |".replace(
-                "\n", " "
-            )
-            for name, field in sorted(model.model_fields.items())
-            if field.description not in shown
-        ]
-        shown |= {field.description for field in model.model_fields.values()}
-        parts.append(
-            "\n".join([f"**{title}**\n", "| Field | Values | |", "| :-- | :-- | :-- |", *rows])
-        )
-    return "\n\n".join(parts) + "\n"
-
-
-def _values(schema: dict[str, Any]) -> str:
-    """The values of a field, in words."""
-    kinds = [kind for kind in schema.get("anyOf", [schema]) if kind.get("type") != "null"]
-    words = []
-    for kind in kinds:
-        low, high = kind.get("minimum", kind.get("exclusiveMinimum")), kind.get("maximum")
-        ends = [] if low is None or low < -(2**40) else [f"from {low}"]
-        ends += [] if high is None or abs(high) > 2**40 else [f"to {high}"]
-        names = ", ".join(f"`{name}`" for name in kind.get("enum", ()))
-        words.append(names or " ".join([kind.get("type", "object"), *ends]))
-    return " or ".join(dict.fromkeys(words))
+        lines += ["", f"**{title}**", "", "| Field | |", "| :-- | :-- |"]
+        for name, field in sorted(model.model_fields.items()):
+            if field.description not in shown:
+                lines.append(f"| `{name}` | {' '.join((field.description or '').split())} |")
+                shown.add(field.description)
+    return "\n".join(lines) + "\n"
 
 
 def command_reference() -> str:

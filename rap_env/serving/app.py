@@ -112,7 +112,8 @@ class Service:
     async def lifespan(self, _app: FastAPI) -> AsyncIterator[None]:
         """Start the engine with the server and close it with the server."""
         self.engine.start()
-        log.info("Answers are sampled with %s unless a request says otherwise.", self.sampling_text)
+        sampling = ", ".join(f"{name} {value}" for name, value in self.builder.sampling.items())
+        log.info("Answers are sampled with %s unless a request says otherwise.", sampling)
         try:
             yield
         finally:
@@ -123,11 +124,6 @@ class Service:
         """Cancel all running generations because the server shuts down."""
         for generation in list(self._running):
             generation.cancel(_shutting_down())
-
-    @property
-    def sampling_text(self) -> str:
-        """The sampling of requests that do not say, in words."""
-        return ", ".join(f"{name} {value}" for name, value in self.builder.sampling.items())
 
     async def respond(self, request: Request, body: SamplingFields) -> Response:
         """Respond to a completion request; errors are left to the application's handlers."""

@@ -160,23 +160,23 @@ class SamplingFields(BaseModel):
     stream: bool | None = None
     """Whether the answer comes as server-sent events while it is generated."""
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
-    """Divides the logits; 0 takes the likeliest token."""
+    """0 to 2: divides the logits; 0 takes the likeliest token."""
     top_p: Share | None = None
-    """Samples among the likeliest tokens that together have this probability."""
+    """0 to 1: samples among the likeliest tokens that together have this probability."""
     top_k: Annotated[int, Field(ge=-1)] | None = None
     """Samples among so many likeliest tokens; 0 and -1 for all."""
     min_p: Share | None = None
-    """Samples among tokens with at least this part of the likeliest one's probability."""
+    """0 to 1: samples among tokens with at least this part of the likeliest one's probability."""
     repetition_penalty: Annotated[Number, Field(gt=0, le=10)] | None = Field(
         None, validation_alias=AliasChoices("repetition_penalty", "repeat_penalty")
     )
-    """Weakens tokens that the prompt or the answer has; 1 for none. Also `repeat_penalty`."""
+    """Weakens tokens that the prompt or the answer has; 1 does not. Also `repeat_penalty`."""
     presence_penalty: Penalty | None = None
-    """Subtracted from the logits of tokens that the answer has."""
+    """-2 to 2: subtracted from the logits of tokens that the answer has."""
     frequency_penalty: Penalty | None = None
-    """Subtracted for each time that the answer has the token."""
+    """-2 to 2: subtracted for each time that the answer has the token."""
     seed: Annotated[int, Field(ge=-_MAX_SEED - 1, le=_MAX_SEED)] | None = None
-    """The same plan gives the same answer again, up to rounding."""
+    """64 bits: the same plan gives the same answer again, up to rounding."""
     max_delta_nll: Annotated[Number, Field(ge=0)] | None = None
     """The request's own floor of quality, nats per token."""
     cache_salt: Annotated[str, Field(min_length=1, max_length=_MAX_SALT_CHARS)] | None = None
@@ -209,7 +209,7 @@ class BaseCompletionRequest(SamplingFields):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
     """More tokens that end the answer; they are no part of it."""
     logit_bias: dict[str, Bias] | None = None
-    """Token ids, and what is added to their logits."""
+    """Token ids, and what is added to their logits, -100 to 100."""
     response_format: dict[str, Any] | None = None
     """`text`, `json_object` (with `schema`, if one is given) or `json_schema`."""
     structured_outputs: StructuredOutputs | None = None
@@ -242,7 +242,7 @@ class ChatCompletionRequest(BaseCompletionRequest):
     logprobs: bool | None = None
     """Whether the answer has the log-probabilities of its tokens."""
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    """So many of the likeliest tokens beside each of them."""
+    """0 to 20: so many of the likeliest tokens beside each of them."""
     tools: list[Tool] | None = None
     """Functions: `name`, `description`, `parameters` (a JSON schema), `strict`."""
     tool_choice: Literal["none", "auto", "required"] | Tool | None = None
@@ -277,7 +277,7 @@ class CompletionRequest(BaseCompletionRequest):
     prompt: Annotated[list[Any], BeforeValidator(_prompt_entries)] = [""]
     """A text or a list of token ids, or up to 8 of them."""
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    """So many likeliest tokens beside each token; a stop token is the last entry, as in vLLM."""
+    """0 to 5: so many likeliest tokens beside each token, and beside a stop token, as in vLLM."""
     echo: bool | None = None
     """Whether the answer begins with the prompt; with `logprobs`, it is scored."""
 

@@ -22,6 +22,6 @@ def ask(*arguments: str) -> str:
 chat, stream, formed = (
     ask("--no-stream", QUESTION),
     ask(QUESTION),
-    ask("--schema", "name", QUESTION),
+    ask("--schema", "name, country", QUESTION),
 )
 print(json.dumps({"chat": chat, "stream": stream, "structured": json.loads(formed)["name"]}))
