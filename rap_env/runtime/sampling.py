@@ -141,16 +141,15 @@ class RowSampler:
     @property
     def adjusts(self) -> bool:
         """Whether `adjust` changes the logits of the next token."""
-        biased = self._matcher is not None or self.params.logit_bias or self._seen
-        biased = biased or self._min_tokens > 0
-        return bool(biased or (self._penalised and self._counts))
+        biased = self._matcher is not None or self.params.logit_bias or self._min_tokens > 0
+        return bool(biased or self._seen or (self._penalised and self._counts))
 
     def adjust(self, logits: torch.Tensor) -> None:
         """Apply penalties and bias to logits of shape (V,), and exclude tokens."""
         if self._seen:
             index = send(torch.tensor([*self._seen]), logits.device)
-            values, penalty = logits[index], self.params.repetition_penalty
-            logits[index] = torch.where(values < 0, values * penalty, values / penalty)
+            values, factor = logits[index], self.params.repetition_penalty
+            logits[index] = torch.where(values < 0, values * factor, values / factor)
         if self._penalised and self._counts:
             tokens = list(self._counts)
             times = torch.tensor([self._counts[token] for token in tokens], dtype=logits.dtype)

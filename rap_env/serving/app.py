@@ -35,8 +35,9 @@ from rap_env.serving.http import (
     unavailable,
 )
 from rap_env.serving.metrics import CONTENT_TYPE, ServingMetrics
-from rap_env.serving.prompts import RequestBuilder, grammar_compiler
+from rap_env.serving.prompts import Body, RequestBuilder, grammar_compiler
 from rap_env.serving.responses import (
+    AnswerWriter,
     EventStreamResponse,
     ResponseWriter,
     cancel_on_disconnect,
@@ -47,7 +48,6 @@ from rap_env.serving.schemas import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
-    SamplingFields,
     TokenizeRequest,
     check_body,
     first_error,
@@ -125,7 +125,7 @@ class Service:
         for generation in list(self._running):
             generation.cancel(_shutting_down())
 
-    async def respond(self, request: Request, body: SamplingFields) -> Response:
+    async def respond(self, request: Request, body: Body | ResponsesRequest) -> Response:
         """Respond to a completion request; errors are left to the application's handlers."""
         if self.closing:
             raise _shutting_down()
@@ -144,12 +144,12 @@ class Service:
         generation.start()
         self._running.add(generation)
         kind = ResponsesWriter if isinstance(body, ResponsesRequest) else ResponseWriter
-        writer = kind(built, model=self.name, plans=plans)
+        writer: AnswerWriter = kind(built, model=self.name, plans=plans)
         respond = self._stream if built.stream else self._whole
         return await respond(request, generation, writer)
 
     async def _whole(
-        self, request: Request, generation: Generation, writer: ResponseWriter
+        self, request: Request, generation: Generation, writer: AnswerWriter
     ) -> Response:
         try:
             async with cancel_on_disconnect(request, generation):
@@ -160,7 +160,7 @@ class Service:
         return JSONResponse(writer.whole(deltas, usage_of(generation)))
 
     async def _stream(
-        self, request: Request, generation: Generation, writer: ResponseWriter
+        self, request: Request, generation: Generation, writer: AnswerWriter
     ) -> Response:
         def ended(outcome: str) -> None:
             self._finish(generation)

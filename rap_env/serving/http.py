@@ -404,7 +404,7 @@ class _JsonRequest(Request):
     def __init__(self, scope: Scope, receive: Receive, content: dict[str, Any]) -> None:
         kept = [pair for pair in scope["headers"] if pair[0] != b"content-type"]
         super().__init__(
-            scope | {"headers": [*kept, (b"content-type", b"application/json")]}, receive
+            {**scope, "headers": [*kept, (b"content-type", b"application/json")]}, receive
         )
         self._content = content
 

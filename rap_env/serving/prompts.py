@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -337,7 +338,14 @@ class RequestBuilder:
         offered = [tool.model_dump(exclude={"function": {"strict"}}) for tool in tools]
         if generic:
             turns, offered = generic_turns(turns, offered), []
-        render = partial(self._render, tools=offered, **body.chat_template_kwargs or {})
+        variables = body.chat_template_kwargs or {}
+        options = inspect.signature(self._tokenizer.apply_chat_template).parameters
+        if names := sorted(options.keys() & variables.keys()):  # a template of the client's own
+            raise invalid(
+                f"'chat_template_kwargs' has variables of the template, not {', '.join(names)}.",
+                "chat_template_kwargs",
+            )
+        render: Callable[..., str] = partial(self._render, tools=offered, **variables)
         try:
             text = render(turns)
         except ImportError:
@@ -437,7 +445,7 @@ def default_sampling(llm: Any, model: str) -> Mapping[str, float]:
     else `MILD_SAMPLING`.
     """
     config = llm.model.generation_config
-    own = {name: getattr(config, name, None) for name in _SAMPLING_FIELDS}
+    own: dict[str, Any] = {name: getattr(config, name, None) for name in _SAMPLING_FIELDS}
     own = {name: value for name, value in own.items() if value is not None}
     return own or (MODELS[model].sampling if model in MODELS else {}) or MILD_SAMPLING
 

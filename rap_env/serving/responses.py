@@ -8,7 +8,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import StreamingResponse
@@ -21,6 +21,22 @@ from rap_env.serving.prompts import GenerationRequest
 
 DONE = b"data: [DONE]\n\n"
 """Last event of a stream."""
+
+
+class AnswerWriter(Protocol):
+    """Writes the response to one request."""
+
+    def whole(self, deltas: Sequence[OutputDelta], usage: Mapping[str, Any]) -> dict[str, Any]:
+        """Body of the response without streaming, from all deltas of all answers."""
+
+    def opening(self) -> list[bytes]:
+        """First events of a stream."""
+
+    def chunks(self, delta: OutputDelta) -> list[bytes]:
+        """Events of a stream for one delta."""
+
+    def closing(self, usage: Mapping[str, Any]) -> list[bytes]:
+        """Last events of a stream."""
 
 
 class ResponseWriter:
@@ -201,7 +217,7 @@ class EventStreamResponse(StreamingResponse):
         self,
         request: Request,
         generation: Generation,
-        writer: ResponseWriter,
+        writer: AnswerWriter,
         on_end: Callable[[str], None],
     ) -> None:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}

@@ -7,7 +7,7 @@ the documentation. Other fields are ignored and reported, or rejected by a stric
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
     AliasChoices,
@@ -358,7 +358,7 @@ def answer_grammar(body: BaseCompletionRequest) -> tuple[str, GrammarKind, Any] 
         return "response_format", "json_schema", schema
     for kind, content in body.structured_outputs or ():
         if content is not None:
-            return "structured_outputs", kind, content
+            return "structured_outputs", cast("GrammarKind", kind), content
     return None
 
 

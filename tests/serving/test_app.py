@@ -146,6 +146,8 @@ def test_a_plain_stream_has_text_in_every_event(server):
     ("change", "param", "code", "words"),
     [
         ({"messages": []}, "messages", "invalid_value", "at least 1"),
+        ({"chat_template_kwargs": {"chat_template": "x", "thinks": True}}, "chat_template_kwargs",
+         "invalid_value", "not chat_template."),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "invalid_value",
          "'robot'"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
