@@ -18,9 +18,10 @@ async def ask() -> None:
     """Show the answers of each kind."""
     agents.set_default_openai_client(AsyncOpenAI(**SERVER), use_for_tracing=False)
     agents.set_tracing_disabled(True)
-    plain = agents.Agent(name="plain", model="any")
-    formed = agents.Agent(name="formed", model="any", output_type=City)
-    must = agents.ModelSettings(tool_choice="required")
+    greedy = agents.ModelSettings(temperature=0)  # a small model may write without end
+    plain = agents.Agent(name="agent", model="any", model_settings=greedy)
+    formed = plain.clone(output_type=City)
+    must = agents.ModelSettings(temperature=0, tool_choice="required")
     calling = plain.clone(
         tools=[weather], model_settings=must, tool_use_behavior="stop_on_first_tool"
     )
