@@ -73,9 +73,10 @@ def test_a_client_works_in_its_default_mode(server, name, tmp_path):
     quiet = ["-q", "--disable-pip-version-check", "--no-compile"]
     subprocess.run([python, "-m", "pip", "install", *quiet, package], check=True)
     program = PROGRAMS / f"{name}_client.py"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     run = subprocess.run(
         [python, program, *map(str, server)],
-        cwd=tmp_path, check=True, stdout=subprocess.PIPE, text=True, timeout=300,
+        cwd=tmp_path, env=environment, check=True, stdout=subprocess.PIPE, text=True, timeout=300,
     )  # fmt: skip
     answers = json.loads(run.stdout.splitlines()[-1])
     assert [*answers] == kinds.split()
