@@ -10,7 +10,7 @@ GPU_BENCHMARKS := scoring levels memory
 # Some containers turn compiled modules off; then each process of a test compiles all it imports.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo test test-all test-network gpu bench soak lint format type docs dist lock clean
+.PHONY: help setup demo test test-all test-network clients gpu bench soak lint format type docs dist lock clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' Makefile | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -31,7 +31,10 @@ test-all: setup  ## Run also the slow tests, and those of families and agents on
 	@$(TEST) -m "not network and not gpu" --all-cases
 
 test-network: setup  ## Run the tests that download the default model or install other engines.
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m network --all-cases
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m network --all-cases --ignore=tests/clients
+
+clients: setup  ## Install eight well-known clients and run them against the server.
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m network tests/clients
 
 gpu: setup  ## On a CUDA device: run the GPU tests and benchmarks, print their table.
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m gpu --all-cases

@@ -57,6 +57,8 @@ from rap_env.leaderboard.entries import (
 )
 from rap_env.leaderboard.tasks import ACROSS_JUDGED_ON, pinned_task, pinned_tasks, tasks_of
 from rap_env.scoring.held_out import Floats, spearman
+from rap_env.serving.responses_api import ResponsesRequest
+from rap_env.serving.schemas import ChatCompletionRequest, CompletionRequest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -502,6 +504,23 @@ def write_all(docs: Path) -> None:
         text = f"---\norphan: true\n---\n\n{full_text(name).strip()}\n"
         write_changed(details / f"{name}.md", text)
     write_changed(folder / "commands.md", command_reference())
+    write_changed(folder / "request_fields.md", request_fields())
+
+
+def request_fields() -> str:
+    """The fields of requests by kind, each with its description."""
+    lines, shown = list[str](), set[str | None]()
+    for title, model in {
+        "Chats, and what all kinds share": ChatCompletionRequest,
+        "Plain completions": CompletionRequest,
+        "`/v1/responses`": ResponsesRequest,
+    }.items():
+        lines += ["", f"**{title}**", "", "| Field | |", "| :-- | :-- |"]
+        for name, field in sorted(model.model_fields.items()):
+            if field.description not in shown:
+                lines.append(f"| `{name}` | {' '.join((field.description or '').split())} |")
+                shown.add(field.description)
+    return "\n".join(lines) + "\n"
 
 
 def command_reference() -> str:

@@ -247,7 +247,9 @@ def _choice_text(answer: dict[str, Any]) -> str:
 @click.option("--accept-licence", is_flag=True, help="Accept the terms that the model comes under.")
 @json_option
 def fetch(model: str, accept_licence: bool, as_json: bool) -> None:
-    """Download and convert MODEL: smollm2-135m (the default) or gemma3-270m.
+    """Download and convert MODEL: smollm2-135m (the default) or another alias.
+
+    The others are qwen2.5-coder-0.5b, qwen2.5-coder-1.5b and gemma3-270m.
 
     A model that is cached already is only checked. gemma3-270m comes under the Gemma Terms of
     Use, https://ai.google.dev/gemma/terms, and is downloaded only with --accept-licence.

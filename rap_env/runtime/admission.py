@@ -224,6 +224,9 @@ class Admission:
             return True
         if not batch.decoding and not self.could_ever_fit(shape):
             self._queue.remove(sequence)
+            if sequence.handle.token_ids:  # no room for more of an answer that had begun
+                self._output.end(sequence, "length")
+                return False
             error = self.misfit(shape, expected=True)
             self._output.reject(sequence, rejection_of(error), str(error))
         return False

@@ -31,6 +31,9 @@ def rejection_of(error: InfeasibleBudgetError) -> Rejection:
     return "below_floor" if isinstance(error, QualityFloorError) else "infeasible"
 
 
+EXPECTED_TOKENS = 256
+"""An answer is expected to end within so many tokens, and within so many more each time that it
+does not: what runs is admitted and planned for that, not for the most tokens that may come."""
 _ids = itertools.count(1)
 _NATIVE = Plan()
 
@@ -169,8 +172,9 @@ class RequestHandle:
 
     @property
     def final_tokens(self) -> int:
-        """Most tokens that its cache will hold; the last generated one is not fed back."""
-        return len(self.prompt_ids) + self.params.max_new_tokens - 1
+        """Tokens that its cache is expected to hold; the last generated one is not fed back."""
+        expected = (len(self.token_ids) // EXPECTED_TOKENS + 1) * EXPECTED_TOKENS
+        return len(self.prompt_ids) + min(expected, self.params.max_new_tokens) - 1
 
     @property
     def done(self) -> bool:

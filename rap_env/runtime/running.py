@@ -12,6 +12,7 @@ from rap_env.plan import Plan
 from rap_env.runtime.kept_sequences import KeptSequences, Taken
 from rap_env.runtime.memory_estimator import BatchShape, PassSize
 from rap_env.runtime.plan_chooser import PlanChooser
+from rap_env.runtime.request_handle import EXPECTED_TOKENS
 from rap_env.runtime.sequence import PrefillingSequence, TokenSequence, shape_of
 
 if TYPE_CHECKING:
@@ -219,6 +220,13 @@ class RunningBatch:
         sequence.read = prefilled.read
         self.decoding.append(sequence)
         self._shape = None
+
+    def note_tokens(self) -> None:
+        """After a step: expect more of answers that have all the tokens expected so far."""
+        lengths = [len(sequence.handle.token_ids) for sequence in self.decoding]
+        if not all(length % EXPECTED_TOKENS for length in lengths):
+            self._reserve(self.decoding)
+            self._shape = None
 
     def preempt(self, sequence: TokenSequence) -> None:
         """Remove a sequence that will continue, and keep what it has cached."""

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers.generation.logits_process import (
+    MinPLogitsWarper,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -34,8 +35,12 @@ class SamplingParams:
         temperature: Divides the logits; 0 means greedy decoding.
         top_p: Sample among the most likely tokens that together have this probability.
         top_k: Sample among this number of most likely tokens; 0 for all.
+        min_p: Sample among the tokens with at least this part of the likeliest one's probability.
         seed: Seed of the random stream; None for a different stream each time.
         stop_token_ids: Tokens that end the answer; they are not part of it.
+        min_tokens: Tokens before which none of them is sampled, unless there is a constraint.
+        repetition_penalty: Divides positive logits, and multiplies negative ones, of tokens that
+            the prompt or the answer has.
         presence_penalty: Subtracted from the logits of tokens that the answer has, in nats.
         frequency_penalty: Subtracted for each time that the answer has the token, in nats.
         logit_bias: Token ids, and what is added to their logits, in nats.
@@ -55,8 +60,11 @@ class SamplingParams:
     temperature: float = setting(0.0, low=0, high=100)
     top_p: float = setting(1.0, above=0, high=1)
     top_k: int = setting(0, low=0)
+    min_p: float = setting(0.0, low=0, high=1)
     seed: int | None = setting(None, low=-(2**63))
     stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = setting(0, low=0)
+    repetition_penalty: float = setting(1.0, above=0)
     presence_penalty: float = setting(0.0, low=-2, high=2)
     frequency_penalty: float = setting(0.0, low=-2, high=2)
     logit_bias: tuple[tuple[int, float], ...] = ()
@@ -97,15 +105,21 @@ class RowSampler:
     Each row has its own random stream, so its tokens do not depend on other rows or on the
     time. Its numbers come from the CPU, so that a seed gives the same ones on any device.
 
+    Args:
+        params: How to sample.
+        prompt_ids: Tokens of the prompt.
+
     Attributes:
         error: Why no more tokens can be drawn, if the constraint failed.
     """
 
-    def __init__(self, params: SamplingParams) -> None:
+    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int] = ()) -> None:
         self.params = params
         self._warpers: list[Any] = []
         self._counts: Counter[int] = Counter()  # of the answer's tokens
         self._penalised = bool(params.presence_penalty or params.frequency_penalty)
+        self._seen = dict.fromkeys(prompt_ids) if params.repetition_penalty != 1 else None
+        self._min_tokens = params.min_tokens if params.constraint is None else 0
         self._matcher = None if params.constraint is None else params.constraint()
         self.error: str | None = None
         if params.greedy:
@@ -116,6 +130,8 @@ class RowSampler:
             self._warpers.append(TopKLogitsWarper(params.top_k))
         if params.top_p < 1:
             self._warpers.append(TopPLogitsWarper(params.top_p))
+        if params.min_p:
+            self._warpers.append(MinPLogitsWarper(params.min_p))
         self._generator = torch.Generator()
         if params.seed is None:
             self._generator.seed()
@@ -125,11 +141,15 @@ class RowSampler:
     @property
     def adjusts(self) -> bool:
         """Whether `adjust` changes the logits of the next token."""
-        biased = self._matcher is not None or self.params.logit_bias
-        return bool(biased or (self._penalised and self._counts))
+        biased = self._matcher is not None or self.params.logit_bias or self._min_tokens > 0
+        return bool(biased or self._seen or (self._penalised and self._counts))
 
     def adjust(self, logits: torch.Tensor) -> None:
-        """Subtract the penalties from logits of shape (V,), add the bias, and exclude tokens."""
+        """Apply penalties and bias to logits of shape (V,), and exclude tokens."""
+        if self._seen:
+            index = send(torch.tensor([*self._seen]), logits.device)
+            values, factor = logits[index], self.params.repetition_penalty
+            logits[index] = torch.where(values < 0, values * factor, values / factor)
         if self._penalised and self._counts:
             tokens = list(self._counts)
             times = torch.tensor([self._counts[token] for token in tokens], dtype=logits.dtype)
@@ -138,6 +158,9 @@ class RowSampler:
         if self.params.logit_bias:
             tokens, bias = map(list, zip(*self.params.logit_bias, strict=True))
             _add(logits, tokens, torch.tensor(bias, dtype=logits.dtype))
+        if self._min_tokens > 0:
+            stops = [token for token in self.params.stop_token_ids if token < len(logits)]
+            logits[stops] = -math.inf
         if self._matcher is not None:
             try:
                 allowed = send(self._matcher.allowed(), logits.device)
@@ -152,6 +175,9 @@ class RowSampler:
             self._matcher.accept(token_id)
         if self._penalised:
             self._counts[token_id] += 1
+        self._min_tokens -= 1
+        if self._seen is not None:
+            self._seen[token_id] = None
 
     def warped(self, logits: torch.Tensor) -> torch.Tensor:
         """Probabilities for logits of shape (V,), in float64, (V,); not for greedy decoding."""

@@ -213,6 +213,7 @@ class Scheduler:
                 sequence.computed_tokens = max(sequence.computed_tokens, sequence.known_tokens)
                 sequence.read.note(sequence.known_tokens, own)
             continues = self.output.deliver(sequences, logits, plans)
+            batch.note_tokens()
             if not all(continues):
                 self.admission.most_running = self._max_batch_size
                 pairs = zip(sequences, continues, strict=True)

@@ -79,7 +79,7 @@ class TokenSequence:
         self.handle = handle
         self.owner = owner
         self.read = ReadPlans()
-        self.sampler = RowSampler(handle.params)
+        self.sampler = RowSampler(handle.params, handle.prompt_ids)
         self.queued_since_s = handle.arrived_s
         self.computed_tokens = 0
         self.refills = True

@@ -18,13 +18,44 @@ import torch
 from rap_env.errors import InvalidGrammarError, MissingDependencyError, UnsupportedModelError
 from rap_env.extras import require_extra
 
-GrammarKind = Literal["json_schema", "grammar"]
-"""How a grammar is written: as a JSON schema, or in the form of Lark."""
+GrammarKind = Literal["json_schema", "grammar", "regex", "choice"]
+"""How a grammar is written: as a JSON schema, in the form of Lark or GBNF, as a regular expression,
+or as texts in a list of JSON."""
 
 MAX_GRAMMAR_CHARS = 32_768
 """Longest text of a grammar: its length bounds the time to compile it, to some 2 seconds."""
 WHITESPACE = r"[ \n\t]{1,20}"
 """White space between the parts of JSON. A small model that may write any amount does."""
+_NO_SCHEMAS = frozenset({"const", "enum", "default", "examples"})
+_SAYS = frozenset({"additionalProperties", "patternProperties", "unevaluatedProperties"})
+_MERGED = frozenset({"allOf", "anyOf", "oneOf", "$ref"})
+
+
+def closed_schema(schema: Any) -> Any:
+    """A JSON schema whose objects have no properties but those it names, unless it says so.
+
+    A schema that merges objects (several in ``allOf``, or other schemas beside ``properties``)
+    stays as it is in all its parts: closed, they would exclude each other's properties.
+    """
+
+    def merges(part: Any) -> bool:
+        parts = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        own = part if isinstance(part, dict) else {}
+        several = isinstance(own.get("allOf"), list) and len(own["allOf"]) > 1
+        beside = "properties" in own and not own.keys().isdisjoint(_MERGED)
+        return several or beside or any(map(merges, parts))
+
+    def close(part: Any, key: str = "") -> Any:
+        if isinstance(part, list) and key not in _NO_SCHEMAS:
+            return [close(each) for each in part]
+        if not isinstance(part, dict) or key in _NO_SCHEMAS:
+            return part
+        result = {name: close(value, name) for name, value in part.items()}
+        if isinstance(part.get("properties"), dict) and part.keys().isdisjoint(_SAYS):
+            result["additionalProperties"] = False
+        return result
+
+    return schema if merges(schema) else close(schema)
 
 
 class GrammarMatcher:
@@ -82,8 +113,16 @@ class GrammarCompiler:
         with self._lock, contextlib.suppress(MissingDependencyError, UnsupportedModelError):
             self._vocabulary = self._vocabulary or self._load()
 
-    def compile(self, kind: GrammarKind, text: str) -> Callable[[], GrammarMatcher]:
+    def compile(
+        self, kind: GrammarKind, text: str, notes: list[str] | None = None
+    ) -> Callable[[], GrammarMatcher]:
         """Compile a grammar, and compute what may come first.
+
+        Args:
+            kind: How it is written.
+            text: The grammar.
+            notes: Gets what is left out of a JSON schema, such as ``uniqueItems``; without,
+                that is an error.
 
         Returns:
             A function that makes a matcher at the start of an answer; any number may follow
@@ -101,12 +140,14 @@ class GrammarCompiler:
                 f"The grammar has {len(text)} characters; at most {MAX_GRAMMAR_CHARS} are compiled."
             )
         with self._lock:  # one at a time, so that many large grammars take one core
-            matcher = self._matcher(kind, text)
+            matcher = self._matcher(kind, text, lenient=notes is not None)
         if matcher.is_error():
             raise InvalidGrammarError(f"The grammar cannot be compiled: {_reason(matcher)}")
+        if notes is not None:
+            notes.extend(matcher.get_grammar_warnings())
         return lambda: GrammarMatcher(matcher.deep_copy(), self._vocab_size)
 
-    def _matcher(self, kind: GrammarKind, text: str) -> Any:
+    def _matcher(self, kind: GrammarKind, text: str, *, lenient: bool) -> Any:
         """The library's matcher, which may have an error."""
         if self._vocabulary is None:
             self._vocabulary = self._load()
@@ -114,7 +155,7 @@ class GrammarCompiler:
 
         try:
             if kind == "json_schema":
-                defaults: Any = {"whitespace_pattern": WHITESPACE}
+                defaults: Any = {"whitespace_pattern": WHITESPACE, "lenient": lenient}
                 grammar = llguidance.LLMatcher.grammar_from_json_schema(text, defaults=defaults)
             else:
                 grammar = llguidance.grammar_from(kind, text)

@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
@@ -24,24 +26,31 @@ from rap_env.serving.http import (
     REQUEST_ID_HEADER,
     ApiError,
     ApiKeys,
+    JsonRoute,
+    RequestBodies,
     RequestGate,
     failed,
-    read_json,
+    invalid,
     shown,
     unavailable,
 )
 from rap_env.serving.metrics import CONTENT_TYPE, ServingMetrics
-from rap_env.serving.prompts import RequestBuilder, grammar_compiler
+from rap_env.serving.prompts import Body, RequestBuilder, grammar_compiler
 from rap_env.serving.responses import (
+    AnswerWriter,
     EventStreamResponse,
     ResponseWriter,
     cancel_on_disconnect,
     usage_of,
 )
+from rap_env.serving.responses_api import ResponsesRequest, ResponsesWriter
 from rap_env.serving.schemas import (
     ChatCompletionRequest,
     CompletionRequest,
-    validate,
+    DetokenizeRequest,
+    TokenizeRequest,
+    check_body,
+    first_error,
 )
 from rap_env.serving.settings import ServerSettings
 from rap_env.version import __version__
@@ -51,10 +60,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Schema = type[ChatCompletionRequest] | type[CompletionRequest]
-
-ENDPOINTS = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
+ENDPOINTS = {
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "completions",
+    "/v1/responses": "responses",
+}
 """Names of the completion routes in the metrics."""
+_LOCAL_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
+_BODY_BYTES_PER_TOKEN, _LEAST_BODY_BYTES = 32, 256 * 1024
+_MOST_NAMES = 100
+"""Most names of fields that the log says to be ignored."""
 
 
 class Service:
@@ -80,16 +95,25 @@ class Service:
         self.api_keys = None if keys is None else ApiKeys(keys)
         self.closing = False
         self._limited = settings.limits_bytes
+        self._noted: set[str] = set()
         self._running: set[Generation] = set()
         grammars = grammars or grammar_compiler(engine.llm, tokenizer, engine.vocab_size)
         self.builder = RequestBuilder(engine, tokenizer, settings, grammars)
         policy = engine.controller.chooser.policy
+        body_bytes = max(_LEAST_BODY_BYTES, _BODY_BYTES_PER_TOKEN * engine.max_seq_len_tokens)
+        self.bodies = RequestBodies(
+            settings.max_body_bytes or body_bytes,
+            settings.max_open_requests,
+            self.metrics.refused_requests.inc,
+        )
         self._server = repr((engine.llm.fingerprint, policy.name, __version__))
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _app: FastAPI) -> AsyncIterator[None]:
         """Start the engine with the server and close it with the server."""
         self.engine.start()
+        sampling = ", ".join(f"{name} {value}" for name, value in self.builder.sampling.items())
+        log.info("Answers are sampled with %s unless a request says otherwise.", sampling)
         try:
             yield
         finally:
@@ -101,15 +125,17 @@ class Service:
         for generation in list(self._running):
             generation.cancel(_shutting_down())
 
-    async def respond(self, request: Request, schema: Schema) -> Response:
+    async def respond(self, request: Request, body: Body | ResponsesRequest) -> Response:
         """Respond to a completion request; errors are left to the application's handlers."""
         if self.closing:
             raise _shutting_down()
         if self._limited and (problem := self.engine.nothing_fits()):
             wait_s = self.engine.retry_after_s()
             raise unavailable(problem, "insufficient_memory", retry_after_s=wait_s)
-        body = validate(schema, await read_json(request, self.settings))
-        built = await asyncio.to_thread(self.builder.build, body, request.state.owner)
+        chat = body.chat() if isinstance(body, ResponsesRequest) else body
+        check_body(chat, strict=self.settings.strict)
+        built = await asyncio.to_thread(self.builder.build, chat, request.state.owner)
+        self._note_ignored(built.ignored)
         chooser = self.engine.controller.chooser
         predict = partial(chooser.delta_nll, seq_len_tokens=built.final_tokens)
         plans = AnswerPlans(predict, self._server)
@@ -117,12 +143,13 @@ class Service:
         request.state.log_fields = generation.log_fields
         generation.start()
         self._running.add(generation)
-        writer = ResponseWriter(built, model=self.name, plans=plans)
+        kind = ResponsesWriter if isinstance(body, ResponsesRequest) else ResponseWriter
+        writer: AnswerWriter = kind(built, model=self.name, plans=plans)
         respond = self._stream if built.stream else self._whole
         return await respond(request, generation, writer)
 
     async def _whole(
-        self, request: Request, generation: Generation, writer: ResponseWriter
+        self, request: Request, generation: Generation, writer: AnswerWriter
     ) -> Response:
         try:
             async with cancel_on_disconnect(request, generation):
@@ -133,7 +160,7 @@ class Service:
         return JSONResponse(writer.whole(deltas, usage_of(generation)))
 
     async def _stream(
-        self, request: Request, generation: Generation, writer: ResponseWriter
+        self, request: Request, generation: Generation, writer: AnswerWriter
     ) -> Response:
         def ended(outcome: str) -> None:
             self._finish(generation)
@@ -146,6 +173,13 @@ class Service:
             self._finish(generation)
             raise
         return stream
+
+    def _note_ignored(self, ignored: Sequence[str]) -> None:
+        """Log once what requests ask for and has no effect."""
+        for name in ignored:
+            if name not in self._noted and len(self._noted) < _MOST_NAMES:
+                self._noted.add(name)
+                log.warning("Ignored in requests, as it has no effect here: %s", shown(name))
 
     def _finish(self, generation: Generation) -> None:
         self._running.discard(generation)
@@ -183,16 +217,27 @@ def create_app(
         ServingSettingsError: The file of keys cannot be read.
     """
     service = Service(engine, tokenizer, settings, grammars)
-    no_docs: dict[str, Any] = dict.fromkeys(("docs_url", "redoc_url", "openapi_url"))
-    app = FastAPI(title="rap-env", version=__version__, lifespan=service.lifespan, **no_docs)
-    app.state.service = service
-    app.add_middleware(
-        RequestGate,
-        keys=service.api_keys,
-        most_open=settings.max_open_requests,
-        on_refusal=service.metrics.refused_requests.inc,
+    app = FastAPI(
+        title="rap-env",
+        version=__version__,
+        lifespan=service.lifespan,
+        redoc_url=None,
+        openapi_url=None if settings.no_docs else "/openapi.json",
+    )
+    app.router.route_class = JsonRoute
+    app.state.service, app.state.bodies = service, service.bodies
+    app.add_middleware(RequestGate, keys=service.api_keys, on_end=service.bodies.release)
+    local = settings.cors_origin == "localhost"
+    app.add_middleware(  # outside of the gate: browsers send no key with a preflight
+        CORSMiddleware,
+        allow_origins=() if local else [settings.cors_origin],
+        allow_origin_regex=_LOCAL_ORIGIN if local else None,
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=[REQUEST_ID_HEADER],
     )
     _add_completion_routes(app, service)
+    _add_facts(app, service)
     _add_probes(app, service)
     _add_error_handlers(app, service)
     return app
@@ -203,12 +248,16 @@ def _add_completion_routes(app: FastAPI, service: Service) -> None:
     model = {"id": name, "object": "model", "created": created, "owned_by": "rap-env"}
 
     @app.post("/v1/chat/completions")
-    async def chat_completions(request: Request) -> Response:
-        return await service.respond(request, ChatCompletionRequest)
+    async def chat_completions(request: Request, body: ChatCompletionRequest) -> Response:
+        return await service.respond(request, body)
 
     @app.post("/v1/completions")
-    async def completions(request: Request) -> Response:
-        return await service.respond(request, CompletionRequest)
+    async def completions(request: Request, body: CompletionRequest) -> Response:
+        return await service.respond(request, body)
+
+    @app.post("/v1/responses")
+    async def responses(request: Request, body: ResponsesRequest) -> Response:
+        return await service.respond(request, body)
 
     @app.get("/v1/models")
     async def list_models() -> Response:
@@ -218,6 +267,42 @@ def _add_completion_routes(app: FastAPI, service: Service) -> None:
     async def retrieve_model(asked: str) -> Response:
         service.builder.check_model(asked)
         return JSONResponse(model)
+
+
+def _add_facts(app: FastAPI, service: Service) -> None:
+    """Add what clients of llama.cpp and vLLM ask for beside completions."""
+    builder, tokenizer = service.builder, service.tokenizer
+
+    @app.get("/")
+    async def root() -> Response:
+        routes = sorted(route.path for route in app.routes if isinstance(route, JsonRoute))
+        return JSONResponse({"about": "rap-env: an OpenAI-compatible server", "routes": routes})
+
+    @app.get("/version")
+    async def version() -> Response:
+        return JSONResponse({"version": __version__})
+
+    @app.get("/props")
+    async def props() -> Response:
+        context = {"n_ctx": builder.context_tokens, "params": {**builder.sampling}}
+        slots, template = service.settings.max_batch_size, tokenizer.chat_template or ""
+        about = {"default_generation_settings": context, "total_slots": slots}
+        return JSONResponse({**about, "model_alias": service.name, "chat_template": template})
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> Response:
+        ids = await asyncio.to_thread(builder.encode, body.content, body.add_special)
+        return JSONResponse(
+            {"tokens": ids, "count": len(ids), "max_model_len": builder.context_tokens}
+        )
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> Response:
+        known = [token for token in body.tokens if token < service.engine.vocab_size]
+        if len(known) < len(body.tokens):
+            raise invalid("'tokens' has ids that are not in the model's vocabulary.", "tokens")
+        text = await asyncio.to_thread(tokenizer.decode, body.tokens)
+        return JSONResponse({"content": text, "prompt": text})
 
 
 def _add_probes(app: FastAPI, service: Service) -> None:
@@ -258,6 +343,10 @@ def _add_error_handlers(app: FastAPI, service: Service) -> None:
         if error.status >= 429:  # it is not the client's mistake
             request.state.reason = shown(str(error), 400)
         return error.response(request.scope)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid_body(request: Request, error: RequestValidationError) -> Response:
+        return await rejected(request, first_error(error.errors()))
 
     @app.exception_handler(ClientDisconnect)
     async def disconnected(request: Request, _error: ClientDisconnect) -> Response:

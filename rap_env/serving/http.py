@@ -10,18 +10,20 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rap_env.errors import RapError, ServingSettingsError
-from rap_env.serving.settings import ServerSettings
+from rap_env.serving.limits import file_state
 
 log = logging.getLogger(__name__)
 
@@ -29,9 +31,13 @@ REQUEST_ID_HEADER = "x-request-id"
 CLIENT_CLOSED_REQUEST = 499
 """Status of a response that no client receives, as in nginx's log."""
 PROBE_PATHS = frozenset({"/livez", "/readyz", "/health"})
-"""Paths of the probes, which need no key."""
-UNLIMITED_PATHS = PROBE_PATHS | {"/metrics"}
-"""Paths that are answered above the limit of open requests too."""
+"""Paths of the probes."""
+OPEN_PATHS = PROBE_PATHS | {"/", "/docs", "/openapi.json"}
+"""Paths that need no key."""
+QUIET_PATHS = PROBE_PATHS | {"/metrics"}
+"""Paths whose lines of the log have the level debug."""
+MOST_BODIES_BYTES = 32 * 2**20
+"""Most bytes of the bodies of all requests together."""
 BODY_TIMEOUT_S = 20.0
 """Seconds until a body must be complete."""
 LINGER_BYTES = 8 * 1024 * 1024
@@ -118,6 +124,9 @@ def shown(value: object, most: int = 80) -> str:
 class ApiKeys:
     """The keys of a file, of which only the SHA-256 stays in memory.
 
+    The file is read again when it changes; one that cannot be used then changes nothing, and one
+    warning is logged.
+
     Args:
         path: The file: one key per line; empty lines and those that begin with # are skipped.
 
@@ -127,6 +136,12 @@ class ApiKeys:
     """
 
     def __init__(self, path: str) -> None:
+        self._path = path
+        self._state = file_state(path)
+        self._digests = self._read()
+
+    def _read(self) -> set[bytes]:
+        path, digests = self._path, set()
         try:
             lines = Path(path).read_text(encoding="utf-8").splitlines()
         except OSError as error:
@@ -137,7 +152,6 @@ class ApiKeys:
             raise ServingSettingsError(
                 f"api_key_file {path} must be a text file in UTF-8."
             ) from None
-        self._digests = set()
         for number, line in enumerate(map(str.strip, lines), start=1):
             if not line or line.startswith("#"):
                 continue
@@ -146,15 +160,22 @@ class ApiKeys:
                     f"Line {number} of api_key_file {path} must be a key of visible ASCII "
                     "characters without spaces, or a comment that begins with #."
                 )
-            self._digests.add(_digest(line))
-        if not self._digests:
+            digests.add(_digest(line))
+        if not digests:
             raise ServingSettingsError(
                 f"api_key_file {path} has no key; write one per line, for example the output of "
                 "'openssl rand -hex 32'."
             )
+        return digests
 
     def __contains__(self, key: str) -> bool:
         """Whether a key is one of them; takes the same time for every key."""
+        if (state := file_state(self._path)) != self._state:
+            self._state = state
+            try:
+                self._digests = self._read()
+            except ServingSettingsError as error:
+                log.warning("The keys stay as they are: %s", error)
         given = _digest(key)
         return sum(hmac.compare_digest(known, given) for known in self._digests) > 0
 
@@ -167,7 +188,8 @@ class RequestGate:
     """ASGI middleware that gives each request an id, checks its key, and logs a line at its end.
 
     A client's own id is kept if it has 1 to 128 letters, digits or characters of
-    ``._:/+=@-``. Requests without a valid key get status 401, except probes. Applications
+    ``._:/+=@-``. Requests without a valid key get status 401, except probes and pages that tell
+    nothing of the model. Applications
     find the id as ``request.state.request_id``, what names its key as
     ``request.state.owner``, and may add to the line:
     ``request.state.outcome``, ``request.state.reason`` (why it was not answered), and what
@@ -175,20 +197,17 @@ class RequestGate:
 
     Args:
         app: The application.
-        keys: The keys of clients, who send ``Authorization: Bearer KEY``; None if none is
-            needed.
-        most_open: Most requests, other than probes, that are open at a time; more get status
-            503.
-        on_refusal: Called for each of these.
+        keys: The keys of clients, who send ``Authorization: Bearer KEY`` or ``x-api-key: KEY``;
+            None if none is needed.
+        on_end: Called with the state of each request when it has ended.
     """
 
     def __init__(
-        self, app: ASGIApp, keys: ApiKeys | None, most_open: int, on_refusal: Callable[[], None]
+        self, app: ASGIApp, keys: ApiKeys | None, on_end: Callable[[dict[str, Any]], None]
     ) -> None:
         self._app = app
         self._keys = keys
-        self._most_open, self._on_refusal = most_open, on_refusal
-        self._open = 0
+        self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
@@ -198,8 +217,10 @@ class RequestGate:
         headers = Headers(scope=scope)
         given = headers.get(REQUEST_ID_HEADER, "")
         request_id = given if _VALID_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        key = key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         scope.setdefault("state", {})["request_id"] = request_id
-        scope["state"]["owner"] = self._owner(headers.get("authorization", ""))
+        scope["state"]["owner"] = "" if self._keys is None else _digest(key).hex()
         started, status = time.monotonic(), CLIENT_CLOSED_REQUEST
 
         async def send_with_id(message: Message) -> None:
@@ -210,33 +231,20 @@ class RequestGate:
                 message["headers"] = [*message["headers"], header]
             await send(message)
 
-        refusal = self._refusal(scope["path"], headers.get("authorization", ""))
-        limited = scope["path"] not in UNLIMITED_PATHS
-        if refusal is None and limited and self._open >= self._most_open:
-            self._on_refusal()
-            refusal = unavailable("Too many requests are open; ask again later.", "too_many_open")
+        refusal = self._refusal(scope["path"], key)
         app = self._app if refusal is None else refusal.response(scope)
-        self._open += limited
         try:
             await app(scope, receive, send_with_id)
         except Exception:
             status = 500
             raise
         finally:
-            self._open -= limited
+            self._on_end(scope["state"])
             _log_request(scope, status, time.monotonic() - started)
 
-    def _owner(self, authorization: str) -> str:
-        """Names the key of a request; empty if none is needed."""
-        key = authorization.partition(" ")[2].strip()
-        return "" if self._keys is None else _digest(key).hex()
-
-    def _refusal(self, path: str, authorization: str) -> ApiError | None:
+    def _refusal(self, path: str, key: str) -> ApiError | None:
         """The error for a request without a valid key; None if it has one, or needs none."""
-        scheme, _, key = authorization.partition(" ")
-        if self._keys is None or path in PROBE_PATHS:
-            return None
-        if scheme.lower() == "bearer" and key.strip() in self._keys:
+        if self._keys is None or path in OPEN_PATHS or key in self._keys:
             return None
         seen = "Incorrect API key provided" if key else "You didn't provide an API key"
         return ApiError(
@@ -255,7 +263,7 @@ def _log_request(scope: Scope, status: int, seconds: float) -> None:
     known = {name: value for name, value in known.items() if value not in (None, {})}
     words = [f" {name}={_quoted(value)}" for name, value in known.items()]
     log.log(
-        logging.DEBUG if scope["path"] in UNLIMITED_PATHS else logging.INFO,
+        logging.DEBUG if scope["path"] in QUIET_PATHS else logging.INFO,
         f"{state['request_id']} {method} {path} {status} {seconds:.3f} s{''.join(words)}",
     )
 
@@ -270,45 +278,141 @@ def _quoted(value: object) -> str:
 # Bodies
 
 
-async def read_json(request: Request, settings: ServerSettings) -> dict[str, Any]:
-    """Read the body of an HTTP request, a JSON object.
+class RequestBodies:
+    """Reads the bodies of requests within limits, and counts what is open.
 
-    Raises:
-        ApiError: 400 if the body is invalid, 413 if it is too long, whether or not it
-            declares its length, 408 if it is too slow.
-        ClientDisconnect: The client disconnected.
+    A request counts from when its body is complete until it has ended; bodies count from their
+    first byte. Where they have too many bytes together, the one that has been incomplete for
+    longest is given up, so that clients that never complete theirs keep nobody out.
+
+    Args:
+        most_bytes: Most bytes of a body, unpacked.
+        most_open: Most requests that are open at a time; more get status 503.
+        on_refusal: Called for each of these.
     """
-    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip()
-    if kind.lower() != "application/json":
-        raise invalid(
-            f"Unsupported content type: '{shown(kind)}'; send 'Content-Type: application/json'.",
-            code="unsupported_content_type",
+
+    def __init__(self, most_bytes: int, most_open: int, on_refusal: Callable[[], None]) -> None:
+        self._most_bytes, self._most_open, self._on_refusal = most_bytes, most_open, on_refusal
+        self._open = self._bytes = 0
+        self._incomplete: dict[asyncio.Timeout, bool] = {}
+
+    async def read(self, request: Request) -> dict[str, Any]:
+        """Read the body of an HTTP request, a JSON object, whatever its content type says.
+
+        Raises:
+            ApiError: 400 if the body is invalid, 413 if it is too long, whether or not it
+                declares its length, 408 if it is too slow, 415 if its encoding is not known,
+                503 if too much is open.
+            ClientDisconnect: The client disconnected.
+        """
+        packing = request.headers.get("content-encoding", "identity")
+        if packing not in ("identity", "gzip"):
+            raise ApiError(
+                415,
+                f"Unsupported content encoding: '{shown(packing)}'; send gzip or none.",
+                code="unsupported_content_encoding",
+            )
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S) as deadline:
+                self._incomplete[deadline] = True
+                body = await self._receive(request)
+        except TimeoutError:
+            if not self._incomplete[deadline]:
+                raise self._refused() from None
+            raise ApiError(
+                408,
+                f"The request body was not complete after {BODY_TIMEOUT_S:g} seconds.",
+                code="request_timeout",
+                headers={"connection": "close"},
+            ) from None
+        finally:
+            del self._incomplete[deadline]
+        if body is not None and packing == "gzip":
+            unpacking = zlib.decompressobj(31)
+            try:
+                body = unpacking.decompress(body, self._most_bytes + 1)
+            except zlib.error as error:
+                raise invalid(f"The body is no gzip: {error}.", code="invalid_gzip") from None
+            self._bytes += len(body) - request.state.body_bytes
+            request.state.body_bytes = len(body)
+            body = body if len(body) <= self._most_bytes else None
+        if body is None:
+            raise ApiError(
+                413,
+                f"The request body is longer than {self._most_bytes} bytes, the most that this "
+                "server reads (max_body_bytes).",
+                code="request_too_large",
+                headers={"connection": "close"},
+            )
+        if self._open >= self._most_open or self._bytes > MOST_BODIES_BYTES:
+            raise self._refused()
+        self._open += 1
+        request.state.open = True
+        return parse_json(body)
+
+    async def _receive(self, request: Request) -> bytes | None:
+        """The body as it was sent; None if it is too long."""
+        body, seen_bytes = bytearray(), 0
+        async for chunk in request.stream():
+            seen_bytes += len(chunk)
+            if seen_bytes <= self._most_bytes:
+                body += chunk
+                self._bytes += len(chunk)
+                request.state.body_bytes = len(body)
+                if self._bytes > MOST_BODIES_BYTES:
+                    self._give_up_oldest()
+                    await asyncio.sleep(0)  # it may be this one
+            elif seen_bytes > self._most_bytes + LINGER_BYTES:
+                break
+        return None if seen_bytes > self._most_bytes else bytes(body)
+
+    def _give_up_oldest(self) -> None:
+        deadline = next((each for each, waits in self._incomplete.items() if waits), None)
+        if deadline is not None:
+            self._incomplete[deadline] = False
+            deadline.reschedule(0)
+
+    def _refused(self) -> ApiError:
+        self._on_refusal()
+        return unavailable("Too many requests are open; ask again later.", "too_many_open")
+
+    def release(self, state: dict[str, Any]) -> None:
+        """Note that a request with this state has ended."""
+        self._open -= state.get("open", False)
+        self._bytes -= state.get("body_bytes", 0)
+
+
+class JsonRoute(APIRoute):
+    """A route whose body is read by the `bodies` of the application's state."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The handler of requests."""
+        handle, has_body = super().get_route_handler(), self.body_field is not None
+
+        async def read_and_handle(request: Request) -> Response:
+            if has_body:
+                body = await request.app.state.bodies.read(request)
+                request = _JsonRequest(request.scope, request.receive, body)
+            return await handle(request)
+
+        return read_and_handle
+
+
+class _JsonRequest(Request):
+    """A request whose body has been read."""
+
+    def __init__(self, scope: Scope, receive: Receive, content: dict[str, Any]) -> None:
+        kept = [pair for pair in scope["headers"] if pair[0] != b"content-type"]
+        super().__init__(
+            {**scope, "headers": [*kept, (b"content-type", b"application/json")]}, receive
         )
-    most = settings.max_body_bytes
-    body, seen_bytes = bytearray(), 0
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            async for chunk in request.stream():
-                seen_bytes += len(chunk)
-                if seen_bytes <= most:
-                    body += chunk
-                elif seen_bytes > most + LINGER_BYTES:
-                    break
-    except TimeoutError:
-        raise ApiError(
-            408,
-            f"The request body was not complete after {BODY_TIMEOUT_S:g} seconds.",
-            code="request_timeout",
-            headers={"connection": "close"},
-        ) from None
-    if seen_bytes > most:
-        raise ApiError(
-            413,
-            f"The request body is longer than {most} bytes, the most that this server reads.",
-            code="request_too_large",
-            headers={"connection": "close"},
-        )
-    return parse_json(bytes(body))
+        self._content = content
+
+    async def body(self) -> bytes:
+        return b"{}"
+
+    async def json(self) -> dict[str, Any]:
+        return self._content
 
 
 def parse_json(body: bytes) -> dict[str, Any]:

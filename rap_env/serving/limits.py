@@ -24,6 +24,15 @@ _LONGEST_TEXT = 64
 _MIB = 2**20
 
 
+def file_state(path: str | Path) -> tuple[int, int, int] | None:
+    """What changes with the content of a file; None if there is none."""
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 class LiveLimit:
     """A limit that operators change while the server runs; call it to get the present bytes.
 
@@ -98,14 +107,7 @@ class LiveLimit:
             log.warning("%s stays at %s: %s", self.name, mebibytes(self._bytes), error)
 
     def _state(self) -> tuple[int, int, int] | None:
-        """What changes with the content of the file; None if there is none."""
-        if self._file is None:
-            return None
-        try:
-            status = self._file.stat()
-        except OSError:
-            return None
-        return status.st_ino, status.st_size, status.st_mtime_ns
+        return None if self._file is None else file_state(self._file)
 
     def _read(self) -> int:
         assert self._file is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -10,8 +11,15 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from rap_env.errors import InvalidGrammarError, MissingDependencyError, UnsupportedModelError
+from rap_env.models.files.gguf_source import MODELS
+from rap_env.runtime.request_handle import EXPECTED_TOKENS
 from rap_env.runtime.sampling import SamplingParams
-from rap_env.runtime.structured_output import GrammarCompiler, GrammarKind, GrammarMatcher
+from rap_env.runtime.structured_output import (
+    GrammarCompiler,
+    GrammarKind,
+    GrammarMatcher,
+    closed_schema,
+)
 from rap_env.serving.answers import WrittenAnswers, encode_parts, plain_text
 from rap_env.serving.http import ApiError, invalid, shown
 from rap_env.serving.schemas import (
@@ -19,11 +27,11 @@ from rap_env.serving.schemas import (
     ChatCompletionRequest,
     ChatMessage,
     CompletionRequest,
-    Tool,
-    answer_schema,
+    answer_grammar,
+    other_fields,
 )
 from rap_env.serving.settings import ServerSettings
-from rap_env.serving.tool_calls import CallForm, ToolCallParser
+from rap_env.serving.tool_calls import GENERIC_FORM, CallForm, ToolCallParser, generic_turns
 
 if TYPE_CHECKING:
     from rap_env.runtime.engine import Engine
@@ -31,6 +39,9 @@ if TYPE_CHECKING:
 Body = ChatCompletionRequest | CompletionRequest
 
 _TURN_FIELDS = {"role", "content", "tool_calls", "tool_call_id"}
+MILD_SAMPLING: Mapping[str, float] = {"temperature": 0.8, "top_k": 40, "top_p": 0.95}
+"""How answers are sampled where neither the request nor the model says, as in llama.cpp."""
+_SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 MOST_ANSWERS = 8
 """Most answers to one request: prompts times n."""
 DEFAULT_CHAT_TOKENS = 256
@@ -48,6 +59,7 @@ class GenerationRequest:
         n: Number of answers to each prompt.
         echo: Text of each prompt, which the answers begin with; empty for no such texts.
         include_usage: Whether a stream ends with the numbers of tokens.
+        ignored: What was asked for and has no effect: fields, and keywords of schemas.
         owner: Whose kept sequences may be used for it: those of its key and its salt.
         call_parser: Makes what finds the tool calls of an answer; None if it may not call.
         written: Called with content and tool calls of each answer that ended by itself, the text
@@ -62,6 +74,7 @@ class GenerationRequest:
     chat: bool = False
     stream: bool = False
     include_usage: bool = False
+    ignored: Sequence[str] = ()
     owner: str = ""
     call_parser: Callable[[], ToolCallParser] | None = None
     written: Callable[[str, Sequence[Any], str, Sequence[int]], None] | None = None
@@ -79,7 +92,8 @@ class GenerationRequest:
     @property
     def final_tokens(self) -> int:
         """Most tokens that the cache of one of its answers will hold."""
-        return max(map(len, self.prompts)) + self.params.max_new_tokens - 1
+        expected = min(EXPECTED_TOKENS, self.params.max_new_tokens)
+        return max(map(len, self.prompts)) + expected - 1
 
     def params_of(self, number: int) -> SamplingParams:
         """Sampling parameters of answer `number`; with a seed, each answer has its own seed."""
@@ -96,6 +110,7 @@ class RequestBuilder:
     Attributes:
         context_tokens: Most tokens of a prompt and its answer together.
         answers: Chat answers of this server.
+        sampling: The sampling of requests that do not say.
     """
 
     def __init__(
@@ -103,6 +118,7 @@ class RequestBuilder:
     ) -> None:
         self._settings = settings
         self._model = settings.served_name
+        self.sampling = default_sampling(engine.llm, settings.model)
         self._stop_token_ids = stop_tokens(engine.llm, tokenizer)
         self._tokenizer = tokenizer
         self.context_tokens = engine.max_seq_len_tokens
@@ -120,16 +136,15 @@ class RequestBuilder:
         """
         owner = f"{key} {body.cache_salt or ''}"
         self.check_model(body.model)
-        self._check_new_tokens(body.new_tokens)
         chat, n = isinstance(body, ChatCompletionRequest), body.n or 1
         self._check_choices(n, 1 if isinstance(body, ChatCompletionRequest) else len(body.prompt))
         call_parser, echo = None, list[str]()
         if isinstance(body, ChatCompletionRequest):
-            prompts = [self.encode_chat(body.messages, body.offered_tools, owner)]
+            prompts = [self.encode_chat(body, owner)]
             if body.offered_tools:
                 names = [tool.function.name for tool in body.offered_tools]
                 single = body.parallel_tool_calls is False
-                call_parser = partial(ToolCallParser, self.call_form, names, single=single)
+                call_parser = partial(ToolCallParser, self.form_for(body), names, single=single)
         else:
             prompts = [self._prompt(entry) for entry in body.prompt]
             if body.echo:
@@ -137,17 +152,18 @@ class RequestBuilder:
                     entry if isinstance(entry, str) else plain_text(self._tokenizer, prompt)
                     for entry, prompt in zip(body.prompt, prompts, strict=True)
                 ]
-        longest = max(map(len, prompts))
-        self._check_prompt(longest, body)
+        ignored = other_fields(body)
+        new_tokens = self._max_new_tokens(body, max(map(len, prompts)))
         return GenerationRequest(
             prompts=prompts,
-            params=self._sampling(body, self._max_new_tokens(body, longest)),
+            params=self._sampling(body, new_tokens, ignored),
             n=n,
             stop_strings=body.stop or (),
             echo=echo,
             chat=chat,
             stream=bool(body.stream),
             include_usage=bool(body.stream_options and body.stream_options.include_usage),
+            ignored=ignored,
             call_parser=call_parser,
             owner=owner,
             written=partial(self._note_written, owner) if chat and self._keeps else None,
@@ -160,24 +176,15 @@ class RequestBuilder:
         message = ChatMessage.model_validate(given)
         self.answers.add(owner, _answer_key(message), text, token_ids)
 
-    def check_model(self, name: str) -> None:
-        """Raise an `ApiError` (404) unless a name is that of the served model."""
-        if name != self._model:
+    def check_model(self, name: str | None) -> None:
+        """Raise an `ApiError` (404) if the server is strict and a name is not its model's."""
+        if self._settings.strict and name != self._model:
             raise ApiError(
                 404,
                 f"The model `{shown(name)}` does not exist or you do not have access to it; "
                 f"this server has `{self._model}`.",
                 param="model",
                 code="model_not_found",
-            )
-
-    def _check_new_tokens(self, new_tokens: int | None) -> None:
-        most = self._settings.max_new_tokens
-        if new_tokens is not None and new_tokens > most:
-            raise invalid(
-                f"max_tokens is too large: {new_tokens}. This server gives at most {most} "
-                "tokens in an answer.",
-                "max_tokens",
             )
 
     def _check_choices(self, n: int, prompts: int) -> None:
@@ -188,66 +195,72 @@ class RequestBuilder:
                 "prompt" if n == 1 else "n",
             )
 
-    def _check_prompt(self, tokens: int, body: BaseCompletionRequest) -> None:
-        new = body.new_tokens or 1
-        if tokens + new > self.context_tokens:
-            raise invalid(
-                f"This model's maximum context length is {self.context_tokens} tokens. However, "
-                f"you requested {tokens + new} tokens ({tokens} in the prompt, {new} in the "
-                "completion). Please reduce the length of the prompt or of the completion.",
-                "messages" if isinstance(body, ChatCompletionRequest) else "prompt",
-                "context_length_exceeded",
-            )
-
     def _max_new_tokens(self, body: BaseCompletionRequest, prompt_tokens: int) -> int:
-        if body.new_tokens is not None:
-            return body.new_tokens
+        """Most tokens of an answer: what was asked for, as far as context and server allow."""
         chat = isinstance(body, ChatCompletionRequest)
         default = DEFAULT_CHAT_TOKENS if chat else DEFAULT_COMPLETION_TOKENS
-        most = min(default, self._settings.max_new_tokens)
-        return max(1, min(most, self.context_tokens - prompt_tokens))
+        left = self.context_tokens - prompt_tokens
+        if left < 1:
+            raise invalid(
+                f"This model's maximum context length is {self.context_tokens} tokens. However, "
+                f"the prompt has {prompt_tokens}. Please reduce the length of the prompt.",
+                "messages" if chat else "prompt",
+                "context_length_exceeded",
+            )
+        asked = default if body.new_tokens is None else body.new_tokens
+        if asked == 0:
+            raise invalid("max_tokens must be at least 1, or -1 for any number.", "max_tokens")
+        most = min(left, self._settings.max_new_tokens or left)
+        return most if asked < 0 else min(asked, most)
 
-    def _sampling(self, body: Body, max_new_tokens: int) -> SamplingParams:
-        temperature = 1.0 if body.temperature is None else body.temperature
-        top_p = 1.0 if body.top_p is None else body.top_p
-        if top_p == 0:  # an empty nucleus: take the most likely token
-            temperature, top_p = 0.0, 1.0
+    def _sampling(self, body: Body, max_new_tokens: int, ignored: list[str]) -> SamplingParams:
+        asked = {name: getattr(body, name) for name in _SAMPLING_FIELDS}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        sampling: dict[str, Any] = {**self.sampling, **asked}
+        if sampling.get("top_p") == 0:  # an empty nucleus: take the most likely token
+            sampling |= {"temperature": 0.0, "top_p": 1.0}
         if isinstance(body, ChatCompletionRequest):
             top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
             prompt_logprobs = False
         else:
             top_logprobs = body.logprobs
             prompt_logprobs = bool(body.echo) and top_logprobs is not None
-        constraint = self._constraint(body)
         return SamplingParams(
+            **sampling | {"top_k": max(0, sampling.get("top_k", 0))},
             max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=max(0, body.top_k or 0),
             seed=body.seed,
-            stop_token_ids=self._stop_token_ids,
+            stop_token_ids=(*self._stop_token_ids, *(body.stop_token_ids or ())),
+            min_tokens=max_new_tokens if body.ignore_eos else body.min_tokens or 0,
             presence_penalty=body.presence_penalty or 0.0,
             frequency_penalty=body.frequency_penalty or 0.0,
             logit_bias=_bias(body.logit_bias or {}),
             top_logprobs=top_logprobs,
             prompt_logprobs=prompt_logprobs,
             max_delta_nll=body.max_delta_nll,
-            constraint=constraint,
+            constraint=self._constraint(body, ignored),
         )
 
-    def _constraint(self, body: Body) -> Callable[[], GrammarMatcher] | None:
-        """Compile what the answers have to follow; errors are `ApiError` (400)."""
-        answer = answer_schema(body.response_format)
-        grammars: list[tuple[str, GrammarKind, str] | None] = []
-        if answer is not None:
-            grammars.append(("response_format", "json_schema", json.dumps(answer)))
+    def _constraint(self, body: Body, ignored: list[str]) -> Callable[[], GrammarMatcher] | None:
+        """Compile what the answers have to follow; errors are `ApiError` (400).
+
+        What is left out of schemas is added to `ignored`.
+        """
+        answer, constraint = answer_grammar(body), None
+        grammars: list[tuple[str, GrammarKind, Any] | None] = [answer]
         if isinstance(body, ChatCompletionRequest) and body.offered_tools:
-            grammars.append(self._tool_grammar(body, answer))
-        constraint = None
-        for field, kind, text in filter(None, grammars):
+            if answer is not None and answer[1] != "json_schema":
+                raise invalid(f"Beside 'tools', '{answer[0]}' can only be a schema.", answer[0])
+            grammars.append(self._tool_grammar(body, None if answer is None else answer[2]))
+        for field, kind, content in filter(None, grammars):
+            notes: list[str] = []
             try:
-                constraint = self.grammars.compile(kind, text)
-            except InvalidGrammarError as error:
+                if kind == "json_schema":
+                    content = closed_schema(content)
+                text = content if isinstance(content, str) else json.dumps(content)
+                strict = self._settings.strict
+                constraint = self.grammars.compile(kind, text, None if strict else notes)
+                ignored += [f"{field}: {note}" for note in notes]
+            except (InvalidGrammarError, RecursionError) as error:
                 message = f"Invalid value for '{field}': {shown(str(error), 400)}"
                 raise invalid(message, field) from None
             except (MissingDependencyError, UnsupportedModelError) as error:
@@ -263,54 +276,78 @@ class RequestBuilder:
             body: The request.
             answer: The JSON schema of an answer without calls, if it has one.
         """
-        chosen = body.chosen_function
-        required = body.tool_choice not in (None, "auto")
+        chosen, required = body.chosen_function, body.must_call
         functions = [tool.function for tool in body.offered_tools]
         strict = any(function.strict for function in functions)
         if not required and not strict and answer is None:
             return None
         schemas = {f.name: f.parameters for f in functions if chosen in (None, f.name)}
         single = chosen is not None or body.parallel_tool_calls is False
-        grammar = self.call_form.grammar(schemas, required=required, single=single, answer=answer)
+        grammar = self.form_for(body).grammar(
+            schemas,
+            required=required,
+            single=single,
+            answer=answer,
+            lenient=not self._settings.strict,
+        )
         return "tools", "grammar", grammar
 
     @cached_property
-    def call_form(self) -> CallForm:
-        """How the model calls tools.
-
-        Raises:
-            ApiError: Its chat template has no place for tools, or an unknown form of calls (400).
-        """
+    def _own_form(self) -> CallForm | UnsupportedModelError:
+        """How the model's chat template writes calls, or why it does not."""
         try:
             return CallForm.of_template(self._render, self._tokenizer)
         except UnsupportedModelError as error:
-            raise _unsupported("tools", error) from None
+            return error
 
-    def encode_chat(
-        self,
-        messages: list[ChatMessage],
-        tools: Sequence[Tool],
-        owner: str,
-    ) -> list[int]:
+    def form_for(self, body: ChatCompletionRequest) -> CallForm:
+        """How the model calls tools in the answers to a request.
+
+        A model whose chat template has no place for tools, or an unknown form of calls, writes
+        them as `GENERIC_FORM`, which takes a grammar.
+
+        Raises:
+            ApiError: It is such a model, and may answer without a call (400).
+        """
+        form = self._own_form
+        if isinstance(form, CallForm):
+            return form
+        if body.offered_tools and not body.must_call:
+            raise _unsupported("tools", form)
+        return GENERIC_FORM
+
+    def encode_chat(self, body: ChatCompletionRequest, owner: str) -> list[int]:
         """Token ids of messages in the model's chat template, which writes the special tokens.
 
         Answers that this server gave to an owner have the tokens in which they were written.
 
         Raises:
             ApiError: There is no chat template, it rejects the messages, or it does not know the
-                tools that they use, or the ones offered (400).
+                tools that are offered (400).
         """
+        messages, tools = body.messages, body.offered_tools
         if not self._tokenizer.chat_template:
             raise invalid(
                 "This model has no chat template; use /v1/completions instead.",
                 "messages",
                 "no_chat_template",
             )
-        if tools or any(message.tool_calls or message.role == "tool" for message in messages):
-            _ = self.call_form
+        uses_tools = tools or any(m.tool_calls or m.role == "tool" for m in messages)
+        generic = uses_tools and self.form_for(body) is GENERIC_FORM
+        turns = template_turns(messages)
         offered = [tool.model_dump(exclude={"function": {"strict"}}) for tool in tools]
+        if generic:
+            turns, offered = generic_turns(turns, offered), []
+        variables = body.chat_template_kwargs or {}
+        options = inspect.signature(self._tokenizer.apply_chat_template).parameters
+        if names := sorted(options.keys() & variables.keys()):  # a template of the client's own
+            raise invalid(
+                f"'chat_template_kwargs' has variables of the template, not {', '.join(names)}.",
+                "chat_template_kwargs",
+            )
+        render: Callable[..., str] = partial(self._render, tools=offered, **variables)
         try:
-            text = self._render(template_turns(messages), offered)
+            text = render(turns)
         except ImportError:
             raise
         except Exception as error:  # a template is a program that may raise anything
@@ -318,9 +355,11 @@ class RequestBuilder:
                 f"The model's chat template rejects these messages: {shown(str(error))}.",
                 "messages",
             ) from None
-        encode = partial(self._encode, add_special_tokens=False)
+        encode = partial(self.encode, add_special=False)
         ids = encode(text)
-        turns, parts = template_turns(messages), list[tuple[str, Sequence[int] | None]]()
+        if generic:
+            return ids
+        parts = list[tuple[str, Sequence[int] | None]]()
         for place, message in enumerate(messages):
             content, known = message.content, None
             if message.role == "assistant":
@@ -330,7 +369,7 @@ class RequestBuilder:
                     turns[place] = {"role": "assistant", "content": content}
             parts.append((content, known))
         try:
-            written = encode_parts(self._render(turns, offered), parts, encode)
+            written = encode_parts(render(turns), parts, encode)
         except Exception:  # the template takes no results without calls
             return ids
         # A text such as "im_start" could be found inside of a special token.
@@ -338,15 +377,16 @@ class RequestBuilder:
         same = [i for i in ids if i in special] == [i for i in written if i in special]
         return written if same else ids
 
-    def _render(self, turns: list[dict[str, Any]], tools: list[dict[str, Any]]) -> str:
+    def _render(
+        self, turns: list[dict[str, Any]], tools: list[dict[str, Any]], **variables: Any
+    ) -> str:
+        fixed = {"tools": tools or None, "tokenize": False, "add_generation_prompt": True}
         with self._lock:
-            text: str = self._tokenizer.apply_chat_template(
-                turns, tools=tools or None, tokenize=False, add_generation_prompt=True
-            )
+            text: str = self._tokenizer.apply_chat_template(turns, **variables | fixed)
         return text
 
     def _prompt(self, entry: str | list[int]) -> list[int]:
-        ids = self._encode(entry, add_special_tokens=True) if isinstance(entry, str) else entry
+        ids = self.encode(entry, add_special=True) if isinstance(entry, str) else entry
         start = self._tokenizer.bos_token_id
         if ids:
             return ids
@@ -354,10 +394,11 @@ class RequestBuilder:
             raise invalid("The prompt has no tokens, and the model needs one.", "prompt")
         return [int(start)]  # an empty text still has its start token
 
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    def encode(self, text: str, add_special: bool) -> list[int]:
+        """Token ids of a text; from any thread."""
         with self._lock:
             ids: Sequence[int] = self._tokenizer.encode(
-                text, add_special_tokens=add_special_tokens, verbose=False
+                text, add_special_tokens=add_special, verbose=False
             )
         return list(ids)
 
@@ -395,6 +436,18 @@ def template_turns(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
 def _answer_key(message: ChatMessage) -> str:
     """Content and tool calls of a message, by which an answer is known again."""
     return message.model_dump_json(include={"content", "tool_calls"})
+
+
+def default_sampling(llm: Any, model: str) -> Mapping[str, float]:
+    """How answers are sampled unless a request says otherwise.
+
+    That is what the model's `generation_config` says, or its publisher for a file of a package,
+    else `MILD_SAMPLING`.
+    """
+    config = llm.model.generation_config
+    own: dict[str, Any] = {name: getattr(config, name, None) for name in _SAMPLING_FIELDS}
+    own = {name: value for name, value in own.items() if value is not None}
+    return own or (MODELS[model].sampling if model in MODELS else {}) or MILD_SAMPLING
 
 
 def stop_tokens(llm: Any, tokenizer: Any) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import StreamingResponse
@@ -21,6 +21,22 @@ from rap_env.serving.prompts import GenerationRequest
 
 DONE = b"data: [DONE]\n\n"
 """Last event of a stream."""
+
+
+class AnswerWriter(Protocol):
+    """Writes the response to one request."""
+
+    def whole(self, deltas: Sequence[OutputDelta], usage: Mapping[str, Any]) -> dict[str, Any]:
+        """Body of the response without streaming, from all deltas of all answers."""
+
+    def opening(self) -> list[bytes]:
+        """First events of a stream."""
+
+    def chunks(self, delta: OutputDelta) -> list[bytes]:
+        """Events of a stream for one delta."""
+
+    def closing(self, usage: Mapping[str, Any]) -> list[bytes]:
+        """Last events of a stream."""
 
 
 class ResponseWriter:
@@ -47,8 +63,11 @@ class ResponseWriter:
             "object": "chat.completion" if self._request.chat else "text_completion",
             "choices": [self._whole_choice(i, parts) for i, parts in enumerate(by_answer)],
             "usage": dict(usage),
-            "rap": self._plans.report(),
+            "rap": self._report(),
         }
+
+    def _report(self) -> dict[str, Any]:
+        return self._plans.report() | {"ignored": self._request.ignored}
 
     def _whole_choice(self, index: int, deltas: Sequence[OutputDelta]) -> dict[str, Any]:
         text = "".join(delta.text for delta in deltas)
@@ -92,7 +111,7 @@ class ResponseWriter:
         if not self._request.include_usage:
             return [DONE]
         last = {**self._stream_head(), "choices": [], "usage": dict(usage)}
-        return [event({**last, "rap": self._plans.report()}), DONE]
+        return [event({**last, "rap": self._report()}), DONE]
 
     def _chunk(
         self,
@@ -107,7 +126,7 @@ class ResponseWriter:
         if self._request.include_usage:
             chunk["usage"] = None
         elif finish_reason is not None and not self._unfinished:
-            chunk["rap"] = self._plans.report()
+            chunk["rap"] = self._report()
         return event(chunk)
 
     def _stream_head(self) -> dict[str, Any]:
@@ -198,7 +217,7 @@ class EventStreamResponse(StreamingResponse):
         self,
         request: Request,
         generation: Generation,
-        writer: ResponseWriter,
+        writer: AnswerWriter,
         on_end: Callable[[str], None],
     ) -> None:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}

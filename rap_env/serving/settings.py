@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from rap_env.errors import ServingSettingsError
 from rap_env.request import KEPT_DELTA_NLL, parse_bytes
@@ -31,6 +32,9 @@ class ServerSettings:
 
     model: str = setting(
         "smollm2-135m", "An alias, a hub id, a folder or a GGUF file.", group="Model"
+    )
+    model_name: str | None = setting(
+        None, "Name of the model for clients; none for that of --model, of a file without .gguf."
     )
     device: str = setting("auto", "auto, cpu, cuda or cuda:N.")
     dtype: str = setting("auto", "auto, float32, bfloat16 or float16.")
@@ -125,11 +129,21 @@ class ServerSettings:
         "'Authorization: Bearer KEY'.",
     )
     insecure: bool = setting(False, "Serve without API keys at an address that others can reach.")
-    model_name: str | None = setting(None, "Name that clients send as model; none for --model.")
+    cors_origin: str = setting(
+        "localhost",
+        "Web pages that may use the server: of localhost at any port, of one origin such as "
+        "https://chat.example.org, or * for all.",
+    )
+    no_docs: bool = setting(
+        False, "Answer /docs, which shows the API, and /openapi.json with status 404."
+    )
+    strict: bool = setting(
+        False, "Reject fields that the server does not know, and other names of models."
+    )
     max_batch_size: int = setting(8, "Most sequences in a batch.", low=1, group="Scheduling")
-    max_queue: int = setting(64, "Most requests that wait; more get status 429.", low=1)
+    max_queue: int = setting(512, "Most requests that wait; more get status 429.", low=1)
     queue_timeout_s: float | None = setting(
-        120.0, "Seconds that a request may wait before it is rejected; none for ever.", above=0
+        600.0, "Seconds that a request may wait before it is rejected; none for ever.", above=0
     )
     max_seq_len_tokens: int | None = setting(
         None, "Most tokens of a prompt and its answer; none for the model's maximum.", low=1
@@ -137,18 +151,21 @@ class ServerSettings:
     prefill_chunk_tokens: int = setting(
         256, "Prompt tokens per step; smaller chunks delay running answers less.", low=1
     )
-    max_new_tokens: int = setting(
-        2048, "Most tokens that a request may ask for.", low=1, group="Limits of requests"
+    max_new_tokens: int | None = setting(
+        None,
+        "Most tokens of an answer; none for what the context has left.",
+        low=1,
+        group="Limits of requests",
     )
-    max_body_bytes: int = setting(
-        256 * 1024,
-        "Most bytes of a request's body; with --max-open-requests it bounds what requests take in "
-        "addition to the model.",
+    max_body_bytes: int | None = setting(
+        None,
+        "Most bytes of a request's body; none for 32 a token of the context, at least 256 KiB. "
+        "All bodies together have at most 32 MiB.",
         low=1,
         group="Connections",
     )
     max_open_requests: int = setting(
-        128, "Most requests that are open at a time; more get status 503.", low=1
+        1024, "Most requests that are open at a time; more get status 503.", low=1
     )
     shutdown_grace_s: float = setting(
         10.0, "Seconds for running requests to finish when the server ends.", above=0
@@ -171,8 +188,10 @@ class ServerSettings:
 
     @property
     def served_name(self) -> str:
-        """Name that clients send as ``model``."""
-        return self.model_name or self.model
+        """Name of the model for clients; of a path its last part."""
+        path = Path(self.model)
+        own = path.stem if path.suffix == ".gguf" else path.name if path.exists() else self.model
+        return self.model_name or own
 
     @property
     def floor_if_predicted(self) -> float | None:

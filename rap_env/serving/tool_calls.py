@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from rap_env.errors import UnsupportedModelError
-from rap_env.runtime.structured_output import WHITESPACE
+from rap_env.runtime.structured_output import WHITESPACE, closed_schema
 from rap_env.serving.answers import partial_match
 
 _ID = "example01"  # Mistral's templates accept only ids of nine characters
@@ -24,7 +24,6 @@ _WRITTEN_CALL = re.compile(
     r'(?P<marker>\S*?)(?P<bracket>\s*\[?\s*)\{[^{}]*"(?P<key>\w+)": \{"x": 1\}[^{}]*\}'
     r"(?P<closing>(?:\s*\])?(?:\s*<\|?/\w{2,}\|?>)?)"  # "</s>" ends an answer
 )
-_OBJECT = {"type": "object", "x-guidance": {"whitespace_pattern": WHITESPACE}}
 _ANY_TEXT, _NO_JSON = r"/(.|\n)*/", r"/\s*([^\s{\[](.|\n)*)?/"
 
 
@@ -73,7 +72,13 @@ class CallForm:
         return cls(**call.groupdict(), marker_id=special_ids.get(call["marker"]))
 
     def grammar(
-        self, schemas: Mapping[str, Any], *, required: bool, single: bool, answer: Any = None
+        self,
+        schemas: Mapping[str, Any],
+        *,
+        required: bool,
+        single: bool,
+        answer: Any = None,
+        lenient: bool = False,
     ) -> str:
         """A grammar of answers, in Lark's form.
 
@@ -82,7 +87,11 @@ class CallForm:
             required: Whether an answer must call; otherwise it may be, or begin with, any text.
             single: Whether it makes at most one call.
             answer: The JSON schema of an answer that does not call; None for any text.
+            lenient: Whether unknown keywords of schemas are left out; else they are errors.
         """
+        options = {"whitespace_pattern": WHITESPACE, "lenient": lenient}
+        json_object = {"type": "object", "x-guidance": options}
+        answer = None if answer is None else json.dumps(json_object | closed_schema(answer))
         begins = not required and answer is None  # with text
         marker, bracket, closing = map(_literal, (self.marker, self.bracket, self.closing))
         marker = marker if self.marker_id is None else f"<[{self.marker_id}]>"
@@ -92,19 +101,56 @@ class CallForm:
         rules = [
             "%llguidance {}",
             f"start: calls{'' if required else ' | answer'}",
-            f"answer: {'TEXT' if answer is None else f'%json {json.dumps(_OBJECT | answer)}'}",
+            f"answer: {'TEXT' if answer is None else f'%json {answer}'}",
             f"calls: begin {bracket} call {more} {closing}",
             f"begin{lazy}: {'TEXT' if begins else ''} {marker}" if marker else "begin:",
             f"TEXT: {_ANY_TEXT if marker else _NO_JSON}",
             f"call: {' | '.join(f'call{number}' for number in range(len(schemas)))}",
         ]
         for number, (name, schema) in enumerate(schemas.items()):
-            properties = {"name": {"const": name}, self.key: _OBJECT | schema}
-            call = _OBJECT | {"properties": properties, "required": [*properties]}
+            arguments = {"type": "object"} | closed_schema(schema)
+            properties = {"name": {"const": name}, self.key: arguments}
+            call = json_object | {"properties": properties, "required": [*properties]}
             rules.append(
                 f"call{number}: %json {json.dumps(call | {'additionalProperties': False})}"
             )
         return "\n".join(rules)
+
+
+GENERIC_FORM = CallForm("", "", "", "arguments", None)
+"""How models call tools whose chat template writes no calls: an answer is one JSON object."""
+
+
+def generic_turns(
+    turns: list[dict[str, Any]], tools: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Turns in which tools, calls and results are texts, for a template that knows none.
+
+    Args:
+        turns: The messages.
+        tools: The tools that the answer may use, which the first turn says.
+    """
+    written = []
+    for turn in turns:
+        if calls := turn.get("tool_calls"):
+            texts = [json.dumps(call["function"]) for call in calls]
+            turn = {
+                "role": "assistant",
+                "content": "\n".join(filter(None, [turn["content"], *texts])),
+            }
+        elif turn["role"] == "tool":
+            turn = {"role": "user", "content": f"{turn['name']} returned: {turn['content']}"}
+        written.append(turn)
+    if tools:
+        functions = "\n".join(json.dumps(tool["function"]) for tool in tools)
+        text = (
+            "Answer with a call of one of these functions, as a JSON object with its name and "
+            f'arguments: {{"name": ..., "arguments": {{...}}}}.\n{functions}'
+        )
+        if written[0]["role"] == "system":
+            text = f"{written.pop(0)['content']}\n\n{text}"
+        written.insert(0, {"role": "system", "content": text})
+    return written
 
 
 def _literal(text: str) -> str:

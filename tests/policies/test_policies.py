@@ -127,7 +127,7 @@ class TestLoadPolicy:
             assert (bool(plan.weights), bool(plan.removed_names)) == (lowered, False)
         (record,) = caplog.records
         assert "made has no measured level costs" in record.getMessage()
-        assert "`rap prepare made` makes them once (about 9 minutes)" in record.getMessage()
+        assert "`rap prepare made` makes them once (about 3 minutes)" in record.getMessage()
 
     def test_blocks_whose_cost_is_not_known_are_removed_only_where_that_is_allowed(self):
         facts = packaged_files.default_facts("bf16")

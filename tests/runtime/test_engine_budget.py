@@ -12,6 +12,7 @@ from rap_env.plan import Plan
 from rap_env.runtime import scheduler
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_estimator import BatchShape
+from rap_env.runtime.request_handle import EXPECTED_TOKENS
 from tests.runtime.harness import (
     ORDER,
     PLENTY,
@@ -98,6 +99,23 @@ def test_a_queued_request_that_can_no_longer_fit_is_rejected(harness, engine):
     assert handle.reason == "error"
     assert "do not fit the largest expected budget" in handle.error
     assert handle.rejection == "infeasible"
+
+
+def test_an_answer_is_admitted_for_a_part_and_ends_where_no_more_fits():
+    harness = Harness(positions=600, guard_order=())
+    harness.budget_bytes = harness.need(Plan(), BatchShape(1, 300))
+    harness.controller.monitor.max_budget_bytes = harness.budget_bytes
+    engine = harness.engine(max_batch_size=1)
+    long, short = (engine.submit(prompt(5), greedy(tokens)) for tokens in (500, 20))
+    for _ in range(3):  # nothing runs in the turns in which an answer is put back and ends
+        harness.run(engine)
+    assert [handle.reason for handle in (long, short)] == ["length", "length"]
+    assert len(long.token_ids) == EXPECTED_TOKENS
+    harness.budget_bytes = harness.controller.monitor.max_budget_bytes = PLENTY
+    whole = engine.submit(prompt(5), greedy(500))
+    harness.run(engine, turns=1000)
+    assert whole.token_ids[:EXPECTED_TOKENS] == long.token_ids
+    assert len(whole.token_ids) == 500
 
 
 def test_each_token_records_its_mask_and_rows_continue_as_under_a_new_one(caplog):

@@ -25,6 +25,22 @@ def sampled(**settings) -> SamplingParams:
     return SamplingParams(temperature=settings.pop("temperature", 1.0), **settings)
 
 
+def test_unlikely_and_repeated_tokens_are_drawn_less():
+    scores = torch.full((1, 50), -50.0)
+    scores[0, :3] = torch.tensor([2.0, 1.9, 0.5])
+    assert set(tokens(scores, 99, temperature=1.0, min_p=0.5)) == {0, 1}
+    assert tokens(scores, 3, repetition_penalty=1.2) == [0, 1, 0]
+    scores[0] = -scores[0]  # negative logits are multiplied: 3 to 49 are equal and highest
+    seen = RowSampler(SamplingParams(repetition_penalty=2.0), prompt_ids=[3, 4])
+    assert sample_rows([seen], scores)[0].token_id == 5
+
+
+def test_no_stop_token_is_drawn_before_the_least_tokens():
+    stops = {"stop_token_ids": (0, 99), "min_tokens": 2, "logit_bias": ((0, 100.0),)}
+    assert 0 not in (drawn := tokens(logits(1), 3, **stops))[:2]
+    assert drawn[2] == 0
+
+
 @pytest.mark.parametrize(
     ("setting", "wrong"),
     [

@@ -30,6 +30,7 @@ def test_every_key_of_the_file_opens_the_api_and_probes_need_none(guarded):
     for key in ("first-key", "second+key/=="):
         with client_of(guarded, api_key=key) as client:
             assert client.completions.create(model="tiny", prompt="a").choices[0].text == "hello"
+    assert httpx.get(f"{guarded.url}/v1/models", headers={"x-api-key": "first-key"}).is_success
     with client_of(guarded) as client, pytest.raises(openai.AuthenticationError, match="Incorrect"):
         client.models.list()
     for path in ("/livez", "/readyz", "/health"):
@@ -59,6 +60,18 @@ def test_all_else_is_unauthorized(guarded, header):
         assert response.headers["x-request-id"] == "mine"
         assert "third" not in response.text
     assert len(guarded.service.engine.handles) == handles
+
+
+def test_the_file_is_read_again_when_it_changes(tmp_path, caplog):
+    path = tmp_path / "keys"
+    path.write_text("old")
+    keys = ApiKeys(str(path))
+    path.write_text("newer")
+    assert "newer" in keys
+    assert "old" not in keys
+    path.write_text("")
+    assert "newer" in keys
+    assert caplog.text.count("The keys stay as they are") == 1
 
 
 @pytest.mark.parametrize(

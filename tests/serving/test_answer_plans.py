@@ -78,13 +78,13 @@ def test_an_answer_has_the_plan(lowered, body, route):
     assert found == {
         "plan": PLAN.digest, "levels": LEVELS, "delta_nll": delta_nll(PLAN, tokens),
         "plan_changed": True, "kept_tokens": 0, "kept_levels": {},
-            "kept_file_tokens": 0,
+        "kept_file_tokens": 0, "ignored": [],
     }  # fmt: skip
     first = post(lowered, {**body, "max_tokens": 2}, route)
     assert first.json()["rap"] == {
         "plan": NATIVE.digest, "levels": "native", "delta_nll": 0.0, "plan_changed": False,
         "kept_tokens": 0, "kept_levels": {},
-            "kept_file_tokens": 0,
+        "kept_file_tokens": 0, "ignored": [],
     }  # fmt: skip
     assert first.json()["system_fingerprint"] != response.json()["system_fingerprint"]
 

@@ -62,6 +62,18 @@ def test_a_slow_body_times_out_without_delaying_others(tokenizer, monkeypatch):
         assert b"request_timeout" in received
 
 
+def test_bodies_that_are_never_complete_keep_none_out(tokenizer, monkeypatch):
+    monkeypatch.setattr("rap_env.serving.http.MOST_BODIES_BYTES", 100_000)
+    with served(FakeEngine(tokenizer), tokenizer, max_open_requests=2) as server:
+        head = HEAD.format(length=50_000).encode() + b'{"model":'
+        slow = [raw(server, head + b" " * 30_000) for _ in range(10)]
+        assert all(answers(server) for _ in range(3))
+        assert everything(slow[0]).startswith(b"HTTP/1.1 503")  # the oldest
+        for connection in slow:
+            connection.close()
+        eventually(lambda: not server.service.bodies._bytes)
+
+
 def test_a_missing_header_closes_the_connection(tokenizer, monkeypatch):
     monkeypatch.setattr("rap_env.serving.server.HEADER_TIMEOUT_S", 0.3)
     with served(FakeEngine(tokenizer), tokenizer) as server:

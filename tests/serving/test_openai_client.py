@@ -9,7 +9,7 @@ import pytest
 from rap_env.policies.loading import OrderPolicy
 from rap_env.runtime.engine import Engine
 from tests.runtime.harness import PLENTY, Harness, eventually
-from tests.serving.conftest import chat, client_of, served
+from tests.serving.conftest import HI, chat, client_of, served
 
 
 def live(**settings):
@@ -54,10 +54,22 @@ def test_the_client_reads_chats_streams_and_models(client):
     assert [model.id for model in client.models.list()] == ["tiny"]
 
 
+def test_the_newer_api_gives_the_answers_of_chats(client):
+    asked = {"model": "tiny", "input": HI, "temperature": 0, "max_output_tokens": 10}
+    text = chat(client).choices[0].message.content
+    whole = client.responses.create(**asked)
+    assert (whole.output_text, whole.status) == (text, "incomplete")
+    assert (whole.usage.input_tokens, whole.usage.output_tokens) == (20, 10)
+    with client.responses.stream(**asked) as stream:
+        *events, last = stream
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert (last.type, last.response.output_text) == ("response.incomplete", "".join(deltas))
+    assert last.response.output_text == text
+    with pytest.raises(openai.BadRequestError, match="stores no answers"):
+        client.responses.create(model="tiny", input="hi", previous_response_id="resp_1")
+
+
 def test_errors_are_those_of_the_client(client):
-    with pytest.raises(openai.NotFoundError) as raised:
-        chat(client, model="other")
-    assert raised.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as raised:
         chat(client, temperature=5, extra_headers={"x-request-id": "mine"})
     assert (raised.value.param, raised.value.request_id) == ("temperature", "mine")

@@ -1,6 +1,7 @@
 """Options of an answer's tokens and its grammar, through the OpenAI client and a tiny model."""
 
 import json
+import re
 import sys
 from typing import Literal
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from pydantic import BaseModel
 
+from rap_env.runtime.structured_output import closed_schema
 from rap_env.serving.settings import ServerSettings
 from rap_env.serving.stack import build_stack
 from tests.serving.conftest import HI, chat, client_of, dense_engine, served
@@ -174,6 +176,40 @@ def test_any_object_and_plain_completions(byte_client):
         extra_body={"response_format": {"type": "json_schema", "json_schema": named}},
     )  # fmt: skip
     assert json.loads(answer.choices[0].text) == [8]
+
+
+@pytest.mark.parametrize(
+    ("asked", "pattern"),
+    [
+        ({"guided_choice": ["red", "green"]}, "red|green"),
+        ({"structured_outputs": {"regex": "[ab]{3}"}}, "[ab]{3}"),
+        ({"guided_grammar": 'root ::= "x" | "y"'}, "x|y"),
+        ({"guided_json": '{"enum": ["yes"]}'}, '"yes"'),
+        ({"response_format": {"type": "json_object", "schema": {"const": 1}}}, "1"),
+    ],
+)
+def test_an_answer_follows_what_clients_of_other_servers_send(byte_client, asked, pattern):
+    answer = chat(byte_client, max_tokens=300, extra_body=asked, temperature=1)
+    assert re.fullmatch(pattern, answer.choices[0].message.content)
+    assert answer.rap["ignored"] == []
+
+
+def test_objects_are_closed_and_keywords_without_support_left_out(byte_client):
+    items = {"type": "array", "items": {"enum": [1]}, "maxItems": 1, "uniqueItems": True}
+    schema = {"type": "object", "properties": {"a": items}, "required": ["a"]}
+    named = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    for seed in range(3):
+        answer = chat(byte_client, response_format=named, max_tokens=300, temperature=1, seed=seed)
+        assert json.loads(answer.choices[0].message.content).keys() == {"a"}
+        assert answer.rap["ignored"] == ['response_format: Unimplemented keys: ["uniqueItems"]']
+    inner = {"properties": {"b": {}}}
+    assert closed_schema({"anyOf": [inner]})["anyOf"][0]["additionalProperties"] is False
+    for own in (
+        {**inner, "additionalProperties": {}},
+        {"allOf": [inner, inner]},
+        {"enum": [inner]},
+    ):
+        assert closed_schema(own) == own
 
 
 @pytest.mark.parametrize(

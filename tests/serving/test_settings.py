@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,9 +17,8 @@ from rap_env.policies.loading import load_policy
 from rap_env.policies.packaged_files import PACKAGED, default_facts
 from rap_env.request import parse_bytes
 from rap_env.runtime.plan_chooser import predicts
-from rap_env.serving.settings import (
-    ServerSettings,
-)
+from rap_env.serving.prompts import MILD_SAMPLING, default_sampling
+from rap_env.serving.settings import ServerSettings
 from rap_env.serving.startup import bind, check_before_loading, url_of
 from rap_env.specs import settings_of
 
@@ -26,7 +26,10 @@ from rap_env.specs import settings_of
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"max_body_bytes": 0}, "max_body_bytes must be a whole number of at least 1, not 0"),
+        (
+            {"max_body_bytes": 0},
+            "max_body_bytes must be a whole number of at least 1, or none, not 0",
+        ),
         ({"max_seq_len_tokens": 0}, "max_seq_len_tokens must be .* at least 1, or none, not 0"),
         ({"memory": "much"}, "memory must be a number of bytes .* not 'much'"),
         ({"model_memory": "auto"}, "model_memory must be a number of bytes .* not 'auto'"),
@@ -139,3 +142,15 @@ def test_a_floor_needs_a_policy_with_predictions(names, predicted):
         else:
             with pytest.raises(RapError, match=f"max_delta_nll=0.1 needs .* {name} does not"):
                 check_before_loading(settings)
+
+
+def test_the_name_and_the_sampling_of_a_model_are_its_own(tmp_path):
+    for model, name in {
+        "a/b.Q4_K_M.gguf": "b.Q4_K_M", str(tmp_path): tmp_path.name, "org/name": "org/name",
+    }.items():  # fmt: skip
+        assert ServerSettings(model=model).served_name == name
+    for own, expected in (({"temperature": 0.6, "top_p": None}, {"temperature": 0.6}),
+                          ({}, MILD_SAMPLING)):  # fmt: skip
+        llm = SimpleNamespace(model=SimpleNamespace(generation_config=SimpleNamespace(**own)))
+        assert default_sampling(llm, "org/name") == expected
+    assert default_sampling(llm, "smollm2-135m")["temperature"] == 0.2

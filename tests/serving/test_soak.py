@@ -154,6 +154,7 @@ class Soak:
             max_batch_size=4,
             max_queue=32,
             queue_timeout_s=20,
+            strict=True,
         )
         llm = load_served_model(settings)
         with patch.object(stack, "Engine", RecordingEngine):

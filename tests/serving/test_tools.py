@@ -220,7 +220,7 @@ def test_a_loop_of_call_result_and_answer(live, stream):
     sent = [m if isinstance(m, dict) else m.model_dump() for m in messages]
     body = {"model": "tiny", "messages": sent, "tools": [tool()]}
     asked = ChatCompletionRequest.model_validate(body)
-    ids = server.service.builder.encode_chat(asked.messages, asked.tools, "another one")
+    ids = server.service.builder.encode_chat(asked, "another one")
     text = server.service.tokenizer.decode(ids)
     assert text.startswith('tools: [{"type": "function", "function": {"name": "weather"')
     assert "12 degrees" in text
@@ -308,6 +308,22 @@ def test_a_format_holds_for_answers_that_do_not_call():
             assert not follows(make(), llm.tokenizer, answer), (form, answer)
 
 
+def test_the_newer_api_calls_tools_and_reads_their_results(live):
+    flat = {"type": "function", **tool()["function"]}
+    ask = {"model": "tiny", "tools": [flat], "temperature": 1, "extra_body": {"seed": 4}}
+    (call,) = live[1].responses.create(**ask, input="Rome?", tool_choice="required").output[:1]
+    assert json.loads(call.arguments)["city"] in ("Rome", "Oslo")
+    told = {"type": "function_call_output", "call_id": call.call_id, "output": "12 degrees"}
+    again = [{"role": "user", "content": "Rome?"}, call.model_dump(), told]
+    with live[1].responses.stream(
+        **ask, input=again, tool_choice={"type": "function", "name": "weather"}
+    ) as stream:
+        kinds = [event.type for event in stream]
+        assert stream.get_final_response().output[0].type == "function_call"
+    assert kinds[0] == "response.created"
+    assert "response.function_call_arguments.done" in kinds
+
+
 @pytest.mark.parametrize("choice", ["auto", "required"])
 def test_an_answer_beside_tools_is_a_call_or_has_the_format(live, choice):
     schema = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
@@ -359,6 +375,30 @@ def test_what_is_wrong_with_tools_is_named(live, change, param, words):
     with pytest.raises(openai.BadRequestError, match=words) as found:
         chat(live[1], **change)
     assert found.value.param == param
+
+
+def test_a_model_whose_template_knows_no_tools_calls_them_if_it_must():
+    pytest.importorskip("llguidance", reason="the extra structured is not installed")
+    llm = byte_llm(positions=2048)
+    llm.tokenizer.chat_template = CHAT_TEMPLATE
+    engine, prompts = dense_engine(llm), []
+    submit = engine.submit
+    engine.submit = lambda ids, *args, **more: prompts.append(ids) or submit(ids, *args, **more)
+    ask = {"tools": [tool(), tool("b")], "max_tokens": 500}
+    with served(engine, llm.tokenizer) as server, client_of(server) as client:
+        with pytest.raises(openai.BadRequestError, match="writes no tool calls"):
+            chat(client, **ask)
+        named = {"type": "function", "function": {"name": "weather"}}
+        (first,) = chat(client, **ask, tool_choice=named).choices
+        (call,) = first.message.tool_calls
+        assert json.loads(call.function.arguments)["city"] in ("Rome", "Oslo")
+        told = {"role": "tool", "tool_call_id": call.id, "content": "sunny"}
+        messages = [{"role": "system", "content": "Be brief."}, first.message, told]
+        assert chat(client, **ask, messages=messages, tool_choice="required").choices
+        text = llm.tokenizer.decode(prompts[-1])
+        for part in ("system: Be brief.", '"name": "b"', "user: weather returned: sunny"):
+            assert part in text
+        assert chat(client, messages=messages).choices  # a history alone
 
 
 def test_without_the_library_free_calls_remain(monkeypatch):

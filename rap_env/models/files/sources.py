@@ -130,7 +130,7 @@ def fetch_model(alias: str = SMOLLM2.alias, *, accept_licence: bool = False) -> 
     """Download and convert a known model, unless it is cached already.
 
     Args:
-        alias: ``"smollm2-135m"`` or ``"gemma3-270m"``.
+        alias: An entry of `MODELS`, such as ``"smollm2-135m"``.
         accept_licence: The user accepts the model's terms; see `models.files.gguf_source`.
 
     Raises:

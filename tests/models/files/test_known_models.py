@@ -72,7 +72,7 @@ def test_the_default_model_comes_from_the_package_index(index: Path) -> None:
 @pytest.mark.parametrize("name", ["smollm2-135m@hub", "smollm2-153m"])
 def test_an_unknown_alias_is_an_error_that_lists_the_known_ones(name: str, lonely: Path) -> None:
     with pytest.raises(
-        UnknownNameError, match=rf"{name}'; known are 'gemma3-270m', 'smollm2-135m'"
+        UnknownNameError, match=rf"{name}'; known are 'gemma3-270m', .*'smollm2-135m'"
     ):
         load_llm(name)
 
