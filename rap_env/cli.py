@@ -183,7 +183,8 @@ def choose(
     request = Request(batch, seq, parse_bytes("--budget", budget))
     memory = _memory_of(model, device, dtype, weights)
     too_large = memory.dense_peak_bytes(batch, seq) > request.budget_bytes
-    if prepare == "on" and policy == "knapsack" and too_large and lacks_costs(memory):
+    may_prepare = (prepare, policy, weights) == ("on", "knapsack", "native")
+    if may_prepare and too_large and lacks_costs(memory):
         from rap_env.importance.preparation import prepare as prepare_model
 
         prepare_model(model, device=device, dtype=dtype)

@@ -193,8 +193,8 @@ def prepare(
         work = partial(_work, run)
         with _progress(progress, bits) as note, helpers(folder, work, workers) as check:
             costs = work(check, note)
-        keys = list(dict.fromkeys((key, quick_key)))  # thorough levels serve as quick ones
-        scoring = {**costs.provenance["scoring"], "preparations": keys}
+        # Thorough levels serve as quick ones.
+        scoring = {**costs.provenance["scoring"], "preparations": [key, quick_key]}
         costs = replace(
             costs,
             seconds=time.monotonic() - started,

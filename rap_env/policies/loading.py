@@ -82,24 +82,23 @@ class OrderPolicy(Policy):
         self.memory = memory
         self.order = tuple(order)
         Plan.removing(*self.order).check(memory.facts.num_blocks)
-        self._plans = tuple(map(memory.check_plan, plans))
-        used = frozenset[str]().union(*(plan.weight_levels for plan in self._plans))
+        *first, last = map(memory.check_plan, plans)
+        self._plans = (*first, *itertools.accumulate(self.order, Plan.without, initial=last))
+        used = last.weight_levels.union(*(plan.weight_levels for plan in first))
         self.weight_levels = tuple(level for level in WEIGHT_LEVELS if level in used)
 
     def choose(self, request: Request) -> Plan:
         """Return the most exact plan that fits, or the smallest one if none does."""
-        *first, last = self._plans
-        smaller = itertools.accumulate(self.order, Plan.without, initial=last)
-        return self.memory.first_that_fits(itertools.chain(first, smaller), request)
+        return self.memory.first_that_fits(self._plans, request)
 
 
-def uniform_policy(memory: MemoryModel) -> OrderPolicy:
+def uniform_policy(memory: MemoryModel, order: Iterable[int] = ()) -> OrderPolicy:
     """A rule for a model of which nothing was measured, with levels that need no text.
 
-    It lowers all caches and then all weights. It removes no block.
+    It lowers all caches and then all weights, and then removes the blocks of an order.
     """
     facts = memory.facts.without_levels({*WEIGHT_LEVELS} - {"int8", "int4"})
-    return OrderPolicy(memory, (), uniform_plans(facts), "uniform")
+    return OrderPolicy(memory, order, uniform_plans(facts), "uniform")
 
 
 def load_policy(
@@ -135,6 +134,7 @@ def load_policy(
     """
     memory = model if isinstance(model, MemoryModel) else MemoryModel(model or default_facts())
     name = os.fspath(source)
+    order = tuple(middle_first(memory.facts.num_layers)) if allow_removal else ()
     try:
         policy = _make(name, memory, None)
     except ArtifactError as error:
@@ -143,9 +143,9 @@ def load_policy(
         log.warning(
             "%s Until then all caches are lowered alike, and then all weights, to four bits.", error
         )
-        policy = uniform_policy(memory)
-    if name == "knapsack" and allow_removal and not policy.order:
-        policy.order = tuple(middle_first(memory.facts.num_layers))
+        return uniform_policy(memory, order)
+    if name == "knapsack" and not policy.order:
+        policy.order = order
     return policy
 
 

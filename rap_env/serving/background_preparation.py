@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_LOWEST_PRIORITY = 19
 _CHECK_S = 1.0  # between looks at the memory and at the process
 _PROCESS_BYTES = 600 * 2**20  # of Python and torch
 
@@ -97,22 +98,18 @@ class BackgroundPreparation(threading.Thread):
         if self._limit is not None:
             command += ["--memory", str(self._need_bytes)]
         log.info("Preparing %s in the background.", settings.model)
-        with subprocess.Popen(
-            command,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=_lowest_priority if os.name == "posix" else None,
-        ) as process:
-            threading.Thread(target=self._end_early, args=(process,), daemon=True).start()
-            _, errors = process.communicate()
+        ignored, read = subprocess.DEVNULL, subprocess.PIPE
+        with subprocess.Popen(command, stdout=ignored, stderr=read, text=True) as process:
+            if hasattr(os, "setpriority"):
+                os.setpriority(os.PRIO_PROCESS, process.pid, _LOWEST_PRIORITY)
+            while True:
+                try:
+                    _, errors = process.communicate(timeout=_CHECK_S)
+                    break
+                except subprocess.TimeoutExpired:
+                    if self._ended.is_set():
+                        process.terminate()
         return "" if process.returncode == 0 else (errors.strip().splitlines() or ["ended"])[-1]
-
-    def _end_early(self, process: subprocess.Popen[str]) -> None:
-        while process.poll() is None:
-            if self._ended.wait(_CHECK_S):
-                process.terminate()
-                return
 
     def _use(self) -> None:
         """Serve with the levels that were made, from the next decision on."""
@@ -124,16 +121,11 @@ class BackgroundPreparation(threading.Thread):
         log.info("%s is prepared; its levels are used from now on.", self._settings.model)
 
 
-def _lowest_priority() -> None:
-    os.nice(19)
-
-
 def start_preparation(
     settings: ServerSettings, controller: RuntimeController, limit: LiveLimit | None
 ) -> BackgroundPreparation | None:
     """Start preparing a model that has no costs of levels, unless the settings forbid it."""
-    wanted = settings.prepare == "on" and settings.policy == "knapsack"
-    if not wanted or not lacks_costs(MemoryModel(controller.llm)):
+    if not settings.may_prepare or not lacks_costs(MemoryModel(controller.llm)):
         return None
     preparation = BackgroundPreparation(settings, controller, limit)
     preparation.start()

@@ -283,7 +283,7 @@ class RequestBodies:
 
     A request counts from when its body is complete until it has ended; bodies count from their
     first byte. Where they have too many bytes together, the one that has been incomplete for
-    longest is given up, so that clients that never complete theirs keep nobody out.
+    longest is given up, so that clients that never complete theirs keep no request out.
 
     Args:
         most_bytes: Most bytes of a body, unpacked.

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_SHORT_TOKENS = 256
+SHORT_TOKENS = 256
 """Tokens of the request that a server should be able to serve."""
 _SLACK_BYTES = 40 * 2**20
 """Allowance for what the estimate of the bytes that loading takes leaves out, such as the
@@ -114,7 +114,7 @@ def choose_policy(settings: ServerSettings, llm: ElasticLLM, limit: LiveLimit | 
     if limit is not None:
         request = _short_request(llm, limit)
         plan = fewer.choose(request)
-        rise, floor = fewer.delta_nll(plan, _SHORT_TOKENS), floor_of(settings, fewer)
+        rise, floor = fewer.delta_nll(plan, SHORT_TOKENS), floor_of(settings, fewer)
         too_bad = rise is not None and floor is not None and rise > floor
         if too_bad or MemoryModel(llm).peak_bytes(plan, request) > request.budget_bytes:
             return chosen
@@ -135,7 +135,7 @@ def lowers_weights(policy: Policy, llm: ElasticLLM, limit: LiveLimit) -> bool:
 
 def _short_request(llm: ElasticLLM, limit: LiveLimit, reserve_bytes: int = 0) -> Request:
     budget_bytes = limit() - (_other_bytes(llm) if limit.of_process else 0)
-    tokens = min(_SHORT_TOKENS, llm.facts.max_positions)
+    tokens = min(SHORT_TOKENS, llm.facts.max_positions)
     return Request(1, tokens, max(1, budget_bytes - reserve_bytes))
 
 

@@ -194,6 +194,11 @@ class ServerSettings:
         return self.model_name or own
 
     @property
+    def may_prepare(self) -> bool:
+        """Whether a model without costs of levels is prepared: with native weights, for costs."""
+        return (self.prepare, self.policy, self.weights) == ("on", "knapsack", "native")
+
+    @property
     def floor_if_predicted(self) -> float | None:
         """Quality floor with a policy that predicts the rise in NLL; None for none."""
         floor = DEFAULT_MAX_DELTA_NLL if self.max_delta_nll == "auto" else self.max_delta_nll

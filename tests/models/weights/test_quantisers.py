@@ -172,6 +172,27 @@ def test_corrected_weights_make_up_for_changed_inputs() -> None:
     assert first < 0.7 * second
 
 
+def test_a_correction_from_fewer_tokens_than_inputs_is_the_same() -> None:
+    changed, lost = _random((40, 96)), _random((40, 8))
+    hessian = changed.T @ changed
+    hessian.diagonal().add_(0.3 * hessian.diagonal().mean())
+    expected = torch.linalg.solve(hessian, changed.T @ lost).T
+    found = correction([(lost[:25], changed[:25]), (lost[25:], changed[25:])], 0.3)
+    assert found is not None
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("level", ["int4-compact", "int3", "int2"])
+def test_important_inputs_have_less_error(level: PackedLevel) -> None:
+    weight, importance = _random((64, 128)), torch.ones(128)
+    importance[::4] = 100.0
+
+    def error(matrix: PackedMatrix) -> float:
+        return float((matrix.widened(torch.float32) - weight).square().mul(importance).sum())
+
+    assert error(quantise(weight, level, importance)) < 0.8 * error(quantise(weight, level))
+
+
 def test_each_row_gets_what_is_added_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = quantise(torch.randn(192, 64), "int8")
     added = torch.randn(192, 64)
