@@ -23,6 +23,7 @@ from rap_env.errors import CorpusError, InvalidRequestError, check_name
 from rap_env.leaderboard.entries import Entry, Run, published_entries, table_values
 from rap_env.leaderboard.measuring import Loss, TaskLosses
 from rap_env.leaderboard.tasks import SPLITS, Floats, PinnedTask, pinned_task
+from rap_env.leaderboard.unseen import PARTS, UnseenEvaluation, evaluate_unseen
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.policies.loading import make_method
@@ -299,8 +300,9 @@ def evaluate(
     name: str,
     seed: int = 0,
     measure: bool = False,
-) -> Evaluation:
-    """Evaluate a policy at the requests of a pinned task.
+    runs: int | None = None,
+) -> Evaluation | UnseenEvaluation:
+    """Evaluate a policy at the requests of a pinned task, or on the models of a task across models.
 
     Args:
         policy: What decides: an object with ``choose(request)`` that returns a plan; the name
@@ -313,6 +315,11 @@ def evaluate(
             ``"test"``, text that no published method has used.
         name: The name of the policy in the result.
         seed: Seed of the episodes, for policies that draw, and of a method.
+        runs: For a task across models, such as ``"RAPLadder/Unseen-Test-v1"``: plans of each
+            request that are run on the calibration text, of which the best counts. A function or
+            an agent plays the request so often, an agent after the first time with random
+            actions; a method gets it as `max_evaluations`, if it has that. 0 or None is one plan
+            that is not run.
         measure: Whether to run the model for the plans within their budget that the task's
             table has not measured, on the split's text and on the calibration text (if this
             machine can make it again). That takes seconds to a minute a plan, and goes on where
@@ -320,21 +327,28 @@ def evaluate(
             it is.
 
     Returns:
-        The plans, what they lose, and the published methods on the same requests and text.
+        The plans, what they lose, and the published methods on the same requests and text; for a
+        task across models a score relative to the order by cost per byte.
 
     Raises:
         UnknownNameError: There is no such task, split or method.
+        InvalidRequestError: `runs` is below 0, or given for a task of one model.
         InvalidRequestError: The policy has none of these forms, or what it chooses is no plan.
         ArtifactError: The task's table has no losses on held-out text, or the model that
             `measure` loads is another one than the table's.
         RapError: As the environment does.
     """
-    pinned = pinned_task(task)
     check_name("split", split, SPLITS)
+    if task in PARTS:
+        return evaluate_unseen(policy, task, split, name=name, seed=seed, runs=runs or 0)
+    pinned = pinned_task(task)
+    if runs is not None:
+        raise InvalidRequestError(f"runs is for tasks across models ({', '.join(PARTS)}).")
     env: Any = pinned.make()
     context: PruningContext = env.unwrapped.context
-    policy = _made(policy, pinned, env.unwrapped, seed)
-    decide = _decider(policy)
+    basis = Basis(context, env.unwrapped.encoder.ladder_bytes, seed, pinned.arguments["workload"])
+    policy = made(policy, basis)
+    decide = decider(policy)
     published = published_entries(pinned.comparison)
     losses = TaskLosses(pinned, context, published)
     text_sha256 = losses.text_sha256(split)
@@ -386,9 +400,8 @@ def evaluate(
     )
 
 
-def _made(policy: Any, task: PinnedTask, env: Any, seed: int) -> Any:
-    """The policy; a method that is given by its name or class is made on the task's scores."""
-    basis = Basis(env.context, env.encoder.ladder_bytes, seed, task.arguments["workload"])
+def made(policy: Any, basis: Basis) -> Any:
+    """The policy; a method that is given by its name or class is made from a basis."""
     if isinstance(policy, str):
         return make_method(policy, *basis)
     return policy(basis) if isinstance(policy, type) and issubclass(policy, Method) else policy
@@ -401,8 +414,17 @@ def _scored(policy: Any) -> tuple[int, int]:
     return 0, 0
 
 
-def _decider(policy: Any) -> Callable[[Any, Request, int], Decision]:
-    """What gives the decision of a policy for a request in an environment, with a seed."""
+def decider(
+    policy: Any, seen: Callable[[Any], Any] = lambda observation: observation
+) -> Callable[[Any, Request, int], Decision]:
+    """What gives the decision of a policy for a request in an environment, with a seed.
+
+    Each decision of an agent after the first one for a request has random actions.
+
+    Args:
+        policy: The policy.
+        seen: Makes of an observation what the policy sees.
+    """
     if isinstance(policy, _Chooser):
 
         def chosen(_env: Any, request: Request, _seed: int) -> Decision:
@@ -421,7 +443,7 @@ def _decider(policy: Any) -> Callable[[Any, Request, int], Decision]:
 
         def act(observation: Mapping[str, Any]) -> Any:
             masks = {"action_masks": observation["action_mask"].astype(bool)} if masked else {}
-            return policy.predict(observation, deterministic=True, **masks)[0]
+            return policy.predict(observation, deterministic=first, **masks)[0]
 
     elif not callable(policy):
         raise InvalidRequestError(
@@ -429,11 +451,15 @@ def _decider(policy: Any) -> Callable[[Any, Request, int], Decision]:
             f"from an observation to an action, not {policy!r}."
         )
 
+    first, last_request = True, None
+
     def played(env: Any, request: Request, seed: int) -> Decision:
+        nonlocal first, last_request
+        first, last_request = request != last_request, request
         observation, _ = env.reset(seed=seed, options={"request": request})
         terminated = truncated = False
         while not (terminated or truncated):
-            observation, _, terminated, truncated, _ = env.step(act(observation))
+            observation, _, terminated, truncated, _ = env.step(act(seen(observation)))
         return env.unwrapped.plan, truncated  # tasks limit no steps
 
     return played
