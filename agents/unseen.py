@@ -6,8 +6,10 @@ padding. Shapes: n plans, N items, F features of each, R entries of the request,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
+from typing import Any, Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +18,15 @@ from torch import nn
 from torch.nn import functional
 
 from agents.trained_policy import PlanObserver
-from rap_env.envs.ladder import RAPLadderEnv
+from rap_env.context.base import make_encoder
+from rap_env.envs.base import PruningEnv
 from rap_env.ladder.features import BYTES_OVER, COST_CEILING, COST_FLOOR, EveryLevel
 from rap_env.ladder.items import KINDS, Counts
-from rap_env.ladder.observation import Observation
+from rap_env.ladder.observation import Observation, ObservationEncoder
+from rap_env.plan import Plan
+from rap_env.policies.method import Basis, CountingScorer, Method
 from rap_env.request import Request
+from rap_env.workload.sampler import GridSampler
 
 Floats = npt.NDArray[np.float64]
 Play = Generator[tuple[Observation, Counts, Counts], Counts, Counts]
@@ -40,28 +46,40 @@ class Bench:
     """A model with some requests: plays plans as arrays, measures them, and remembers all.
 
     Args:
-        env: The environment of the model, with ``every_level=True``.
+        encoder: Encodes observations of the model, with the columns of `EveryLevel`.
         requests: The requests; plans name them by number.
-        predict: Predicts the losses of plans, (n, N) to (n,), in the place of the model.
+        losses_of: Gives the losses of plans, nats per token: measures or predicts them.
 
     Attributes:
-        name: Name of the model.
+        ladder: The items.
+        requests: The requests.
+        count: Number of requests.
         observer: Observes plans.
-        known: All plans that were measured, (known, N).
-        losses: Their losses on the calibration text, nats per token, (known,).
+        known: All plans whose losses were asked for, (known, N).
+        losses: Their losses, (known,).
     """
 
     def __init__(
         self,
-        env: RAPLadderEnv,
+        encoder: ObservationEncoder,
         requests: Sequence[Request],
-        predict: Callable[[Counts], Floats] | None = None,
+        losses_of: Callable[[Counts], Floats],
     ) -> None:
-        self.name, self.scorer, self.ladder = env.memory.facts.name, env.context.scorer, env.ladder
-        self.observer, self.count = PlanObserver(env.encoder, requests), len(requests)
+        self.ladder, self.requests, self.count = encoder.ladder, requests, len(requests)
+        self.observer, self._losses_of = PlanObserver(encoder, requests), losses_of
         self.known, self.losses = self.observer.start(0), np.zeros(0)
         self._numbers: dict[bytes, int] = {}
-        self._predict = self._run if predict is None else predict
+
+    @classmethod
+    def of(cls, env: PruningEnv) -> Self:
+        """A model with the requests of its episodes, which its workload lists; plans are run."""
+        scorer, ladder = env.context.scorer, env.ladder
+
+        def run(positions: Counts) -> Floats:
+            plans = [ladder.plan(row) for row in positions.tolist()]
+            return np.array(scorer.nll_many(plans)) - scorer.dense_nll
+
+        return cls(env.encoder, cast(GridSampler, env.sampler).requests, run)
 
     def played(self, which: Counts, start: Counts | None = None) -> Play:
         """Lower items until each plan fits its request: a generator for `play_together`."""
@@ -73,35 +91,47 @@ class Bench:
         return positions
 
     def measure(self, positions: Counts) -> Floats:
-        """Losses of plans on the calibration text, nats per token, (n,)."""
+        """Losses of plans, nats per token, (n,)."""
         keys = [row.tobytes() for row in positions.astype(np.int8)]
         new = {k: row for k, row in zip(keys, positions, strict=True) if k not in self._numbers}
         if new:
             rows = np.stack([*new.values()])
             self._numbers |= {key: len(self.losses) + n for n, key in enumerate(new)}
             self.known = np.concatenate([self.known, rows])
-            self.losses = np.concatenate([self.losses, self._predict(rows)])
+            self.losses = np.concatenate([self.losses, self._losses_of(rows)])
         return self.losses[[self._numbers[key] for key in keys]]
 
-    def _run(self, positions: Counts) -> Floats:
-        plans = [self.ladder.plan(row) for row in positions.tolist()]
-        return np.array(self.scorer.nll_many(plans)) - self.scorer.dense_nll
-
     def noisy(
-        self, which: Counts, rng: np.random.Generator, start: Counts | None = None, scale: float = 1.0
+        self,
+        which: Counts,
+        rng: np.random.Generator,
+        start: Counts | None = None,
+        scale: float = 1.0,
     ) -> Counts:
         """Plans by cost per useful byte, each with other noise on the logs of all prices."""
         width = max(len(item.levels) for item in self.ladder.items) + 1
         noise = rng.normal(0, scale, (len(which), len(self.ladder), width))
+        return self.priced(which, noise, start)
 
+    def priced(
+        self, which: Counts, extra: Floats, start: Counts | None = None, weight: float = 1.0
+    ) -> Counts:
+        """Plans that lower the item with the least price, step by step, (n, N).
+
+        Args:
+            which: The requests.
+            extra: What is added to a price at each level, (n, N, W).
+            start: The plans to begin with; None for native ones.
+            weight: Weight of the log of the cost per useful byte.
+        """
         play, items = self.played(which, start), None
         while True:
             try:
                 seen, active, positions = play.send(items)  # type: ignore[arg-type]
             except StopIteration as end:
-                return end.value
-            own = np.take_along_axis(noise[active], positions[..., None], axis=2)[..., 0]
-            prices = log_prices(seen["ladder"], seen["request"], np) - own
+                return np.asarray(end.value)
+            own = np.take_along_axis(extra[active], positions[..., None], axis=2)[..., 0]
+            prices = own + weight * log_prices(seen["ladder"], seen["request"], np)
             items = np.where(seen["action_mask"] > 0, prices, np.inf).argmin(axis=1)
 
     def mutated(self, which: Counts, positions: Counts, rng: np.random.Generator) -> Counts:
@@ -114,13 +144,13 @@ class Bench:
         return self.noisy(which, rng, raised)
 
     def best(self, which: Counts, most: int = 1) -> Counts:
-        """The known plans that fit requests and lose least, (n, N); one of the first `most`."""
-        order = np.argsort(self.losses)
-        chosen = []
-        for number, request in enumerate(which.tolist()):
+        """The known plans that fit requests and lose least, (n, N): one of the best `most`."""
+        order, fitting = np.argsort(self.losses), dict[int, Counts]()
+        for request in set(which.tolist()):
             over = self.observer.over_bytes(np.full(len(order), request), self.known[order])
-            chosen.append(order[np.flatnonzero(over == 0)[number % most]])
-        return self.known[chosen]
+            fitting[request] = order[over == 0][:most]
+        pairs = enumerate(which.tolist())
+        return self.known[[fitting[r][number % len(fitting[r])] for number, r in pairs]]
 
     def search(self, rng: np.random.Generator, noisy: int, rounds: int, offspring: int) -> None:
         """Measure noisy orders for each request, then mutations of the best known plans."""
@@ -233,6 +263,24 @@ def greedy(network: SetNetwork, seen: dict[str, torch.Tensor], _plans: Counts) -
         return network(seen)[0].argmax(dim=1).numpy()
 
 
+def sample(
+    network: SetNetwork, rng: np.random.Generator, seen: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random items and the logs of their probabilities, (m,) each."""
+    with torch.no_grad():
+        logs = network(seen)[0].log_softmax(1)
+    noise = torch.from_numpy(rng.gumbel(size=logs.shape)).float()
+    items = (logs + noise).argmax(1, keepdim=True)
+    return items[:, 0], logs.gather(1, items)[:, 0]
+
+
+def sampled(
+    network: SetNetwork, rng: np.random.Generator, seen: dict[str, torch.Tensor], _plans: Counts
+) -> Counts:
+    """Random items, (m,)."""
+    return np.asarray(sample(network, rng, seen)[0])
+
+
 def acting(network: SetNetwork) -> Callable[[Observation], int]:
     """What a network does at one observation, as `rap_env.evaluate` asks."""
 
@@ -316,3 +364,234 @@ def plan_observations(observer: PlanObserver, positions: Counts) -> dict[str, to
 def _joined(batches: Sequence[Batch]) -> Batch:
     seen = {k: torch.cat([each[k] for each, _ in batches]) for k in batches[0][0]}
     return seen, torch.cat([target for _, target in batches])
+
+
+CLIP, EPOCHS, MINIBATCH, ENTROPY = 0.2, 2, 2048, 0.003
+REQUESTS_AT_ONCE, SAMPLES = 2, 8
+"""Requests of each model in a rollout, and plans of each request, which are compared."""
+
+
+def improve(
+    network: SetNetwork,
+    benches: Sequence[Bench],
+    updates: int,
+    learning_rate: float,
+    seed: int,
+    note: Callable[[int, float], object] = lambda update, mean: None,
+) -> None:
+    """Masked PPO on whole plans: each plan is compared with others for the same request.
+
+    The reward of a plan is minus the logarithm of its loss. Its advantage, the difference from
+    the mean of the plans for the request, replaces a critic, because only whole plans are paid.
+
+    Args:
+        network: The policy; it is changed.
+        benches: The models.
+        updates: Rollouts, of `REQUESTS_AT_ONCE` times `SAMPLES` plans of each model.
+        learning_rate: Adam's first learning rate; it falls linearly to 0.
+        seed: Seed of requests and actions.
+        note: Called after each rollout with its number and the mean reward.
+    """
+    rng = np.random.default_rng(seed)
+    optimizer = torch.optim.Adam(network.parameters(), learning_rate, eps=1e-5)
+    for update in range(updates):
+        optimizer.param_groups[0]["lr"] = learning_rate * (1 - update / updates)
+        which = [
+            rng.choice(bench.count, REQUESTS_AT_ONCE, False).repeat(SAMPLES) for bench in benches
+        ]
+        visited: dict[int, list[tuple[dict[str, torch.Tensor], torch.Tensor, Counts]]] = {}
+
+        def choose(seen: dict[str, torch.Tensor], owners: Counts, visited: Any = visited) -> Counts:
+            items, logs = sample(network, rng, seen)
+            old = torch.stack([items, logs], dim=1)
+            visited.setdefault(seen["ladder"].shape[1], []).append((seen, old, owners))
+            return items.numpy()
+
+        ends = play_together(benches, which, choose)
+        losses = [bench.measure(end) for bench, end in zip(benches, ends, strict=True)]
+        rewards = -np.log(np.clip(np.concatenate(losses), 0, None) + LOSS_OFFSET)
+        compared = rewards.reshape(-1, SAMPLES)
+        advantages = compared - compared.mean(axis=1, keepdims=True)
+        advantages = torch.from_numpy(advantages.ravel() / (advantages.std() + 1e-6)).float()
+        groups = []
+        for parts in visited.values():
+            seen, old = _joined([(each, chosen) for each, chosen, _ in parts])
+            own = advantages[np.concatenate([owners for *_, owners in parts])]
+            used = own.abs() > 1e-4  # where all plans of a request are equal, nothing is learned
+            groups.append(({k: v[used] for k, v in seen.items()}, old[used], own[used]))
+        _ppo_epochs(network, optimizer, groups, rng)
+        note(update, float(rewards.mean()))
+
+
+def _ppo_epochs(
+    network: SetNetwork,
+    optimizer: torch.optim.Optimizer,
+    groups: Sequence[tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]],
+    rng: np.random.Generator,
+) -> None:
+    """Update a policy on visited states of groups: observations, actions with logs, advantages."""
+    total = sum(len(own) for *_, own in groups)
+    parts = max(1, round(total / MINIBATCH))
+    for _ in range(EPOCHS):
+        orders = [np.array_split(rng.permutation(len(own)), parts) for *_, own in groups]
+        for number in range(parts):
+            optimizer.zero_grad()
+            for (seen, old, own), order in zip(groups, orders, strict=True):
+                rows = torch.from_numpy(order[number])
+                if not len(rows):
+                    continue
+                logs = network({k: v[rows] for k, v in seen.items()})[0].log_softmax(1)
+                chosen = logs.gather(1, old[rows, :1].long())[:, 0]
+                ratio = (chosen - old[rows, 1]).exp()
+                gain = own[rows]
+                paid = torch.min(ratio * gain, ratio.clamp(1 - CLIP, 1 + CLIP) * gain)
+                entropy = -(logs.exp() * logs.clamp(min=-50)).sum(1)
+                loss = -(paid + ENTROPY * entropy).sum() / (total / parts)
+                loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(network.parameters(), 0.5)
+            optimizer.step()
+
+
+class Tries(Method):
+    """Base of methods that run some plans of a request and take the best; one is not run.
+
+    Attributes:
+        max_evaluations: Plans that are run at most.
+    """
+
+    max_evaluations = 1
+
+    def __init__(self, basis: Basis) -> None:
+        super().__init__(basis)
+        spec = {"layout": "ladder", **self.ladder.spec, "every_level": True}
+        self._encoder = make_encoder(self.context, **spec)
+
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
+        def run(positions: Counts) -> Floats:
+            return np.array(scores.nll_many([*map(self.ladder.plan, positions.tolist())]))
+
+        bench = Bench(self._encoder, [request], run)
+        plans = self._plans(bench, self.random(request))
+        if self.max_evaluations > 1:
+            bench.measure(plans[: self.max_evaluations])
+            plans = bench.best(np.zeros(1, np.int64))
+        return self.ladder.plan(plans[0].tolist())
+
+    @abstractmethod
+    def _plans(self, bench: Bench, rng: np.random.Generator) -> Counts:
+        """The plans, (n, N), the most promising one first."""
+
+    @property
+    def _requests(self) -> Counts:
+        """The request once for each plan."""
+        return np.zeros(self.max_evaluations, np.int64)
+
+
+class NoisyOrders(Tries):
+    """The order by cost per useful byte, and others with noise on the logs of the prices."""
+
+    name = "noisy_orders"
+    scale = 1.0
+
+    def _plans(self, bench: Bench, rng: np.random.Generator) -> Counts:
+        order = bench.noisy(self._requests[:1], rng, scale=0.0)
+        return np.concatenate([order, bench.noisy(self._requests[1:], rng, scale=self.scale)])
+
+
+class RandomOrders(NoisyOrders):
+    """The same with noise that hides the prices, and without the order itself."""
+
+    name = "random_orders"
+    scale = 100.0
+
+    def _plans(self, bench: Bench, rng: np.random.Generator) -> Counts:
+        return bench.noisy(self._requests, rng, scale=self.scale)
+
+
+class Evolved(Tries):
+    """Noisy orders, then mutations of the best plans so far."""
+
+    name = "evolved"
+
+    def _plans(self, bench: Bench, rng: np.random.Generator) -> Counts:
+        few = -(-self.max_evaluations // 4)
+        known = bench.noisy(self._requests[:few], rng)
+        while few < self.max_evaluations:
+            bench.measure(known)
+            parents = bench.best(self._requests[: min(few, self.max_evaluations - few)], few)
+            known = bench.mutated(self._requests[: len(parents)], parents, rng)
+            few += len(parents)
+        return known
+
+
+class Uniform(Tries):
+    """All items one level lower after the other; the order within a level is tuned elsewhere.
+
+    Attributes:
+        ffn: What is added for FFN blocks, in layers: below 0 they come first.
+        depth: 1 begins with the first layer, -1 with the last one.
+        removal: Levels that a removal comes later, at most 0 (earlier).
+    """
+
+    name = "uniform"
+    ffn, depth, removal = 0.0, -1, 0.0
+
+    def _plans(self, bench: Bench, rng: np.random.Generator) -> Counts:
+        layers = len(self.ladder)
+        extra = np.zeros((1, layers, self.ladder.width))
+        for number, item in enumerate(self.ladder.items):
+            place = self.depth * (item.layer or 0) + self.ffn * (item.kind == "ffn")
+            extra[0, number] = np.arange(self.ladder.width) + place / layers
+            if item.levels[-1] == "removed":
+                extra[0, number, len(item.levels) - 2] += self.removal
+        return bench.priced(self._requests[:1], extra, weight=0.0)
+
+
+class Predicted(Tries):
+    """A search on the losses that networks predict: regression on the plans of other models.
+
+    Attributes:
+        networks: They were trained with `prediction_loss`.
+        pessimism: Standard deviations between networks that are added to their mean.
+    """
+
+    name = "predicted"
+    networks: Sequence[SetNetwork] = ()
+    pessimism = 1.0
+
+    def _plans(self, bench: Bench, rng: np.random.Generator) -> Counts:
+        def predict(positions: Counts) -> Floats:
+            seen = plan_observations(bench.observer, positions)
+            with torch.no_grad():
+                logs = torch.stack([network(seen)[1] for network in self.networks]).numpy()
+            return np.asarray(logs.mean(axis=0) + self.pessimism * logs.std(axis=0))
+
+        of_networks = Bench(self._encoder, bench.requests, predict)
+        of_networks.search(rng, noisy=64, rounds=8, offspring=32)
+        over = of_networks.observer.over_bytes(
+            np.zeros(len(of_networks.losses), np.int64), of_networks.known
+        )
+        return of_networks.known[np.argsort(np.where(over > 0, np.inf, of_networks.losses))]
+
+
+class Acting(Tries):
+    """A trained network: its most likely actions, then plans with random ones.
+
+    Attributes:
+        network: The network.
+    """
+
+    name = "acting"
+    network: SetNetwork
+
+    def _plans(self, bench: Bench, rng: np.random.Generator) -> Counts:
+        first = play_together([bench], [self._requests[:1]], partial(greedy, self.network))
+        if self.max_evaluations == 1:
+            return first[0]
+        draw = partial(sampled, self.network, rng)
+        return np.concatenate(first + play_together([bench], [self._requests[1:]], draw))
+
+
+def variant(kind: type[Tries], **attributes: Any) -> type[Tries]:
+    """A method with other attributes, as `rap_env.evaluate` takes it."""
+    return type(kind.__name__, (kind,), attributes)

@@ -55,7 +55,7 @@ from rap_env.leaderboard.entries import (
     published_entries,
     table_values,
 )
-from rap_env.leaderboard.tasks import ACROSS_JUDGED_ON, pinned_task, pinned_tasks, tasks_of
+from rap_env.leaderboard.tasks import pinned_task, pinned_tasks, tasks_of
 from rap_env.scoring.held_out import Floats, spearman
 from rap_env.serving.responses_api import ResponsesRequest
 from rap_env.serving.schemas import ChatCompletionRequest, CompletionRequest
@@ -253,11 +253,31 @@ def by_method(folder: str) -> dict[str, Summary]:
     return {summary.method: summary for summary in compared(folder).summaries}
 
 
-ACROSS_METHODS = {
-    "across_policy": "RAP policy across models",
-    "across_greedy": "Greedy per byte",
-    "across_uniform": "Uniform settings",
-}
+@cache
+def unseen_record() -> dict[str, Any]:
+    """The evaluations on tasks across models, by ``python -m experiments.unseen``."""
+    record: dict[str, Any] = json.loads((RESULTS / "unseen" / "record.json").read_text("utf-8"))
+    return record
+
+
+def unseen_score(name: str, runs: int, part: str = "Test") -> str:
+    """A method's score with its interval over models, mean over its seeds; - without any."""
+    rows = [row for row in unseen_record()["rows"] if row["part"] == part]
+    own = [row for row in rows if (row["name"], row["runs"]) == (name, runs)]
+    if not own:
+        return "-"
+    values = [[row["score"], *row["interval"]] for row in own]
+    return "{:.3f} [{:.3f}, {:.3f}]".format(*np.exp(np.log(values).mean(axis=0)))
+
+
+def unseen_table() -> str:
+    """Scores on the models that no method was trained or tuned on, a row for each method."""
+    names = dict.fromkeys(row["name"] for row in unseen_record()["rows"] if row["part"] == "Test")
+    header = ["Method", *(f"{runs} runs" for runs in UNSEEN_RUNS)]
+    return markdown((header, [[n, *(unseen_score(n, r) for r in UNSEEN_RUNS)] for n in names]))
+
+
+UNSEEN_RUNS, POLICY = (0, 8, 64), "Policy"
 
 
 def test_scores(task: str) -> dict[str, Floats]:
@@ -274,7 +294,6 @@ def readme_numbers() -> dict[str, str]:
         for suffix, folder in {"": "tight", "_low_bits": "low_bits"}.items()
         for method, summary in by_method(folder).items()
     }
-    across = [test_scores(name) for name in ACROSS_JUDGED_ON]
     study, published = STUDIES["cgroup"]
     rap, other = (measures(row) for row in study.read(published.folder)[:2])
     answered, failed = (int(rap[f"Requests {how}"]) for how in ("answered", "failed"))
@@ -309,10 +328,10 @@ def readme_numbers() -> dict[str, str]:
         "served": f"{answered} of {answered + failed}",
         "silence": rap["Longest time without a token"],
         "more_tokens": percent(more_tokens, 0),
-        **{
-            key: " and ".join(f"{by[method].mean():.2f}" for by in across)
-            for key, method in ACROSS_METHODS.items()
-        },
+        "unseen_policy": unseen_score(POLICY, 0),
+        "unseen_knapsack": unseen_score("Knapsack", 0),
+        "unseen_search": unseen_score("Noisy orders", 64),
+        "unseen_evaluations": str(unseen_record()["test_evaluations"]),
     }
 
 
@@ -480,6 +499,7 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "tasks": partial(tasks_table, README_TASKS),
     "table_tasks": partial(tasks_table, LISTED_TASKS),
     "bounds": bounds_table,
+    "unseen": unseen_table,
     "own_plans": own_plans_table,
     **{name: partial(shown_text, name) for name in (*COMPARISONS, *STUDIES)},
     **{name: partial(beside_text, name) for name in BESIDE},
