@@ -1,13 +1,19 @@
-"""Policies for models that were never run: searched plans, imitation of them, and policy gradients.
+"""Policies for models that were never run: they correct the costs that a knapsack adds up.
 
-Models with equally many items are a group, whose plans a network sees at once and without
-padding. Shapes: n plans, N items, F features of each, R entries of the request, H hidden width.
+A knapsack over measured costs of single levels ignores what levels cost together. A network with
+attention between the items of a model corrects the logarithm of each cost, for the request; the
+knapsack over the corrected costs gives the plan. The network learns on plans of other models that
+run: a plan becomes more likely if it loses less than others for the request. `Bench` searches
+plans of a model; networks that predict the losses of plans are a baseline.
+
+Shapes: n plans or requests, N items, W levels, F features of an item, R entries of the request,
+H hidden width.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Self, cast
 
@@ -20,8 +26,15 @@ from torch.nn import functional
 from agents.trained_policy import PlanObserver
 from rap_env.context.base import make_encoder
 from rap_env.envs.base import PruningEnv
-from rap_env.ladder.features import BYTES_OVER, COST_CEILING, COST_FLOOR, EveryLevel
-from rap_env.ladder.items import KINDS, Counts
+from rap_env.ladder.features import (
+    BYTES_OVER,
+    COST_CEILING,
+    COST_FLOOR,
+    REQUEST_FEATURES,
+    SHOWN_LEVELS,
+    EveryLevel,
+)
+from rap_env.ladder.items import Counts
 from rap_env.ladder.observation import Observation, ObservationEncoder
 from rap_env.plan import Plan
 from rap_env.policies.method import Basis, CountingScorer, Method
@@ -29,9 +42,6 @@ from rap_env.request import Request
 from rap_env.workload.sampler import GridSampler
 
 Floats = npt.NDArray[np.float64]
-Play = Generator[tuple[Observation, Counts, Counts], Counts, Counts]
-"""Yields the observation of m plans, their numbers and their positions; it is sent the items that
-they lower, (m,), and returns the final positions of all plans, (n, N)."""
 
 LOSS_OFFSET = 0.05
 """Added to losses before their logarithm is taken, nats per token."""
@@ -40,6 +50,8 @@ _FREED, _COST = (EveryLevel.features.index(name) for name in ("freed_share", "on
 _COST_SCALE = float(np.log1p(COST_CEILING / COST_FLOOR))
 _USEFUL_FLOOR = 1e-4
 _MOST_RAISED = 3  # items of one mutation
+_INPUT_NOISE = 0.05  # while a network is trained, because models are few
+_UNITS = 1_500  # into which a knapsack divides its bytes
 
 
 class Bench:
@@ -47,7 +59,7 @@ class Bench:
 
     Args:
         encoder: Encodes observations of the model, with the columns of `EveryLevel`.
-        requests: The requests; plans name them by number.
+        requests: The requests, of one shape; plans name them by number.
         losses_of: Gives the losses of plans, nats per token: measures or predicts them.
 
     Attributes:
@@ -57,6 +69,10 @@ class Bench:
         observer: Observes plans.
         known: All plans whose losses were asked for, (known, N).
         losses: Their losses, (known,).
+        sizes: Bytes of the levels of each item, infinite where there is none, (N, W + 1).
+        log_costs: Logs of the costs of the levels below the native one, (N, W).
+        lowest: The positions of the lowest levels, (N,).
+        constant_bytes: Bytes of the first request beside those, as soon as an item is lowered.
     """
 
     def __init__(
@@ -69,6 +85,17 @@ class Bench:
         self.observer, self._losses_of = PlanObserver(encoder, requests), losses_of
         self.known, self.losses = self.observer.start(0), np.zeros(0)
         self._numbers: dict[bytes, int] = {}
+        exists = np.arange(self.ladder.width) < [[len(item.levels)] for item in self.ladder.items]
+        most = exists.sum(axis=1).max()
+        first = requests[0]
+        sizes = encoder.ladder_bytes.costs(first.batch_size, first.seq_len_tokens).item_bytes
+        self.sizes = np.where(exists, sizes, np.inf)[:, :most]
+        costs = cast(EveryLevel, encoder.importance).one_shot
+        self.log_costs = np.log(np.maximum(costs, COST_FLOOR))[:, 1:most]
+        self.lowest = exists.sum(axis=1) - 1
+        lowered = np.ones((1, len(self.ladder)), np.int64)
+        peak = self.observer.over_bytes(np.zeros(1, np.int64), lowered) + first.budget_bytes
+        self.constant_bytes = int(peak[0] - self.sizes[:, 1].sum())
 
     @classmethod
     def of(cls, env: PruningEnv) -> Self:
@@ -80,15 +107,6 @@ class Bench:
             return np.array(scorer.nll_many(plans)) - scorer.dense_nll
 
         return cls(env.encoder, cast(GridSampler, env.sampler).requests, run)
-
-    def played(self, which: Counts, start: Counts | None = None) -> Play:
-        """Lower items until each plan fits its request: a generator for `play_together`."""
-        positions = self.observer.start(len(which)) if start is None else start.copy()
-        while len(active := np.flatnonzero(self.observer.over_bytes(which, positions))):
-            of, now = which[active], positions[active]
-            items = yield self.observer.observe(of, now), active, now
-            positions[active] = self.observer.act(of, now, items)
-        return positions
 
     def measure(self, positions: Counts) -> Floats:
         """Losses of plans, nats per token, (n,)."""
@@ -124,15 +142,43 @@ class Bench:
             start: The plans to begin with; None for native ones.
             weight: Weight of the log of the cost per useful byte.
         """
-        play, items = self.played(which, start), None
-        while True:
-            try:
-                seen, active, positions = play.send(items)  # type: ignore[arg-type]
-            except StopIteration as end:
-                return np.asarray(end.value)
-            own = np.take_along_axis(extra[active], positions[..., None], axis=2)[..., 0]
-            prices = own + weight * log_prices(seen["ladder"], seen["request"], np)
+        positions = self.observer.start(len(which)) if start is None else start.copy()
+        while len(active := np.flatnonzero(self.observer.over_bytes(which, positions))):
+            of, now = which[active], positions[active]
+            seen = self.observer.observe(of, now)
+            own = np.take_along_axis(extra[active], now[..., None], axis=2)[..., 0]
+            prices = own + weight * log_prices(seen)
             items = np.where(seen["action_mask"] > 0, prices, np.inf).argmin(axis=1)
+            positions[active] = self.observer.act(of, now, items)
+        return positions
+
+    def knapsack(self, request: int, log_costs: Floats) -> Counts:
+        """The plans that fit a request whose costs have the least sums, (n, N).
+
+        Args:
+            request: The number of the request.
+            log_costs: Logs of the costs of the levels below the native one, (n, N, W).
+        """
+        count = len(log_costs)
+        budget_bytes = self.requests[request].budget_bytes - self.constant_bytes
+        sizes = np.ceil(self.sizes * (_UNITS / max(1, budget_bytes)))
+        costs = np.concatenate([np.zeros((count, len(self.ladder), 1)), np.exp(log_costs)], axis=2)
+        least, choices = np.zeros((count, _UNITS + 1)), []
+        for item, row in enumerate(sizes):
+            options = np.full((len(row), count, _UNITS + 1), np.inf)
+            for level, size in enumerate(row):
+                if size <= _UNITS:
+                    kept = _UNITS + 1 - int(size)
+                    options[level, :, int(size) :] = least[:, :kept] + costs[:, item, level, None]
+            choices.append(options.argmin(axis=0))
+            least = options.min(axis=0)
+        positions = np.tile(self.lowest, (count, 1))
+        fits, left = np.isfinite(least[:, -1]), np.full(count, _UNITS)
+        for item in reversed(range(len(sizes))):
+            chosen = choices[item][np.arange(count), left]
+            positions[fits, item] = chosen[fits]
+            left = np.maximum(0, left - sizes[item, chosen].clip(max=_UNITS).astype(np.int64))
+        return positions
 
     def mutated(self, which: Counts, positions: Counts, rng: np.random.Generator) -> Counts:
         """Plans near others: some items are raised, then all are lowered until they fit again."""
@@ -143,12 +189,15 @@ class Bench:
             row[some] = rng.integers(0, row[some])
         return self.noisy(which, rng, raised)
 
+    def fitting(self, request: int) -> Counts:
+        """The numbers of the known plans that fit a request, those that lose least first."""
+        order = np.argsort(self.losses, kind="stable")
+        over = self.observer.over_bytes(np.full(len(order), request), self.known[order])
+        return order[over == 0]
+
     def best(self, which: Counts, most: int = 1) -> Counts:
         """The known plans that fit requests and lose least, (n, N): one of the best `most`."""
-        order, fitting = np.argsort(self.losses), dict[int, Counts]()
-        for request in set(which.tolist()):
-            over = self.observer.over_bytes(np.full(len(order), request), self.known[order])
-            fitting[request] = order[over == 0][:most]
+        fitting = {request: self.fitting(request)[:most] for request in set(which.tolist())}
         pairs = enumerate(which.tolist())
         return self.known[[fitting[r][number % len(fitting[r])] for number, r in pairs]]
 
@@ -161,198 +210,59 @@ class Bench:
             self.measure(self.mutated(which, self.best(which, most=3), rng))
 
 
-def log_prices(rows: Any, request: Any, of: Any) -> Any:
-    """Logs of the cost of each item's next level per useful byte, (n, N).
-
-    Args:
-        rows: Rows of items, (n, N, F).
-        request: Requests, (n, R).
-        of: ``numpy`` or ``torch``, whose arrays they are.
-    """
-    useful = of.minimum(rows[..., _FREED], request[:, [BYTES_OVER]] + _USEFUL_FLOOR)
-    return rows[..., _COST] * _COST_SCALE - of.log(useful + _USEFUL_FLOOR)
+def log_prices(seen: Observation) -> Floats:
+    """Logs of the cost of each item's next level per useful byte, (n, N)."""
+    rows, over = seen["ladder"], seen["request"][:, [BYTES_OVER]]
+    useful = np.minimum(rows[..., _FREED], over + _USEFUL_FLOOR) + _USEFUL_FLOOR
+    return np.asarray(rows[..., _COST] * _COST_SCALE - np.log(useful))
 
 
-def play_together(
-    benches: Sequence[Bench],
-    which: Sequence[Counts],
-    choose: Callable[[dict[str, torch.Tensor], Counts], Counts],
-) -> list[Counts]:
-    """Play plans on several models; a network sees those of a group of models at once.
+class _Attention(nn.Module):
+    """A block of attention between items, with one head; plain products are faster for few."""
 
-    Args:
-        benches: The models.
-        which: The requests of the plans of each.
-        choose: Gives the items that plans lower, (m,), for their observation and their numbers
-            among all plans of all models.
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
 
-    Returns:
-        The final positions of the plans of each model.
-    """
-    first = np.cumsum([0, *map(len, which)])
-    plays = [bench.played(own) for bench, own in zip(benches, which, strict=True)]
-    waiting = {number: next(play) for number, play in enumerate(plays)}
-    ended: dict[int, Counts] = {}
-    while waiting:
-        groups: dict[int, list[int]] = {}
-        for number in waiting:
-            groups.setdefault(len(benches[number].ladder), []).append(number)
-        for group in groups.values():
-            seen = [waiting[number][0] for number in group]
-            owners = [first[number] + waiting[number][1] for number in group]
-            joined = {k: np.concatenate([each[k] for each in seen]) for k in seen[0]}
-            items = choose(tensors(joined), np.concatenate(owners))
-            parts = np.split(items, np.cumsum([*map(len, owners)])[:-1])
-            for number, own in zip(group, parts, strict=True):
-                try:
-                    waiting[number] = plays[number].send(own)
-                except StopIteration as end:
-                    ended[number] = end.value
-                    del waiting[number]
-    return [ended[number] for number in range(len(benches))]
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        shape = states.shape[-1:]
+        query, key, value = self.enter(functional.rms_norm(states, shape)).chunk(3, dim=-1)
+        weights = (query @ key.transpose(1, 2) / shape[0] ** 0.5).softmax(dim=-1)
+        states = states + self.leave(weights @ value)
+        return states + self.down(torch.relu(self.up(functional.rms_norm(states, shape))))
 
 
 class SetNetwork(nn.Module):
-    """Attention between the items of a plan; a number for each item, and one for the plan.
+    """Attention between the items of a plan; numbers for each level of an item, and for the plan.
 
     Args:
-        features: F.
-        request: R.
         width: H.
         blocks: Blocks of attention.
     """
 
-    def __init__(self, features: int, request: int, width: int = 32, blocks: int = 2) -> None:
+    def __init__(self, width: int = 32, blocks: int = 2) -> None:
         super().__init__()
-        self.enter = nn.Linear(features + request + 2, width)
-        layer = nn.TransformerEncoderLayer(
-            width, 4, 2 * width, dropout=0.0, batch_first=True, norm_first=True
-        )
-        self.blocks = nn.TransformerEncoder(layer, blocks, enable_nested_tensor=False)
-        self.scores, self.whole = nn.Linear(width, 1), nn.Linear(width, 1)
-        for last in (self.scores, self.whole):
-            nn.init.normal_(last.weight, std=0.01)
+        self.enter = nn.Linear(len(EveryLevel.features) + len(REQUEST_FEATURES), width)
+        self.blocks = nn.Sequential(*(_Attention(width) for _ in range(blocks)))
+        self.levels, self.whole = nn.Linear(width, SHOWN_LEVELS), nn.Linear(width, 1)
+        for last in (self.levels, self.whole):
+            nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
     def forward(self, seen: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Map observations to logits of items, (n, N), and a number for each plan, (n,)."""
+        """Map observations to numbers of the levels of items, (n, N, SHOWN_LEVELS), and (n,)."""
         rows, request = seen["ladder"], seen["request"]
-        valid = seen["action_mask"] > 0
-        prices = log_prices(rows, request, torch) * valid
-        count = valid.sum(dim=1, keepdim=True).clamp(min=1)
-        centred = (prices - prices.sum(dim=1, keepdim=True) / count) * valid
-        spread = (centred.square().sum(dim=1, keepdim=True) / count + 1e-4).sqrt()
-        ranks = (centred / spread).clamp(-3, 3)
+        if self.training:
+            rows = rows + _INPUT_NOISE * torch.randn_like(rows)
         shared = request[:, None].expand(-1, rows.shape[1], -1)
-        hidden = self.enter(torch.cat([rows, shared, ranks[..., None], valid[..., None]], dim=2))
-        hidden = self.blocks(hidden)
-        logits = self.scores(hidden).squeeze(2).masked_fill(~valid, -torch.inf)
-        return logits, self.whole(hidden.mean(dim=1)).squeeze(1)
+        hidden = self.blocks(self.enter(torch.cat([rows, shared], dim=2)))
+        return self.levels(hidden), self.whole(hidden.mean(dim=1)).squeeze(1)
 
 
 def tensors(observation: Observation) -> dict[str, torch.Tensor]:
-    """An observation as float32 tensors, without rows that only fill it up."""
-    seen = {k: torch.as_tensor(np.asarray(v, dtype=np.float32)) for k, v in observation.items()}
-    count = int(seen["ladder"][..., : len(KINDS)].any(dim=2).sum(dim=1).max())
-    return {k: v if k == "request" else v[:, :count] for k, v in seen.items()}
-
-
-def greedy(network: SetNetwork, seen: dict[str, torch.Tensor], _plans: Counts) -> Counts:
-    """The most likely items, (m,)."""
-    with torch.no_grad():
-        return network(seen)[0].argmax(dim=1).numpy()
-
-
-def sample(
-    network: SetNetwork, rng: np.random.Generator, seen: dict[str, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random items and the logs of their probabilities, (m,) each."""
-    with torch.no_grad():
-        logs = network(seen)[0].log_softmax(1)
-    noise = torch.from_numpy(rng.gumbel(size=logs.shape)).float()
-    items = (logs + noise).argmax(1, keepdim=True)
-    return items[:, 0], logs.gather(1, items)[:, 0]
-
-
-def sampled(
-    network: SetNetwork, rng: np.random.Generator, seen: dict[str, torch.Tensor], _plans: Counts
-) -> Counts:
-    """Random items, (m,)."""
-    return np.asarray(sample(network, rng, seen)[0])
-
-
-def acting(network: SetNetwork) -> Callable[[Observation], int]:
-    """What a network does at one observation, as `rap_env.evaluate` asks."""
-
-    def act(observation: Observation) -> int:
-        seen = tensors({k: v[None] for k, v in observation.items()})
-        return int(greedy(network, seen, np.zeros(1, np.int64))[0])
-
-    return act
-
-
-Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
-"""Observations of a group, and what a network shall say of them."""
-
-
-def fit(
-    network: SetNetwork,
-    groups: Sequence[Batch],
-    loss: Callable[[SetNetwork, dict[str, torch.Tensor], torch.Tensor], torch.Tensor],
-    updates: int,
-    batch_size: int,
-    seed: int,
-) -> None:
-    """Train a network on batches of one group at a time, each as often as it has observations."""
-    rng = np.random.default_rng(seed)
-    sizes = np.array([len(target) for _, target in groups])
-    optimizer = torch.optim.AdamW(network.parameters(), 3e-3, weight_decay=1e-3)
-    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, updates, pct_start=0.1)
-    for number in rng.choice(len(groups), updates, p=sizes / sizes.sum()):
-        seen, target = groups[number]
-        rows = torch.from_numpy(rng.integers(len(target), size=batch_size))
-        value = loss(network, {k: v[rows] for k, v in seen.items()}, target[rows])
-        optimizer.zero_grad()
-        value.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        rates.step()
-
-
-def imitation_loss(
-    network: SetNetwork, seen: dict[str, torch.Tensor], right: torch.Tensor
-) -> torch.Tensor:
-    """Minus the log of the probability that the next item is a right one, (n, N)."""
-    logits, _ = network(seen)
-    return (logits.logsumexp(1) - logits.masked_fill(~right, -torch.inf).logsumexp(1)).mean()
-
-
-def prediction_loss(
-    network: SetNetwork, seen: dict[str, torch.Tensor], log_loss: torch.Tensor
-) -> torch.Tensor:
-    """Squared error of the predicted logs of losses, (n,)."""
-    return functional.mse_loss(network(seen)[1], log_loss)
-
-
-def teacher_states(benches: Sequence[Bench], ways: int, most: int, seed: int) -> list[Batch]:
-    """States on random ways to the best known plans of each request, with the right items."""
-    rng, groups = np.random.default_rng(seed), dict[int, list[Batch]]()
-    for bench in benches:
-        which = np.arange(bench.count * ways) // ways
-        of, positions, right = bench.observer.ways(which, bench.best(which, most), rng)
-        seen = tensors(bench.observer.observe(which[of], positions.astype(np.int64)))
-        groups.setdefault(len(bench.ladder), []).append((seen, torch.from_numpy(right)))
-    return [*map(_joined, groups.values())]
-
-
-def measured_plans(benches: Sequence[Bench]) -> list[Batch]:
-    """All known plans without their requests, with the logs of their losses."""
-    groups = dict[int, list[Batch]]()
-    for bench in benches:
-        seen = plan_observations(bench.observer, bench.known)
-        logs = np.log(np.clip(bench.losses, 0, None) + LOSS_OFFSET)
-        groups.setdefault(len(bench.ladder), []).append((seen, torch.tensor(logs).float()))
-    return [*map(_joined, groups.values())]
+    """An observation as float32 tensors."""
+    return {k: torch.as_tensor(np.asarray(v, dtype=np.float32)) for k, v in observation.items()}
 
 
 def plan_observations(observer: PlanObserver, positions: Counts) -> dict[str, torch.Tensor]:
@@ -361,95 +271,139 @@ def plan_observations(observer: PlanObserver, positions: Counts) -> dict[str, to
     return {**seen, "request": torch.zeros_like(seen["request"])}
 
 
-def _joined(batches: Sequence[Batch]) -> Batch:
-    seen = {k: torch.cat([each[k] for each, _ in batches]) for k in batches[0][0]}
-    return seen, torch.cat([target for _, target in batches])
+def corrections(networks: Sequence[SetNetwork], bench: Bench, which: Counts) -> Floats:
+    """What networks add on average to the logs of costs for requests of a model, (n, N, W)."""
+    seen = tensors(bench.observer.observe(which, bench.observer.start(len(which))))
+    with torch.no_grad():
+        means = torch.stack([network.eval()(seen)[0] for network in networks]).mean(dim=0)
+    return np.asarray(means[..., : bench.log_costs.shape[1]], dtype=np.float64)
 
 
-CLIP, EPOCHS, MINIBATCH, ENTROPY = 0.2, 2, 2048, 0.003
-REQUESTS_AT_ONCE, SAMPLES = 2, 8
-"""Requests of each model in a rollout, and plans of each request, which are compared."""
+def predictors(benches: Sequence[Bench], count: int, updates: int, seed: int) -> list[SetNetwork]:
+    """Networks that predict the logs of the losses of plans, from the known ones of models."""
+    data = [(plan_observations(b.observer, b.known), log_losses(b.losses)) for b in benches]
+
+    def loss(network: SetNetwork, rng: np.random.Generator) -> torch.Tensor:
+        seen, logs = data[rng.integers(len(data))]
+        rows = torch.from_numpy(rng.integers(len(logs), size=_BATCH))
+        return functional.mse_loss(network({k: v[rows] for k, v in seen.items()})[1], logs[rows])
+
+    networks = new_networks(count, seed)
+    for number, network in enumerate(networks):
+        fit(network, loss, updates, np.random.default_rng([seed, number]))
+    return networks
 
 
-def improve(
-    network: SetNetwork,
+def policy(
     benches: Sequence[Bench],
-    updates: int,
-    learning_rate: float,
-    seed: int,
-    note: Callable[[int, float], object] = lambda update, mean: None,
-) -> None:
-    """Masked PPO on whole plans: each plan is compared with others for the same request.
+    count: int = 4,
+    rounds: int = 4,
+    updates: int = 400,
+    seed: int = 0,
+    note: Callable[[int], object] = lambda number: None,
+) -> list[SetNetwork]:
+    """Networks whose corrections of costs were learned on plans of models that run.
 
-    The reward of a plan is minus the logarithm of its loss. Its advantage, the difference from
-    the mean of the plans for the request, replaces a critic, because only whole plans are paid.
+    In each round, plans of each network with noise are run for each request, and the networks
+    are fitted to all plans that ran: a network chooses a plan with a probability that falls with
+    the sum of its corrected costs, and the expected logarithm of its loss is made small.
 
     Args:
-        network: The policy; it is changed.
         benches: The models.
-        updates: Rollouts, of `REQUESTS_AT_ONCE` times `SAMPLES` plans of each model.
-        learning_rate: Adam's first learning rate; it falls linearly to 0.
-        seed: Seed of requests and actions.
-        note: Called after each rollout with its number and the mean reward.
+        count: Networks; their mean corrections are used.
+        rounds: Rounds.
+        updates: Updates of each network in a round.
+        seed: Seed of everything random.
+        note: Called after each round with its number.
     """
-    rng = np.random.default_rng(seed)
-    optimizer = torch.optim.Adam(network.parameters(), learning_rate, eps=1e-5)
-    for update in range(updates):
-        optimizer.param_groups[0]["lr"] = learning_rate * (1 - update / updates)
-        which = [
-            rng.choice(bench.count, REQUESTS_AT_ONCE, False).repeat(SAMPLES) for bench in benches
-        ]
-        visited: dict[int, list[tuple[dict[str, torch.Tensor], torch.Tensor, Counts]]] = {}
-
-        def choose(seen: dict[str, torch.Tensor], owners: Counts, visited: Any = visited) -> Counts:
-            items, logs = sample(network, rng, seen)
-            old = torch.stack([items, logs], dim=1)
-            visited.setdefault(seen["ladder"].shape[1], []).append((seen, old, owners))
-            return items.numpy()
-
-        ends = play_together(benches, which, choose)
-        losses = [bench.measure(end) for bench, end in zip(benches, ends, strict=True)]
-        rewards = -np.log(np.clip(np.concatenate(losses), 0, None) + LOSS_OFFSET)
-        compared = rewards.reshape(-1, SAMPLES)
-        advantages = compared - compared.mean(axis=1, keepdims=True)
-        advantages = torch.from_numpy(advantages.ravel() / (advantages.std() + 1e-6)).float()
-        groups = []
-        for parts in visited.values():
-            seen, old = _joined([(each, chosen) for each, chosen, _ in parts])
-            own = advantages[np.concatenate([owners for *_, owners in parts])]
-            used = own.abs() > 1e-4  # where all plans of a request are equal, nothing is learned
-            groups.append(({k: v[used] for k, v in seen.items()}, old[used], own[used]))
-        _ppo_epochs(network, optimizer, groups, rng)
-        note(update, float(rewards.mean()))
+    networks, rng = new_networks(count, seed), np.random.default_rng(seed)
+    for number in range(rounds):
+        for bench in benches:
+            every = np.arange(bench.count)
+            for network in networks:
+                means = corrections([network], bench, every)
+                noise = rng.normal(0, NOISE, (_TRIED, *means.shape))
+                noise[0] = 0
+                costs = bench.log_costs + means + noise
+                for request in every.tolist():
+                    bench.measure(bench.knapsack(request, costs[:, request]))
+        choices = [_choices(bench, rng) for bench in benches]
+        for network in networks:
+            fit(network, partial(_expected_loss, choices), updates, rng)
+        note(number)
+    return networks
 
 
-def _ppo_epochs(
+_BATCH, _MODELS_AT_ONCE, _TRIED = 256, 4, 3
+NOISE, _TEMPERATURE, _DECAY = 0.3, 0.1, 0.02
+"""Noise of the logs of costs; of the choice among plans; and of corrections towards 0."""
+_BEST, _OTHERS = 64, 192
+"""Known plans of a request that a network chooses among: the best ones, and others."""
+_LEARNING_RATE = 3e-3
+
+Choices = tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]
+"""Of a model: the observations of all requests, (R, ...); some known plans that fit each, (R, C,
+N); the logs of their losses, (R, C); and the logs of the costs of levels, (N, W)."""
+
+
+def _choices(bench: Bench, rng: np.random.Generator) -> Choices:
+    every = np.arange(bench.count)
+    rows = []
+    for fitting in map(bench.fitting, every.tolist()):
+        others = rng.permutation(fitting[_BEST:])[:_OTHERS]
+        rows.append(np.resize(np.concatenate([fitting[:_BEST], others]), _BEST + _OTHERS))
+    chosen = np.stack(rows)
+    seen = tensors(bench.observer.observe(every, bench.observer.start(len(every))))
+    logs = log_losses(bench.losses[chosen])
+    return seen, torch.from_numpy(bench.known[chosen]), logs, torch.tensor(bench.log_costs).float()
+
+
+def _expected_loss(
+    choices: Sequence[Choices], network: SetNetwork, rng: np.random.Generator
+) -> torch.Tensor:
+    """The logs of losses that a network expects on some models, with a penalty on corrections."""
+    total = torch.zeros(())
+    for number in rng.choice(len(choices), _MODELS_AT_ONCE):
+        seen, plans, logs, log_costs = choices[number]
+        means = network(seen)[0][..., : log_costs.shape[1]]
+        native = torch.zeros(*means.shape[:2], 1)
+        costs = torch.cat([native, (log_costs + means).exp()], dim=2)
+        of_plans = costs[:, None].expand(-1, plans.shape[1], -1, -1).gather(3, plans[..., None])
+        sums = of_plans.sum(dim=(2, 3))
+        shares = (-(sums + 1e-3).log() / _TEMPERATURE).softmax(dim=1)
+        total = total + (shares * logs).sum(dim=1).mean() + _DECAY * means.square().mean()
+    return total
+
+
+def fit(
     network: SetNetwork,
-    optimizer: torch.optim.Optimizer,
-    groups: Sequence[tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]],
+    loss: Callable[[SetNetwork, np.random.Generator], torch.Tensor],
+    updates: int,
     rng: np.random.Generator,
 ) -> None:
-    """Update a policy on visited states of groups: observations, actions with logs, advantages."""
-    total = sum(len(own) for *_, own in groups)
-    parts = max(1, round(total / MINIBATCH))
-    for _ in range(EPOCHS):
-        orders = [np.array_split(rng.permutation(len(own)), parts) for *_, own in groups]
-        for number in range(parts):
-            optimizer.zero_grad()
-            for (seen, old, own), order in zip(groups, orders, strict=True):
-                rows = torch.from_numpy(order[number])
-                if not len(rows):
-                    continue
-                logs = network({k: v[rows] for k, v in seen.items()})[0].log_softmax(1)
-                chosen = logs.gather(1, old[rows, :1].long())[:, 0]
-                ratio = (chosen - old[rows, 1]).exp()
-                gain = own[rows]
-                paid = torch.min(ratio * gain, ratio.clamp(1 - CLIP, 1 + CLIP) * gain)
-                entropy = -(logs.exp() * logs.clamp(min=-50)).sum(1)
-                loss = -(paid + ENTROPY * entropy).sum() / (total / parts)
-                loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(network.parameters(), 0.5)
-            optimizer.step()
+    """Train a network with AdamW on a loss that draws its own data."""
+    optimizer = torch.optim.AdamW(network.train().parameters(), _LEARNING_RATE, weight_decay=0.01)
+    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, updates, pct_start=0.1)
+    for _ in range(updates):
+        optimizer.zero_grad()
+        loss(network, rng).backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        rates.step()
+
+
+def new_networks(count: int, seed: int) -> list[SetNetwork]:
+    """Untrained networks, which correct no cost."""
+    networks = []
+    for number in range(count):
+        torch.manual_seed(1_000 * seed + number)
+        networks.append(SetNetwork())
+    return networks
+
+
+def log_losses(losses: Floats) -> torch.Tensor:
+    """Logs of losses, with an offset so that there are some below 0."""
+    return torch.tensor(np.log(np.clip(losses, 0, None) + LOSS_OFFSET)).float()
 
 
 class Tries(Method):
@@ -563,33 +517,29 @@ class Predicted(Tries):
         def predict(positions: Counts) -> Floats:
             seen = plan_observations(bench.observer, positions)
             with torch.no_grad():
-                logs = torch.stack([network(seen)[1] for network in self.networks]).numpy()
+                logs = torch.stack([network.eval()(seen)[1] for network in self.networks]).numpy()
             return np.asarray(logs.mean(axis=0) + self.pessimism * logs.std(axis=0))
 
         of_networks = Bench(self._encoder, bench.requests, predict)
         of_networks.search(rng, noisy=64, rounds=8, offspring=32)
-        over = of_networks.observer.over_bytes(
-            np.zeros(len(of_networks.losses), np.int64), of_networks.known
-        )
-        return of_networks.known[np.argsort(np.where(over > 0, np.inf, of_networks.losses))]
+        return of_networks.known[of_networks.fitting(0)]
 
 
-class Acting(Tries):
-    """A trained network: its most likely actions, then plans with random ones.
+class Corrected(Tries):
+    """The knapsack over costs that networks correct, then with noise on the corrections.
 
     Attributes:
-        network: The network.
+        networks: As of `policy`; untrained ones change no cost.
     """
 
-    name = "acting"
-    network: SetNetwork
+    name = "corrected"
+    networks: Sequence[SetNetwork] = ()
 
     def _plans(self, bench: Bench, rng: np.random.Generator) -> Counts:
-        first = play_together([bench], [self._requests[:1]], partial(greedy, self.network))
-        if self.max_evaluations == 1:
-            return first[0]
-        draw = partial(sampled, self.network, rng)
-        return np.concatenate(first + play_together([bench], [self._requests[1:]], draw))
+        means = corrections(self.networks, bench, self._requests[:1])
+        noise = rng.normal(0, NOISE, (self.max_evaluations, *means.shape[1:]))
+        noise[0] = 0
+        return bench.knapsack(0, bench.log_costs + means + noise)
 
 
 def variant(kind: type[Tries], **attributes: Any) -> type[Tries]:

@@ -1,8 +1,8 @@
 """Baselines and policies on the tasks across models: ``python -m experiments.unseen``.
 
-It searches plans of the training models, trains networks that predict losses, imitates the
-searched plans, improves that policy by masked PPO, and evaluates everything. ``--part`` names the
-task on which it evaluates; how often the test part was is in the record.
+It searches plans of the training models, trains networks that predict losses and policies, and
+evaluates everything. ``--part`` names the task on which it evaluates; how often the test part was
+is in the record.
 """
 
 from __future__ import annotations
@@ -22,15 +22,13 @@ import torch
 
 import rap_env
 from agents import unseen
-from agents.unseen import Bench, SetNetwork, variant
-from rap_env.ladder.features import REQUEST_FEATURES, EveryLevel
-from rap_env.leaderboard.unseen import PARTS
+from agents.unseen import Bench, variant
 
 log = logging.getLogger(__name__)
 
 RECORD = Path("results/unseen/record.json")
 TASKS = {part: f"RAPLadder/Unseen-{part}-v1" for part in ("Train", "Tune", "Test")}
-RUNS, IMITATED, PREDICTED = (0, 8, 64), 2_500, 1_500
+RUNS, PREDICTED, POLICY = (0, 8, 64), 1_500, "Policy"
 UNIFORM = [
     {"ffn": ffn, "depth": depth, "removal": removal}
     for ffn in (-100.0, 0.0, 100.0)
@@ -44,35 +42,6 @@ def benches(task: str, models: int | None = None) -> list[Bench]:
     """Each model of a task, or the first ones, with the requests of its episodes."""
     across: Any = gymnasium.make(task, every_level=True, disable_env_checker=True).unwrapped
     return [Bench.of(env) for env in across.envs[:models]]
-
-
-def new_network(seed: int) -> SetNetwork:
-    """An untrained network."""
-    torch.manual_seed(seed)
-    return SetNetwork(len(EveryLevel.features), len(REQUEST_FEATURES))
-
-
-def predictors(models: Sequence[Bench], seeds: int, updates: int) -> list[SetNetwork]:
-    """Networks that predict losses of plans from the searched plans of models."""
-    data, networks = unseen.measured_plans(models), []
-    for seed in range(seeds):
-        networks.append(new_network(seed))
-        unseen.fit(networks[-1], data, unseen.prediction_loss, updates, 256, seed)
-    return networks
-
-
-def policy(models: Sequence[Bench], seed: int, imitated: int, improved: int) -> SetNetwork:
-    """A policy from searched plans, improved on the models."""
-    network = new_network(seed)
-    states = unseen.teacher_states(models, ways=6, most=2, seed=seed)
-    unseen.fit(network, states, unseen.imitation_loss, imitated, 256, seed)
-
-    def note(update: int, mean: float) -> None:
-        if update % 10 == 9:
-            log.info("update %d: mean reward %.3f", update + 1, mean)
-
-    unseen.improve(network, models, improved, 1e-3, seed, note)
-    return network
 
 
 class Record:
@@ -108,35 +77,38 @@ class Record:
 
 @click.command(help=__doc__)
 @click.option("--part", type=click.Choice(list(TASKS)), default="Tune", help="Models to judge on.")
-@click.option("--seeds", default=1, help="Policies that are trained.")
+@click.option("--seeds", default="0", help="Seeds of policies, separated by commas.")
 @click.option("--models", default=44, help="Training models.")
-@click.option("--improved", default=150, help="Rollouts of PPO.")
-def main(part: str, seeds: int, models: int, improved: int) -> None:
+@click.option("--with-baselines/--only-policies", default=True, help="What is evaluated.")
+def main(part: str, seeds: str, models: int, with_baselines: bool) -> None:
     """Train, evaluate, and write the record."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
-    record, began = Record(RECORD), time.process_time()
-    trained_on = benches(TASKS["Train"], models)
-    for number, bench in enumerate(trained_on):
-        bench.search(np.random.default_rng(number), noisy=16, rounds=8, offspring=8)
-    searched_s = time.process_time() - began
-    log.info("%d plans in %.0f CPU s", sum(len(b.losses) for b in trained_on), searched_s)
-    if models == len(PARTS[TASKS["Train"]]):
-        baselines(record, trained_on, part)
-    for seed in range(seeds):
+    record = Record(RECORD)
+    for number, seed in enumerate(map(int, seeds.split(","))):
         began = time.process_time()
-        network = policy(trained_on, seed, IMITATED, improved)
-        cpu_s = round(time.process_time() - began + searched_s)
-        for runs, judged in [(0, part), (8, part), (64, part), (0, "Train")]:
-            method = variant(unseen.Acting, network=network)
-            record.evaluate(
-                "Policy", method, judged, runs, seed=seed, trained_on=models, cpu_s=cpu_s
-            )
+        trained_on = benches(TASKS["Train"], models)
+        for bench in trained_on:
+            bench.search(np.random.default_rng(seed), noisy=16, rounds=8, offspring=8)
+        searched_s = time.process_time() - began
+        log.info("%d plans in %.0f CPU s", sum(len(b.losses) for b in trained_on), searched_s)
+        if with_baselines and not number:
+            baselines(record, trained_on, part)
+        began = time.process_time()
+        networks = unseen.policy(trained_on, seed=seed, note=lambda n: log.info("round %d", n))
+        facts = {
+            "seed": seed,
+            "trained_on": models,
+            "cpu_s": round(time.process_time() - began + searched_s),
+            "plans": sum(len(bench.losses) for bench in trained_on),
+        }
+        for runs, judged in [*((runs, part) for runs in RUNS), (0, "Train")]:
+            method = variant(unseen.Corrected, networks=networks)
+            record.evaluate(POLICY, method, judged, runs, **facts)
 
 
 def baselines(record: Record, models: Sequence[Bench], part: str) -> None:
     """Evaluate what is no policy."""
-    networks = predictors(models, seeds=3, updates=PREDICTED)
     tuned = {
         json.dumps(given): record.evaluate(
             "Uniform", variant(unseen.Uniform, **given), "Train", 0, **given
@@ -144,19 +116,19 @@ def baselines(record: Record, models: Sequence[Bench], part: str) -> None:
         for given in UNIFORM
     }
     uniform = variant(unseen.Uniform, **json.loads(min(tuned, key=tuned.__getitem__)))
-    regression = variant(unseen.Predicted, networks=networks)
-    without: dict[str, Any] = {"Uniform": uniform, "Knapsack": "knapsack"}
+    for name, method in {"Uniform": uniform, "Knapsack": "knapsack"}.items():
+        record.evaluate(name, method, part, 0)
+    networks = unseen.predictors(models, count=3, updates=PREDICTED, seed=0)
     with_runs = {
         "Noisy orders": unseen.NoisyOrders,
+        "Noisy knapsacks": variant(unseen.Corrected, networks=unseen.new_networks(1, 0)),
         "Random orders": unseen.RandomOrders,
         "Evolution": unseen.Evolved,
-        "Regression": regression,
+        "Regression": variant(unseen.Predicted, networks=networks),
     }
-    for name, method in without.items():
-        record.evaluate(name, method, part, 0)
-    for name, method in with_runs.items():
+    for name, kind in with_runs.items():
         for runs in RUNS:
-            record.evaluate(name, method, part, runs)
+            record.evaluate(name, kind, part, runs)
 
 
 if __name__ == "__main__":
