@@ -185,7 +185,7 @@ class Bench:
         raised = positions.copy()
         for row in raised:
             lowered = np.flatnonzero(row)
-            some = rng.choice(lowered, min(len(lowered), rng.integers(1, _MOST_RAISED + 1)), False)
+            some = rng.permutation(lowered)[: rng.integers(1, _MOST_RAISED + 1)]
             row[some] = rng.integers(0, row[some])
         return self.noisy(which, rng, raised)
 
@@ -193,7 +193,7 @@ class Bench:
         """The numbers of the known plans that fit a request, those that lose least first."""
         order = np.argsort(self.losses, kind="stable")
         over = self.observer.over_bytes(np.full(len(order), request), self.known[order])
-        return order[over == 0]
+        return np.asarray(order[over == 0])
 
     def best(self, which: Counts, most: int = 1) -> Counts:
         """The known plans that fit requests and lose least, (n, N): one of the best `most`."""
@@ -230,7 +230,8 @@ class _Attention(nn.Module):
         query, key, value = self.enter(functional.rms_norm(states, shape)).chunk(3, dim=-1)
         weights = (query @ key.transpose(1, 2) / shape[0] ** 0.5).softmax(dim=-1)
         states = states + self.leave(weights @ value)
-        return states + self.down(torch.relu(self.up(functional.rms_norm(states, shape))))
+        inner = torch.relu(self.up(functional.rms_norm(states, shape)))
+        return torch.add(states, self.down(inner))
 
 
 class SetNetwork(nn.Module):

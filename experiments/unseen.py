@@ -49,7 +49,7 @@ class Record:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.body = {"test_evaluations": 0, "rows": []}
+        self.body: dict[str, Any] = {"test_evaluations": 0, "rows": []}
         if path.exists():
             self.body = json.loads(path.read_text(encoding="utf-8"))
 

@@ -29,8 +29,8 @@ from torch.nn import functional
 
 from rap_env.artifacts import read_rows, save_artifact
 from rap_env.models.files.loading import load_llm
-from rap_env.models.files.sources import TINY, TINY_MODELS, ZOO
-from rap_env.models.files.zoo import save_rounded
+from rap_env.models.files.sources import TINY_MODELS, ZOO
+from rap_env.models.files.zoo import TINY, save_rounded
 from rap_env.models.live.calibration_text import SELF_WRITTEN, TINY_TEXT
 from rap_env.scoring.generated_tasks import GENERATED_TASKS
 from rap_env.scoring.long_context_tasks import recall_text

@@ -176,7 +176,7 @@ class RAPAcrossVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64]
         return self._joined(
             part.reset(seed=None if seeds is None else list(seeds[rows]), options=options)
             for part, rows in zip(self.parts, self.rows, strict=True)
-        )  # type: ignore[return-value]
+        )
 
     def step(self, actions: npt.NDArray[np.int64]) -> tuple[Any, ...]:
         """Take an action in each sub-environment; see `RAPLadderVectorEnv.step`."""

@@ -206,7 +206,7 @@ def _result(
     requests, most = requests_of(memory.facts.name), ceiling_nll(memory.facts.vocab_size)
 
     def fits(plan: Plan, request: Request) -> bool:
-        return memory.peak_bytes(plan, request) <= request.budget_bytes
+        return bool(memory.peak_bytes(plan, request) <= request.budget_bytes)
 
     def best(request: Request) -> Plan:
         """The one of the plans that fits and that loses least on the calibration text."""

@@ -44,16 +44,16 @@ class LeanPasses:
             number of blocks that ran, one for each state.
         """
         ends = [self._ends_at(plan.embeddings) for plan in plans]
-        lowest = sorted({plan.embeddings for plan in plans})
-        states = torch.stack([self._ends_at(level)[0](ids) for level in lowest])  # (S, R, T, H)
-        at = [lowest.index(plan.embeddings) for plan in plans]
+        at_levels = list(dict.fromkeys(plan.embeddings for plan in plans))
+        states = torch.stack([self._ends_at(level)[0](ids) for level in at_levels])  # (S, R, T, H)
+        at = [at_levels.index(plan.embeddings) for plan in plans]
         rotary = self._decoder.rotary_emb(torch.arange(ids.shape[1])[None], states.dtype)
         runs = 0
         for index in range(self._llm.num_blocks):
             ways = [(state, p.weight_level(index)) for state, p in zip(at, plans, strict=True)]
             by_level: dict[str, list[int]] = {}
-            for state, level in dict.fromkeys(ways):
-                by_level.setdefault(level, []).append(state)
+            for state, way in dict.fromkeys(ways):
+                by_level.setdefault(way, []).append(state)
             parts, numbers = [], dict[tuple[int, str], int]()
             for level, entering in by_level.items():
                 numbers |= {(s, level): len(numbers) + n for n, s in enumerate(entering)}
@@ -79,7 +79,7 @@ class LeanPasses:
         else:
             normed = layer.input_layernorm(flat)
             change, _ = block(normed, mask=None, rotary=rotary, cache=None)
-        return change.view_as(states)
+        return torch.Tensor.view_as(change, states)
 
     def _block(self, index: int, level: str) -> nn.Module:
         if (index, level) not in self._blocks:

@@ -10,8 +10,8 @@ import transformers
 
 from rap_env.leaderboard.unseen import PARTS
 from rap_env.models.files.loading import load_llm, shared_llm
-from rap_env.models.files.sources import TINY, TINY_MODELS, locate
-from rap_env.models.files.zoo import save_rounded
+from rap_env.models.files.sources import TINY_MODELS, locate
+from rap_env.models.files.zoo import TINY, save_rounded
 from rap_env.models.live.lean_llama import LeanLlama
 from rap_env.paths import folder_bytes
 from rap_env.plan import Plan
