@@ -7,8 +7,8 @@ into the cache folder, in transformers' format; ``tools/tiny_models.py`` trains 
 
 from __future__ import annotations
 
+import json
 import lzma
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,15 +46,19 @@ def _path(name: str) -> Path:
 def _unpack(path: Path, folder: Path) -> dict[str, Any]:
     """Write config, weights and tokenizer into an empty folder."""
     stored = load(lzma.decompress(path.read_bytes()))
-    (folder / "config.json").write_bytes(stored.pop(_CONFIG).numpy().tobytes())
+    config = stored.pop(_CONFIG).numpy().tobytes()
+    (folder / "config.json").write_bytes(config)
     weights = {}
     for name, tensor in stored.items():
         if not name.endswith(_SCALES):
             scales = stored.get(name + _SCALES)
             weights[name] = tensor if scales is None else tensor * scales[:, None]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    for tokenizer in (TINY / "tiny-deep").glob("tokenizer*.json"):
-        shutil.copy(tokenizer, folder)
+    for file in (TINY / "tiny-deep").glob("tokenizer*.json"):
+        text = file.read_text(encoding="utf-8")
+        if json.loads(config)["model_type"] == "qwen2":  # else it would split text otherwise
+            text = text.replace("TokenizersBackend", "Qwen2Tokenizer")
+        (folder / file.name).write_text(text, encoding="utf-8")
     return {"file": path.name}
 
 
