@@ -204,7 +204,7 @@ def targets_table(records: Iterable[Mapping[str, Any]]) -> str:
         "Met": lambda line: "yes" if line[1]["met"] else "no",
         "Device": lambda line: _processor(line[0]),
     }
-    return markdown(columns_table(lines, columns))
+    return markdown(columns_table(lines, columns), left=3)
 
 
 def _processor(record: Mapping[str, Any]) -> str:

@@ -56,7 +56,7 @@ from rap_env.leaderboard.entries import (
     table_values,
 )
 from rap_env.leaderboard.tasks import ACROSS_JUDGED_ON, pinned_task, pinned_tasks, tasks_of
-from rap_env.scoring.held_out import Floats, spearman
+from rap_env.scoring.fidelity import Floats, spearman
 from rap_env.serving.responses_api import ResponsesRequest
 from rap_env.serving.schemas import ChatCompletionRequest, CompletionRequest
 

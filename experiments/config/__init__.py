@@ -45,7 +45,7 @@ class Config:
     """Sampler of requests (`rap_env.workload`), and its settings."""
     reward: dict[str, Any] = setting({})
     """Reward (`rap_env.reward`), and its settings."""
-    env: programs.EnvConfig = field(default_factory=programs.EnvConfig)
+    env: programs.EnvSettings = field(default_factory=programs.EnvSettings)
     agent: programs.AgentConfig = field(default_factory=programs.AgentConfig)
     warm_start: programs.WarmStartConfig = field(default_factory=programs.WarmStartConfig)
     score_model: programs.ScoreModelConfig = field(default_factory=programs.ScoreModelConfig)
