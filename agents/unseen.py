@@ -443,24 +443,18 @@ class Tries(Method):
 
 
 class NoisyOrders(Tries):
-    """The order by cost per useful byte, and others with noise on the logs of the prices."""
+    """The order by cost per useful byte, and others with noise on the logs of the prices.
+
+    Attributes:
+        scales: Standard deviations of the noise, of the first plan and of the others.
+    """
 
     name = "noisy_orders"
-    scale = 1.0
+    scales = 0.0, 1.0
 
     def _plans(self, bench: Bench, rng: np.random.Generator) -> Counts:
-        order = bench.noisy(self._requests[:1], rng, scale=0.0)
-        return np.concatenate([order, bench.noisy(self._requests[1:], rng, scale=self.scale)])
-
-
-class RandomOrders(NoisyOrders):
-    """The same with noise that hides the prices, and without the order itself."""
-
-    name = "random_orders"
-    scale = 100.0
-
-    def _plans(self, bench: Bench, rng: np.random.Generator) -> Counts:
-        return bench.noisy(self._requests, rng, scale=self.scale)
+        parts = zip((self._requests[:1], self._requests[1:]), self.scales, strict=True)
+        return np.concatenate([bench.noisy(which, rng, scale=scale) for which, scale in parts])
 
 
 class Evolved(Tries):
@@ -506,7 +500,7 @@ class Predicted(Tries):
     """A search on the losses that networks predict: regression on the plans of other models.
 
     Attributes:
-        networks: They were trained with `prediction_loss`.
+        networks: As of `predictors`.
         pessimism: Standard deviations between networks that are added to their mean.
     """
 

@@ -122,7 +122,7 @@ def baselines(record: Record, models: Sequence[Bench], part: str) -> None:
     with_runs = {
         "Noisy orders": unseen.NoisyOrders,
         "Noisy knapsacks": variant(unseen.Corrected, networks=unseen.new_networks(1, 0)),
-        "Random orders": unseen.RandomOrders,
+        "Random orders": variant(unseen.NoisyOrders, scales=(100.0, 100.0)),
         "Evolution": unseen.Evolved,
         "Regression": variant(unseen.Predicted, networks=networks),
     }

@@ -137,22 +137,14 @@ class UnseenEvaluation:
     @property
     def interval(self) -> tuple[float, float]:
         """A 95 % interval of the score: a bootstrap over models."""
-        return self._interval(self._logs)
-
-    def against(self, other: UnseenEvaluation) -> tuple[float, float, float]:
-        """The score over that of another policy, with a paired 95 % interval over models."""
-        logs = self._logs - other._logs
-        return float(np.exp(logs.mean())), *self._interval(logs)
+        logs, rng = self._logs, np.random.default_rng(0)
+        means = logs[rng.integers(len(logs), size=(_RESAMPLES, len(logs)))].mean(axis=1)
+        low, high = np.exp(np.percentile(means, (2.5, 97.5)))
+        return float(low), float(high)
 
     @property
     def _logs(self) -> Floats:
         return np.log([max(model.score, 1e-3) for model in self.models])
-
-    def _interval(self, logs: Floats) -> tuple[float, float]:
-        rng = np.random.default_rng(0)
-        means = logs[rng.integers(len(logs), size=(_RESAMPLES, len(logs)))].mean(axis=1)
-        low, high = np.exp(np.percentile(means, (2.5, 97.5)))
-        return float(low), float(high)
 
     def __str__(self) -> str:
         """The score with its interval, then that of each model."""

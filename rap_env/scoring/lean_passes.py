@@ -17,11 +17,14 @@ from torch import nn
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.lean_llama import LeanLlama
 from rap_env.models.weights.packed_modules import PackedModule
-from rap_env.plan import EMBEDDINGS, Plan, block_name
+from rap_env.plan import EMBEDDINGS, Plan, block_name, cache_name
+
+Levels = tuple[str, ...]
+"""The level of a block's weights, and of the cache of an attention block."""
 
 
 class LeanPasses:
-    """Runs plans of a lean model that lower no cache; R windows of T tokens, H hidden width.
+    """Runs plans of a lean model; R windows of T tokens, H hidden width.
 
     Results differ from those of single passes by the rounding of float32.
 
@@ -33,7 +36,7 @@ class LeanPasses:
         self._llm = llm
         self._model: LeanLlama = llm.model
         self._decoder: Any = self._model.model
-        self._blocks: dict[tuple[int, str], nn.Module] = {}
+        self._blocks: dict[tuple[int, Levels], nn.Module] = {}
         self._ends: dict[str, tuple[nn.Module, nn.Module]] = {}
 
     def __call__(self, plans: Sequence[Plan], ids: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -50,15 +53,16 @@ class LeanPasses:
         rotary = self._decoder.rotary_emb(torch.arange(ids.shape[1])[None], states.dtype)
         runs = 0
         for index in range(self._llm.num_blocks):
-            ways = [(state, p.weight_level(index)) for state, p in zip(at, plans, strict=True)]
-            by_level: dict[str, list[int]] = {}
+            own = [_levels(plan, index) for plan in plans]
+            ways = list(zip(at, own, strict=True))
+            by_level: dict[Levels, list[int]] = {}
             for state, way in dict.fromkeys(ways):
                 by_level.setdefault(way, []).append(state)
-            parts, numbers = [], dict[tuple[int, str], int]()
+            parts, numbers = [], dict[tuple[int, Levels], int]()
             for level, entering in by_level.items():
                 numbers |= {(s, level): len(numbers) + n for n, s in enumerate(entering)}
                 entered = states[entering]
-                if level != "removed":
+                if level[0] != "removed":
                     runs += len(entering)
                     entered += self._change(index, level, entered, rotary)
                 parts.append(entered)
@@ -70,7 +74,7 @@ class LeanPasses:
         ]
         return torch.stack(rows), runs
 
-    def _change(self, index: int, level: str, states: torch.Tensor, rotary: Any) -> torch.Tensor:
+    def _change(self, index: int, level: Levels, states: torch.Tensor, rotary: Any) -> torch.Tensor:
         """What a block adds to states, (S, R, T, H)."""
         layer, flat = self._decoder.layers[index // 2], states.flatten(0, 1)
         block = self._block(index, level)
@@ -81,13 +85,14 @@ class LeanPasses:
             change, _ = block(normed, mask=None, rotary=rotary, cache=None)
         return torch.Tensor.view_as(change, states)
 
-    def _block(self, index: int, level: str) -> nn.Module:
-        if (index, level) not in self._blocks:
-            with self._llm.applied(Plan.of({block_name(index): level})):
+    def _block(self, index: int, levels: Levels) -> nn.Module:
+        if (index, levels) not in self._blocks:
+            names = block_name(index), cache_name(index // 2)
+            with self._llm.applied(Plan.of(dict(zip(names, levels, strict=False)))):
                 layer = self._decoder.layers[index // 2]
                 block = _widened(layer.mlp if index % 2 else layer.self_attn)
-            self._blocks[index, level] = block
-        return self._blocks[index, level]
+            self._blocks[index, levels] = block
+        return self._blocks[index, levels]
 
     def _ends_at(self, level: str) -> tuple[nn.Module, nn.Module]:
         """Embeddings and head at a level."""
@@ -96,6 +101,11 @@ class LeanPasses:
                 both = self._decoder.embed_tokens, self._model.get_output_embeddings()
             self._ends[level] = _widened(both[0]), _widened(both[1])
         return self._ends[level]
+
+
+def _levels(plan: Plan, index: int) -> Levels:
+    weights = plan.weight_level(index)
+    return (weights,) if index % 2 else (weights, plan.cache_level(index // 2).name)
 
 
 def _widened(module: nn.Module) -> nn.Module:

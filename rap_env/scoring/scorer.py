@@ -314,8 +314,6 @@ class PlanScorer:
     ) -> npt.NDArray[np.float64]:
         """Mean NLL of each window for each plan, (plans, windows); caches the states of `keep`."""
         if self._lean is not None:
-            if any(plan.caches for plan in plans):
-                return np.stack([self._pass_values(runner, plan) for plan in plans])
             return self._lean_values(self._lean, plans)
         parts = []
         with self.llm.applied(Plan()):
@@ -346,19 +344,6 @@ class PlanScorer:
                     for rows in logits:
                         on_logits(rows)
         return np.asarray(torch.cat(parts, dim=1).numpy())
-
-    def _pass_values(self, runner: PlanRunner, plan: Plan) -> npt.NDArray[np.float64]:
-        """Mean NLL of each window under a plan by whole passes, (windows,).
-
-        In a tiny model, to run steps alone takes longer than what plans share.
-        """
-        parts, forward = [], runner.partial
-        with self.llm.applied(plan):
-            for batch, ids in enumerate(runner.batches):
-                on_logits = self._on_logits(batch, [plan])
-                parts.append(window_nll(forward, forward.hidden(ids), ids, on_logits))
-                runner.block_runs += self.llm.num_blocks - len(plan.removed)
-        return np.asarray(torch.cat(parts).numpy(), dtype=np.float64)
 
     def _on_logits(self, _batch: int, _plans: Sequence[Plan]) -> OnLogits | None:
         """What also reads the logits of plans for one of the `batches`."""
