@@ -97,7 +97,7 @@ def test_a_rounded_file_gives_the_same_model_up_to_rounding(tmp_path, monkeypatc
         assert ((loaded[name] - weight).abs() <= 0.51 * steps + 0.01 * weight.abs()).all(), name
 
 
-def test_whole_passes_give_the_scores_of_passes_in_steps():
+def test_plans_of_a_lean_model_run_together_with_the_scores_of_each_alone():
     torch.set_num_threads(1)
     lean = shared_llm("tiny-wide", device="cpu", dtype="float32")
     other = load_llm("tiny-wide", device="cpu", dtype="float32")
@@ -108,10 +108,14 @@ def test_whole_passes_give_the_scores_of_passes_in_steps():
         Plan.removing("layer01.attn", "layer02.ffn"),
         Plan.of({"layer00.ffn": "int2", "layer03.attn": "int4-compact"}),
         Plan.of({"layer02.attn": "removed", "layer02.ffn": "int2", "embeddings": "int4-compact"}),
+        Plan.of({"layer01.cache": "int2", "layer03.attn": "int4-compact"}),
     ]
-    whole, steps = (PlanScorer(llm, load_corpus(TEXT, llm)) for llm in (lean, other))
-    values = np.array([scorer.nll_many(plans) for scorer in (whole, steps)])
+    together, steps = (PlanScorer(llm, load_corpus(TEXT, llm)) for llm in (lean, other))
+    alone = PlanScorer(lean, load_corpus(TEXT, lean), masks_together=1)
+    values = np.array([scorer.nll_many(plans) for scorer in (together, steps, alone)])
     np.testing.assert_allclose(values[0], values[1], atol=2e-6)
+    np.testing.assert_allclose(values[0], values[2], atol=2e-6)
     assert lean.plan == Plan()
-    assert whole.block_forwards == sum(8 - len(plan.removed) for plan in plans)
-    assert len(set(values[0].round(3))) == len(plans)
+    assert alone.block_forwards == sum(8 - len(plan.removed) for plan in plans)
+    assert together.block_forwards < alone.block_forwards
+    assert len(set(values[0].round(4))) == len(plans)
