@@ -1,24 +1,24 @@
 """Trains the tiny models of the package: ``python -m tools.tiny_models [NAME ...]``.
 
-Without names it trains those that ``record.json`` lacks, so that a stopped run continues. Each
-takes 10 to 60 seconds on one core, with no network. They are trained on the chats and
-articles of the package, which its default model wrote, and on sentences, lists and questions
-from templates. A fifth of the chats and articles, with other draws from the same templates, is in
-``held_out.txt``: text that no tiny model has seen. ``record.json`` has the recipe and size of
+``record.json`` has the recipe of each. Without names those without results are trained, so that a
+stopped run continues. Each takes 10 to 60 seconds on one core, with no network. They are trained on
+the chats and articles of the package, which its default model wrote, and on sentences, lists and
+questions from templates. A fifth of the chats and articles, with other draws from the same
+templates, is in ``held_out.txt``: text that no tiny model has seen. The record has the size of
 each, its NLL on that text, and the time. The same machine writes the same weights again; another
 one rounds otherwise.
 
-The models of the zoo differ in family, shape, amount of training and mixture of texts, all drawn
-from their number. Their weights are rounded to 23 values a row, so that the package stays small.
+The models of the zoo differ in family, shape, amount of training and mixture of texts, which were
+drawn at random; sizes are multiples of 64, so that all levels exist. Their weights are rounded to
+23 values a row, so that the package stays small.
 """
 
-import itertools
 import json
 import math
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import click
@@ -68,44 +68,6 @@ class Recipe:
     seed: int = 0
 
 
-def zoo_recipe(number: int) -> Recipe:
-    """The recipe of a model of the zoo. Sizes are multiples of 64, so that all levels exist."""
-    rng = random.Random(f"zoo {number}")
-    family = "gpt_neox" if number >= FIRST_NEOX else "qwen2" if number % 5 < 2 else "llama"
-    layers = 12 if number % 19 == 12 else LAYERS[number % len(LAYERS)]
-    matrices = 2 if family == "gpt_neox" else 3
-
-    def block_parameters(shape: tuple[tuple[int, int, int], int]) -> int:
-        (heads, head_size, kv_heads), ffn = shape
-        return layers * ZOO_WIDTH * (2 * head_size * (heads + kv_heads) + matrices * ffn)
-
-    shapes = [*itertools.product(HEADS[: 2 if family == "gpt_neox" else 4], FFN_WIDTHS)]
-    small = [shape for shape in shapes if block_parameters(shape) <= MOST_BLOCK_PARAMETERS]
-    (heads, head_size, kv_heads), ffn = rng.choice(small or shapes[:1])
-    return Recipe(
-        layers, ZOO_WIDTH, heads, kv_heads, ffn, family, head_size,
-        steps=rng.choice((200, 300, 400, 600)),
-        rows=rng.choice(("wttt", "wtwt", "wwwt")),
-        recalls=rng.choice((0, 400)),
-        seed=number,
-    )  # fmt: skip
-
-
-ZOO_WIDTH, MOST_BLOCK_PARAMETERS, FIRST_NEOX = 64, 150_000, 54
-LAYERS = (3, 5, 4, 6, 3, 4, 8, 5, 3, 4, 7, 3, 5)
-HEADS = ((4, 16, 4), (2, 32, 2), (8, 8, 8), (4, 32, 2))
-"""Heads of queries, their size, and heads of keys and values."""
-FFN_WIDTHS = (64, 128, 192, 256)
-
-RECIPES: dict[str, Recipe] = {
-    "tiny-deep": Recipe(7, 64, 4, 4, 128),
-    "tiny-wide": Recipe(4, 128, 4, 4, 64, head_size=32),
-    "tiny-fat": Recipe(4, 64, 2, 2, 384, head_size=32),
-    "tiny-narrow": Recipe(6, 64, 4, 4, 64),
-    "tiny-grouped": Recipe(5, 128, 8, 4, 128),
-    "tiny-even": Recipe(5, 64, 4, 4, 192),
-    **{name: zoo_recipe(number) for number, name in enumerate(ZOO, 1)},
-}
 VOCABULARY, POSITIONS = 512, 256
 LEARNING_RATE, WARM_UP, WEIGHT_DECAY = 4e-3, 30, 0.1
 SEED = 0
@@ -240,9 +202,9 @@ def main(names: Sequence[str]) -> None:
     save_artifact(TINY_TEXT, "calibration text", 1, tokens)
     unseen = encoded(tokenizer, [text])
     windows = unseen[: len(unseen) // POSITIONS * POSITIONS].view(-1, POSITIONS)
-    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for name in names or [name for name in TINY_MODELS if name not in record]:
-        began, recipe = time.process_time(), RECIPES[name]
+    record = json.loads(path.read_text(encoding="utf-8"))
+    for name in names or [name for name in record if "fingerprint" not in record[name]]:
+        began, recipe = time.process_time(), Recipe(**record[name]["recipe"])
         model, streams = make_model(recipe), {"w": written_ids, "t": from_templates[recipe.recalls]}
         train(model, [streams[row] for row in recipe.rows], recipe.steps, recipe.seed)
         cpu_s = time.process_time() - began
@@ -254,15 +216,13 @@ def main(names: Sequence[str]) -> None:
         llm = load_llm(name, device="cpu", dtype="float32")
         with torch.no_grad():
             held_out = float(nll(llm.model, windows))
-        record[name] = {
-            **asdict(recipe),
+        record[name] |= {
             "parameters": sum(weight.numel() for weight in llm.model.parameters()),
             "held_out_nll": round(held_out, 4),
             "cpu_s": round(cpu_s, 1),
             "fingerprint": llm.fingerprint,
         }
-        ordered = {each: record[each] for each in TINY_MODELS if each in record}
-        path.write_text(json.dumps(ordered, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from rap_env.envs.ladder import RAPLadderEnv
+from rap_env.envs.across import RAPAcrossEnv
 from rap_env.leaderboard import unseen
 from rap_env.policies.loading import make_method
 from rap_env.request import Request
@@ -22,12 +22,11 @@ GRID = 200
 
 def budgets_of(model: str) -> list[int]:
     """The budgets of a model in bytes, from the largest down."""
-    env = RAPLadderEnv(model, **unseen.ARGUMENTS)
+    env = RAPAcrossEnv([model], **unseen.ARGUMENTS).envs[0]
     order = make_method("cost_per_byte", env.context, env.encoder.ladder_bytes)
-    costs = env.encoder.ladder_bytes.costs(unseen.BATCH_SIZE, unseen.SEQ_LEN_TOKENS)
+    costs = env.encoder.ladder_bytes.costs(*unseen.SHAPE)
     budgets = np.linspace(costs.dense_peak_bytes - 1, costs.least_peak_bytes, GRID).astype(int)
-    shape = unseen.BATCH_SIZE, unseen.SEQ_LEN_TOKENS
-    plans = [order.choose(Request(*shape, budget)) for budget in budgets.tolist()]
+    plans = [order.choose(Request(*unseen.SHAPE, budget)) for budget in budgets.tolist()]
     losses = np.array(env.context.scorer.nll_many(plans)) - env.context.scorer.dense_nll
     most = np.maximum.accumulate(losses)
     least = np.minimum.accumulate(losses[::-1])[::-1]
@@ -38,10 +37,11 @@ def budgets_of(model: str) -> list[int]:
 @click.command(help=__doc__)
 def main() -> None:
     """Write the budgets of all models."""
-    budgets = {model: budgets_of(model) for models in unseen.PARTS.values() for model in models}
     path = Path(unseen.__file__).with_name("unseen.json")
-    lines = [f" {json.dumps(model)}: {json.dumps(given)}" for model, given in budgets.items()]
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    fixed = json.loads(path.read_text(encoding="utf-8"))
+    for models in fixed["budgets_bytes"].values():
+        models |= {model: budgets_of(model) for model in models}
+    path.write_text(json.dumps(fixed, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -20,74 +19,35 @@ from rap_env.request import Request, whole_number
 from rap_env.reward import ceiling_nll
 from rap_env.scoring.corpus import CorpusConfig
 
-_ZOO = tuple(f"zoo-{number:02}" for number in range(1, 59))
-PARTS: dict[str, tuple[str, ...]] = {
-    "RAPLadder/Unseen-Train-v1": ("tiny-deep", "tiny-wide", "tiny-fat", "tiny-narrow", *_ZOO[:40]),
-    "RAPLadder/Unseen-Tune-v1": ("tiny-grouped", "tiny-even", *_ZOO[40:42]),
-    "RAPLadder/Unseen-Test-v1": _ZOO[42:],
-}
-"""The models of each task. Only the last one has models of the family GPT-NeoX."""
+_FIXED = package_json(__package__, "unseen.json")
+ARGUMENTS: dict[str, Any] = _FIXED["arguments"]
+"""Arguments of the environments of all models, and the rows of observations of the largest."""
 
-ITEMS = 25
-"""Rows of observations: the items of the largest model."""
+PARTS: dict[str, dict[str, list[int]]] = _FIXED["budgets_bytes"]
+"""The models of each task, with their five budgets from the largest down; the last task alone has
+models of the family GPT-NeoX. ``tools/unseen_budgets.py`` sets the budgets."""
 
-BATCH_SIZE, SEQ_LEN_TOKENS = 1, 64
-"""The shape of all requests."""
+SHAPE = 1, 64
+"""Batch size and tokens of all requests."""
 
 ORDER_LOSSES = (0.1, 0.2, 0.4, 0.8, 1.5)
-"""What `cost_per_byte` loses at the five budgets of a model, about, in nats per token."""
+"""What `cost_per_byte` loses at the budgets of a model, about, in nats per token."""
 
 _BETWEEN = 4
 """Budgets of an episode between two of the five, and the lower one of them."""
 
 _RESAMPLES = 10_000
 
-LEVELS = {
-    "weights": ["int4-compact", "int2", "removed"],
-    "embeddings": ["int4-compact"],
-}
-ARGUMENTS: dict[str, Any] = {
-    "levels": LEVELS,
-    "together": [],
-    "reward": "perplexity",
-    "calibration": {
-        "source": "tiny-held-out",
-        "seed": 1,
-        "windows": 3,
-        "window_tokens": SEQ_LEN_TOKENS,
-    },
-    "device": "cpu",
-    "dtype": "float32",
-    "store": None,
-}
-"""Arguments of the environments of all models."""
-
-TEST_TEXT = CorpusConfig(
-    source="tiny-held-out", role="report", seed=1, windows=32, window_tokens=128
-)
-
-
-@cache
-def budgets_bytes() -> dict[str, tuple[int, ...]]:
-    """The five budgets of each model, from the largest down (``tools/unseen_budgets.py``)."""
-    return {name: tuple(given) for name, given in package_json(__package__, "unseen.json").items()}
-
 
 def arguments_of(task: str) -> dict[str, Any]:
     """The arguments of a task's environment, `rap_env.envs.across.RAPAcrossEnv`."""
     workloads = {}
-    models = [model for model in PARTS[task] if model in budgets_bytes()]
-    for model in models:
-        given = budgets_bytes()[model]
-        places = np.arange(_BETWEEN * (len(given) - 1) + 1) / _BETWEEN
-        budgets = np.interp(places, range(len(given)), given).round().astype(int)
-        workloads[model] = {
-            "name": "grid",
-            "batch_sizes": [BATCH_SIZE],
-            "seq_lens_tokens": [SEQ_LEN_TOKENS],
-            "budget_bytes": budgets.tolist(),
-        }
-    return {"models": models, "items": ITEMS, "workloads": workloads, **ARGUMENTS}
+    for model, budgets in PARTS[task].items():
+        places = np.arange(_BETWEEN * (len(budgets) - 1) + 1) / _BETWEEN
+        between = np.interp(places, range(len(budgets)), budgets).round().astype(int).tolist()
+        grid = {"batch_sizes": SHAPE[:1], "seq_lens_tokens": SHAPE[1:], "budget_bytes": between}
+        workloads[model] = {"name": "grid", **grid}
+    return {"models": list(workloads), "workloads": workloads, **ARGUMENTS}
 
 
 @dataclass(frozen=True)
@@ -157,11 +117,6 @@ class UnseenEvaluation:
         return "\n".join(lines)
 
 
-def requests_of(model: str) -> list[Request]:
-    """The requests at which policies are compared on a model, from the largest budget down."""
-    return [Request(BATCH_SIZE, SEQ_LEN_TOKENS, budget) for budget in budgets_bytes()[model]]
-
-
 def evaluate_unseen(
     policy: Any, task: str, split: str, *, name: str, seed: int = 0, runs: int = 0
 ) -> UnseenEvaluation:
@@ -170,12 +125,30 @@ def evaluate_unseen(
 
     whole_number("runs", runs, least=0)
     across: Any = gymnasium.make(task, disable_env_checker=True).unwrapped
-    results = [_result(policy, env, across.padded, split, seed, runs) for env in across.envs]
+    pairs = zip(across.envs, PARTS[task].values(), strict=True)
+    results = [
+        _result(
+            policy,
+            env,
+            [Request(*SHAPE, size) for size in budgets],
+            across.padded,
+            split,
+            seed,
+            runs,
+        )
+        for env, budgets in pairs
+    ]
     return UnseenEvaluation(name, task, split, runs, tuple(results))
 
 
 def _result(
-    policy: Any, env: Any, padded: Callable[[Any], Any], split: str, seed: int, runs: int
+    policy: Any,
+    env: Any,
+    requests: Sequence[Request],
+    padded: Callable[[Any], Any],
+    split: str,
+    seed: int,
+    runs: int,
 ) -> ModelResult:
     """What a policy loses on the model of an environment."""
     from rap_env.leaderboard.evaluation import decider, made
@@ -188,14 +161,15 @@ def _result(
     scorer, memory = env.context.scorer, env.memory
     report = scorer
     if split == "test":
-        report = PlanScorer(scorer.llm, load_corpus(TEST_TEXT, scorer.llm))
+        text = CorpusConfig(**_FIXED["test_text"])
+        report = PlanScorer(scorer.llm, load_corpus(text, scorer.llm))
     basis = Basis(env.context, env.encoder.ladder_bytes, seed)
     order, chooser = make_method("cost_per_byte", *basis), made(policy, basis)
     if hasattr(chooser, "max_evaluations"):
         chooser.max_evaluations = max(1, runs)
     decide = decider(chooser, padded)
     plays = range(1 if isinstance(chooser, Policy) else max(1, runs))
-    requests, most = requests_of(memory.facts.name), ceiling_nll(memory.facts.vocab_size)
+    most = ceiling_nll(memory.facts.vocab_size)
 
     def fits(plan: Plan, request: Request) -> bool:
         return bool(memory.peak_bytes(plan, request) <= request.budget_bytes)

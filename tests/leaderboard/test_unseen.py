@@ -17,7 +17,8 @@ TUNE = "RAPLadder/Unseen-Tune-v1"
 
 @pytest.fixture(autouse=True)
 def two_models(monkeypatch):
-    monkeypatch.setitem(PARTS, TUNE, ("tiny-even", "zoo-41"))
+    some = {model: PARTS[TUNE][model] for model in ("tiny-even", "zoo-41")}
+    monkeypatch.setitem(PARTS, TUNE, some)
     monkeypatch.setitem(gym.registry[TUNE].kwargs, "models", ["tiny-even", "zoo-41"])
 
 
@@ -45,19 +46,16 @@ def test_a_score_is_the_geometric_mean_over_models_with_an_interval_over_them():
 
 
 def test_every_model_has_five_budgets_and_the_episodes_have_those_between():
-    assert set(unseen.budgets_bytes()) == {name for models in PARTS.values() for name in models} | {
-        "tiny-grouped",
-        "zoo-42",
-    }
-    for budgets in unseen.budgets_bytes().values():
-        assert len(budgets) == 5
-        assert sorted(budgets, reverse=True) == list(budgets)
+    for models in PARTS.values():
+        for budgets in models.values():
+            assert len(budgets) == len(unseen.ORDER_LOSSES)
+            assert sorted(budgets, reverse=True) == budgets
     env = gym.make(TUNE, disable_env_checker=True)
     for seed in range(20):
         _, info = env.reset(seed=seed)
-        budgets = unseen.budgets_bytes()[info["model"]]
+        budgets = PARTS[TUNE][info["model"]]
         assert budgets[-1] <= info["request"]["budget_bytes"] <= budgets[0]
-    assert budgets_of("tiny-even") == list(unseen.budgets_bytes()["tiny-even"])
+    assert budgets_of("tiny-even") == PARTS[TUNE]["tiny-even"]
 
 
 def test_the_order_has_a_score_of_one_as_a_method_and_as_a_function():

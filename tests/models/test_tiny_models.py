@@ -1,7 +1,6 @@
 """The tiny models of the package: what their record says, and whole passes that score them."""
 
 import json
-from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -24,16 +23,19 @@ RECORD = json.loads((TINY / "record.json").read_text(encoding="utf-8"))
 TEXT = CorpusConfig(source="tiny-held-out", windows=8, window_tokens=128, role="report")
 
 
+def recipe(name):
+    return tiny_models.Recipe(**RECORD[name]["recipe"])
+
+
 LOADED = [*TINY_MODELS[:6], "zoo-02", "zoo-12", "zoo-25", "zoo-54"]
 
 
 @pytest.mark.parametrize("name", LOADED)
 def test_a_model_is_the_one_of_the_record(name):
     llm, noted = load_llm(name, device="cpu", dtype="float32"), RECORD[name]
-    recipe = asdict(tiny_models.RECIPES[name])
-    assert {key: noted[key] for key in recipe} == recipe
+    recipe = noted["recipe"]
     assert llm.fingerprint == noted["fingerprint"]
-    assert llm.num_blocks == 2 * noted["layers"]
+    assert llm.num_blocks == 2 * recipe["layers"]
     assert sum(weight.numel() for weight in llm.model.parameters()) == noted["parameters"]
     assert folder_bytes(locate(name).folder) <= 4_000_000
     assert llm.model.config.model_type == recipe["family"]
@@ -61,7 +63,7 @@ def test_the_held_out_text_is_what_the_program_writes_and_was_not_trained_on():
 
 def test_training_again_gives_the_same_weights():
     stream = torch.arange(2_000) % tiny_models.VOCABULARY
-    models = [tiny_models.make_model(tiny_models.RECIPES["tiny-narrow"]) for _ in range(2)]
+    models = [tiny_models.make_model(recipe("tiny-narrow")) for _ in range(2)]
     before = models[0].lm_head.weight.clone()
     for model in models:
         tiny_models.train(model, [stream, stream], steps=2, seed=0)
@@ -74,9 +76,9 @@ def test_the_zoo_has_three_families_one_of_which_is_only_in_the_test_part():
     models = [set(models) for models in PARTS.values()]
     assert [len(part) for part in models] == [44, 4, 16]
     assert set.union(*models) == set(TINY_MODELS) == set(RECORD)
-    families = [{RECORD[name]["family"] for name in part} for part in models]
+    families = [{RECORD[name]["recipe"]["family"] for name in part} for part in models]
     assert families == [{"llama", "qwen2"}, {"llama", "qwen2"}, {"llama", "qwen2", "gpt_neox"}]
-    layers = [RECORD[name]["layers"] for name in RECORD]
+    layers = [RECORD[name]["recipe"]["layers"] for name in RECORD]
     assert (min(layers), max(layers)) == (3, 12)
     assert sum(path.stat().st_size for path in (TINY / "zoo").iterdir()) < 7_000_000
     assert sum(entry["cpu_s"] for entry in RECORD.values()) < 7_200
@@ -84,7 +86,7 @@ def test_the_zoo_has_three_families_one_of_which_is_only_in_the_test_part():
 
 def test_a_rounded_file_gives_the_same_model_up_to_rounding(tmp_path, monkeypatch):
     monkeypatch.setenv("RAP_CACHE_DIR", str(tmp_path / "cache"))
-    model = tiny_models.make_model(tiny_models.RECIPES["zoo-25"])
+    model = tiny_models.make_model(recipe("zoo-25"))
     path = TINY / "zoo" / "zoo-25.safetensors.xz"
     original = path.read_bytes()
     try:
