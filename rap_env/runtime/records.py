@@ -1,4 +1,4 @@
-"""What is recorded of an engine: its steps and its counters."""
+"""The settings of an engine, and what is recorded of it: its steps and its counters."""
 
 from __future__ import annotations
 
@@ -7,12 +7,45 @@ from typing import Literal
 
 from rap_env.models.live.live_blocks import HeldBytes
 from rap_env.plan import Plan
+from rap_env.request import KEPT_DELTA_NLL
 
 StepKind = Literal["prefill", "decode"]
 
 Trigger = Literal["arrival", "budget_fell", "room"]
 """What caused a switch: a request arrived, the budget fell below the need, or there was
 headroom again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """Settings of an `Engine`.
+
+    Attributes:
+        max_batch_size: Most rows of the running batch.
+        max_queue: Most requests that wait.
+        max_seq_len_tokens: Longest prompt and answer together; by default the model's
+            positions.
+        prefill_chunk_tokens: Most tokens of a prefill chunk.
+        queue_timeout_s: Longest that a request may wait; None for no limit.
+        target_itl_s: Mean seconds between the tokens of an answer while prompts of others are
+            read: as many decode steps follow each chunk as that takes; None for one.
+        keep: Whether prompts and answers that were read stay in memory that is free, so that
+            requests that begin as they do need not read them again (`KeptSequences`).
+        keep_delta_nll: Rise in NLL, nats per token, by which what is kept may be worse than
+            the plan.
+        keep_file_bytes: Bytes of files to which what is kept goes when it has no room in
+            memory, and from which it is read where that is faster than reading the prompt.
+    """
+
+    max_batch_size: int = 8
+    max_queue: int = 64
+    max_seq_len_tokens: int | None = None
+    prefill_chunk_tokens: int = 256
+    queue_timeout_s: float | None = None
+    target_itl_s: float | None = None
+    keep: bool = True
+    keep_delta_nll: float = KEPT_DELTA_NLL
+    keep_file_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
+from rap_env.runtime.decision import Snapshot
+from rap_env.runtime.executor import Executor
 from rap_env.runtime.kept_sequences import KeptSequences, Taken
 from rap_env.runtime.memory_estimator import BatchShape, PassSize
 from rap_env.runtime.plan_chooser import PlanChooser
@@ -84,10 +86,9 @@ class RunningBatch:
     which there are no copies: without a disk, and with sliding windows.
 
     Args:
-        llm: The live model.
-        chunk_tokens: Most tokens of a prefill chunk.
-        uniform: As for `BatchShape.of`.
+        executor: Ends a chunk of a prefill when the budget falls.
         kept: Sequences that were read before, preempted ones included.
+        chunk_tokens: Most tokens of a prefill chunk.
 
     Attributes:
         kept: As given; so is `chunk_tokens`.
@@ -98,16 +99,16 @@ class RunningBatch:
 
     def __init__(
         self,
-        llm: ElasticLLM,
-        chunk_tokens: int,
+        executor: Executor,
         kept: KeptSequences,
-        *,
-        uniform: bool,
+        chunk_tokens: int,
     ) -> None:
-        self._llm = llm
+        self._executor = executor
+        self._llm: ElasticLLM = executor.controller.llm
         self.chunk_tokens = chunk_tokens
         self.kept = kept
-        self._uniform = uniform
+        windows = executor.controller.estimator.memory.facts.kv_window_tokens
+        self._uniform = any(window is not None for window in windows)
         self._shape: BatchShape | None = None  # None: to be computed
         self.rows = self.new_rows()
         self.decoding: list[TokenSequence] = []
@@ -172,20 +173,25 @@ class RunningBatch:
             growth = (rows + 1) * max(length, final) - rows * length - prefilling.batch.length
         return PassSize(tokens, growth)
 
+    def snapshot(self, *, prefill: bool) -> Snapshot:
+        """What a decision before the next pass has to know of the batch."""
+        return Snapshot(
+            running=self.shape,
+            next_pass=self.pass_size(prefill=prefill),
+            rows_plan=self.rows.lowest_plan,
+            newest=self.newest if self.sequences else None,
+            refills=self.refilling is not None,
+        )
+
     def prefill(
-        self,
-        sequence: TokenSequence,
-        chunk_tokens: int,
-        interrupt: Callable[[], bool] | None = None,
-        *,
-        refills: bool = False,
+        self, sequence: TokenSequence, chunk_tokens: int, *, refills: bool = False
     ) -> Taken:
         """Begin to read a sequence's tokens, in chunks, or those of a decoding one again.
 
         Returns:
             What is kept of them and not read.
         """
-        batch = self.new_rows(chunk_tokens, interrupt)
+        batch = self.new_rows(chunk_tokens)
         if refills or not self.decoding:  # else its cache will be copied into the batch's
             batch.reserve_tokens = sum(sequence.progress(in_batch=refills))
         taken = Taken() if refills else self.kept.take(sequence, batch)
@@ -244,7 +250,7 @@ class RunningBatch:
         sequence.unkept, self._shape = False, None
         if batch.size:
             cached = batch.cached_row(row)
-            sequence.unkept = self.kept.put(sequence, cached, read, waiting=waiting)
+            sequence.unkept = self.kept.put(sequence, cached, read, self.shape, waiting=waiting)
 
     def remove(self, sequences: Collection[TokenSequence]) -> None:
         """Remove sequences, with a refill or a prefill of theirs."""
@@ -269,14 +275,12 @@ class RunningBatch:
         self.rows = self.new_rows()
         self.decoding = []
 
-    def new_rows(
-        self, chunk_tokens: int | None = None, interrupt: Callable[[], bool] | None = None
-    ) -> LiveBatch:
-        """An empty batch; arguments as of `prefill`."""
+    def new_rows(self, chunk_tokens: int | None = None) -> LiveBatch:
+        """An empty batch, whose passes end when the budget falls if they are chunks."""
         return LiveBatch(
             self._llm,
             most_tokens=chunk_tokens or self.chunk_tokens,
-            interrupt=interrupt,
+            interrupt=None if chunk_tokens is None else self._executor.must_interrupt,
             copies=self.kept.files.folder,
         )
 

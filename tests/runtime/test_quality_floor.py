@@ -45,8 +45,8 @@ def test_a_plan_is_applied_only_above_the_floor(policy):
     outcomes = set()
     for budget in range(top, least, (least - top) // 12):
         floored.budget_bytes = free.budget_bytes = budget
-        admitted = floored.controller.admit(SHAPE)
-        assert free.controller.admit(SHAPE)
+        admitted = floored.admit(SHAPE)
+        assert free.admit(SHAPE)
         assert admitted == (policy.delta_nll(free.llm.plan, 40) <= 2.0)
         if admitted:
             assert floored.llm.plan == free.llm.plan
@@ -112,9 +112,9 @@ def test_a_plan_that_spares_a_running_batch_a_refill_is_above_the_floor_too():
     policy.delta_nll = lambda plan, tokens: 1.0 if before.removed < plan.removed else 0.1
     harness = Harness(policy=policy, guard_order=ORDER, mask=before, max_delta_nll=0.5)
     harness.budget_bytes = harness.need(said, SHAPE)
-    assert not harness.controller.check(SHAPE)  # block 0 would stay removed besides others
+    assert not harness.check(SHAPE)  # block 0 would stay removed besides others
     assert harness.mask == before
-    assert harness.controller.admit(SHAPE)
+    assert harness.admit(SHAPE)
     assert harness.mask == said
 
 
@@ -211,9 +211,9 @@ def test_what_a_prefill_took_is_expected_of_prefills_alone(policy):
     harness.controller.observe(shape, "prefill")
     harness.meter.noise_bytes = 0
     harness.controller.note_preemption()
-    assert harness.controller.check(shape, PassSize(4, 4, prefills=False))
+    assert harness.check(shape, PassSize(4, 4, prefills=False))
     assert harness.llm.plan == NATIVE
-    harness.controller.check(shape, PassSize(4, 4))
+    harness.check(shape, PassSize(4, 4))
     assert harness.llm.plan != NATIVE
 
 

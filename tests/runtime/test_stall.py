@@ -137,14 +137,14 @@ def test_the_floor_rises_with_waiting_requests_to_its_most_and_falls_with_the_qu
     floors = []
     for waiting in (0, 1, 2, 3, 9, 0):
         harness.controller.note_waiting(waiting)
-        harness.controller.check(BatchShape(1, 10), PassSize(1, 1))
+        harness.check(BatchShape(1, 10), PassSize(1, 1))
         floors.append(round(chooser.max_delta_nll, 3))
     assert floors == [0.1, 0.2, 0.3, 0.35, 0.35, 0.1]
     chooser.follow_queue(0, NATIVE, BatchShape(), stalled=True)
     assert chooser.max_delta_nll == 0.35
     fixed = Harness(layers=2, policy=knapsack(), max_delta_nll=0.1)
     fixed.controller.note_waiting(9)
-    fixed.controller.check(BatchShape(1, 10), PassSize(1, 1))
+    fixed.check(BatchShape(1, 10), PassSize(1, 1))
     assert fixed.controller.chooser.max_delta_nll == 0.1
 
 

@@ -121,7 +121,7 @@ def test_a_budget_that_falls_removes_more_where_the_policy_needs_what_cannot_be_
     harness = Harness(policy=policy, guard_order=ORDER, mask=Plan.removing(0))
     next(cache_dir().rglob("block000.safetensors")).unlink()
     harness.budget_bytes = harness.need(policy.mask, SHAPE)
-    assert harness.controller.check(SHAPE)
+    assert harness.check(SHAPE)
     assert harness.mask.removed > {0}
     assert harness.mask.removed <= {0, *ORDER}
     assert harness.need(harness.mask, SHAPE) <= harness.budget_bytes
