@@ -131,7 +131,7 @@ class Admission:
         self._monitor = controller.monitor
         self._chooser = controller.chooser
         self._clock = controller.clock
-        self._hold_s = controller.settings.hold_s
+        self._headroom = controller.headroom
         self._queue = queue
         self._batch = batch
         self._kept = batch.kept
@@ -174,7 +174,7 @@ class Admission:
         if self.stalled_s >= _STALLED_S:
             self._admit_any()
             return
-        if batch.decoding and self._clock() - self.preempted_s < self._hold_s:
+        if batch.decoding and self._clock() - self.preempted_s < self._headroom.hold_s:
             return  # a request was preempted just now
         sequence = next(filter(self._within_own_floor, self._queue.waiting), None)
         if sequence is not None:

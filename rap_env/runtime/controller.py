@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 
 RETRY_S = 5.0
 """Seconds between two looks at weights that could not be read."""
+IDLE_RESTORE_S = 60.0
+"""Seconds without a request after which everything that fits is restored, without a
+reserve."""
 _UNREADABLE = (ChecksumError, ModelNotAvailableError)
 
 
@@ -97,6 +100,7 @@ class RuntimeController:
         monitor: Measures bytes.
         chooser: Chooses plans that fit.
         switcher: Applies plans.
+        headroom: Says when to raise them.
         overhead_s: Seconds spent on decisions, switching and measuring included.
 
     Raises:
@@ -139,6 +143,7 @@ class RuntimeController:
             most_delta_nll=settings.most_delta_nll,
         )
         self.switcher = PlanSwitcher(self.chooser, self.monitor, clock)
+        self.headroom = Headroom(settings.hold_s, clock)
         self.overhead_s = 0.0
 
     @contextmanager
@@ -219,3 +224,70 @@ class PlanSwitcher:
         if not self.unreadable:
             log.warning("The plan stays, and a try follows every %g s: %s", RETRY_S, error)
         self.unreadable = str(error)
+
+
+class Headroom:
+    """How long there has been headroom for a better plan, and for how long nothing has run.
+
+    Headroom in which nothing could be raised for a batch is not tried again for that batch.
+
+    Args:
+        hold_s: Seconds for which headroom must last while requests run, so that the plan does
+            not flap.
+        clock: Gives the time in seconds.
+
+    Attributes:
+        hold_s: As given.
+    """
+
+    def __init__(self, hold_s: float, clock: Callable[[], float]) -> None:
+        self.hold_s = hold_s
+        self._clock = clock
+        self._since_s: float | None = None  # there has been headroom
+        self._least_bytes = 0  # of headroom since then
+        # A batch, and enough bytes for it.
+        self._failure: tuple[BatchShape, int] | None = None
+        # Or of the last attempt to restore everything.
+        self._idle_since_s: float | None = None
+
+    def reset(self) -> None:
+        """Wait for headroom from now on."""
+        self._since_s = self._failure = None
+
+    def note_failure(self, shape: BatchShape, least_bytes: int) -> None:
+        """Nothing could be raised for a batch; at least so many bytes are worth another try."""
+        self._failure = shape, least_bytes
+
+    def forget_failure(self) -> None:
+        """Try again in headroom in which nothing could be raised."""
+        self._failure = None
+
+    def was_idle(self, shape: BatchShape) -> bool:
+        """Whether nothing has run for `IDLE_RESTORE_S`; true once in that time."""
+        now, since_s = self._clock(), self._idle_since_s
+        if not shape and since_s is not None and now - since_s < IDLE_RESTORE_S:
+            return False
+        self._idle_since_s = None if shape else now
+        return not shape and since_s is not None
+
+    def lasting_bytes(
+        self, shape: BatchShape, headroom_bytes: int, useful_bytes: int
+    ) -> int | None:
+        """Bytes that were free throughout `hold_s`, after which a new wait begins; else None.
+
+        Less than `useful_bytes` restarts the wait.
+        """
+        now = self._clock()
+        if headroom_bytes < useful_bytes:
+            self._since_s = None
+            return None
+        if self._since_s is None:
+            self._since_s, self._least_bytes = now, headroom_bytes
+        self._least_bytes = min(self._least_bytes, headroom_bytes)
+        if now - self._since_s < self.hold_s:
+            return None
+        least = self._least_bytes
+        self._since_s, self._least_bytes = now, headroom_bytes
+        if self._failure is not None and self._failure[0] == shape and least < self._failure[1]:
+            return None
+        return least

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -25,9 +24,6 @@ from rap_env.runtime.memory_estimator import BatchShape
 if TYPE_CHECKING:
     from rap_env.models.live.elastic import ElasticLLM
 
-IDLE_RESTORE_S = 60.0
-"""Seconds without a request after which everything that fits is restored, without a
-reserve."""
 _LOOK_S = 0.02  # between looks at the budget within a prefill chunk
 _MOST_INTERRUPTIONS = 3  # of one chunk; with a budget that jumps, it would never end
 
@@ -46,7 +42,7 @@ class Executor:
         self._kept = kept
         self._chooser = controller.chooser
         self._monitor = controller.monitor
-        self._headroom = Headroom(controller.settings.hold_s, controller.clock)
+        self._headroom = controller.headroom
         # Bytes that were available when no plan fitted a batch and a quality floor.
         self._rejected: dict[tuple[BatchShape, float], int] = {}
         self._next_look_s = 0.0
@@ -183,66 +179,3 @@ class Executor:
             self._monitor.margin.forget()
             self._monitor.trim()
             self._rejected = {}
-
-
-class Headroom:
-    """How long there has been headroom for a better plan, and for how long nothing has run.
-
-    Headroom in which nothing could be raised for a batch is not tried again for that batch.
-
-    Args:
-        hold_s: Seconds for which headroom must last while requests run.
-        clock: Gives the time in seconds.
-    """
-
-    def __init__(self, hold_s: float, clock: Callable[[], float]) -> None:
-        self._hold_s = hold_s
-        self._clock = clock
-        self._since_s: float | None = None  # there has been headroom
-        self._least_bytes = 0  # of headroom since then
-        # A batch, and enough bytes for it.
-        self._failure: tuple[BatchShape, int] | None = None
-        # Or of the last attempt to restore everything.
-        self._idle_since_s: float | None = None
-
-    def reset(self) -> None:
-        """Wait for headroom from now on."""
-        self._since_s = self._failure = None
-
-    def note_failure(self, shape: BatchShape, least_bytes: int) -> None:
-        """Nothing could be raised for a batch; at least so many bytes are worth another try."""
-        self._failure = shape, least_bytes
-
-    def forget_failure(self) -> None:
-        """Try again in headroom in which nothing could be raised."""
-        self._failure = None
-
-    def was_idle(self, shape: BatchShape) -> bool:
-        """Whether nothing has run for `IDLE_RESTORE_S`; true once in that time."""
-        now, since_s = self._clock(), self._idle_since_s
-        if not shape and since_s is not None and now - since_s < IDLE_RESTORE_S:
-            return False
-        self._idle_since_s = None if shape else now
-        return not shape and since_s is not None
-
-    def lasting_bytes(
-        self, shape: BatchShape, headroom_bytes: int, useful_bytes: int
-    ) -> int | None:
-        """Bytes that were free throughout `hold_s`, after which a new wait begins; else None.
-
-        Less than `useful_bytes` restarts the wait.
-        """
-        now = self._clock()
-        if headroom_bytes < useful_bytes:
-            self._since_s = None
-            return None
-        if self._since_s is None:
-            self._since_s, self._least_bytes = now, headroom_bytes
-        self._least_bytes = min(self._least_bytes, headroom_bytes)
-        if now - self._since_s < self._hold_s:
-            return None
-        least = self._least_bytes
-        self._since_s, self._least_bytes = now, headroom_bytes
-        if self._failure is not None and self._failure[0] == shape and least < self._failure[1]:
-            return None
-        return least

@@ -93,6 +93,11 @@ class Harness:
     def everything(self) -> Plan:
         return Plan.removing(*range(self.llm.num_blocks))
 
+    def set_plan(self, plan: Plan) -> None:
+        """Let a plan be the present one, and the one that the policy chooses."""
+        self.policy.plan = plan
+        self.llm.apply(plan)
+
     def need(self, mask, shape: BatchShape) -> int:
         return self.estimator.peak_bytes(mask, shape)
 

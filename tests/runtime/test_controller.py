@@ -22,15 +22,14 @@ def harness():
 @pytest.fixture
 def triggers(caplog):
     """What caused each change of the plan so far, as the log says."""
-    caplog.set_level("INFO", "rap_env.runtime.plan_switcher")
+    caplog.set_level("INFO", "rap_env.runtime.controller")
     return lambda: re.findall(r"Plan changed \((\w+)\)", caplog.text)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 6])
 def test_at_arrival_as_many_blocks_are_removed_as_needed(harness, count, triggers):
     harness.budget_bytes = between(harness, count)
-    controller = harness.controller
-    assert controller.admit(SHAPE)
+    assert harness.admit(SHAPE)
     assert harness.mask == Plan.removing(*ORDER[:count])
     assert triggers() == ["arrival"] * bool(count)
 
@@ -84,7 +83,7 @@ def test_unpredicted_bytes_are_learned_and_reserved(harness):
     harness.budget_bytes = between(harness, 2)
     harness.admit(SHAPE)
     harness.meter.noise_bytes = 3 * 10**5
-    harness.controller.observe(SHAPE, "prefill")
+    harness.controller.monitor.observe_step(SHAPE, "prefill")
     learned = harness.controller.monitor.margin.bytes
     assert learned == pytest.approx(3 * 10**5 - harness.estimator.workspace_bytes(SHAPE), abs=10)
     harness.budget_bytes += learned
@@ -112,7 +111,7 @@ def test_a_pass_that_could_exceed_the_budget_removes_blocks_before_it_runs(harne
 
 def test_while_idle_a_burst_expires_and_freed_memory_is_returned(harness):
     harness.meter.noise_bytes = 10**6
-    harness.controller.observe(SHAPE, "decode")
+    harness.controller.monitor.observe_step(SHAPE, "decode")
     assert harness.controller.monitor.margin.bytes > 0
     harness.meter.noise_bytes = 0
     for _ in range(500):
@@ -138,7 +137,7 @@ def test_a_change_of_the_plan_is_logged_in_a_short_line(caplog):
     plan = Plan.of(caches | {f"layer{n:02}.ffn": "removed" for n in range(0, 64, 2)})
     harness = Harness(policy=FakePolicy(plan), layers=64)
     harness.budget_bytes = harness.need(plan, SHAPE)
-    caplog.set_level("INFO", "rap_env.runtime.plan_switcher")
+    caplog.set_level("INFO", "rap_env.runtime.controller")
     assert harness.check(SHAPE)
     assert harness.llm.plan == plan
     (line,) = [record.getMessage() for record in caplog.records]

@@ -107,7 +107,7 @@ def test_sampling_ends_with_the_meter():
 def test_an_idle_engine_takes_no_samples():
     llm = tiny_llm()
     meter = ResidentMeter(llm)
-    engine = Engine(llm, RuntimeController(llm, StaticPolicy(Plan()), 2**40, meter=meter))
+    engine = Engine(RuntimeController(llm, StaticPolicy(Plan()), 2**40, meter=meter))
     engine.start()
     engine.submit([1, 2, 3], SamplingParams(max_new_tokens=2)).result(timeout_s=30)
     assert engine.stats().kept_bytes > 0

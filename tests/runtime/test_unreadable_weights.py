@@ -106,8 +106,8 @@ def test_a_file_is_looked_at_every_five_seconds_whatever_the_budget_is():
 def test_below_the_quality_floor_requests_wait_until_the_file_is_back():
     outage = Outage("gone")
     chooser = outage.harness.controller.chooser
-    chooser.max_delta_nll = chooser.most_delta_nll = 0.5
     chooser.policy.delta_nll = lambda plan, tokens: float(len(plan.removed))  # of each block
+    chooser.use_policy(chooser.policy, 0.5)
     handle = outage.engine.submit(prompt(4), greedy(4))
     outage.idle(12)
     assert (handle.token_ids, outage.harness.mask) == ([], OUT)
