@@ -160,6 +160,7 @@ def record(llm: ElasticLLM, policy: Policy, settings: DemoConfig) -> Recording:
     from rap_env.runtime.memory_estimator import BatchShape
     from rap_env.runtime.memory_meter import make_levels
     from rap_env.runtime.memory_monitor import GivenMemory
+    from rap_env.runtime.records import ControllerSettings, EngineSettings
     from rap_env.runtime.sampling import SamplingParams
 
     llm.set_residency("offload")
@@ -177,17 +178,13 @@ def record(llm: ElasticLLM, policy: Policy, settings: DemoConfig) -> Recording:
         llm,
         policy,
         GivenMemory(limit_bytes),
-        max_delta_nll=DEFAULT_MAX_DELTA_NLL,
-        most_delta_nll=DEFAULT_MOST_DELTA_NLL,
+        ControllerSettings(
+            max_delta_nll=DEFAULT_MAX_DELTA_NLL, most_delta_nll=DEFAULT_MOST_DELTA_NLL
+        ),
         clock=time.thread_time,
     )
-    engine = Engine(
-        llm,
-        controller,
-        max_batch_size=settings.chats + 1,
-        target_itl_s=0.1,
-        clock=time.thread_time,
-    )
+    rows = settings.chats + 1
+    engine = Engine(controller, EngineSettings(max_batch_size=rows, target_itl_s=0.1))
     shape = BatchShape(settings.chats + 1, max(map(len, prompts)) + CHAT_TOKENS)
     native_bytes = controller.estimator.peak_bytes(Plan(), shape)
     recording = Recording(llm.facts.num_layers, settings.live_s)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rap_env.errors import ChecksumError, ModelNotAvailableError, RapError
-from rap_env.memory import PREFILL_CHUNK_TOKENS
 from rap_env.models.device import synchronise
 from rap_env.plan import Plan
 from rap_env.policies.base import PolicyLike, as_policy
@@ -20,7 +18,7 @@ from rap_env.runtime.memory_meter import Meter, process_meter
 from rap_env.runtime.memory_monitor import MemoryMonitor, MemorySource, SafetyMargin
 from rap_env.runtime.memory_source import open_memory
 from rap_env.runtime.plan_chooser import PlanChooser
-from rap_env.runtime.records import Trigger
+from rap_env.runtime.records import ControllerSettings, Trigger
 
 if TYPE_CHECKING:
     from rap_env.models.live.elastic import ElasticLLM
@@ -33,34 +31,6 @@ IDLE_RESTORE_S = 60.0
 """Seconds without a request after which everything that fits is restored, without a
 reserve."""
 _UNREADABLE = (ChecksumError, ModelNotAvailableError)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ControllerSettings:
-    """How plans are chosen, and when they are raised.
-
-    Attributes:
-        guard_order: Indices of blocks in the order in which the guard removes them. By
-            default the policy's `order` if it has one, else those that free most bytes first.
-            An empty order disables the guard: only the policy's own plan is tried.
-        max_delta_nll: Quality floor: largest rise in NLL, in nats per token, that the policy
-            may predict for a plan with which a batch runs. Other plans, and those without a
-            prediction, count as plans that do not fit. None for no floor.
-        most_delta_nll: What the floor rises to with waiting requests
-            (`PlanChooser.follow_queue`); None for a floor that stays.
-        chunk_tokens: Most tokens that one pass through the model runs; fewer need less
-            workspace.
-        hold_s: Seconds for which headroom must last while requests run, so that the plan does
-            not flap.
-        spare_share: Share of the budget that a raised plan leaves free.
-    """
-
-    guard_order: Sequence[int] | None = None
-    max_delta_nll: float | None = None
-    most_delta_nll: float | None = None
-    chunk_tokens: int = PREFILL_CHUNK_TOKENS
-    hold_s: float = 2.0
-    spare_share: float = 0.05
 
 
 class RuntimeController:
@@ -134,14 +104,7 @@ class RuntimeController:
             self.estimator,
             SafetyMargin(clock),
         )
-        self.chooser = PlanChooser(
-            llm,
-            as_policy(policy),
-            self.estimator,
-            guard_order=settings.guard_order,
-            max_delta_nll=settings.max_delta_nll,
-            most_delta_nll=settings.most_delta_nll,
-        )
+        self.chooser = PlanChooser(llm, as_policy(policy), self.estimator, settings)
         self.switcher = PlanSwitcher(self.chooser, self.monitor, clock)
         self.headroom = Headroom(settings.hold_s, clock)
         self.overhead_s = 0.0

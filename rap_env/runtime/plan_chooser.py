@@ -14,6 +14,7 @@ from rap_env.errors import ArtifactError, InvalidRequestError, UnknownNameError
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.runtime.memory_estimator import BatchShape, MemoryEstimator
+from rap_env.runtime.records import ControllerSettings
 
 if TYPE_CHECKING:
     from rap_env.models.live.elastic import ElasticLLM
@@ -54,9 +55,8 @@ class PlanChooser:
     A policy is asked again with a lower limit where its plan does not fit. Where the plan
     does not fit then, the guard removes more blocks in its own order. With a quality floor,
     no plan is chosen for a batch if the predicted rise in NLL of the one that fits is above
-    `max_delta_nll` or unknown; floors of a batch's own requests count likewise. The settings
-    are those of `RuntimeController`; whether a batch could fit is asked at the floor's
-    highest value.
+    `max_delta_nll` or unknown; floors of a batch's own requests count likewise. Whether a batch
+    could fit is asked at the floor's highest value.
 
     Attributes:
         llm: The live model.
@@ -79,15 +79,12 @@ class PlanChooser:
         llm: ElasticLLM,
         policy: Policy,
         estimator: MemoryEstimator,
-        *,
-        guard_order: Sequence[int] | None,
-        max_delta_nll: float | None,
-        most_delta_nll: float | None = None,
+        settings: ControllerSettings,
     ) -> None:
         self.llm = llm
         self.estimator = estimator
-        self._guard_order = guard_order
-        self.use_policy(policy, max_delta_nll, most_delta_nll)
+        self._guard_order = settings.guard_order
+        self.use_policy(policy, settings.max_delta_nll, settings.most_delta_nll)
         self.decisions = 0
         self.decision_s = 0.0
 

@@ -1,10 +1,12 @@
-"""The settings of an engine, and what is recorded of it: its steps and its counters."""
+"""The settings of a controller and an engine, and what is recorded: steps and counters."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from rap_env.memory import PREFILL_CHUNK_TOKENS
 from rap_env.models.live.live_blocks import HeldBytes
 from rap_env.plan import Plan
 from rap_env.request import KEPT_DELTA_NLL
@@ -14,6 +16,34 @@ StepKind = Literal["prefill", "decode"]
 Trigger = Literal["arrival", "budget_fell", "room"]
 """What caused a switch: a request arrived, the budget fell below the need, or there was
 headroom again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControllerSettings:
+    """How plans are chosen, and when they are raised.
+
+    Attributes:
+        guard_order: Indices of blocks in the order in which the guard removes them. By
+            default the policy's `order` if it has one, else those that free most bytes first.
+            An empty order disables the guard: only the policy's own plan is tried.
+        max_delta_nll: Quality floor: largest rise in NLL, in nats per token, that the policy
+            may predict for a plan with which a batch runs. Other plans, and those without a
+            prediction, count as plans that do not fit. None for no floor.
+        most_delta_nll: What the floor rises to with waiting requests
+            (`PlanChooser.follow_queue`); None for a floor that stays.
+        chunk_tokens: Most tokens that one pass through the model runs; fewer need less
+            workspace.
+        hold_s: Seconds for which headroom must last while requests run, so that the plan does
+            not flap.
+        spare_share: Share of the budget that a raised plan leaves free.
+    """
+
+    guard_order: Sequence[int] | None = None
+    max_delta_nll: float | None = None
+    most_delta_nll: float | None = None
+    chunk_tokens: int = PREFILL_CHUNK_TOKENS
+    hold_s: float = 2.0
+    spare_share: float = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,13 +9,13 @@ import torch
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.policies.loading import OrderPolicy, StaticPolicy
-from rap_env.runtime.controller import ControllerSettings, RuntimeController
+from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.decision import Admit, Snapshot
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.executor import Executor
 from rap_env.runtime.memory_estimator import EMPTY_BATCH, UNKNOWN_PASS, BatchShape, MemoryEstimator
 from rap_env.runtime.memory_meter import TensorMeter
-from rap_env.runtime.records import EngineSettings
+from rap_env.runtime.records import ControllerSettings, EngineSettings
 from rap_env.runtime.sampling import SamplingParams
 from rap_env.runtime.scheduler import kept_sequences
 from tests.tiny import VOCAB_SIZE, tiny_llm
