@@ -212,7 +212,9 @@ def _items_by_level(plan: Plan, num_layers: int) -> dict[tuple[str, ...], float]
     The cache of a removed attention block counts as removed.
     """
     kinds = (*KINDS, "cache", EMBEDDINGS)
-    counts = Tally({(kind, level): 0 for kind in kinds for level in WEIGHT_LEVELS})
+    counts: Tally[tuple[str, ...]] = Tally(
+        {(kind, level): 0 for kind in kinds for level in WEIGHT_LEVELS}
+    )
     caches = {cache_name(index // 2) for index in plan.removed if index % 2 == 0}
     levels = plan.levels | dict.fromkeys(caches, "removed")
     for item in item_names(num_layers):

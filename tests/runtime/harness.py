@@ -193,6 +193,11 @@ def serve_while_the_budget_jumps(harness, engine, least: int, most: int) -> list
     return handles
 
 
+def preempt(engine) -> None:
+    """Put the newest request that runs back into the queue."""
+    engine._scheduler._preempt(engine._scheduler.batch.newest)
+
+
 def steps(engine, count: int) -> None:
     for _ in range(count):
         engine.step()

@@ -17,7 +17,7 @@ from rap_env.runtime.memory_estimator import BatchShape
 from rap_env.runtime.request_handle import RequestHandle
 from rap_env.runtime.sequence import TokenSequence
 from tests.policies.test_knapsack import costs
-from tests.runtime.harness import PLENTY, Harness, alone, greedy, prompt, steps
+from tests.runtime.harness import PLENTY, Harness, alone, greedy, preempt, prompt, steps
 from tests.runtime.test_sampling import reading
 from tests.tiny import tiny_llm
 
@@ -741,7 +741,7 @@ def test_of_a_prompt_that_is_never_read_to_its_end_nothing_is_kept(disk, end):
     for _ in range(3):
         engine.step()
     harness.budget_bytes = 10 if disk else harness.need(Plan(), BatchShape()) + 9 * before
-    engine._scheduler._preempt()
+    preempt(engine)
     engine.step()
     kept = engine._scheduler._kept
     assert len(kept._waiting) == 1

@@ -22,7 +22,7 @@ from rap_env.runtime.memory_meter import TensorMeter
 from rap_env.runtime.records import EngineSettings
 from rap_env.runtime.sampling import SamplingParams
 from rap_env.runtime.structured_output import MAX_GRAMMAR_CHARS, GrammarCompiler
-from tests.runtime.harness import FakePolicy
+from tests.runtime.harness import FakePolicy, preempt
 from tests.serving.tokenizers import byte_llm, byte_tokenizer
 from tests.tiny import tiny_tokenizer
 
@@ -170,7 +170,7 @@ def test_preemptions_and_changes_of_the_plan_keep_the_place_in_the_grammar(llm, 
         engine.step()
         if number in (4, 8):
             while engine._scheduler.batch.sequences:
-                engine._scheduler._preempt()
+                preempt(engine)
     finish(engine)
     assert handle.preemptions == other.preemptions == 2
     assert len(set(handle.plans)) > 1
