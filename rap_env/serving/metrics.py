@@ -18,7 +18,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 
 from rap_env.levels import WEIGHT_LEVELS
-from rap_env.plan import EMBEDDINGS, KINDS, Plan, cache_name, is_cache, item_names
+from rap_env.plan import BLOCK_KINDS, EMBEDDINGS, Plan, cache_name, is_cache, item_names
 from rap_env.runtime.memory_meter import ResidentMeter
 from rap_env.serving.settings import ServerSettings
 from rap_env.version import __version__
@@ -139,7 +139,7 @@ def _readings(engine: Engine) -> dict[str, Reading]:
     budget_bytes, process_bytes = max(0, monitor.budget_bytes), monitor.source.process_bytes
     readings: dict[str, Reading] = {
         "items": _items_by_level(stats.plan, num_layers),
-        "blocks_removed": {(kind,): stats.plan.count_removed(kind) for kind in KINDS},
+        "blocks_removed": {(kind,): stats.plan.count_removed(kind) for kind in BLOCK_KINDS},
         "max_delta_nll": math.nan if floor is None else floor,
         "weights_unreadable": bool(controller.switcher.unreadable),
         "plan_switches": controller.switcher.switches,
@@ -211,7 +211,7 @@ def _items_by_level(plan: Plan, num_layers: int) -> dict[tuple[str, ...], float]
 
     The cache of a removed attention block counts as removed.
     """
-    kinds = (*KINDS, "cache", EMBEDDINGS)
+    kinds = (*BLOCK_KINDS, "cache", EMBEDDINGS)
     counts: Tally[tuple[str, ...]] = Tally(
         {(kind, level): 0 for kind in kinds for level in WEIGHT_LEVELS}
     )
