@@ -20,6 +20,11 @@ from rap_env.runtime.records import Trigger
 
 _ATTEMPTS = 4  # at making a plan fit by measured bytes
 _RESERVE_PARTS = 4  # of the source's reserve, as few of which are used as suffice
+TOKEN_NATS = 0.001
+"""Rise in NLL, in nats, that the tokens to come must be spared for each token computed
+again."""
+# Nats per token, where the policy predicts none: about that of int4 caches.
+_UNKNOWN_RISE = 0.016
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,13 @@ class EndRefill:
 
 
 @dataclass(frozen=True)
+class Refill:
+    """Compute the cache of a row again at the plan's levels; it decodes with the old one."""
+
+    row: Any
+
+
+@dataclass(frozen=True)
 class Preempt:
     """Put a row back into the queue."""
 
@@ -78,8 +90,18 @@ class Wait:
 
 Action = Trim | FreeKept | Borrow | Apply
 """What changes memory, so that it is measured again before the next decision."""
-RowAction = EndRefill | Preempt | Admit | Wait
+RowAction = Refill | EndRefill | Preempt | Admit | Wait
 """What changes which rows run."""
+
+
+@dataclass(frozen=True)
+class CachedRow:
+    """A row that decodes: the plan with the levels of its cache, and its tokens."""
+
+    row: Any
+    plan: Plan
+    cached_tokens: int
+    tokens_to_come: int
 
 
 @dataclass(frozen=True)
@@ -129,6 +151,7 @@ class Snapshot:
         rows_plan: The plan with the lowest levels that running rows have of caches.
         newest: The row that is preempted first.
         request: The request that may begin.
+        refillable: Rows whose caches may be computed again at the plan's levels now.
         refills: Whether a row is refilled, which ends where memory is short.
         waiting: Requests that wait.
         stalled: Whether nothing has run for so long that the request may use the reserve.
@@ -157,6 +180,7 @@ class Snapshot:
     rows_plan: Plan = Plan()
     newest: Any = None
     request: Any = None
+    refillable: tuple[CachedRow, ...] = ()
     refills: bool = False
     waiting: int = 0
     stalled: bool = False
@@ -273,10 +297,29 @@ def _raise_or_run(s: Snapshot, costs: PlanChooser) -> tuple[Action | RowAction, 
             trigger: Trigger = "room" if s.joined is None else "arrival"
             return _apply(choice.plan, trigger, s, costs)
     if s.joined is None:
-        return ()
+        return _refill(s, costs)
     if s.progress.unfinished and s.running:
         return (Wait(),)  # what runs goes on meanwhile
     return _free_for(s.plan, s, costs, at_once=False) or (Admit(s.request),)
+
+
+def _refill(s: Snapshot, costs: PlanChooser) -> tuple[RowAction, ...]:
+    """Refill the row that gains most by it, if one does."""
+    gains = {row: refill_gain(row, s.plan, costs) for row in s.refillable}
+    best = max(gains, key=gains.__getitem__, default=None)
+    return () if best is None or gains[best] <= 0 else (Refill(best.row),)
+
+
+def refill_gain(row: CachedRow, plan: Plan, costs: PlanChooser) -> float:
+    """Nats that a row gains if its cache is computed again for a plan.
+
+    That is the rise in NLL that its tokens to come are spared, less `TOKEN_NATS` for each
+    token that has to be computed.
+    """
+    tokens = row.cached_tokens + row.tokens_to_come
+    before, after = (costs.rise(each, tokens) for each in (row.plan, plan))
+    spared = _UNKNOWN_RISE if before is None or after is None else before - after
+    return row.tokens_to_come * spared - row.cached_tokens * TOKEN_NATS
 
 
 def _raised_limit(s: Snapshot, costs: PlanChooser) -> int | None:

@@ -8,12 +8,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rap_env.models.live.live_batch import LiveBatch
-from rap_env.plan import Plan
-from rap_env.runtime.decision import Snapshot
+from rap_env.runtime.decision import CachedRow, Snapshot
 from rap_env.runtime.executor import Executor
 from rap_env.runtime.kept_sequences import KeptSequences, Taken
 from rap_env.runtime.memory_estimator import BatchShape, PassSize
-from rap_env.runtime.plan_chooser import PlanChooser
 from rap_env.runtime.request_handle import EXPECTED_TOKENS
 from rap_env.runtime.sequence import PrefillingSequence, TokenSequence, shape_of
 
@@ -69,13 +67,6 @@ class Pace:
         """A decode step has taken so long."""
         self._steps = max(0, self._steps - 1)
         self.decode_s += _NEW_SHARE * (seconds - self.decode_s) if self.decode_s else seconds
-
-
-TOKEN_NATS = 0.001
-"""Rise in NLL, in nats, that the tokens to come must be spared for each token computed
-again."""
-# Nats per token, where the policy predicts none: about that of int4 caches.
-_UNKNOWN_RISE = 0.016
 
 
 class RunningBatch:
@@ -201,16 +192,14 @@ class RunningBatch:
         self._shape = None
         return taken
 
-    def best_refill(self, chooser: PlanChooser) -> TokenSequence | None:
-        """The decoding sequence that gains most by a refill, if one does."""
+    def refillable(self) -> tuple[CachedRow, ...]:
+        """The decoding rows whose caches do not have the levels of the plan, and could."""
         plan = self._llm.plan
-        gains = {
-            sequence: refill_gain(sequence, own, plan, chooser)
+        return tuple(
+            CachedRow(sequence, own, *sequence.progress(in_batch=True))
             for sequence, own in zip(self.decoding, self.rows.plans, strict=True)
             if own != plan and sequence.refills
-        }
-        best = max(gains, key=gains.__getitem__, default=None)
-        return best if best is not None and gains[best] > 0 else None
+        )
 
     def join(self) -> None:
         """Let the prefilled sequence decode; after a refill, with its new cache."""
@@ -290,22 +279,3 @@ class RunningBatch:
         if progress:
             cached, to_come = zip(*progress, strict=True)
             self.rows.reserve_tokens = max(cached) + min(to_come)
-
-
-def refill_gain(sequence: TokenSequence, own: Plan, plan: Plan, chooser: PlanChooser) -> float:
-    """Nats that a decoding sequence gains if its cache is computed again for a plan.
-
-    That is the rise in NLL that its tokens to come are spared, less `TOKEN_NATS` for each
-    token that has to be computed.
-
-    Args:
-        sequence: The sequence.
-        own: The plan with the levels that its cache has now.
-        plan: The plan.
-        chooser: Predicts the rise in NLL of plans.
-    """
-    cached, to_come = sequence.progress(in_batch=True)
-    handle = sequence.handle
-    before, after = (chooser.rise(each, handle.final_tokens) for each in (own, plan))
-    spared = _UNKNOWN_RISE if before is None or after is None else before - after
-    return to_come * spared - cached * TOKEN_NATS

@@ -15,7 +15,7 @@ from rap_env.models.device import synchronise
 from rap_env.paths import cache_dir
 from rap_env.plan import Plan
 from rap_env.runtime.admission import Admission, RequestQueue
-from rap_env.runtime.decision import EndRefill, Preempt
+from rap_env.runtime.decision import CachedRow, EndRefill, Preempt, Refill
 from rap_env.runtime.executor import Executor
 from rap_env.runtime.kept_sequences import KeptFiles, KeptSequences
 from rap_env.runtime.kept_tree import KeptQuality
@@ -79,7 +79,6 @@ class Scheduler:
         self._remove_cancelled()
         self._keep([sequence for sequence in self.batch.decoding if sequence.unkept])
         self.admission.admit_next()
-        self._refill_next()
         batch = self.batch
         self._make_fit(prefill=not self._pace.decodes_first or not batch.decoding)
         prefilled = batch.prefilling is not None and not (
@@ -235,12 +234,15 @@ class Scheduler:
     # Admission and preemption
 
     def _make_fit(self, *, prefill: bool = False) -> None:
-        """Lower the plan, end a refill, or preempt, until the next pass fits."""
+        """Act until the next pass fits: lower the plan, refill a row or end that, or preempt."""
+        batch, waiting = self.batch, self.admission.waiting
         while True:
-            asked = self.batch.snapshot(prefill=prefill)
-            action = self.executor.act(replace(asked, waiting=self.admission.waiting))
-            if isinstance(action, EndRefill):
-                self.batch.drop_prefill()
+            asked = replace(batch.snapshot(prefill=prefill), waiting=waiting)
+            action = self.executor.act(replace(asked, refillable=self._refillable()))
+            if isinstance(action, Refill):
+                batch.prefill(action.row, batch.chunk_tokens, refills=True)
+            elif isinstance(action, EndRefill):
+                batch.drop_prefill()
             elif isinstance(action, Preempt):
                 self._preempt(action.row)
             else:
@@ -288,18 +290,13 @@ class Scheduler:
             self.counters.preemptions += 1
             self._queue.put_first(sequence)
 
-    def _refill_next(self) -> None:
-        """Begin to compute the cache of a decoding row again at the plan's levels, where it pays.
-
-        It decodes with its old cache until the new one is there.
-        """
+    def _refillable(self) -> tuple[CachedRow, ...]:
+        """Rows whose caches may be computed again, where it is time to look for one."""
         now, batch = self._clock(), self.batch
         if now < self._next_refill_s or batch.prefilling is not None or not batch.decoding:
-            return
+            return ()
         self._next_refill_s = now + _REFILL_S
-        sequence = batch.best_refill(self._controller.chooser)
-        if sequence is not None:
-            batch.prefill(sequence, batch.chunk_tokens, refills=True)
+        return batch.refillable()
 
     def _remove_cancelled(self) -> None:
         """Remove cancelled requests."""
