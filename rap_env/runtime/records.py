@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rap_env.memory import PREFILL_CHUNK_TOKENS
-from rap_env.models.live.live_blocks import HeldBytes
 from rap_env.plan import Plan
 from rap_env.request import KEPT_DELTA_NLL
+
+if TYPE_CHECKING:
+    from rap_env.models.live.live_blocks import HeldBytes
 
 StepKind = Literal["prefill", "decode"]
 
