@@ -1,10 +1,11 @@
 """Policies for models that were never run: they correct the costs that a knapsack adds up.
 
 A knapsack over measured costs of single levels ignores what levels cost together. A network with
-attention between the items of a model corrects the logarithm of each cost, for the request; the
-knapsack over the corrected costs gives the plan. The network learns on plans of other models that
-run: a plan becomes more likely if it loses less than others for the request. `Bench` searches
-plans of a model; networks that predict the losses of plans are a baseline.
+attention between the items of a model, the actor, corrects the logarithm of each cost, for the
+request. It learns on plans of other models that run: a plan becomes more likely if it loses less
+than others for the request. A critic, which predicts the losses of plans, chooses among the
+knapsacks over the corrected costs with noise. If plans may be run, a Gaussian process over what
+the critic got wrong chooses the next ones. `Bench` searches plans of a model.
 
 Shapes: n plans or requests, N items, W levels, F features of an item, R entries of the request,
 H hidden width.
@@ -63,6 +64,7 @@ class Bench:
         losses_of: Gives the losses of plans, nats per token: measures or predicts them.
 
     Attributes:
+        encoder: As given.
         ladder: The items.
         requests: The requests.
         count: Number of requests.
@@ -81,7 +83,8 @@ class Bench:
         requests: Sequence[Request],
         losses_of: Callable[[Counts], Floats],
     ) -> None:
-        self.ladder, self.requests, self.count = encoder.ladder, requests, len(requests)
+        self.encoder, self.ladder = encoder, encoder.ladder
+        self.requests, self.count = requests, len(requests)
         self.observer, self._losses_of = PlanObserver(encoder, requests), losses_of
         self.known, self.losses = self.observer.start(0), np.zeros(0)
         self._numbers: dict[bytes, int] = {}
@@ -272,6 +275,14 @@ def plan_observations(observer: PlanObserver, positions: Counts) -> dict[str, to
     return {**seen, "request": torch.zeros_like(seen["request"])}
 
 
+def predicted_logs(networks: Sequence[SetNetwork], bench: Bench, positions: Counts) -> Floats:
+    """Logs of losses that networks predict: their mean and one standard deviation, (n,)."""
+    seen = plan_observations(bench.observer, positions)
+    with torch.no_grad():
+        logs = torch.stack([network.eval()(seen)[1] for network in networks]).numpy()
+    return np.asarray(logs.mean(axis=0) + logs.std(axis=0), dtype=np.float64)
+
+
 def corrections(networks: Sequence[SetNetwork], bench: Bench, which: Counts) -> Floats:
     """What networks add on average to the logs of costs for requests of a model, (n, N, W)."""
     seen = tensors(bench.observer.observe(which, bench.observer.start(len(which))))
@@ -423,18 +434,23 @@ class Tries(Method):
 
     def _choose(self, request: Request, scores: CountingScorer) -> Plan:
         def run(positions: Counts) -> Floats:
-            return np.array(scores.nll_many([*map(self.ladder.plan, positions.tolist())]))
+            plans = [*map(self.ladder.plan, positions.tolist())]
+            return np.array(scores.nll_many(plans)) - self.context.scorer.dense_nll
 
         bench = Bench(self._encoder, [request], run)
-        plans = self._plans(bench, self.random(request))
+        return self.ladder.plan(self._plan(bench, self.random(request)).tolist())
+
+    def _plan(self, bench: Bench, rng: np.random.Generator) -> Counts:
+        """The chosen plan, (N,)."""
+        plans = self._plans(bench, rng)
         if self.max_evaluations > 1:
             bench.measure(plans[: self.max_evaluations])
             plans = bench.best(np.zeros(1, np.int64))
-        return self.ladder.plan(plans[0].tolist())
+        return np.asarray(plans[0])
 
     @abstractmethod
     def _plans(self, bench: Bench, rng: np.random.Generator) -> Counts:
-        """The plans, (n, N), the most promising one first."""
+        """The plans to run, (n, N), the most promising one first."""
 
     @property
     def _requests(self) -> Counts:
@@ -479,11 +495,10 @@ class Uniform(Tries):
     Attributes:
         ffn: What is added for FFN blocks, in layers: below 0 they come first.
         depth: 1 begins with the first layer, -1 with the last one.
-        removal: Levels that a removal comes later, at most 0 (earlier).
     """
 
     name = "uniform"
-    ffn, depth, removal = 0.0, -1, 0.0
+    ffn, depth = 0.0, -1
 
     def _plans(self, bench: Bench, rng: np.random.Generator) -> Counts:
         layers = len(self.ladder)
@@ -491,8 +506,6 @@ class Uniform(Tries):
         for number, item in enumerate(self.ladder.items):
             place = self.depth * (item.layer or 0) + self.ffn * (item.kind == "ffn")
             extra[0, number] = np.arange(self.ladder.width) + place / layers
-            if item.levels[-1] == "removed":
-                extra[0, number, len(item.levels) - 2] += self.removal
         return bench.priced(self._requests[:1], extra, weight=0.0)
 
 
@@ -500,41 +513,115 @@ class Predicted(Tries):
     """A search on the losses that networks predict: regression on the plans of other models.
 
     Attributes:
-        networks: As of `predictors`.
-        pessimism: Standard deviations between networks that are added to their mean.
+        critics: As of `predictors`.
     """
 
     name = "predicted"
-    networks: Sequence[SetNetwork] = ()
-    pessimism = 1.0
+    critics: Sequence[SetNetwork] = ()
 
     def _plans(self, bench: Bench, rng: np.random.Generator) -> Counts:
         def predict(positions: Counts) -> Floats:
-            seen = plan_observations(bench.observer, positions)
-            with torch.no_grad():
-                logs = torch.stack([network.eval()(seen)[1] for network in self.networks]).numpy()
-            return np.asarray(logs.mean(axis=0) + self.pessimism * logs.std(axis=0))
+            return predicted_logs(self.critics, bench, positions)
 
-        of_networks = Bench(self._encoder, bench.requests, predict)
-        of_networks.search(rng, noisy=64, rounds=8, offspring=32)
-        return of_networks.known[of_networks.fitting(0)]
+        of_critics = Bench(bench.encoder, bench.requests, predict)
+        of_critics.search(rng, noisy=64, rounds=8, offspring=32)
+        return of_critics.known[of_critics.fitting(0)]
 
 
 class Corrected(Tries):
     """The knapsack over costs that networks correct, then with noise on the corrections.
 
     Attributes:
-        networks: As of `policy`; untrained ones change no cost.
+        actors: As of `policy`; untrained ones change no cost.
     """
 
     name = "corrected"
-    networks: Sequence[SetNetwork] = ()
+    actors: Sequence[SetNetwork] = ()
 
     def _plans(self, bench: Bench, rng: np.random.Generator) -> Counts:
-        means = corrections(self.networks, bench, self._requests[:1])
-        noise = rng.normal(0, NOISE, (self.max_evaluations, *means.shape[1:]))
+        return self._knapsacks(bench, rng, self.max_evaluations)[0]
+
+    def _knapsacks(
+        self, bench: Bench, rng: np.random.Generator, count: int
+    ) -> tuple[Counts, Floats]:
+        """The plans, the first one without noise, and the logs of the costs, (N, W)."""
+        means = corrections(self.actors, bench, self._requests[:1])
+        noise = rng.normal(0, NOISE, (count, *means.shape[1:]))
         noise[0] = 0
-        return bench.knapsack(0, bench.log_costs + means + noise)
+        log_costs = bench.log_costs + means
+        return bench.knapsack(0, log_costs + noise), log_costs[0]
+
+
+class ActorCritic(Corrected):
+    """Plans of the actors and mutations of them, among which critics and runs choose.
+
+    A plan's prior is the mean of the critics' prediction and the log of its corrected costs. A
+    Gaussian process over what the plans lose beyond their priors gives the next plans to run, and
+    the one of those that is chosen: a few tokens of text measure a loss with an error.
+
+    Attributes:
+        critics: As of `predictors`.
+    """
+
+    name = "actor_critic"
+    critics: Sequence[SetNetwork] = ()
+
+    def _plan(self, bench: Bench, rng: np.random.Generator) -> Counts:
+        plans, log_costs = self._knapsacks(bench, rng, _PROPOSED)
+        costs = np.c_[np.zeros(len(log_costs)), np.exp(log_costs)]
+
+        def prior(positions: Counts) -> Floats:
+            sums = costs[np.arange(len(costs)), positions].sum(axis=1)
+            logs = predicted_logs(self.critics, bench, positions)
+            return np.asarray((logs + np.log(sums + LOSS_OFFSET)) / 2)
+
+        proposed = Bench(bench.encoder, bench.requests, prior)
+        proposed.measure(plans)
+        many = np.zeros(_MUTATED, np.int64)
+        for _ in range(_SEARCHES):
+            proposed.measure(proposed.mutated(many, proposed.best(many, _PARENTS), rng))
+        step = -(-self.max_evaluations // _BATCHES)
+        while self.max_evaluations > 1 and len(bench.losses) < self.max_evaluations:
+            fitting = proposed.fitting(0)
+            expected = posterior(bench, proposed, proposed.known[fitting])
+            order = proposed.known[fitting[expected.argsort(kind="stable")]]
+            ran = {row.tobytes() for row in bench.known}
+            new = [row for row in order if row.tobytes() not in ran]
+            if not new:
+                break
+            bench.measure(np.stack(new[: min(step, self.max_evaluations - len(bench.losses))]))
+            parents = np.resize(order[:_PARENTS], (_MUTATED, order.shape[1]))
+            proposed.measure(proposed.mutated(many, parents, rng))
+        known = bench.known if len(bench.losses) else proposed.known[proposed.fitting(0)]
+        return np.asarray(known[posterior(bench, proposed, known).argmin()])
+
+
+_PROPOSED, _SEARCHES, _MUTATED, _PARENTS, _BATCHES = 256, 4, 64, 8, 8
+"""Knapsacks; rounds of mutations, their number, and parents; batches of plans that run."""
+_SPREAD, _LENGTH, _ERROR = 0.3, 4.0, 0.1
+"""Of the Gaussian process: standard deviation of the logs of losses, correlation length in items
+that differ, and standard error of a measurement."""
+
+
+def posterior(bench: Bench, priors: Bench, positions: Counts) -> Floats:
+    """What plans are expected to lose after runs of a model: logs, up to a constant, (n,).
+
+    Args:
+        bench: The model with the plans that ran.
+        priors: Gives the logs of losses that are expected without runs.
+        positions: The plans, (n, N).
+    """
+    expected = priors.measure(positions)
+    if not len(bench.losses):
+        return expected
+    beyond = log_losses(bench.losses).numpy().astype(np.float64) - priors.measure(bench.known)
+
+    def shared(plans: Counts) -> Floats:
+        differ = (plans[:, None] != bench.known).sum(axis=2)
+        return np.asarray(_SPREAD**2 * np.exp(-differ / _LENGTH))
+
+    gram = shared(bench.known) + _ERROR**2 * np.eye(len(beyond))
+    return np.asarray(expected + shared(positions) @ np.linalg.solve(gram, beyond - beyond.mean()))
 
 
 def variant(kind: type[Tries], **attributes: Any) -> type[Tries]:

@@ -102,12 +102,31 @@ def test_networks_predict_losses_of_plans(benches):
 
 
 @pytest.mark.parametrize("runs", [1, 8])
-@pytest.mark.parametrize("kind", ["NoisyOrders", "Evolved", "Uniform", "Predicted", "Corrected"])
+@pytest.mark.parametrize(
+    "kind", ["NoisyOrders", "Evolved", "Uniform", "Predicted", "Corrected", "ActorCritic"]
+)
 def test_each_method_fits_and_counts_its_runs(envs, kind, runs):
-    method = unseen.variant(getattr(unseen, kind), networks=unseen.new_networks(2, 0))
+    networks = unseen.new_networks(2, 0)
+    method = unseen.variant(getattr(unseen, kind), actors=networks, critics=networks)
     policy = method((envs[0].context, envs[0].encoder.ladder_bytes, 0, "tight"))
     policy.max_evaluations = runs
     request = envs[0].sampler.requests[8]
     plan = policy.choose(request)
     assert envs[0].memory.peak_bytes(plan, request) <= request.budget_bytes
     assert policy.evaluations <= (0 if runs == 1 else runs)
+
+
+def test_what_a_run_says_of_a_plan_is_believed_of_plans_near_it(benches):
+    model = benches[0]
+    rng = np.random.default_rng(0)
+    plans = model.noisy(np.arange(model.count), rng)
+    ran = unseen.Bench(model.observer.encoder, model.requests, lambda rows: losses[: len(rows)])
+    priors = unseen.Bench(ran.observer.encoder, model.requests, lambda rows: np.zeros(len(rows)))
+    assert not unseen.posterior(ran, priors, plans).any()
+    losses = np.array([0.1, 2.0])
+    ran.measure(plans[[0, -1]])
+    good, bad = unseen.posterior(ran, priors, plans[[0, -1]])
+    near = plans[[-1]].copy()
+    near[0, 0] = 1 - min(1, near[0, 0])
+    (beside,) = unseen.posterior(ran, priors, near)
+    assert good < 0 < beside < bad
