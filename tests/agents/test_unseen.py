@@ -120,8 +120,8 @@ def test_what_a_run_says_of_a_plan_is_believed_of_plans_near_it(benches):
     model = benches[0]
     rng = np.random.default_rng(0)
     plans = model.noisy(np.arange(model.count), rng)
-    ran = unseen.Bench(model.observer.encoder, model.requests, lambda rows: losses[: len(rows)])
-    priors = unseen.Bench(ran.observer.encoder, model.requests, lambda rows: np.zeros(len(rows)))
+    ran = Bench(model.encoder, model.requests, lambda rows: losses[: len(rows)])
+    priors = Bench(model.encoder, model.requests, lambda rows: np.zeros(len(rows)))
     assert not unseen.posterior(ran, priors, plans).any()
     losses = np.array([0.1, 2.0])
     ran.measure(plans[[0, -1]])
