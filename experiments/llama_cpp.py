@@ -7,16 +7,19 @@ transformers.
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import gguf
 import numpy as np
 import numpy.typing as npt
 
 from experiments.study.console import ExperimentError
+from rap_env.artifacts import atomic_write
 
 PACKAGE = "llama-cpp-py-sync"
 VERSION = "0.11739"
@@ -264,3 +267,66 @@ def write_quantised_file(
     lib.llama_log_set(silent, ffi.NULL)  # it logs several lines for each tensor
     if lib.llama_model_quantize(str(source).encode(), str(out).encode(), settings):
         raise ExperimentError(f"llama.cpp cannot write {source} as {kind}.")
+
+
+class FileKind(NamedTuple):
+    """A file that llama.cpp's own programs make, and the format of its cache.
+
+    Attributes:
+        once: Whether a vocabulary that the source holds twice is made one, as llama.cpp's
+            converter writes it for models that tie it.
+        type: The file's type, such as ``Q3_K_M``, or ``shipped`` for that of the source.
+        vocabulary: Type of the vocabulary, where the file's type has another; if there are
+            two, that of the embeddings alone.
+        cache: One of `CACHE_TYPES`.
+    """
+
+    once: bool
+    type: str
+    vocabulary: str
+    cache: str
+
+    @classmethod
+    def of(cls, name: str) -> FileKind:
+        """The kind of ``[once] TYPE[/VOCABULARY] CACHE``, such as ``once Q3_K_M/q4_K q8_0``."""
+        *once, file_type, cache = name.split()
+        kind, _, vocabulary = file_type.partition("/")
+        if once not in ([], ["once"]) or cache not in CACHE_TYPES:
+            raise ExperimentError(
+                f"A file of llama.cpp is named [once] TYPE[/VOCABULARY] CACHE, such as "
+                f"'once Q3_K_M/q4_K q8_0', with a cache of {', '.join(CACHE_TYPES)}; {name!r} is not."
+            )
+        return cls(bool(once), kind, vocabulary, cache)
+
+
+def make_file(programs: Path, source: Path, kind: FileKind, text: str, folder: Path) -> Path:
+    """Return a file for llama.cpp; its programs make it unless the folder has it.
+
+    Args:
+        programs: Folder of ``llama-quantize`` and ``llama-imatrix``.
+        source: The GGUF file to quantise again.
+        kind: The file; its cache has no effect.
+        text: Text that the importance matrix is made with.
+        folder: Where files are kept.
+
+    Raises:
+        ExperimentError: A program is missing or fails.
+    """
+
+    def made(name: str, write: Callable[[str], None]) -> Path:
+        if not (out := folder / name).exists():
+            with atomic_write(out) as file:
+                write(file.name)
+        return out
+
+    def run(program: str, *words: object) -> None:
+        try:
+            subprocess.run([programs / program, *map(str, words)], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise ExperimentError(f"llama.cpp's program {program} failed: {error}.") from None
+
+    if kind.once:
+        source = made("once.gguf", partial(write_with_one_vocabulary, source))
+    if kind.type == "shipped":
+        return source
+    text_file = made("text.txt", lambda out: [Path(out).write_text(text, encoding="utf-8")][0] and None)

@@ -8,7 +8,7 @@ package's levels are made with. Bytes are those of the model as shipped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -99,7 +99,12 @@ def equal_bytes_jobs(config: Config, folder: Path) -> Iterator[Job[EqualBytesRow
     report = held_out_scorer(config.evaluate.text, "report", context)
     shipped = shared_llm(model.name, device=model.device, dtype=model.dtype, weights="native")
     memory = MemoryModel(shipped)
-    compare = partial(compared, context.llm, report.corpus.tokens)
+
+    def compare(logits: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+        windows = report.corpus.tokens
+        # The unquantised model runs again for each row: its logits of all windows take gigabytes.
+        native = map(partial(window_logits, context.llm, Plan()), windows)
+        return compared(native, windows, logits)
 
     def measure_plan(method: str, name: str, plan: Plan) -> EqualBytesRow:
         sizes = memory.breakdown(plan, Request(1, 1, budget_bytes=2**62))
@@ -175,19 +180,20 @@ def window_logits(llm: ElasticLLM, plan: Plan, window: torch.Tensor) -> torch.Te
 
 
 def compared(
-    llm: ElasticLLM, windows: torch.Tensor, logits: Callable[[torch.Tensor], torch.Tensor]
+    native_logits: Iterable[torch.Tensor],
+    windows: torch.Tensor,
+    logits: Callable[[torch.Tensor], torch.Tensor],
 ) -> dict[str, Any]:
     """The fields of a row from a method's logits.
 
     Args:
-        llm: The unquantised model, which runs again for each row: its logits of all windows
-            take gigabytes.
+        native_logits: Logits of the unquantised model for each window, (T - 1, V) each.
         windows: Token ids, (windows, T).
         logits: The method's logits of a window, (T,) to (T - 1, V).
     """
     delta_nll, tokens = [], []
-    for window in windows:
-        native, own = window_logits(llm, Plan(), window), logits(window)
+    for native, window in zip(native_logits, windows, strict=True):
+        own = logits(window)
         own_nll, native_nll = (token_nll(part, window[1:]).mean() for part in (own, native))
         delta_nll.append(float(own_nll - native_nll))
         comparison = TokenComparison(native, [Plan()])

@@ -1,0 +1,526 @@
+"""``python -m experiments.studies.equal_process``: `rap serve` and llama.cpp in equal memory.
+
+Both serve one GGUF file, each in a process of its own whose resident memory is limited. `rap
+serve` gets the limit; of llama.cpp's files and caches the best one takes part whose server was
+within it. Files are made by llama.cpp's own programs, with an importance matrix of the file
+itself. All are compared with the weights of the file in float32, on the same windows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import numpy as np
+import psutil
+import torch
+import transformers
+
+from experiments.config import Config
+from experiments.contexts import load_text
+from experiments.launch import launch
+from experiments.llama_cpp import FileKind, LlamaCpp, gguf_file, make_file, need_llama_cpp
+from experiments.studies.equal_bytes import compared, logits_of, window_logits
+from experiments.study.console import ExperimentError
+from experiments.study.harness import Job, Published, Study
+from experiments.study.json_records import DeltaNLLRecord, Record
+from experiments.study.plotting import INK, Panel, draw_series, panel_figure, plain_log_ticks
+from experiments.study.servers import Server, llama_command, piece, rap_command
+from experiments.study.table_format import TitledTable, columns_table, mebibytes, percent, precise
+from rap_env.artifacts import atomic_write, digest
+from rap_env.models.device import mark_and_resident
+from rap_env.models.files.loading import load_llm
+from rap_env.models.live.calibration_text import calibration_windows
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.paths import cache_dir
+from rap_env.plan import Plan
+from rap_env.request import parse_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+RAP, LLAMA = "rap serve", "llama.cpp"
+RESTARTED, LEAST = "llama.cpp, started again", "llama.cpp, least file"
+"""Ways to serve within a limit that falls, beside `RAP`: the best file for each limit, and the
+file for the least limit at all of them."""
+COLOURS = {RAP: "#F0001C", LLAMA: "#2F78B9", RESTARTED: "#2F78B9", LEAST: "#8D9299"}
+
+_ROUNDS = 2  # of both servers in turn
+_SAMPLE_S = 0.1
+_SPARE_TOKENS = 64  # an answer's text may be encoded in more tokens than it was generated in
+
+LIMITS_CAPTION = (
+    "Peak: most resident memory of the whole process, with all that it took to start; mapped: pages "
+    "of files in it, which the system may take back. ΔNLL (with a 95 % interval over windows), KL "
+    "divergence and the share of tokens with the same most likely one are over the weights of the "
+    "file in float32. Prompt, answer: tokens per second of the process's CPU time, one thread, both "
+    "servers asked in turns. `once`: the file's two copies of the vocabulary were made one, the "
+    "finer one; after `/` the type of the vocabulary, and then that of the cache."
+)
+FALLING_CAPTION = (
+    "One answer; a server that starts again reads the prompt and what it had generated again. ΔNLL: "
+    "that of the table above for the limit or file, mean over the tokens. Most above the limit: from "
+    "a second after each change of the limit on."
+)
+FILES_CAPTION = "As above, the largest process first."
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessRow(DeltaNLLRecord):
+    """A server, and how its model differs from the weights of the file in float32.
+
+    Attributes:
+        system: `RAP` or `LLAMA`.
+        name: The limit of `RAP` as in the settings, or file and cache as in `FileKind`.
+        peak_bytes: Peak resident memory of the process.
+        mapped_bytes: Pages of files in its resident memory at the end.
+        kl_divergence_mean: As in `rap_env.scoring.native_agreement.NativeAgreement`.
+        kl_divergence_p99: See there.
+        same_top_token_share: See there.
+        levels: Levels of the plan with which `rap serve` answered, by item.
+        beside: For `RAP` the name of llama.cpp's best row within its limit, which was asked in
+            turn with it.
+        speeds: For `RAP` and, as `LLAMA`, what was beside it: tokens of the prompt, and of the
+            answer, per second of the process's CPU time in each round, (rounds, 2).
+    """
+
+    file = "processes.jsonl"
+    identity = ("system", "name")
+
+    system: str
+    name: str
+    peak_bytes: int
+    mapped_bytes: int
+    kl_divergence_mean: float
+    kl_divergence_p99: float
+    same_top_token_share: float
+    levels: dict[str, str] = field(default_factory=dict)
+    beside: str = ""
+    speeds: dict[str, list[list[float]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FallingRow(Record):
+    """One answer while the limit falls and returns. Times are seconds since it was asked for.
+
+    Attributes:
+        system: `RAP`, `RESTARTED` or `LEAST`.
+        step_s: How long each limit holds.
+        limits: The limits one after the other, as in the settings.
+        served: What served at each limit, as `ProcessRow.name`.
+        memory: Time and resident bytes of the process, in samples.
+        times_s: When each token came.
+        ready_s: Seconds that each start under way took until the server was ready.
+    """
+
+    file = "falling.jsonl"
+    identity = ("system",)
+
+    system: str
+    step_s: float
+    limits: list[str]
+    served: list[str]
+    memory: list[list[float]]
+    times_s: list[float]
+    ready_s: list[float]
+
+    @property
+    def limit_bytes(self) -> list[int]:
+        """The limits in bytes."""
+        return list(map(bytes_of, self.limits))
+
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens that came at each limit."""
+        edges = self.step_s * np.arange(len(self.limits) + 1)
+        return np.histogram(self.times_s, edges)[0].tolist()
+
+
+bytes_of: Callable[[str], int] = partial(parse_bytes, "A limit")
+
+
+class Measuring:
+    """Measures rows; files that take long to make are kept in the cache folder."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self._config, self._settings, self._folder = config, config.equal_process, folder
+        self._source = gguf_file(config.model.name)
+        self._made = cache_dir() / "equal_process" / self._source.stem
+        self._made.mkdir(parents=True, exist_ok=True)
+
+    @cached_property
+    def llm(self) -> ElasticLLM:
+        """The model with the levels that `rap serve` uses."""
+        return load_llm(self._config.model.name, device="cpu", quick_levels=True)
+
+    @cached_property
+    def windows(self) -> torch.Tensor:
+        """Token ids of the held-out text, (windows, T)."""
+        return load_text(self._config.evaluate.text, "report", self.llm).tokens
+
+    def file_row(self, name: str) -> ProcessRow:
+        """Serve a file of llama.cpp, and compare its logits."""
+        tokens = self.windows.shape[1]
+        with self._server(self._llama(name)) as server:
+            self._ask(server, self.windows[0, : tokens // 8], 2)
+            memory = memory_of(server)
+        engine = LlamaCpp(str(self._file(name)), FileKind.of(name).cache, 1, tokens, threads=1)
+        with contextlib.closing(engine):
+            quality = self._compared(partial(logits_of, engine))
+        return ProcessRow(system=LLAMA, name=name, **memory, **quality)
+
+    def limit_row(self, limit: str) -> ProcessRow:
+        """Ask `rap serve` within a limit and llama.cpp in turns, and compare the plan's logits."""
+        beside = best_file(ProcessRow.read(self._folder), bytes_of(limit)).name
+        speeds: dict[str, list[list[float]]] = {RAP: [], LLAMA: []}
+        with self._server(self._rap(limit)) as rap, self._server(self._llama(beside)) as llama:
+            for number in range(_ROUNDS):
+                prompt = self.windows[number % len(self.windows), : -self._settings.answer_tokens]
+                for system, server in ((LLAMA, llama), (RAP, rap)):
+                    speed, answer = self._ask(server, prompt, self._settings.answer_tokens)
+                    speeds[system].append(speed)
+            memory, plan = memory_of(rap), plan_of(answer["rap"]["levels"])
+        return ProcessRow(
+            system=RAP,
+            name=limit,
+            levels=plan.levels,
+            beside=beside,
+            speeds=speeds,
+            **memory,
+            **self._compared(partial(window_logits, self.llm, plan)),
+        )
+
+    def falling_row(self, system: str) -> FallingRow:
+        """Generate one answer while the limit falls and returns."""
+        limits, step_s = self._settings.falling, self._settings.step_s
+        limit_file, rows = self._folder / "limit.txt", ProcessRow.read(self._folder)
+        least = min(map(bytes_of, limits))
+        served, now = limits, self._rap(limits[0], "--memory-file", str(limit_file))
+        if system != RAP:
+            fit = [least if system == LEAST else bytes_of(limit) for limit in limits]
+            served = [best_file(rows, limit).name for limit in fit]
+        prompt_tokens = self._settings.prompt_tokens
+        text = self.llm.tokenizer.decode(self.windows[0, :prompt_tokens])
+        run = FallingRun(text, self.windows.shape[1] - prompt_tokens - _SPARE_TOKENS)
+        with contextlib.ExitStack() as stack:
+            for number, limit in enumerate(limits):
+                limit_file.write_text(limit)
+                if number == 0 or (system != RAP and served[number] != served[number - 1]):
+                    stack.close()
+                    command = now if system == RAP else self._llama(served[number])
+                    run.use(stack.enter_context(self._server(command, wait=False)))
+                run.sample(until_s=(number + 1) * step_s)
+            run.end()
+        limit_file.unlink()
+        return FallingRow(
+            system=system,
+            step_s=step_s,
+            limits=limits,
+            served=served,
+            memory=run.memory,
+            times_s=run.times_s,
+            ready_s=run.ready_s,
+        )
+
+    def _rap(self, limit: str, *options: str) -> list[str]:
+        """The command of `rap serve` for one sequence, without a floor of quality."""
+        tokens = str(self.windows.shape[1])
+        single = ("--max-batch-size", "1", "--max-seq-len-tokens", tokens, "--keep", "off")
+        serving = ("--max-delta-nll", "none", "--prepare", "off", "--memory", limit)
+        return rap_command(self._config.model.name, *single, *serving, *options)
+
+    def _llama(self, name: str) -> list[str]:
+        """The command of llama.cpp's server for one sequence, with all weights in its own memory."""
+        tokens, cache = str(self.windows.shape[1]), FileKind.of(name).cache
+        single = ("-np", "1", "-c", tokens, "-cram", "0", "-ub", "64", "-lm", "none")
+        caches = ("-fa", "on", "-ctk", cache, "-ctv", cache)
+        program = str(Path(self._settings.programs, "llama-server"))
+        return llama_command(program, str(self._file(name)), *single, *caches)
+
+    def _file(self, name: str) -> Path:
+        texts = calibration_windows(self.llm)
+        text = "\n\n".join(map(self.llm.tokenizer.decode, texts))
+        return make_file(Path(self._settings.programs), self._source, name, text, self._made)
+
+    @contextlib.contextmanager
+    def _server(self, command: Sequence[str], wait: bool = True) -> Iterator[Server]:
+        with (self._folder / "servers.log").open("a", encoding="utf-8") as log:
+            server = Server(command, log)
+            with contextlib.closing(server):
+                if wait:
+                    server.wait_until_ready()
+                yield server
+
+    def _ask(
+        self, server: Server, prompt: torch.Tensor, tokens: int
+    ) -> tuple[list[float], dict[str, Any]]:
+        """Tokens per CPU second of prompt and answer, and the last event of the answer."""
+        process, times_s = psutil.Process(server.process.pid), list[float]()
+        begin_s, event = sum(process.cpu_times()[:2]), dict[str, Any]()
+        for event in server.stream("completions", completion(prompt.tolist(), tokens)):
+            times_s.append(sum(process.cpu_times()[:2]))
+        rest_s = max(times_s[-1] - times_s[0], 1e-9)
+        return [len(prompt) / (times_s[0] - begin_s), (tokens - 1) / rest_s], event
+
+    def _compared(self, logits: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+        reference = self._made / "reference.npy"
+        if not reference.exists():
+            write_logits(self._source, self.windows, reference)
+        native = map(torch.from_numpy, np.load(reference, mmap_mode="c"))
+        return compared(native, self.windows, logits)
+
+
+def completion(prompt: str | list[int], tokens: int) -> dict[str, Any]:
+    """The body of a request for exactly so many tokens."""
+    exact = {"max_tokens": tokens, "ignore_eos": True, "temperature": 0, "cache_prompt": False}
+    return {"model": "", "prompt": prompt, **exact}
+
+
+class FallingRun:
+    """One answer from servers that follow each other; a client asks again where one ends.
+
+    Attributes:
+        memory: As in `FallingRow`.
+        times_s: See there.
+        ready_s: See there.
+    """
+
+    def __init__(self, prompt: str, tokens: int) -> None:
+        self._text, self._tokens = prompt, tokens
+        self._ended, self._begin_s = False, 0.0
+        self.memory: list[list[float]] = []
+        self.times_s: list[float] = []
+        self.ready_s: list[float] = []
+
+    def use(self, server: Server) -> None:
+        """Wait until a server is ready, and go on with it."""
+        start_s, is_first = time.monotonic(), not self._begin_s
+        server.wait_until_ready()
+        self._server = server
+        if is_first:
+            self._begin_s = time.monotonic()
+            threading.Thread(target=self._ask, daemon=True).start()
+        else:
+            self.ready_s.append(time.monotonic() - start_s)
+
+    def sample(self, until_s: float) -> None:
+        """Sample the memory of the server's process until a time."""
+        process = psutil.Process(self._server.process.pid)
+        while self._now_s() < until_s:
+            self.memory.append([round(self._now_s(), 2), process.memory_info().rss])
+            time.sleep(_SAMPLE_S)
+
+    def end(self) -> None:
+        """Ask no more."""
+        self._ended = True
+
+    def _now_s(self) -> float:
+        return time.monotonic() - self._begin_s
+
+    def _ask(self) -> None:
+        while not self._ended and len(self.times_s) < self._tokens:
+            body = completion(self._text, self._tokens - len(self.times_s))
+            try:
+                for event in self._server.stream("completions", body):
+                    if piece(event) and not self._ended:
+                        self.times_s.append(round(self._now_s(), 2))
+                        self._text += piece(event)
+            except (httpx.HTTPError, RuntimeError):  # the next server starts
+                time.sleep(_SAMPLE_S)
+
+
+def memory_of(server: Server) -> dict[str, int]:
+    """Peak and mapped bytes of a server's process, as in `ProcessRow`."""
+    pid = server.process.pid
+    peak_bytes, _ = mark_and_resident(Path(f"/proc/{pid}/status").read_bytes())
+    mapped_bytes = psutil.Process(pid).memory_info().shared
+    return {"peak_bytes": peak_bytes, "mapped_bytes": mapped_bytes}
+
+
+def plan_of(summary: str) -> Plan:
+    """The plan that has a `Plan.summary`."""
+    levels = dict[str, str]()
+    for part in summary.split("; ") if summary != "native" else ():
+        level, kind, *ranges = part.split()
+        ends = [text.partition("-") for text in ranges]
+        numbers = [n for low, _, high in ends for n in range(int(low), int(high or low) + 1)]
+        items = [f"layer{number:02d}.{kind}" for number in numbers] or [kind]
+        levels |= dict.fromkeys(items, level)
+    return Plan.of(levels)
+
+
+def best_file(rows: Sequence[ProcessRow], limit_bytes: int, *, own: bool = False) -> ProcessRow:
+    """llama.cpp's row with the least KL divergence whose process was within a limit.
+
+    Args:
+        rows: All rows.
+        limit_bytes: The limit.
+        own: Leave out files whose vocabulary was made one.
+
+    Raises:
+        ExperimentError: None was.
+    """
+    files = [
+        row
+        for row in rows
+        if row.system == LLAMA and row.peak_bytes <= limit_bytes
+        if not (own and FileKind.of(row.name).once)
+    ]
+    if not files:
+        raise ExperimentError(f"No file of llama.cpp was measured within {limit_bytes} bytes.")
+    return min(files, key=lambda row: row.kl_divergence_mean)
+
+
+def write_logits(source: Path, windows: torch.Tensor, out: Path) -> None:
+    """Write the logits of a GGUF file's weights in float32, (windows, T - 1, V)."""
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(source.parent, gguf_file=source.name, dtype=torch.float32)
+    shape = (len(windows), windows.shape[1] - 1, model.config.vocab_size)
+    with torch.inference_mode(), atomic_write(out) as file:
+        logits = np.lib.format.open_memmap(file.name, "w+", np.float32, shape)
+        for place, window in zip(logits, windows, strict=True):
+            place[:] = model(window[None, :-1]).logits[0].numpy()
+        logits.flush()
+
+
+def process_jobs(config: Config, folder: Path) -> Iterator[Job[Any]]:
+    """Yield llama.cpp's files, then the limits, then the limit that falls.
+
+    Raises:
+        ExperimentError: llama.cpp is not installed, or the model comes from no GGUF file.
+    """
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs each request
+    settings, measuring = config.equal_process, Measuring(config, folder)
+    facts, windows = measuring.llm.facts, measuring.windows
+    depends_on = {"model_fingerprint": facts.fingerprint, "text": digest(windows.tolist())}
+    of_files = {**depends_on, "llama_cpp": need_llama_cpp()}
+    for name in settings.files:
+        yield Job(ProcessRow, (LLAMA, name), of_files, partial(measuring.file_row, name))
+    for limit in settings.limits:
+        yield Job(ProcessRow, (RAP, limit), depends_on, partial(measuring.limit_row, limit))
+    for system in (RAP, RESTARTED, LEAST) if settings.falling else ():
+        schedule = {**depends_on, "limits": settings.falling, "step_s": settings.step_s}
+        yield Job(FallingRow, (system,), schedule, partial(measuring.falling_row, system))
+
+
+def process_tables(rows: Sequence[Record]) -> list[TitledTable]:
+    """Both servers at each limit, then the limit that falls, then all files of llama.cpp."""
+    processes = [row for row in rows if isinstance(row, ProcessRow)]
+    by_name = {row.name: row for row in processes}
+    lines: list[tuple[str, ProcessRow, Sequence[float]]] = []
+    for row in processes:
+        if row.system == RAP:
+            own = best_file(processes, bytes_of(row.name), own=True)
+            speeds = {system: np.median(rounds, axis=0) for system, rounds in row.speeds.items()}
+            lines.append((row.name, row, speeds[RAP]))
+            lines.append(("", by_name[row.beside], speeds[LLAMA]))
+            if own.name != row.beside:
+                lines.append(("", own, ()))
+    quality: dict[str, Callable[[ProcessRow], str]] = {
+        "Peak": lambda row: mebibytes(row.peak_bytes),
+        "Mapped": lambda row: mebibytes(row.mapped_bytes),
+        "ΔNLL": lambda row: precise(row.estimate),
+        "KL": lambda row: f"{row.kl_divergence_mean:.4f}",
+        "Same top token": lambda row: percent(row.same_top_token_share),
+    }
+    limits = columns_table(
+        lines,
+        {
+            "Limit": lambda line: line[0],
+            "Server": lambda line: RAP if line[1].system == RAP else f"{LLAMA}: {line[1].name}",
+            **{name: lambda line, show=show: show(line[1]) for name, show in quality.items()},
+            "Prompt": lambda line: f"{line[2][0]:.1f}" if len(line[2]) else "-",
+            "Answer": lambda line: f"{line[2][1]:.1f}" if len(line[2]) else "-",
+        },
+    )
+    falling = [row for row in rows if isinstance(row, FallingRow)]
+    fall = columns_table(
+        falling,
+        {
+            "": lambda row: row.system,
+            "Tokens at each limit": lambda row: ", ".join(map(str, row.tokens)),
+            "Longest time without a token": lambda row: f"{np.diff(row.times_s).max():.1f} s",
+            "Starts": lambda row: ", ".join(f"{ready:.1f} s" for ready in row.ready_s) or "-",
+            "Most above the limit": lambda row: mebibytes(most_above(row)),
+            "ΔNLL": lambda row: f"{mean_delta_nll(row, by_name):.3f}",
+        },
+    )
+    files = sorted((r for r in processes if r.system == LLAMA), key=lambda row: -row.peak_bytes)
+    every = columns_table(files, {"File and cache": lambda row: row.name, **quality})
+    return [
+        TitledTable(limits, "At each limit", LIMITS_CAPTION),
+        TitledTable(fall, "A limit that falls and returns", FALLING_CAPTION),
+        TitledTable(every, "All files of llama.cpp", FILES_CAPTION),
+    ]
+
+
+def mean_delta_nll(row: FallingRow, by_name: dict[str, ProcessRow]) -> float:
+    """Mean ΔNLL over the tokens of an answer, by what served at the limit at which each came."""
+    rises = [by_name[name].delta_nll for name in row.served]
+    return float(np.average(rises, weights=row.tokens))
+
+
+def most_above(row: FallingRow) -> float:
+    """Most resident bytes above the limit a second after it fell, or later."""
+    times_s, resident = np.array(row.memory).T
+    number = np.minimum(times_s // row.step_s, len(row.limits) - 1).astype(int)
+    settled = times_s - number * row.step_s >= 1
+    return max(0.0, float((resident - np.array(row.limit_bytes)[number])[settled].max()))
+
+
+def process_figure(rows: Sequence[Record]) -> Figure:
+    """Draw KL divergence over the peak of the process, and memory while the limit falls."""
+    processes = [row for row in rows if isinstance(row, ProcessRow)]
+    falling = {row.system: row for row in rows if isinstance(row, FallingRow)}
+
+    def draw_quality(axis: Axes) -> None:
+        for system in (RAP, LLAMA):
+            own = sorted((r for r in processes if r.system == system), key=lambda r: r.peak_bytes)
+            points = [row.peak_bytes / 2**20 for row in own], [r.kl_divergence_mean for r in own]
+            line = {"linestyle": "-" if system == RAP else "none", "label": system}
+            draw_series(axis, *points, color=COLOURS[system], **line)
+        axis.set_yscale("log")
+        plain_log_ticks(axis.yaxis)
+
+    def draw_memory(axis: Axes) -> None:
+        for system in (RAP, RESTARTED):
+            times_s, resident = np.array(falling[system].memory).T
+            axis.plot(times_s, resident / 2**20, color=COLOURS[system])
+        row = falling[RAP]
+        edges = row.step_s * np.arange(len(row.limits) + 1)
+        limits = np.array([*row.limit_bytes, row.limit_bytes[-1]]) / 2**20
+        axis.step(edges, limits, where="post", color=INK, linestyle=":")
+
+    def draw_tokens(axis: Axes) -> None:
+        for system, row in falling.items():
+            axis.plot(row.times_s, np.arange(len(row.times_s)), color=COLOURS[system], label=system)
+
+    panels = [
+        Panel(draw_quality, "Quality", "peak of the process, MiB", "KL divergence, nats"),
+        Panel(draw_memory, "A limit that falls (dotted)", "seconds", "resident memory, MiB"),
+        Panel(draw_tokens, "One answer meanwhile", "seconds", "tokens"),
+    ]
+    return panel_figure(panels, height=3.1)
+
+
+STUDY = Study(
+    "equal_process",
+    "Beside llama.cpp in equal memory",
+    [ProcessRow, FallingRow],
+    process_jobs,
+    process_tables,
+    frozen=("model", "evaluate.text"),
+    published=[Published("equal_process", "equal_process")],
+)
+
+if __name__ == "__main__":
+    launch(STUDY.name, STUDY.run)
