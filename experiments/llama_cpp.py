@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -38,6 +39,9 @@ FILE_KINDS = (AS_SHIPPED, *FILE_TYPES, *(f"{kind}{WITH_EMBEDDINGS}" for kind in 
 """Kinds of files that llama.cpp's quantiser makes."""
 
 _BUFFERS = re.compile(r"(model|KV|compute|output)\s+buffer size =\s+([\d.]+) MiB")
+SHIPPED = "shipped"
+"""The type of the model's own file in a `FileKind`."""
+
 _TENSOR_TYPES = re.compile(r"- type\s+(\S+):\s+(\d+) tensors")
 _BATCH_TOKENS = 256
 _MAPPED = 1
@@ -275,7 +279,7 @@ class FileKind(NamedTuple):
     Attributes:
         once: Whether a vocabulary that the source holds twice is made one, as llama.cpp's
             converter writes it for models that tie it.
-        type: The file's type, such as ``Q3_K_M``, or ``shipped`` for that of the source.
+        type: The file's type, such as ``Q3_K_M``, or `SHIPPED`.
         vocabulary: Type of the vocabulary, where the file's type has another; if there are
             two, that of the embeddings alone.
         cache: One of `CACHE_TYPES`.
@@ -293,8 +297,8 @@ class FileKind(NamedTuple):
         kind, _, vocabulary = file_type.partition("/")
         if once not in ([], ["once"]) or cache not in CACHE_TYPES:
             raise ExperimentError(
-                f"A file of llama.cpp is named [once] TYPE[/VOCABULARY] CACHE, such as "
-                f"'once Q3_K_M/q4_K q8_0', with a cache of {', '.join(CACHE_TYPES)}; {name!r} is not."
+                "A file of llama.cpp is named [once] TYPE[/VOCABULARY] CACHE, such as 'once "
+                f"Q3_K_M/q4_K q8_0', with a cache of {', '.join(CACHE_TYPES)}; {name!r} is not."
             )
         return cls(bool(once), kind, vocabulary, cache)
 
@@ -313,20 +317,51 @@ def make_file(programs: Path, source: Path, kind: FileKind, text: str, folder: P
         ExperimentError: A program is missing or fails.
     """
 
-    def made(name: str, write: Callable[[str], None]) -> Path:
-        if not (out := folder / name).exists():
-            with atomic_write(out) as file:
-                write(file.name)
-        return out
-
     def run(program: str, *words: object) -> None:
         try:
             subprocess.run([programs / program, *map(str, words)], check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise ExperimentError(f"llama.cpp's program {program} failed: {error}.") from None
 
+    importance, own = folder / "importance.gguf", source
     if kind.once:
-        source = made("once.gguf", partial(write_with_one_vocabulary, source))
-    if kind.type == "shipped":
-        return source
-    text_file = made("text.txt", lambda out: [Path(out).write_text(text, encoding="utf-8")][0] and None)
+        source = folder / "once.gguf"
+        if not source.exists():
+            write_with_one_vocabulary(own, source)
+    out = folder / f"{source.stem}.{kind.type}.{kind.vocabulary}.gguf"
+    if kind.type == SHIPPED or out.exists():
+        return source if kind.type == SHIPPED else out
+    if not importance.exists():
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            with atomic_write(importance) as new:
+                words = ("-m", own, "-f", file.name, "-o", new.name, "--output-format", "gguf")
+                run("llama-imatrix", *words, "--no-ppl", "-t", 1, "-c", _BATCH_TOKENS)
+    types: list[object] = ["--token-embedding-type", kind.vocabulary] if kind.vocabulary else []
+    if kind.once and kind.vocabulary:  # the head decides
+        types += ["--output-tensor-type", kind.vocabulary]
+    with atomic_write(out) as new:
+        words = ("--allow-requantize", "--imatrix", importance, *types)
+        run("llama-quantize", *words, source, new.name, kind.type, 1)
+    return out
+
+
+def write_with_one_vocabulary(source: Path, out: Path) -> None:
+    """Write a GGUF file without its embeddings: the head takes their place, too."""
+    reader = gguf.GGUFReader(source)
+    kept = {t.name: t for t in reader.tensors if t.name != "token_embd.weight"}
+    with atomic_write(out) as file:
+        architecture = reader.fields["general.architecture"].contents()
+        writer = gguf.GGUFWriter(file.name, architecture)
+        for name, entry in reader.fields.items():
+            if not name.startswith("GGUF.") and name != "general.architecture":
+                inner = entry.types[-1] if entry.types[0] == gguf.GGUFValueType.ARRAY else None
+                writer.add_key_value(name, entry.contents(), entry.types[0], sub_type=inner)
+        for name, tensor in kept.items():
+            new_name = "token_embd.weight" if name == "output.weight" else name
+            writer.add_tensor(new_name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()

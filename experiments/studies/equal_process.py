@@ -59,17 +59,17 @@ _SAMPLE_S = 0.1
 _SPARE_TOKENS = 64  # an answer's text may be encoded in more tokens than it was generated in
 
 LIMITS_CAPTION = (
-    "Peak: most resident memory of the whole process, with all that it took to start; mapped: pages "
-    "of files in it, which the system may take back. ΔNLL (with a 95 % interval over windows), KL "
-    "divergence and the share of tokens with the same most likely one are over the weights of the "
-    "file in float32. Prompt, answer: tokens per second of the process's CPU time, one thread, both "
-    "servers asked in turns. `once`: the file's two copies of the vocabulary were made one, the "
-    "finer one; after `/` the type of the vocabulary, and then that of the cache."
+    "Peak: most resident memory of the whole process, its start included; mapped: pages of files "
+    "in it, which the system may take back. ΔNLL (with a 95 % interval over windows), KL divergence "
+    "and the share of tokens with the same most likely one are over the weights of the file in "
+    "float32. Prompt, answer: tokens per second of the process's CPU time, one thread, both servers "
+    "asked in turns. `once`: the file's two copies of the vocabulary were made one, the finer one; "
+    "after `/` the type of the vocabulary, and then that of the cache."
 )
 FALLING_CAPTION = (
-    "One answer; a server that starts again reads the prompt and what it had generated again. ΔNLL: "
-    "that of the table above for the limit or file, mean over the tokens. Most above the limit: from "
-    "a second after each change of the limit on."
+    "One answer; a server that starts again reads the prompt and what it had generated again. "
+    "ΔNLL: that of the table above for the limit or file, mean over the tokens. Most above the "
+    "limit: from a second after each change of the limit on."
 )
 FILES_CAPTION = "As above, the largest process first."
 
@@ -239,7 +239,7 @@ class Measuring:
         return rap_command(self._config.model.name, *single, *serving, *options)
 
     def _llama(self, name: str) -> list[str]:
-        """The command of llama.cpp's server for one sequence, with all weights in its own memory."""
+        """The command of llama.cpp's server for one sequence, with no mapped weights."""
         tokens, cache = str(self.windows.shape[1]), FileKind.of(name).cache
         single = ("-np", "1", "-c", tokens, "-cram", "0", "-ub", "64", "-lm", "none")
         caches = ("-fa", "on", "-ctk", cache, "-ctv", cache)
@@ -247,9 +247,9 @@ class Measuring:
         return llama_command(program, str(self._file(name)), *single, *caches)
 
     def _file(self, name: str) -> Path:
-        texts = calibration_windows(self.llm)
-        text = "\n\n".join(map(self.llm.tokenizer.decode, texts))
-        return make_file(Path(self._settings.programs), self._source, name, text, self._made)
+        text = "\n\n".join(map(self.llm.tokenizer.decode, calibration_windows(self.llm)))
+        programs, kind = Path(self._settings.programs), FileKind.of(name)
+        return make_file(programs, self._source, kind, text, self._made)
 
     @contextlib.contextmanager
     def _server(self, command: Sequence[str], wait: bool = True) -> Iterator[Server]:
@@ -263,13 +263,15 @@ class Measuring:
     def _ask(
         self, server: Server, prompt: torch.Tensor, tokens: int
     ) -> tuple[list[float], dict[str, Any]]:
-        """Tokens per CPU second of prompt and answer, and the last event of the answer."""
+        """Tokens per CPU second of prompt and answer, and what its events said last."""
         process, times_s = psutil.Process(server.process.pid), list[float]()
-        begin_s, event = sum(process.cpu_times()[:2]), dict[str, Any]()
+        begin_s, said = sum(process.cpu_times()[:2]), dict[str, Any]()
         for event in server.stream("completions", completion(prompt.tolist(), tokens)):
-            times_s.append(sum(process.cpu_times()[:2]))
-        rest_s = max(times_s[-1] - times_s[0], 1e-9)
-        return [len(prompt) / (times_s[0] - begin_s), (tokens - 1) / rest_s], event
+            if piece(event) or times_s:
+                times_s.append(sum(process.cpu_times()[:2]))
+            said |= event
+        first_s, *_, last_s = times_s
+        return [len(prompt) / (first_s - begin_s), (tokens - 1) / (last_s - first_s)], said
 
     def _compared(self, logits: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
         reference = self._made / "reference.npy"
@@ -338,7 +340,7 @@ class FallingRun:
                 time.sleep(_SAMPLE_S)
 
 
-def memory_of(server: Server) -> dict[str, int]:
+def memory_of(server: Server) -> dict[str, Any]:
     """Peak and mapped bytes of a server's process, as in `ProcessRow`."""
     pid = server.process.pid
     peak_bytes, _ = mark_and_resident(Path(f"/proc/{pid}/status").read_bytes())
@@ -416,15 +418,15 @@ def process_tables(rows: Sequence[Record]) -> list[TitledTable]:
     """Both servers at each limit, then the limit that falls, then all files of llama.cpp."""
     processes = [row for row in rows if isinstance(row, ProcessRow)]
     by_name = {row.name: row for row in processes}
-    lines: list[tuple[str, ProcessRow, Sequence[float]]] = []
+    lines: list[tuple[str, ProcessRow, list[float]]] = []
     for row in processes:
         if row.system == RAP:
             own = best_file(processes, bytes_of(row.name), own=True)
-            speeds = {system: np.median(rounds, axis=0) for system, rounds in row.speeds.items()}
+            speeds = {of: np.median(rounds, axis=0).tolist() for of, rounds in row.speeds.items()}
             lines.append((row.name, row, speeds[RAP]))
             lines.append(("", by_name[row.beside], speeds[LLAMA]))
             if own.name != row.beside:
-                lines.append(("", own, ()))
+                lines.append(("", own, []))
     quality: dict[str, Callable[[ProcessRow], str]] = {
         "Peak": lambda row: mebibytes(row.peak_bytes),
         "Mapped": lambda row: mebibytes(row.mapped_bytes),
@@ -432,14 +434,18 @@ def process_tables(rows: Sequence[Record]) -> list[TitledTable]:
         "KL": lambda row: f"{row.kl_divergence_mean:.4f}",
         "Same top token": lambda row: percent(row.same_top_token_share),
     }
+
+    def shown_process(show: Callable[[ProcessRow], str], line: tuple[str, ProcessRow, Any]) -> str:
+        return show(line[1])
+
     limits = columns_table(
         lines,
         {
             "Limit": lambda line: line[0],
             "Server": lambda line: RAP if line[1].system == RAP else f"{LLAMA}: {line[1].name}",
-            **{name: lambda line, show=show: show(line[1]) for name, show in quality.items()},
-            "Prompt": lambda line: f"{line[2][0]:.1f}" if len(line[2]) else "-",
-            "Answer": lambda line: f"{line[2][1]:.1f}" if len(line[2]) else "-",
+            **{name: partial(shown_process, show) for name, show in quality.items()},
+            "Prompt": lambda line: f"{line[2][0]:.1f}" if line[2] else "-",
+            "Answer": lambda line: f"{line[2][1]:.1f}" if line[2] else "-",
         },
     )
     falling = [row for row in rows if isinstance(row, FallingRow)]
@@ -486,8 +492,8 @@ def process_figure(rows: Sequence[Record]) -> Figure:
         for system in (RAP, LLAMA):
             own = sorted((r for r in processes if r.system == system), key=lambda r: r.peak_bytes)
             points = [row.peak_bytes / 2**20 for row in own], [r.kl_divergence_mean for r in own]
-            line = {"linestyle": "-" if system == RAP else "none", "label": system}
-            draw_series(axis, *points, color=COLOURS[system], **line)
+            line = "-" if system == RAP else "none"
+            draw_series(axis, *points, color=COLOURS[system], linestyle=line, label=system)
         axis.set_yscale("log")
         plain_log_ticks(axis.yaxis)
 
