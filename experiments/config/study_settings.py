@@ -200,7 +200,7 @@ class EqualProcessConfig:
     """Folder of llama.cpp's ``llama-server``, ``llama-quantize`` and ``llama-imatrix``."""
     files: list[str] = setting(["shipped f16"], distinct=True, parse=FileKind.of)
     """Files and caches of llama.cpp: ``[once] TYPE[/VOCABULARY] CACHE``."""
-    limits: list[str] = setting([], distinct=True, parse=partial(parse_bytes, "A limit"))
+    limits: list[str] = setting([], parse=partial(parse_bytes, "A limit"))
     """Limits of the resident memory of a process, such as ``1.1GiB``."""
     answer_tokens: int = setting(32, low=2)
     """Tokens that are generated after the rest of a window."""

@@ -183,6 +183,7 @@ def compared(
     native_logits: Iterable[torch.Tensor],
     windows: torch.Tensor,
     logits: Callable[[torch.Tensor], torch.Tensor],
+    parts: int = 1,
 ) -> dict[str, Any]:
     """The fields of a row from a method's logits.
 
@@ -190,12 +191,13 @@ def compared(
         native_logits: Logits of the unquantised model for each window, (T - 1, V) each.
         windows: Token ids, (windows, T).
         logits: The method's logits of a window, (T,) to (T - 1, V).
+        parts: Parts of a window that count as windows of their own for intervals.
     """
     delta_nll, tokens = [], []
     for native, window in zip(native_logits, windows, strict=True):
         own = logits(window)
-        own_nll, native_nll = (token_nll(part, window[1:]).mean() for part in (own, native))
-        delta_nll.append(float(own_nll - native_nll))
+        own_nll, native_nll = (token_nll(part, window[1:]) for part in (own, native))
+        delta_nll += [float(rise.mean()) for rise in (own_nll - native_nll).tensor_split(parts)]
         comparison = TokenComparison(native, [Plan()])
         comparison.add(own)
         tokens.append(comparison.by_plan()[Plan()])

@@ -54,17 +54,17 @@ RESTARTED, LEAST = "llama.cpp, started again", "llama.cpp, least file"
 file for the least limit at all of them."""
 COLOURS = {RAP: "#F0001C", LLAMA: "#2F78B9", RESTARTED: "#2F78B9", LEAST: "#8D9299"}
 
-_ROUNDS = 2  # of both servers in turn
+_PARTS = 8  # of a window, for intervals
 _SAMPLE_S = 0.1
 _SPARE_TOKENS = 64  # an answer's text may be encoded in more tokens than it was generated in
 
 LIMITS_CAPTION = (
     "Peak: most resident memory of the whole process, its start included; mapped: pages of files "
-    "in it, which the system may take back. ΔNLL (with a 95 % interval over windows), KL divergence "
-    "and the share of tokens with the same most likely one are over the weights of the file in "
-    "float32. Prompt, answer: tokens per second of the process's CPU time, one thread, both servers "
-    "asked in turns. `once`: the file's two copies of the vocabulary were made one, the finer one; "
-    "after `/` the type of the vocabulary, and then that of the cache."
+    "in it, which the system may take back. ΔNLL (with a 95 % interval over eighths of the text), "
+    "KL divergence and the share of tokens with the same most likely one are over the weights of "
+    "the file in float32. Prompt, answer: tokens per second of the process's CPU time with one "
+    "thread, one server after the other. `once`: the file's two copies of the vocabulary were made "
+    "one, the finer one; after `/` the type of the vocabulary, and then that of the cache."
 )
 FALLING_CAPTION = (
     "One answer; a server that starts again reads the prompt and what it had generated again. "
@@ -87,10 +87,10 @@ class ProcessRow(DeltaNLLRecord):
         kl_divergence_p99: See there.
         same_top_token_share: See there.
         levels: Levels of the plan with which `rap serve` answered, by item.
-        beside: For `RAP` the name of llama.cpp's best row within its limit, which was asked in
-            turn with it.
-        speeds: For `RAP` and, as `LLAMA`, what was beside it: tokens of the prompt, and of the
-            answer, per second of the process's CPU time in each round, (rounds, 2).
+        beside: For `RAP` the name of llama.cpp's best row within its limit, which answered
+            the same prompt just before.
+        speeds: For `RAP` and, as `LLAMA`, what was beside it: tokens of the prompt and of the
+            answer per second of the process's CPU time.
     """
 
     file = "processes.jsonl"
@@ -105,7 +105,7 @@ class ProcessRow(DeltaNLLRecord):
     same_top_token_share: float
     levels: dict[str, str] = field(default_factory=dict)
     beside: str = ""
-    speeds: dict[str, list[list[float]]] = field(default_factory=dict)
+    speeds: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,22 +179,20 @@ class Measuring:
         return ProcessRow(system=LLAMA, name=name, **memory, **quality)
 
     def limit_row(self, limit: str) -> ProcessRow:
-        """Ask `rap serve` within a limit and llama.cpp in turns, and compare the plan's logits."""
+        """Ask llama.cpp and `rap serve` within a limit, and compare the plan's logits."""
         beside = best_file(ProcessRow.read(self._folder), bytes_of(limit)).name
-        speeds: dict[str, list[list[float]]] = {RAP: [], LLAMA: []}
+        tokens = self._settings.answer_tokens
+        prompt = self.windows[0, :-tokens]
         with self._server(self._rap(limit)) as rap, self._server(self._llama(beside)) as llama:
-            for number in range(_ROUNDS):
-                prompt = self.windows[number % len(self.windows), : -self._settings.answer_tokens]
-                for system, server in ((LLAMA, llama), (RAP, rap)):
-                    speed, answer = self._ask(server, prompt, self._settings.answer_tokens)
-                    speeds[system].append(speed)
+            llama_speed, _ = self._ask(llama, prompt, tokens)
+            speed, answer = self._ask(rap, prompt, tokens)
             memory, plan = memory_of(rap), plan_of(answer["rap"]["levels"])
         return ProcessRow(
             system=RAP,
             name=limit,
             levels=plan.levels,
             beside=beside,
-            speeds=speeds,
+            speeds={RAP: speed, LLAMA: llama_speed},
             **memory,
             **self._compared(partial(window_logits, self.llm, plan)),
         )
@@ -278,7 +276,7 @@ class Measuring:
         if not reference.exists():
             write_logits(self._source, self.windows, reference)
         native = map(torch.from_numpy, np.load(reference, mmap_mode="c"))
-        return compared(native, self.windows, logits)
+        return compared(native, self.windows, logits, _PARTS)
 
 
 def completion(prompt: str | list[int], tokens: int) -> dict[str, Any]:
@@ -422,9 +420,8 @@ def process_tables(rows: Sequence[Record]) -> list[TitledTable]:
     for row in processes:
         if row.system == RAP:
             own = best_file(processes, bytes_of(row.name), own=True)
-            speeds = {of: np.median(rounds, axis=0).tolist() for of, rounds in row.speeds.items()}
-            lines.append((row.name, row, speeds[RAP]))
-            lines.append(("", by_name[row.beside], speeds[LLAMA]))
+            lines.append((row.name, row, row.speeds[RAP]))
+            lines.append(("", by_name[row.beside], row.speeds[LLAMA]))
             if own.name != row.beside:
                 lines.append(("", own, []))
     quality: dict[str, Callable[[ProcessRow], str]] = {
