@@ -495,13 +495,13 @@ def process_figure(rows: Sequence[Record]) -> Figure:
         plain_log_ticks(axis.yaxis)
 
     def draw_memory(axis: Axes) -> None:
-        for system in (RAP, RESTARTED):
-            times_s, resident = np.array(falling[system].memory).T
-            axis.plot(times_s, resident / 2**20, color=COLOURS[system])
-        row = falling[RAP]
-        edges = row.step_s * np.arange(len(row.limits) + 1)
-        limits = np.array([*row.limit_bytes, row.limit_bytes[-1]]) / 2**20
-        axis.step(edges, limits, where="post", color=INK, linestyle=":")
+        for system, row in falling.items():
+            if system != LEAST:
+                times_s, resident = np.array(row.memory).T
+                axis.plot(times_s, resident / 2**20, color=COLOURS[system])
+            edges = row.step_s * np.arange(len(row.limits) + 1)
+            limits = np.array([*row.limit_bytes, row.limit_bytes[-1]]) / 2**20
+            axis.step(edges, limits, where="post", color=INK, linestyle=":")
 
     def draw_tokens(axis: Axes) -> None:
         for system, row in falling.items():

@@ -117,7 +117,7 @@ def test_a_limit_in_which_a_model_cannot_be_prepared(folder, monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_only_a_prepared_model_starts_where_it_does_not_fit_as_it_is(folder):
     settings = ServerSettings(model=str(folder), dtype="float32")
-    limit = LiveLimit("memory", resident_bytes()[1])  # no room for its weights
+    limit = LiveLimit("memory", resident_bytes()[1] // 2)  # no room for its weights
     with pytest.raises(ServingSettingsError, match="needs"):
         load_served_model(settings, limit)
     preparation.prepare(str(folder), dtype="float32", progress=False)

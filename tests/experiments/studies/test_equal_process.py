@@ -86,7 +86,7 @@ def test_a_kind_of_file_is_read_from_its_name():
 
 def test_one_copy_of_the_vocabulary_stays_and_all_else_is_copied(tmp_path):
     source, out = tmp_path / "source.gguf", tmp_path / "once.gguf"
-    write_tiny_gguf(source, kind="Q4_0", head="Q8_0")
+    write_tiny_gguf(source, kind="Q4_0", head="Q8_0", ffn=64)
     write_with_one_vocabulary(source, out)
     before, after = gguf.GGUFReader(source), gguf.GGUFReader(out)
     old = {tensor.name: tensor for tensor in before.tensors}
