@@ -20,8 +20,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.study.json_records import write_text
 from experiments.study.run_folder import cpuinfo, git_state, machine_facts
-from rap_env.artifacts import atomic_write
+from experiments.study.table_format import columns_table, markdown
 from rap_env.extras import package_versions
 
 if TYPE_CHECKING:
@@ -32,10 +33,6 @@ RESULTS = Path(__file__).resolve().parent.parent / "results" / "benchmarks"
 
 _PACKAGES = ("torch", "transformers", "gymnasium", "numpy", "rap-env")
 _INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16")
-_HEAD = (
-    "| Benchmark | What | Against | Reached | Target | Met | Device |\n"
-    "| :--- | :--- | :--- | ---: | ---: | :---: | :--- |"
-)
 
 
 @dataclass
@@ -186,8 +183,7 @@ def write_record(
         "targets": targets,
         "measured": measured,
     }
-    with atomic_write(path) as file:
-        file.write(json.dumps(record, indent=1, allow_nan=False).encode() + b"\n")
+    write_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
     sys.stdout.write(f"{targets_table([record])}\nRecord: {path}\n")
 
 
@@ -198,20 +194,17 @@ def committed_records(folder: Path = RESULTS) -> list[dict[str, Any]]:
 
 def targets_table(records: Iterable[Mapping[str, Any]]) -> str:
     """A Markdown table with a row for each target: median [lowest, highest] and its bounds."""
-    rows = [_HEAD]
-    for record in records:
-        for row in record["targets"]:
-            cells = (
-                f"`{record['benchmark']}`",
-                row["what"],
-                row["against"] or "-",
-                _reached(row),
-                _bound(row),
-                "yes" if row["met"] else "no",
-                _processor(record),
-            )
-            rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+    lines = [(record, row) for record in records for row in record["targets"]]
+    columns: dict[str, Callable[[tuple[Mapping[str, Any], Mapping[str, Any]]], str]] = {
+        "Benchmark": lambda line: f"`{line[0]['benchmark']}`",
+        "What": lambda line: line[1]["what"],
+        "Against": lambda line: line[1]["against"] or "-",
+        "Reached": lambda line: _reached(line[1]),
+        "Target": lambda line: _bound(line[1]),
+        "Met": lambda line: "yes" if line[1]["met"] else "no",
+        "Device": lambda line: _processor(line[0]),
+    }
+    return markdown(columns_table(lines, columns), left=3)
 
 
 def _processor(record: Mapping[str, Any]) -> str:

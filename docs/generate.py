@@ -45,7 +45,7 @@ from experiments.studies.replay.cgroup import measures
 from experiments.studies.replay.conversations import memory_figure
 from experiments.study.harness import RESULTS, ROOT, Published, Study, write_changed, write_pages
 from experiments.study.plotting import FAINT, INK, Panel, look, panel_figure, save_gif, save_png
-from experiments.study.table_format import columns_table, markdown, mebibytes, percent, seconds
+from experiments.study.table_format import columns_table, markdown, percent, seconds
 from rap_env.cli import cli
 from rap_env.ladder.features import ITEM_FEATURES
 from rap_env.leaderboard.entries import (
@@ -57,7 +57,7 @@ from rap_env.leaderboard.entries import (
     table_values,
 )
 from rap_env.leaderboard.tasks import ACROSS_JUDGED_ON, pinned_task, pinned_tasks, tasks_of
-from rap_env.scoring.held_out import Floats, spearman
+from rap_env.scoring.fidelity import Floats, spearman
 from rap_env.serving.responses_api import ResponsesRequest
 from rap_env.serving.schemas import ChatCompletionRequest, CompletionRequest
 
@@ -375,17 +375,23 @@ LOW_BITS = "RAPLadder/SmolLM2-LowBits-Table-v0"
 BY_GRADIENT, UNIFORM = "Knapsack by gradient", "Uniform settings"
 
 
-def own_plans_table() -> str:
-    """Plans from costs by gradient beside uniform settings, at the budgets of one shape."""
-    scores = test_scores(LOW_BITS)
-    rows = [
-        [mebibytes(request.budget_bytes), f"{own:.3f}", f"{uniform:.3f}", f"{own / uniform:.2f}"]
-        for request, own, uniform in zip(
-            pinned_task(LOW_BITS).requests, scores[BY_GRADIENT], scores[UNIFORM], strict=True
-        )
-        if (request.batch_size, request.seq_len_tokens) == (8, 2048)
-    ]
-    return markdown((["Budget", BY_GRADIENT, UNIFORM, "Ratio"], rows))
+def preparing_table() -> str:
+    """What preparing models took, and what their plans lose, a row for each plan."""
+    records = [r for r in committed_records() if r["benchmark"].startswith("preparing")]
+    lines = [(record, plan) for record in records for plan in record["measured"]["plans"]]
+
+    def rise(kind: str, line: tuple[dict[str, Any], dict[str, Any]]) -> str:
+        return f"{line[1]['delta_nll'][kind]:.3f}"
+
+    columns: dict[str, Callable[[tuple[dict[str, Any], dict[str, Any]]], str]] = {
+        "Model": lambda line: line[0]["measured"]["model"],
+        "Levels": lambda line: line[0]["measured"]["levels"],
+        "Minutes": lambda line: f"{line[0]['measured']['seconds'] / 60:.1f}",
+        "Budget": lambda line: f"{line[1]['budget_mib']:,.0f} MiB",
+        "Predicted": lambda line: f"{line[1]['predicted']:.3f}",
+        **{kind.capitalize(): partial(rise, kind) for kind in ("articles", "code", "chat")},
+    }
+    return markdown(columns_table(lines, columns), left=2)
 
 
 def bounds_table() -> str:
@@ -481,7 +487,7 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "tasks": partial(tasks_table, README_TASKS),
     "table_tasks": partial(tasks_table, LISTED_TASKS),
     "bounds": bounds_table,
-    "own_plans": own_plans_table,
+    "preparing": preparing_table,
     **{name: partial(shown_text, name) for name in (*COMPARISONS, *STUDIES)},
     **{name: partial(beside_text, name) for name in BESIDE},
     "entries": lambda: "\n".join(map(leaderboard_table, LEADERBOARDS)),

@@ -39,7 +39,8 @@ from rap_env.context.base import PruningContext
 from rap_env.importance.plan_table import PlanTable
 from rap_env.ladder.items import Ladder
 from rap_env.plan import Plan
-from rap_env.scoring.held_out import Fidelity, FidelityRow, HeldOutLosses
+from rap_env.scoring.fidelity import Fidelity, FidelityRow
+from rap_env.scoring.held_out import HeldOutLosses
 
 Folders = Sequence[str | os.PathLike[str]]
 

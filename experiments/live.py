@@ -155,91 +155,137 @@ def record(llm: ElasticLLM, policy: Policy, settings: DemoConfig) -> Recording:
 
     Time is the CPU time of this thread, so that other programs slow nothing down.
     """
-    from rap_env.runtime.controller import RuntimeController
-    from rap_env.runtime.engine import Engine
-    from rap_env.runtime.memory_estimator import BatchShape
     from rap_env.runtime.memory_meter import make_levels
-    from rap_env.runtime.memory_monitor import GivenMemory
-    from rap_env.runtime.sampling import SamplingParams
 
     llm.set_residency("offload")
     make_levels(llm, policy)
-    texts = [text[:TEXT_CHARACTERS] for text in topics.values() if len(text) >= TEXT_CHARACTERS]
-    prompts = [chat_ids(llm, f"Summarise this text.\n\n{t}") for t in texts[: settings.chats]]
-    started, native_bytes = float("inf"), 2**62
-
-    def limit_bytes() -> float:
-        passed = max(0.0, time.thread_time() - started) / settings.live_s
-        fallen = np.interp(passed, list(LIMIT), list(LIMIT.values()))
-        return float(_MOST * native_bytes * (1 - fallen * (1 - settings.lowest_share)))
-
-    controller = RuntimeController(
-        llm,
-        policy,
-        GivenMemory(limit_bytes),
-        max_delta_nll=DEFAULT_MAX_DELTA_NLL,
-        most_delta_nll=DEFAULT_MOST_DELTA_NLL,
-        clock=time.thread_time,
-    )
-    engine = Engine(
-        llm,
-        controller,
-        max_batch_size=settings.chats + 1,
-        target_itl_s=0.1,
-        clock=time.thread_time,
-    )
-    shape = BatchShape(settings.chats + 1, max(map(len, prompts)) + CHAT_TOKENS)
-    native_bytes = controller.estimator.peak_bytes(Plan(), shape)
-    recording = Recording(llm.facts.num_layers, settings.live_s)
-
-    def on_step(step: StepRecord) -> None:
-        if not recording.plans or recording.plans[-1] != step.plan.levels:
-            recording.plans.append(step.plan.levels)
-        end_s, running = round(time.thread_time() - started, 3), engine.stats().running
-        memory = step.budget_bytes, step.peak_bytes, step.held.kept
-        plan = len(recording.plans) - 1
-        recording.steps.append(Step(end_s, *memory, plan, max(running, 1), step.length))
-
-    def chat(number: int) -> RequestHandle:
-        params = SamplingParams(max_new_tokens=CHAT_TOKENS, temperature=1.0, seed=number)
-        return engine.submit(prompts[number], params)
-
-    def ask(tokens: int = ANSWER_TOKENS) -> RequestHandle:
-        stop = (llm.tokenizer.eos_token_id,)
-        params = SamplingParams(max_new_tokens=tokens, stop_token_ids=stop)
-        ids = chat_ids(llm, *conversation)
-        if len(ids) + tokens > engine.max_seq_len_tokens:  # it begins anew, after its text
-            del conversation[2:-1]
-            ids = chat_ids(llm, *conversation)
-        return engine.submit(ids, params)
-
-    conversation = [f"Read this text.\n\n{texts[-1]}"]
-    running = [ask(1), *map(chat, range(settings.chats))]
-    while not all(handle.token_ids for handle in running):  # texts are read before time begins
-        engine.step()
-    del running[0]
-    conversation.append(_FIRST_ANSWER)
-    engine.observers.append(on_step)
-    questions = itertools.cycle(settings.questions.items())
-    asked: RequestHandle | None = None
-    started = time.thread_time()
-    while (passed := round(time.thread_time() - started, 3)) < settings.live_s:
-        if asked is None:
-            answer = Question(*next(questions), passed)
-            conversation.append(answer.question)
-            asked = ask()
-        running = [chat(i) if handle.done else handle for i, handle in enumerate(running)]
-        engine.step()
-        if asked.token_ids and not answer.first_s:
-            answer.first_s = round(time.thread_time() - started, 3)
-        if asked.done:
-            answer.answer = llm.tokenizer.decode(asked.token_ids, skip_special_tokens=True).strip()
-            answer.end_s, asked = round(time.thread_time() - started, 3), None
-            conversation.append(answer.answer)
-            recording.answers.append(answer)
-    engine.close()
+    run = LiveRun(llm, policy, settings)
+    run.read_texts()
+    run.serve()
     llm.apply(Plan())
-    return recording
+    return run.recording
+
+
+class LiveRun:
+    """Chats and a conversation that an engine serves while its memory limit moves.
+
+    Attributes:
+        recording: What the engine has done.
+    """
+
+    def __init__(self, llm: ElasticLLM, policy: Policy, settings: DemoConfig) -> None:
+        from rap_env.runtime.controller import RuntimeController
+        from rap_env.runtime.engine import Engine
+        from rap_env.runtime.memory_estimator import BatchShape
+        from rap_env.runtime.memory_monitor import GivenMemory
+
+        self._llm, self._settings = llm, settings
+        texts = [text[:TEXT_CHARACTERS] for text in topics.values() if len(text) >= TEXT_CHARACTERS]
+        chats = [f"Summarise this text.\n\n{text}" for text in texts[: settings.chats]]
+        self._prompts = [chat_ids(llm, chat) for chat in chats]
+        self._conversation = [f"Read this text.\n\n{texts[-1]}"]
+        self._started_s, self._native_bytes = float("inf"), 2**62
+        controller = RuntimeController(
+            llm,
+            policy,
+            GivenMemory(self._limit_bytes),
+            max_delta_nll=DEFAULT_MAX_DELTA_NLL,
+            most_delta_nll=DEFAULT_MOST_DELTA_NLL,
+            clock=time.thread_time,
+        )
+        self._engine = Engine(
+            llm,
+            controller,
+            max_batch_size=settings.chats + 1,
+            target_itl_s=0.1,
+            clock=time.thread_time,
+        )
+        shape = BatchShape(settings.chats + 1, max(map(len, self._prompts)) + CHAT_TOKENS)
+        self._native_bytes = controller.estimator.peak_bytes(Plan(), shape)
+        self._chats: list[RequestHandle] = []
+        self.recording = Recording(llm.facts.num_layers, settings.live_s)
+
+    def read_texts(self) -> None:
+        """Read the texts of all chats and of the conversation, before time begins."""
+        first = self._ask(1)
+        self._chats = list(map(self._chat, range(self._settings.chats)))
+        while not all(handle.token_ids for handle in (first, *self._chats)):
+            self._engine.step()
+        self._conversation.append(_FIRST_ANSWER)
+
+    def serve(self) -> None:
+        """Answer one question after the other beside the chats, until time is over."""
+        self._engine.observers.append(self._on_step)
+        questions = itertools.cycle(self._settings.questions.items())
+        self._started_s = time.thread_time()
+        answer: Question | None = None
+        while (passed_s := self._passed_s()) < self._settings.live_s:
+            if answer is None:
+                answer = Question(*next(questions), passed_s)
+                self._conversation.append(answer.question)
+                asked = self._ask(ANSWER_TOKENS)
+            for number, handle in enumerate(self._chats):
+                if handle.done:
+                    self._chats[number] = self._chat(number)
+            self._engine.step()
+            if asked.token_ids and not answer.first_s:
+                answer.first_s = self._passed_s()
+            if asked.done:
+                self._end(answer, asked)
+                answer = None
+        self._engine.close()
+
+    def _end(self, answer: Question, asked: RequestHandle) -> None:
+        """Add a complete answer to the recording and to the conversation."""
+        text = self._llm.tokenizer.decode(asked.token_ids, skip_special_tokens=True)
+        answer.answer = text.strip()
+        answer.end_s = self._passed_s()
+        self._conversation.append(answer.answer)
+        self.recording.answers.append(answer)
+
+    def _passed_s(self) -> float:
+        return round(time.thread_time() - self._started_s, 3)
+
+    def _limit_bytes(self) -> float:
+        """The memory limit of the moment; without an end before the native need is known."""
+        passed = max(0.0, time.thread_time() - self._started_s) / self._settings.live_s
+        fallen = np.interp(passed, list(LIMIT), list(LIMIT.values()))
+        share = 1 - fallen * (1 - self._settings.lowest_share)
+        return float(_MOST * self._native_bytes * share)
+
+    def _on_step(self, step: StepRecord) -> None:
+        plans = self.recording.plans
+        if not plans or plans[-1] != step.plan.levels:
+            plans.append(step.plan.levels)
+        self.recording.steps.append(
+            Step(
+                end_s=self._passed_s(),
+                limit_bytes=step.budget_bytes,
+                used_bytes=step.peak_bytes,
+                kept_bytes=step.held.kept,
+                plan=len(plans) - 1,
+                requests=max(self._engine.stats().running, 1),
+                tokens=step.length,
+            )
+        )
+
+    def _chat(self, number: int) -> RequestHandle:
+        from rap_env.runtime.sampling import SamplingParams
+
+        params = SamplingParams(max_new_tokens=CHAT_TOKENS, temperature=1.0, seed=number)
+        return self._engine.submit(self._prompts[number], params)
+
+    def _ask(self, tokens: int) -> RequestHandle:
+        """Send the conversation; where it is too long it begins anew, after its text."""
+        from rap_env.runtime.sampling import SamplingParams
+
+        stop = (self._llm.tokenizer.eos_token_id,)
+        params = SamplingParams(max_new_tokens=tokens, stop_token_ids=stop)
+        ids = chat_ids(self._llm, *self._conversation)
+        if len(ids) + tokens > self._engine.max_seq_len_tokens:
+            del self._conversation[2:-1]
+            ids = chat_ids(self._llm, *self._conversation)
+        return self._engine.submit(ids, params)
 
 
 def recorded(folder: Path) -> Recording | None:

@@ -1,4 +1,4 @@
-"""llama.cpp through its bindings: NLL and logits, sizes of buffers, quantised files.
+"""llama.cpp through its bindings: logits, and quantised files.
 
 It needs the package `PACKAGE`, which is no dependency of the project, and neither torch nor
 transformers.
@@ -26,8 +26,8 @@ PACKAGE = "llama-cpp-py-sync"
 VERSION = "0.11739"
 """Version that the committed records were made with."""
 
-CACHE_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
-"""``ggml_type`` of each format of a cache, from the most to the least exact one."""
+CACHE_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "q4_0": 2}
+"""``ggml_type`` of each format of a cache."""
 
 FILE_TYPES = {"Q2_K": 10, "Q3_K_M": 12, "IQ4_NL": 25, "IQ2_M": 29, "Q2_0": 41}
 """``llama_ftype`` of each kind of quantised file."""
@@ -38,7 +38,6 @@ AS_SHIPPED, WITH_EMBEDDINGS = "as shipped", "+embeddings"
 FILE_KINDS = (AS_SHIPPED, *FILE_TYPES, *(f"{kind}{WITH_EMBEDDINGS}" for kind in FILE_TYPES))
 """Kinds of files that llama.cpp's quantiser makes."""
 
-_BUFFERS = re.compile(r"(model|KV|compute|output)\s+buffer size =\s+([\d.]+) MiB")
 SHIPPED = "shipped"
 """The type of the model's own file in a `FileKind`."""
 
@@ -94,8 +93,6 @@ class LlamaCpp:
         threads: Threads of llama.cpp.
 
     Attributes:
-        buffers: Bytes of each kind of buffer, as llama.cpp logs them: ``model``, ``KV``,
-            ``compute`` and ``output``.
         tensor_types: Number of tensors of each type in the file.
 
     Raises:
@@ -106,7 +103,6 @@ class LlamaCpp:
         from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
 
         self._ffi, self._lib = get_ffi(), get_lib()
-        self.buffers: dict[str, int] = {}
         self.tensor_types: dict[str, int] = {}
         self._log = self._ffi.callback("ggml_log_callback", self._logged)
         self._lib.llama_log_set(self._log, self._ffi.NULL)
@@ -121,7 +117,6 @@ class LlamaCpp:
         context.n_batch = context.n_ubatch = _BATCH_TOKENS
         context.n_threads = context.n_threads_batch = threads
         context.type_k = context.type_v = CACHE_TYPES[cache]
-        # A quantised cache of values needs flash attention, which rounds queries to float16.
         context.flash_attn_type = int(cache != "f32")
         self._context = self._lib.llama_init_from_model(self._model, context)
         if self._context == self._ffi.NULL:
@@ -137,15 +132,6 @@ class LlamaCpp:
     def model_bytes(self) -> int:
         """Bytes of the model's tensors."""
         return int(self._lib.llama_model_size(self._model))
-
-    def nll(self, window: npt.NDArray[np.int32]) -> float:
-        """Mean NLL of a window without context before it, nats per token.
-
-        Args:
-            window: Token ids, (T,); tokens 1 to T - 1 are predicted.
-        """
-        parts = self.logits(window)
-        return float(np.mean(np.concatenate([target_nll(*part) for part in parts])))
 
     def logits(
         self, window: npt.NDArray[np.int32]
@@ -219,22 +205,10 @@ class LlamaCpp:
             self._lib.llama_batch_free(batch)
 
     def _logged(self, _level: int, text: Any, _data: Any) -> None:
-        """Keep the sizes of buffers from a line of the log."""
+        """Keep the number of tensors of a type from a line of the log."""
         line = self._ffi.string(text).decode(errors="replace")
-        for kind, mebibytes in _BUFFERS.findall(line):
-            self.buffers[kind] = self.buffers.get(kind, 0) + round(float(mebibytes) * 2**20)
         for kind, tensors in _TENSOR_TYPES.findall(line):
             self.tensor_types[kind] = int(tensors)
-
-
-def target_nll(
-    logits: npt.NDArray[np.float32], targets: npt.NDArray[np.int32]
-) -> npt.NDArray[np.float64]:
-    """NLL of each target, nats: logits (N, V) and token ids (N,) to (N,)."""
-    wide = logits.astype(np.float64)
-    top = wide.max(axis=1)
-    log_sum = np.log(np.exp(wide - top[:, None]).sum(axis=1)) + top
-    return np.asarray(log_sum - wide[np.arange(len(targets)), targets])
 
 
 def write_quantised_file(

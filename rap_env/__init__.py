@@ -8,22 +8,40 @@ imported from their modules on first use; everything else is imported from its m
 from __future__ import annotations
 
 import importlib
-import re
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from rap_env.extras import missing_extra
 from rap_env.version import __version__
 
-_IMPORTS = re.findall(r"from (\S+) import (\w+)", Path(__file__).with_suffix(".pyi").read_text())
-_MODULES = {name: module for module, name in _IMPORTS}
-"""The module of each public name, as the stub tells type checkers."""
+_MODULES = {
+    "RAPLadderEnv": "rap_env.envs.ladder",
+    "RAPLadderVectorEnv": "rap_env.envs.ladder",
+    "RAPPruneEnv": "rap_env.envs.prune",
+    "RAPPruneVectorEnv": "rap_env.envs.prune",
+    "make_vec": "rap_env.envs.vector",
+    "RapError": "rap_env.errors",
+    "gsi": "rap_env.importance.gsi_search",
+    "evaluate": "rap_env.leaderboard.evaluation",
+    "MemoryModel": "rap_env.memory",
+    "load_llm": "rap_env.models.files.loading",
+    "load_pruned": "rap_env.models.files.pruned_checkpoint",
+    "save_pruned": "rap_env.models.files.pruned_checkpoint",
+    "Plan": "rap_env.plan",
+    "load_policy": "rap_env.policies.loading",
+    "Request": "rap_env.request",
+    "RuntimeController": "rap_env.runtime.controller",
+    "CorpusConfig": "rap_env.scoring.corpus",
+    "load_corpus": "rap_env.scoring.corpus_loading",
+    "PlanLM": "rap_env.scoring.plan_lm",
+    "PlanScorer": "rap_env.scoring.scorer",
+}
+"""The module of each public name; the stub beside this file has the same ones for type checkers."""
 
 __all__ = [*_MODULES, "__version__"]
 

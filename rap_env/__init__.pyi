@@ -1,4 +1,4 @@
-"""The public names: type checkers read them here, and `rap_env` imports them on first use."""
+"""The public names for type checkers; `rap_env` imports them on first use."""
 
 from rap_env.envs.ladder import RAPLadderEnv as RAPLadderEnv
 from rap_env.envs.ladder import RAPLadderVectorEnv as RAPLadderVectorEnv

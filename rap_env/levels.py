@@ -187,7 +187,7 @@ def channel_groups(head_size: int) -> int:
     return head_size // GROUP_TOKENS if head_size % GROUP_TOKENS == 0 else 1
 
 
-CACHE_LEVELS = ("int8", "int4", "int4-window512", "int4-window256", "int4-window128")
+CACHE_LADDER = ("int8", "int4", "int4-window512", "int4-window256", "int4-window128")
 """Levels of caches in the named ladders, below the native one.
 
 The level int2 is not among them: at 1,024 tokens a cache of the default model needs more
@@ -196,15 +196,15 @@ bytes in int2 than in int4-window128, and costs twice as much.
 
 LADDERS: dict[str, dict[str, tuple[str, ...]]] = {
     "masks": {"weights": ("removed",)},
-    "caches": {"caches": CACHE_LEVELS},
+    "caches": {"caches": CACHE_LADDER},
     "four-bits": {
         "weights": ("int8", "int4", "removed"),
-        "caches": CACHE_LEVELS,
+        "caches": CACHE_LADDER,
         "embeddings": ("int8", "int4"),
     },
     "all": {
         "weights": ("int8", "int4-compact", "int3", "int2", "removed"),
-        "caches": CACHE_LEVELS,
+        "caches": CACHE_LADDER,
         "embeddings": ("int8", "int4-compact", "int3"),
     },
 }

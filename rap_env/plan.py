@@ -19,7 +19,7 @@ from rap_env.errors import ArtifactError, UnknownNameError, check_name
 from rap_env.levels import NATIVE_CACHE, WEIGHT_LEVELS, CacheLevel, WeightLevel
 
 BlockKind = Literal["attn", "ffn"]
-KINDS: tuple[BlockKind, BlockKind] = ("attn", "ffn")
+BLOCK_KINDS: tuple[BlockKind, BlockKind] = ("attn", "ffn")
 
 EMBEDDINGS = "embeddings"
 """The item of the embeddings with the head; everything outside the blocks counts as part of
@@ -37,7 +37,7 @@ def block_name(index: int) -> str:
 
     A mixture-of-experts layer is one ffn block.
     """
-    return f"layer{index // 2:02d}.{KINDS[index % 2]}"
+    return f"layer{index // 2:02d}.{BLOCK_KINDS[index % 2]}"
 
 
 def block_index(block: str | int) -> int:
@@ -52,13 +52,13 @@ def block_index(block: str | int) -> int:
     if isinstance(block, str):
         match = _BLOCK.fullmatch(block)
         if match:
-            return 2 * int(match[1]) + KINDS.index(match[2])
+            return 2 * int(match[1]) + BLOCK_KINDS.index(match[2])
     elif not isinstance(block, bool) and hasattr(block, "__index__") and block.__index__() >= 0:
         return block.__index__()
     hint = "A block is written layerNN.attn or layerNN.ffn, or given by its index from 0."
     # Suggest a block of the layer that was meant.
     layer = re.match(r"layer[0-9]+", str(block))
-    known = [f"{layer[0] if layer else 'layer00'}.{kind}" for kind in KINDS]
+    known = [f"{layer[0] if layer else 'layer00'}.{kind}" for kind in BLOCK_KINDS]
     raise UnknownNameError("block", block, known, hint)
 
 
@@ -211,7 +211,7 @@ class Plan:
 
     def count_removed(self, kind: BlockKind) -> int:
         """Number of removed blocks of one kind."""
-        return sum(KINDS[index % 2] == kind for index in self.removed)
+        return sum(BLOCK_KINDS[index % 2] == kind for index in self.removed)
 
     @property
     def weight_levels(self) -> frozenset[WeightLevel]:

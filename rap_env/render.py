@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from rap_env.errors import counted
 from rap_env.memory import MemoryModel
-from rap_env.plan import EMBEDDINGS, KINDS, Plan, is_cache
+from rap_env.plan import BLOCK_KINDS, EMBEDDINGS, Plan, is_cache
 from rap_env.request import Request, human_bytes
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class Scene:
     def removed_words(self) -> str:
         """The number of removed blocks of each kind, in words."""
         layers = self.memory.facts.num_layers
-        attn, ffn = (self.plan.count_removed(kind) for kind in KINDS)
+        attn, ffn = (self.plan.count_removed(kind) for kind in BLOCK_KINDS)
         return f"{attn} of {layers} attention blocks, {ffn} of {layers} FFN blocks"
 
     @property
@@ -148,7 +148,7 @@ def render_ansi(scene: Scene) -> str:
     for start in range(0, facts.num_layers, width):
         layers = range(start, min(start + width, facts.num_layers))
         lines.append("layer    " + "".join(f"{n:<5}" for n in layers[::5]).rstrip())
-        for number, kind in enumerate(KINDS):
+        for number, kind in enumerate(BLOCK_KINDS):
             symbols = (_symbol(plan.weight_level(2 * n + number)) for n in layers)
             lines.append(f"{kind:<8} " + "".join(symbols))
         if plan.caches:

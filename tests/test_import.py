@@ -1,3 +1,7 @@
+import importlib
+import re
+from pathlib import Path
+
 import gymnasium
 import pytest
 
@@ -46,6 +50,15 @@ def test_the_package_needs_neither_stable_baselines_nor_hydra():
 def test_every_public_name_is_there(name):
     assert getattr(rap_env, name) is not None
     assert name in dir(rap_env)
+
+
+def test_type_checkers_read_the_same_names_and_modules():
+    stub = Path(rap_env.__file__).with_suffix(".pyi").read_text(encoding="utf-8")
+    assert dict(re.findall(r"^from \S+ import (\w+) as (\w+)$", stub, re.M)).keys() == {
+        *rap_env.__all__
+    } - {"__version__"}
+    for module, name in re.findall(r"^from (\S+) import (\w+)", stub, re.M):
+        assert getattr(rap_env, name) is getattr(importlib.import_module(module), name)
 
 
 def test_a_misspelt_name_is_an_error_that_names_it():

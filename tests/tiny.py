@@ -234,22 +234,19 @@ def tiny_tokenizer() -> Any:
 
 
 def word_tokenizer() -> Any:
-    """A real tokenizer with a token for each word of the generated tasks of long contexts."""
+    """A real tokenizer with a token for each word of the generated task of long contexts."""
     from tokenizers import pre_tokenizers
 
     from rap_env.artifacts import package_json
     from rap_env.scoring.generated_tasks import NAMES, OBJECTS
-    from rap_env.scoring.long_context_tasks import LONG_CONTEXT_KINDS, LongContextTask
+    from rap_env.scoring.long_context_tasks import LongContextTask
 
     split = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
     )
     filler = package_json("rap_env.scoring", "long_context_words.json").values()
     texts = [*NAMES, *OBJECTS, *(text for texts in filler for text in texts)]
-    texts += [
-        LongContextTask(kind, 4000).documents(tiny_tokenizer(), 0, 1)[0]["context"]
-        for kind in LONG_CONTEXT_KINDS
-    ]
+    texts.append(LongContextTask(4000).documents(tiny_tokenizer(), 0, 1)[0]["context"])
     words = {word for text in texts for word, _ in split.pre_tokenize_str(text)}
     return _fast_tokenizer(sorted(words), split)
 

@@ -45,7 +45,7 @@ class Config:
     """Sampler of requests (`rap_env.workload`), and its settings."""
     reward: dict[str, Any] = setting({})
     """Reward (`rap_env.reward`), and its settings."""
-    env: programs.EnvConfig = field(default_factory=programs.EnvConfig)
+    env: programs.EnvSettings = field(default_factory=programs.EnvSettings)
     agent: programs.AgentConfig = field(default_factory=programs.AgentConfig)
     warm_start: programs.WarmStartConfig = field(default_factory=programs.WarmStartConfig)
     score_model: programs.ScoreModelConfig = field(default_factory=programs.ScoreModelConfig)
@@ -53,9 +53,7 @@ class Config:
     logger: programs.LoggerConfig = field(default_factory=programs.LoggerConfig)
     evaluate: programs.EvaluateConfig = field(default_factory=programs.EvaluateConfig)
     tight_grid: programs.TightGridConfig = field(default_factory=programs.TightGridConfig)
-    ladder: studies.LadderConfig = field(default_factory=studies.LadderConfig)
-    gradient_plans: studies.GradientPlansConfig = field(default_factory=studies.GradientPlansConfig)
-    long_context: studies.LongContextConfig = field(default_factory=studies.LongContextConfig)
+    equal_bytes: studies.EqualBytesConfig = field(default_factory=studies.EqualBytesConfig)
     budget: studies.BudgetConfig = field(default_factory=studies.BudgetConfig)
     replay: studies.ReplayConfig = field(default_factory=studies.ReplayConfig)
     conversations: studies.ConversationsConfig = field(default_factory=studies.ConversationsConfig)

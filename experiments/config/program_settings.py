@@ -10,8 +10,7 @@ from omegaconf import MISSING
 
 from experiments.config.common import Pinned, TasksConfig, TextConfig, parse_pinned, parse_shape
 from experiments.study.console import ExperimentError
-from rap_env.envs.config import ENVIRONMENTS
-from rap_env.envs.config import EnvConfig as TaskConfig
+from rap_env.envs.config import ENVIRONMENTS, EnvConfig
 from rap_env.specs import check, setting
 
 TEACHERS = ("none", "frontier", "greedy", "knapsack", "gsi", "one_shot", "score_model")
@@ -21,7 +20,7 @@ POLICY_SUFFIX = ".safetensors"
 
 
 @dataclass
-class EnvConfig:
+class EnvSettings:
     """Settings of the environment other than workload and reward."""
 
     id: str = setting("RAPPrune-v0", choices=ENVIRONMENTS)
@@ -40,14 +39,14 @@ class EnvConfig:
     """Tasks of the accuracy reward; without names, the environment's default tasks."""
 
     @property
-    def task(self) -> type[TaskConfig]:
+    def task(self) -> type[EnvConfig]:
         """What distinguishes the environment: its layout of observations, how its model loads."""
         return ENVIRONMENTS[self.id]
 
     @property
     def arguments(self) -> dict[str, Any]:
         """What defines the levels, as arguments of the environment."""
-        names = [name for name in TaskConfig.unused if name not in self.task.unused]
+        names = [name for name in EnvConfig.unused if name not in self.task.unused]
         return {name: getattr(self, name) for name in names}
 
     @property

@@ -1,4 +1,4 @@
-"""Settings of the studies: the ladder, long contexts, the replay."""
+"""Settings of the studies: levels at equal bytes, the replay."""
 
 from __future__ import annotations
 
@@ -6,86 +6,21 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from experiments.config.common import TextConfig, parse_shape
-from experiments.llama_cpp import CACHE_TYPES, FILE_KINDS, FileKind
-from rap_env.errors import check_name
-from rap_env.levels import CacheLevel
+from experiments.llama_cpp import FILE_KINDS, FileKind
 from rap_env.request import parse_bytes
-from rap_env.scoring.long_context_tasks import LEAST_TOKENS, LONG_CONTEXT_KINDS
 from rap_env.specs import setting
 
 
 @dataclass
-class LadderConfig:
-    """What the studies ``ladder`` and ``equal_bytes`` compare on ``evaluate.text``."""
+class EqualBytesConfig:
+    """What ``experiments.studies.equal_bytes`` compares on ``evaluate.text``."""
 
-    requests: list[str] = setting(
-        ["1x128", "4x512", "8x2048", "16x4096"], distinct=True, parse=parse_shape
-    )
-    """Batch size x sequence length in tokens."""
+    request: str = setting("1x128", parse=parse_shape)
+    """Batch size x sequence length in tokens at which the knapsack chooses its plans."""
     knapsack: str = "knapsack"
-    """Policy over all levels, for ``equal_bytes``: what `rap_env.load_policy` takes."""
-    llama_cpp_caches: list[str] = setting([], choices=CACHE_TYPES)
-    """Formats of llama.cpp's cache; weights are those of the file."""
+    """Policy over all levels: what `rap_env.load_policy` takes."""
     llama_cpp_files: list[str] = setting([], choices=FILE_KINDS)
-    """Kinds of files that ``experiments.studies.equal_bytes`` makes with llama.cpp's
-    quantiser."""
-
-    @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """The `requests` as (batch size, sequence length in tokens)."""
-        return list(map(parse_shape, self.requests))
-
-
-@dataclass
-class GradientPlansConfig:
-    """What ``experiments.studies.gradient_plans`` compares at pinned budgets."""
-
-    measured: str = "smollm2-135m-low-bits.native.json"
-    """Score table, in the package or a file, whose level costs were measured one by one."""
-    windows: int = setting(4, low=1)
-    """Windows of the text that gradients are of."""
-    window_tokens: int = setting(1024, low=2)
-    """Tokens of each."""
-    texts: list[TextConfig] = setting([])
-    """Held-out text with windows of `window_tokens`: files of data sets, named by their
-    folder, and files of Python's standard library, such as ``argparse.py``."""
-
-
-@dataclass
-class LengthsConfig:
-    """A kind of generated task."""
-
-    lengths: list[int] = setting([512, 1024, 2048], low=LEAST_TOKENS)
-    """Tokens of the texts."""
-    questions: int = setting(32, low=1)
-    """Questions at each length; a text has 3 to 12 of them."""
-
-
-@dataclass
-class LongContextConfig:
-    """What ``experiments.studies.long_context`` compares, and on what."""
-
-    caches: list[str] = setting(
-        ["native", "int4", "int2", "window512", "int4-window512"], parse=CacheLevel.of
-    )
-    """Levels of all caches in uniform settings; ``native`` is always measured."""
-    policies: list[str] = setting(["knapsack"])
-    """Baselines, and what `rap_env.load_policy` takes: names and files."""
-    budgets: list[float] = setting([0.4, 0.25], above=0, high=1)
-    """Budgets of policies, as fractions of the native model's peak bytes."""
-    batch_size: int = setting(16, low=1)
-    """Sequences of the requests that policies answer; the length is that of each task."""
-    tasks: dict[str, LengthsConfig] = field(
-        default_factory=lambda: {kind: LengthsConfig() for kind in LONG_CONTEXT_KINDS}
-    )
-    """Generated tasks by kind."""
-    documents: list[TextConfig] = setting([])
-    """Documents for the loss, of JSONL files: `windows` of those with at least
-    `window_tokens` tokens, cut to these."""
-
-    def __post_init__(self) -> None:
-        for kind in self.tasks:
-            check_name("kind of long_context.tasks", kind, LONG_CONTEXT_KINDS)
+    """Kinds of files that are made with llama.cpp's quantiser."""
 
 
 @dataclass

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from experiments.config import Config
+from experiments.config.common import parse_shape
 from experiments.contexts import build_context, held_out_scorer, measured_on, named_policy
 from experiments.launch import launch
 from experiments.llama_cpp import (
@@ -91,10 +92,10 @@ def equal_bytes_jobs(config: Config, folder: Path) -> Iterator[Job[EqualBytesRow
     """Yield the rows of all methods for one model.
 
     Raises:
-        ExperimentError: ``ladder.llama_cpp_files`` has entries, but llama.cpp is not
+        ExperimentError: ``equal_bytes.llama_cpp_files`` has entries, but llama.cpp is not
             installed, or the model comes from no GGUF file.
     """
-    settings, model = config.ladder, config.model
+    settings, model = config.equal_bytes, config.model
     context = build_context(config)
     report = held_out_scorer(config.evaluate.text, "report", context)
     shipped = shared_llm(model.name, device=model.device, dtype=model.dtype, weights="native")
@@ -158,11 +159,12 @@ def own_plans(
             ffn = {name: level for name in blocks if name.endswith("ffn")}
             plans["uniform", f"FFN {level}"] = Plan.of(ffn)
             plans["uniform", level] = Plan.of(blocks)
-    knapsack = named_policy(config.ladder.knapsack, context, memory)
+    knapsack = named_policy(config.equal_bytes.knapsack, context, memory)
     if knapsack is None or knapsack.level_costs is None:  # the rule without costs
         return plans
+    shape = parse_shape(config.equal_bytes.request)
     for fraction in BUDGETS:
-        request = Request.at_fraction(context.memory, *config.ladder.shapes[0], fraction)
+        request = Request.at_fraction(context.memory, *shape, fraction)
         chosen = knapsack.choose(request)
         plan = Plan(chosen.removed, chosen.weights, (), chosen.embeddings)
         if plan not in plans.values():

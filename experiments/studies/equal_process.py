@@ -230,10 +230,10 @@ class Measuring:
         )
 
     def _rap(self, limit: str, *options: str) -> list[str]:
-        """The command of `rap serve` for one sequence, without a floor of quality."""
+        """The command of `rap serve` for one sequence, with a floor of quality that allows all."""
         tokens = str(self.windows.shape[1])
         single = ("--max-batch-size", "1", "--max-seq-len-tokens", tokens, "--keep", "off")
-        serving = ("--max-delta-nll", "none", "--prepare", "off", "--memory", limit)
+        serving = ("--max-delta-nll", "9", "--prepare", "off", "--memory", limit)
         return rap_command(self._config.model.name, *single, *serving, *options)
 
     def _llama(self, name: str) -> list[str]:

@@ -43,11 +43,6 @@ def below(text: str) -> str:
     return untitled(text).replace("\n## ", "\n### ")
 
 
-def first_section(text: str) -> str:
-    """Return the first section of a text, without its title."""
-    return untitled(text.split("\n## ")[1])
-
-
 @dataclass(frozen=True)
 class Published:
     """Committed records of a study, and what the documentation shows of them.
@@ -57,7 +52,7 @@ class Published:
             (``docs/results/details/NAME.md``).
         records: The folder of the records, below ``results/``.
         shown: Makes what stands between the markers from all tables, in Markdown with the
-            study's title: `untitled`, `below` or `first_section`, for example.
+            study's title: `untitled` or `below`, for example.
     """
 
     name: str

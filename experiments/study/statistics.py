@@ -182,21 +182,6 @@ def holm(p_values: Sequence[float]) -> list[bool]:
     return rejected
 
 
-def wilson_interval(accuracy: float, documents: int) -> tuple[float, float]:
-    """Return Wilson's score interval of an accuracy over `documents` independent questions.
-
-    Args:
-        accuracy: Share of correct answers, in [0, 1].
-        documents: Number of questions, at least 1.
-    """
-    z = 1.959964  # of 95 %
-    shrink = 1.0 + z * z / documents
-    centre = (accuracy + z * z / (2 * documents)) / shrink
-    spread = accuracy * (1 - accuracy) / documents + z * z / (4 * documents**2)
-    half = z * float(np.sqrt(spread)) / shrink
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
 def resample_weights(rng: np.random.Generator, count: int) -> npt.NDArray[np.float64]:
     """Return the share of each of `count` items in each resample, shape (`RESAMPLES`, count)."""
     counts = rng.multinomial(count, np.full(count, 1.0 / count), size=RESAMPLES)

@@ -78,10 +78,10 @@ def document(tables: Iterable[TitledTable], *, captions: bool = False) -> str:
     return "\n".join(parts)
 
 
-def markdown(table: Table) -> str:
-    """Format a table as Markdown; the first column is left-aligned, the others right-aligned."""
+def markdown(table: Table, left: int = 1) -> str:
+    """Format a table as Markdown; the `left` first columns are left-aligned, others right."""
     header, rows = table
-    rule = [":---", *["---:"] * (len(header) - 1)]
+    rule = [":---"] * left + ["---:"] * (len(header) - left)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *rows]) + "\n"
 
 

@@ -8,6 +8,7 @@ None, as gymnasium's own vector environments fill them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,31 @@ from rap_env.errors import RapError
 from rap_env.ladder.features import BYTES_OVER, bytes_over
 from rap_env.ladder.items import Counts
 from rap_env.ladder.observation import Observation
-from rap_env.ladder.state import NUMBERS, StackedCosts
+from rap_env.ladder.state import ShapeRow, StackedCosts
 from rap_env.request import Request
 
-_ASKED, _PEAK = NUMBERS + 1, NUMBERS + 2
-_REQUEST = {"batch_size": 0, "seq_len_tokens": 1, "budget_bytes": NUMBERS}
-"""Where `_Requests.numbers` has what infos show."""
+_COSTS_ROWS = len(ShapeRow)
+"""The first rows of `_Requests.numbers` are those of its costs; its other arrays follow."""
+
+
+class _Row(IntEnum):
+    """The rows of `_Requests.numbers` that follow."""
+
+    BUDGET = _COSTS_ROWS
+    ASKED = _COSTS_ROWS + 1
+    PEAK_BYTES = _COSTS_ROWS + 2
+    OWN_BYTES = _COSTS_ROWS + 3
+    CODES = _COSTS_ROWS + 4
+    INVALID_ACTIONS = _COSTS_ROWS + 5
+    STEPS = _COSTS_ROWS + 6
+
+
+_REQUEST = {
+    "batch_size": ShapeRow.BATCH_SIZE,
+    "seq_len_tokens": ShapeRow.SEQ_LEN_TOKENS,
+    "budget_bytes": _Row.BUDGET,
+}
+"""The rows that infos show as the request."""
 
 Generators = Sequence[np.random.Generator]
 
@@ -216,7 +236,7 @@ class VectorEpisodes:
         request = {name: seen[number] for name, number in _REQUEST.items()}
         infos: dict[str, Any] = {}
         _add(infos, task.info_key, levels, shown)
-        _add(infos, "peak_bytes", seen[_PEAK], shown)
+        _add(infos, "peak_bytes", seen[_Row.PEAK_BYTES], shown)
         _add(infos, "request", _entries(request, shown), shown)
         paid = _entries(terms, rewarded) if rewarded.any() else {}
         _add(infos, "reward_terms", paid, shown)
@@ -231,9 +251,9 @@ class VectorEpisodes:
             flagged = predicted > 0
             if flagged.any():
                 _add(infos, "predicted", flagged, flagged.copy())
-        clipped = seen[_ASKED] > 0
+        clipped = seen[_Row.ASKED] > 0
         if clipped.any():
-            asked = {"asked_budget_bytes": seen[_ASKED]}
+            asked = {"asked_budget_bytes": seen[_Row.ASKED]}
             _add(infos, "infeasible", _entries(asked, clipped), clipped)
         return infos
 
@@ -255,7 +275,7 @@ class _Requests:
     """The requests of n sub-environments with their plans, as numbers and as observations.
 
     Attributes:
-        numbers: The numbers of `costs`, and the next seven of these arrays.
+        numbers: A row for each `ShapeRow` of `costs` and for each `_Row`, (rows, n).
         costs: The bytes of the requests.
         budgets: Their budgets, (n,).
         asked: The budgets before they were raised to the least possible ones, 0 where they were
@@ -270,11 +290,14 @@ class _Requests:
 
     def __init__(self, num_envs: int, task: PruningTask) -> None:
         encoder = self._encoder = task.encoder
-        numbers = self.numbers = np.zeros((NUMBERS + 7, num_envs), dtype=np.int64)
-        numbers[2] = 1  # so that no share of a native peak is infinite before the first start
-        self.costs = StackedCosts(encoder.ladder_bytes.tables, numbers[:NUMBERS])
-        (self.budgets, self.asked, self.peak_bytes, self.own_bytes, self.codes,
-         self.invalid_actions, self.steps) = numbers[NUMBERS:]  # fmt: skip
+        numbers = self.numbers = np.zeros((_COSTS_ROWS + len(_Row), num_envs), dtype=np.int64)
+        self.costs = StackedCosts(encoder.ladder_bytes.tables, numbers[:_COSTS_ROWS])
+        # So that no share of a native peak is infinite before the first start.
+        self.costs.dense_peak_bytes[:] = 1
+        self.budgets, self.asked = numbers[_Row.BUDGET], numbers[_Row.ASKED]
+        self.peak_bytes, self.own_bytes = numbers[_Row.PEAK_BYTES], numbers[_Row.OWN_BYTES]
+        self.codes, self.steps = numbers[_Row.CODES], numbers[_Row.STEPS]
+        self.invalid_actions = numbers[_Row.INVALID_ACTIONS]
         self.seen: Observation = {
             key: np.zeros((num_envs, *zeros.shape), zeros.dtype)
             for key, zeros in encoder.zeros.items()
@@ -294,7 +317,7 @@ class _Requests:
     def copy(self, rows: Counts, others: _Requests) -> None:
         """Set some rows, (m,), to those of others."""
         self.costs.put(rows, others.costs, rows)
-        self.numbers[NUMBERS:, rows] = others.numbers[NUMBERS:, rows]
+        self.numbers[_COSTS_ROWS:, rows] = others.numbers[_COSTS_ROWS:, rows]
         for key, array in self.seen.items():
             array[rows] = others.seen[key][rows]
 

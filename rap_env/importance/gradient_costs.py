@@ -222,13 +222,20 @@ def mean_costs(windows: Sequence[WindowCosts], window_tokens: int) -> Costs:
     return ordered_costs(costs)
 
 
-def joint_plans(costs: Costs, levels: Mapping[str, Sequence[str]]) -> dict[Scaled, Plan]:
+def joint_plans(
+    costs: Costs, levels: Mapping[str, Sequence[str]], most_bits: int = 3
+) -> dict[Scaled, Plan]:
     """Plans to measure, by the items and the level whose costs they scale.
 
-    They are each level of the embeddings; levels below four bits of all blocks; the shortest
+    They are each level of the embeddings; levels of few bits of all blocks; the shortest
     window of all caches; and for each quarter of the layers, the removal of the quarter of its
     blocks that lose least: together they lose more than the sum of what each loses alone, in
     some parts of a model and in long texts more than in others.
+
+    Args:
+        costs: As of `mean_costs`.
+        levels: The levels of each item, as of `item_levels`.
+        most_bits: Most bits of the levels that all blocks have.
     """
     plans: dict[Scaled, Plan] = {}
     for name in levels[EMBEDDINGS]:
@@ -236,7 +243,7 @@ def joint_plans(costs: Costs, levels: Mapping[str, Sequence[str]]) -> dict[Scale
     blocks = [item for item in costs if not is_cache(item)]
     caches = tuple(item for item in costs if is_cache(item))
     for name, form in LOW_BIT_FORMATS.items():
-        if lowered := tuple(i for i in blocks if name in costs[i] and form.bits < 4):
+        if lowered := tuple(i for i in blocks if name in costs[i] and form.bits <= most_bits):
             plans[lowered, name] = Plan.of(dict.fromkeys(lowered, name))
     levels_of_caches = [CacheLevel.of(name) for item in caches[:1] for name in costs[item]]
     if windows := [level for level in levels_of_caches if level.window_tokens]:
@@ -330,6 +337,7 @@ def fitted_costs(
     text: Corpus,
     measure: Callable[[Sequence[Plan]], Sequence[Sequence[float]]],
     kinds: Sequence[str] = (),
+    most_bits: int = 3,
 ) -> LevelCosts:
     """The costs that follow from the gradients on a text and the `joint_plans`, measured here.
 
@@ -343,10 +351,11 @@ def fitted_costs(
         text: The text.
         measure: Gives the NLL of plans on each window of the text, nats per token.
         kinds: The kind of text of each window; empty for one kind.
+        most_bits: As for `joint_plans`.
     """
     window_tokens = text.tokens.shape[1]
     costs = mean_costs(parts, window_tokens)
-    plans = joint_plans(costs, levels)
+    plans = joint_plans(costs, levels, most_bits)
     native, *lowered = measure([Plan(), *plans.values()])
     pairs = zip(plans.items(), lowered, strict=True)
     measured = {scaled: (plan, _worst_rise(native, nlls, kinds)) for (scaled, plan), nlls in pairs}

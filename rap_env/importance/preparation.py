@@ -76,7 +76,7 @@ COST_WINDOWS, COST_TOKENS = 3, 1024
 QUICK_COST_WINDOWS, QUICK_COST_TOKENS = 2, 512
 QUICK_LEVEL_WINDOWS = 10
 _FEWEST_LEVEL_WINDOWS = 16  # that a user's text must have
-_VERSION = 3
+_VERSION = 4
 """Part of a run's key: increase it when results change."""
 
 _SHARES = {"levels": 0.5, "costs": 0.3, "plans": 0.2}  # of the time, about
@@ -323,7 +323,7 @@ def _work(run: _Run, check: Check, note: Note) -> LevelCosts:
     parts = _window_costs(run, windows, tasks, levels, llm)
     text_of_costs = Corpus.of_tokens(windows, source=run.text)
     measure = partial(_plan_nlls, llm, windows, tasks)
-    return fitted_costs(llm.facts, parts, levels, text_of_costs, measure, run.kinds)
+    return fitted_costs(llm.facts, parts, levels, text_of_costs, measure, run.kinds, 4)
 
 
 def _window_costs(

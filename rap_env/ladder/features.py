@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.ladder.items import KINDS, Ladder
+from rap_env.ladder.items import ITEM_KINDS, Ladder
 from rap_env.ladder.steps import LevelSteps
 
 REQUEST_FEATURES = ("budget", "batch_size", "seq_len", "bytes_over", "kv_share")
@@ -30,7 +30,7 @@ BLOCK_FEATURES = (
 """Columns of a block's row, ``blocks``."""
 
 ITEM_FEATURES = (
-    *KINDS, "depth", "level", "freed_share", "one_shot_cost", "order_place", "order_cost",
+    *ITEM_KINDS, "depth", "level", "freed_share", "one_shot_cost", "order_place", "order_cost",
 )  # fmt: skip
 """Columns of an item's row, ``ladder``."""
 
@@ -130,7 +130,7 @@ class ItemImportance:
         layers = np.array([[item.layer or 0] for item in ladder.items])
         last_levels = np.array([[len(item.levels) - 1] for item in ladder.items])
         return {
-            **{kind: [[item.kind == kind] for item in ladder.items] for kind in KINDS},
+            **{kind: [[item.kind == kind] for item in ladder.items] for kind in ITEM_KINDS},
             "depth": layers / max(1, num_layers - 1),
             "level": np.minimum(1.0, np.arange(ladder.width) / last_levels),
             "one_shot_cost": log_cost(one_shot) * has_next,
@@ -159,7 +159,7 @@ class ItemImportance:
 Importance = ImportanceFeatures | ItemImportance
 """What is observed of the importance of blocks or of levels; it determines the columns."""
 
-IMPORTANCES: dict[str, type[Importance]] = {
+IMPORTANCE_TYPES: dict[str, type[Importance]] = {
     kind.key: kind for kind in (ImportanceFeatures, ItemImportance)
 }
 """By the entry of an observation that shows it: the layout of observations."""

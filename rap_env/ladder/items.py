@@ -27,7 +27,7 @@ SHARER_UNITS = np.array([1, 2**16, 2**32])
 """What counts as one in each part of a code of `Ladder.sharer_codes`."""
 
 Kind = Literal["attn", "ffn", "cache", "embeddings"]
-KINDS: tuple[Kind, ...] = ("attn", "ffn", "cache", "embeddings")
+ITEM_KINDS: tuple[Kind, ...] = ("attn", "ffn", "cache", "embeddings")
 """Kinds of items: weights of the two kinds of blocks, caches, embeddings with head."""
 
 Counts = npt.NDArray[np.int64]
@@ -50,7 +50,7 @@ class Item:
 
     Attributes:
         name: As in plans: ``layer07.ffn``, ``layer07.cache`` or ``embeddings``.
-        kind: One of `KINDS`.
+        kind: One of `ITEM_KINDS`.
         layer: Its layer; None for the embeddings.
         levels: Names of its levels, from the native one down.
     """

@@ -9,7 +9,14 @@ import numpy as np
 
 from rap_env.errors import InfeasibleBudgetError
 from rap_env.ladder.items import Counts, Item, Ladder
-from rap_env.ladder.state import NUMBERS, LadderCosts, LevelTables, SharedBytes, StackedCosts
+from rap_env.ladder.state import (
+    SHARED_ROWS,
+    LadderCosts,
+    LevelTables,
+    ShapeRow,
+    SharedBytes,
+    StackedCosts,
+)
 from rap_env.ladder.steps import LevelSteps
 from rap_env.levels import GROUP_TOKENS, CacheLevel
 from rap_env.memory import MemoryModel
@@ -94,18 +101,25 @@ class LadderBytes:
         caches += self._tail_bytes
         caches *= batch_sizes[:, None]
         kv_bytes, workspace = caches @ self._kept_caches, memory.workspaces(*shapes)
-        numbers = np.zeros((NUMBERS, len(batch_sizes)), dtype=np.int64)
-        numbers[:4] = *shapes, self._fixed_bytes + kv_bytes + workspace, kv_bytes
         attention = memory.attention_workspaces(*shapes)
+        dense_peak_bytes = self._fixed_bytes + kv_bytes + workspace
         if self._base.caches:
-            numbers[2] += attention
-        numbers[4] = numbers[2] - self._native_bytes - caches @ self._native_caches
+            dense_peak_bytes = dense_peak_bytes + attention
+        kinds = self._kinds_of(caches)
+        numbers = np.zeros((len(ShapeRow), len(batch_sizes)), dtype=np.int64)
+        numbers[ShapeRow.BATCH_SIZE] = batch_sizes
+        numbers[ShapeRow.SEQ_LEN_TOKENS] = seq_lens_tokens
+        numbers[ShapeRow.DENSE_PEAK_BYTES] = dense_peak_bytes
+        numbers[ShapeRow.KV_CACHE_BYTES] = kv_bytes
+        native_bytes = self._native_bytes + caches @ self._native_caches
+        numbers[ShapeRow.CONSTANT_BYTES] = dense_peak_bytes - native_bytes
         if self._all_ffn:
-            numbers[5] = workspace - memory.workspaces(*shapes, False)
+            numbers[ShapeRow.LAST_FFN_BYTES] = workspace - memory.workspaces(*shapes, False)
         if len(self._caches):
-            numbers[6] = attention
-        numbers[7] = 0 if memory.facts.packed else memory.facts.widen_bytes
-        numbers[8] = kinds = self._kinds_of(caches)
+            numbers[ShapeRow.LOWERED_CACHE_BYTES] = attention
+        if not memory.facts.packed:
+            numbers[ShapeRow.LOWERED_WEIGHTS_BYTES] = memory.facts.widen_bytes
+        numbers[ShapeRow.STEPS] = kinds
         varying = np.concatenate([caches, caches], axis=1)
         nexts = self.tables.next_numbers[kinds]
         varying[:, len(self._sizes) :] -= caches[np.arange(len(kinds))[:, None], nexts]
@@ -174,10 +188,15 @@ class LadderBytes:
         tables, own = self.tables, stacked.of_shape(shape)
         item_bytes = own.item_bytes(tables.every_level, 0)
         item_bytes.flags.writeable = False
-        _, _, dense_peak, kv_cache, constant, *shared, kind = own.numbers[:, 0].tolist()
-        steps = tables.steps[kind]
+        numbers = own.numbers[:, 0].tolist()
         costs = LadderCosts(
-            self.ladder, dense_peak, kv_cache, constant, SharedBytes(*shared), item_bytes, steps
+            self.ladder,
+            dense_peak_bytes=numbers[ShapeRow.DENSE_PEAK_BYTES],
+            kv_cache_bytes=numbers[ShapeRow.KV_CACHE_BYTES],
+            constant_bytes=numbers[ShapeRow.CONSTANT_BYTES],
+            shared=SharedBytes(*numbers[SHARED_ROWS]),
+            item_bytes=item_bytes,
+            steps=tables.steps[numbers[ShapeRow.STEPS]],
         )
         vars(costs)["stacked"] = own  # costs with other steps make their own
         return costs

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from enum import IntEnum
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -84,8 +85,12 @@ class LadderCosts:
         """The same for many plans at once."""
         tables = LevelTables(self.ladder, self.item_bytes)
         tables.add(self.steps)
-        numbers = 0, 0, self.dense_peak_bytes, self.kv_cache_bytes, self.constant_bytes
-        return StackedCosts(tables, np.array([*numbers, *self.shared, 0])[:, None])
+        numbers = np.zeros((len(ShapeRow), 1), dtype=np.int64)
+        numbers[ShapeRow.DENSE_PEAK_BYTES] = self.dense_peak_bytes
+        numbers[ShapeRow.KV_CACHE_BYTES] = self.kv_cache_bytes
+        numbers[ShapeRow.CONSTANT_BYTES] = self.constant_bytes
+        numbers[SHARED_ROWS, 0] = self.shared
+        return StackedCosts(tables, numbers)
 
     @cached_property
     def least_peak_bytes(self) -> int:
@@ -322,8 +327,23 @@ class LevelTables:
         return len(self.steps) - 1
 
 
-NUMBERS = 6 + len(SharedBytes._fields)
-"""How many numbers of each shape `StackedCosts` has."""
+class ShapeRow(IntEnum):
+    """What the rows of `StackedCosts.numbers` are, each with a value for each shape."""
+
+    BATCH_SIZE = 0
+    SEQ_LEN_TOKENS = 1
+    DENSE_PEAK_BYTES = 2
+    KV_CACHE_BYTES = 3
+    CONSTANT_BYTES = 4
+    LAST_FFN_BYTES = 5
+    LOWERED_CACHE_BYTES = 6
+    LOWERED_WEIGHTS_BYTES = 7
+    STEPS = 8
+    """The place of the shape's steps in those of the tables."""
+
+
+SHARED_ROWS = slice(int(ShapeRow.LAST_FFN_BYTES), int(ShapeRow.LOWERED_WEIGHTS_BYTES) + 1)
+"""The rows of `SharedBytes`, in the order of its fields."""
 
 _UNITS = SHARER_UNITS.tolist()
 _MOST_SHARERS = _UNITS[1] - 1
@@ -341,9 +361,7 @@ class StackedCosts:
 
     Args:
         tables: What all shapes share.
-        numbers: Of each shape batch size, tokens of a sequence, native peak, KV cache of the
-            native model, constant bytes, the fields of `SharedBytes`, and the place of its
-            steps in those of the tables, (`NUMBERS`, s).
+        numbers: The values of each shape, a row for each `ShapeRow`, (rows, s).
         varying: The K numbers of `LevelTables` and what lowering frees of each, (s, 2K); None
             is 0.
 
@@ -367,10 +385,12 @@ class StackedCosts:
         self.tables, self.ladder, self.numbers = tables, tables.ladder, numbers
         self._varying = np.zeros(shape, dtype=np.int64) if varying is None else varying
         self._at = np.arange(shape[0]) * shape[1]
-        self.batch_sizes, self.seq_lens_tokens, self.dense_peak_bytes, self.kv_cache_bytes = (
-            numbers[:4]
-        )
-        self._constant_bytes, self.kinds = numbers[4], numbers[-1]
+        self.batch_sizes = numbers[ShapeRow.BATCH_SIZE]
+        self.seq_lens_tokens = numbers[ShapeRow.SEQ_LEN_TOKENS]
+        self.dense_peak_bytes = numbers[ShapeRow.DENSE_PEAK_BYTES]
+        self.kv_cache_bytes = numbers[ShapeRow.KV_CACHE_BYTES]
+        self._constant_bytes = numbers[ShapeRow.CONSTANT_BYTES]
+        self.kinds = numbers[ShapeRow.STEPS]
         self._first = tables.ladder.first_levels
 
     def put(self, shapes: Counts, costs: StackedCosts, others: Any = slice(None)) -> None:
@@ -426,7 +446,7 @@ class StackedCosts:
     def with_shared(self, own_bytes: Counts, codes: Counts, shape: Any) -> Counts:
         """Peak bytes of plans, with what their items share, from the codes of their sharers."""
         sharers = Sharers(*(codes & unit * _MOST_SHARERS for unit in _UNITS))
-        return np.asarray(own_bytes + SharedBytes(*self.numbers[5:-1, shape]).of(sharers))
+        return np.asarray(own_bytes + SharedBytes(*self.numbers[SHARED_ROWS, shape]).of(sharers))
 
     def freed_bytes(
         self, items: Any, levels: Counts, places: Counts, counterparts: Any, shape: Any = 0

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from rap_env.artifacts import atomic_write, canonical_json, digest
 from rap_env.errors import ArtifactError
-from rap_env.ladder.features import IMPORTANCES, Importance
+from rap_env.ladder.features import IMPORTANCE_TYPES, Importance
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.observation import ObservationEncoder
@@ -175,7 +175,7 @@ class PolicyFile:
                     f"{path} observes {body['features']}, but this version observes "
                     f"{list(weights.spec.features)}; {_AGAIN}."
                 )
-            importance = IMPORTANCES[weights.rows](**_part(arrays, _IMPORTANCE))
+            importance = IMPORTANCE_TYPES[weights.rows](**_part(arrays, _IMPORTANCE))
             names = ("ladder", "items", "model", "provenance")
             return cls(weights, importance, *(body[name] for name in names))
         except (AttributeError, KeyError, TypeError, json.JSONDecodeError):

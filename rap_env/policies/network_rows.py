@@ -24,7 +24,7 @@ from rap_env.ladder.features import (
     ITEM_FEATURES,
     REQUEST_FEATURES,
 )
-from rap_env.ladder.items import KINDS
+from rap_env.ladder.items import ITEM_KINDS
 
 Floats = npt.NDArray[np.float32]
 Numbers = npt.NDArray[np.int64]
@@ -75,10 +75,10 @@ def _near_items(rows: Floats) -> Numbers:
     neighbours.
     """
     near = np.full((len(rows), len(_NEAR_ITEMS)), -1, dtype=np.int64)
-    rows = rows[rows[:, : len(KINDS)].any(axis=1)]  # what fills up observations comes last
+    rows = rows[rows[:, : len(ITEM_KINDS)].any(axis=1)]  # what fills up observations comes last
     if not len(rows):
         return near
-    kinds = [KINDS[kind] for kind in rows[:, : len(KINDS)].argmax(axis=1)]
+    kinds = [ITEM_KINDS[kind] for kind in rows[:, : len(ITEM_KINDS)].argmax(axis=1)]
     in_layer = np.array([kind != "embeddings" for kind in kinds])
     layers = np.full(len(rows), -len(_NEAR_ITEMS))
     depths = rows[in_layer, ITEM_FEATURES.index("depth")]
@@ -229,7 +229,7 @@ ITEM_ROWS = RowSpec(
     cost_floor=None,
     useful_floor=1e-5,  # one cache is a small share of a model
     level_flag="level",
-    kind_flags=KINDS,
+    kind_flags=ITEM_KINDS,
     neighbours=_near_items,
     num_neighbours=len(_NEAR_ITEMS),
     near_kept=False,

@@ -13,7 +13,7 @@ from rap_env.importance.plan_search import PlanSearch, fit_plan_predictor
 from rap_env.importance.plan_table import PlanTable
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
-from rap_env.levels import CACHE_LEVELS, WEIGHT_LEVELS
+from rap_env.levels import CACHE_LADDER, WEIGHT_LEVELS
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import Plan
@@ -84,7 +84,7 @@ class TablePolicy(Policy):
 
 def _all_levels(facts: ModelFacts) -> Ladder:
     """All levels that plans of a table may have."""
-    caches = CACHE_LEVELS if facts.kv_heads else ()
+    caches = CACHE_LADDER if facts.kv_heads else ()
     levels = {"weights": WEIGHT_LEVELS, "caches": caches, "embeddings": WEIGHT_LEVELS[:-1]}
     return Ladder.of(facts, levels)
 

@@ -26,7 +26,7 @@ from rap_env.artifacts import package_json, read_rows
 from rap_env.errors import CorpusError, InvalidRequestError, UnknownNameError
 from rap_env.extras import require_extra
 from rap_env.scoring.generated_tasks import GENERATED_TASKS, TEST_DOCUMENTS, dataset_maker
-from rap_env.scoring.long_context_tasks import LONG_CONTEXT_KINDS, long_context_task
+from rap_env.scoring.long_context_tasks import long_context_task
 from rap_env.specs import check, setting
 
 SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")
@@ -90,7 +90,7 @@ class TaskConfig:
             )
         for name in self.names:
             if name.startswith("rap_") and not is_generated(name):  # no task of lm-eval does
-                known = [*KNOWN_TASKS, *(f"rap_{kind}_1024" for kind in LONG_CONTEXT_KINDS)]
+                known = [*KNOWN_TASKS, "rap_recall_1024"]
                 raise UnknownNameError("task", name, known, _ANY_OTHER)
         if self.data_root is not None:
             object.__setattr__(self, "data_root", str(self.data_root))

@@ -1,21 +1,9 @@
-"""Generated tasks of a given length in tokens, in which the answer has to be read from the context.
+"""A generated task of a given length in tokens, in which answers have to be read from the context.
 
-The kinds follow RULER (Hsieh et al. 2024), made easy enough for a model of 135M parameters,
-and are scored by likelihoods instead of generation. N is the length in tokens, as in
-``rap_recall_1024``:
-
-====================  ==========================================================================
-Task                  Facts in filler text, and what is asked
-====================  ==========================================================================
-``rap_recall_N``      8 persons and their passwords; the password of each. The wrong choices do
-                      not occur in the text.
-``rap_multikey_N``    16 persons and their passwords; the passwords of 8. The wrong choices are
-                      those of the others.
-``rap_multivalue_N``  4 persons with 3 passwords each; all of them, in another order
-``rap_tracking_N``    2 chains of 4 facts: a password, who has the same one, who has the same one
-                      as that person, ...; each link of a chain, from its end
-``rap_counting_N``    a list of words, three of which make up 3/4 of it; these three
-====================  ==========================================================================
+It follows RULER (Hsieh et al. 2024), made easy enough for a model of 135M parameters, and is
+scored by likelihoods instead of generation. A text of ``rap_recall_N`` has N tokens: filler
+with 8 persons and their passwords; asked is the password of each. The wrong choices do not
+occur in the text.
 
 Facts are spread over the whole text: each is at a uniformly random place in a section of its
 own. The questions of a text follow it, each after the right answers to the earlier ones. So
@@ -28,7 +16,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -51,14 +39,13 @@ DEPTHS = 5
 _VERSION = 1
 _WORDS: dict[str, list[str]] = package_json("rap_env.scoring", "long_context_words.json")
 _NAME = re.compile(r"rap_(?P<kind>[a-z]+)_(?P<tokens>[0-9]+)")
-_IS, _SAME, _ONE = "The password of {} is", "{} has the same password as", "One password of {} is"
-_CHAINS, _LINKS = 2, 4
+_PROMPT = "The password of {} is"
+_PERSONS = 8
 _LEAD = (
     "The following text tells what some people did on some days, and it also tells the secret "
     "passwords of a few of them. At the end you have to know the password of each person, so read "
     "the text carefully."
 )  # longer than the tokens at the start that every window of a cache keeps
-_COMMON, _RARE, _COMMON_SHARE = 3, 20, 0.75
 _LEAST_FACTS = 2
 _TOKENS_PER_FACT = 40  # of a text to measure on: fact, question with answer, and filler
 
@@ -67,34 +54,30 @@ class _Question(NamedTuple):
     """A question at the end of a text.
 
     Attributes:
-        prompt: What the answer continues; may be empty after the first question.
+        prompt: What the answer continues.
         answer: The right answer.
         wrong: The other choices.
-        fact: Number of the fact that has the answer; None if the whole text has it.
+        fact: Number of the fact that has the answer.
     """
 
     prompt: str
     answer: str
     wrong: list[str]
-    fact: int | None
+    fact: int
 
 
 class _Content(NamedTuple):
-    """What a text of one kind holds.
+    """What a text holds.
 
     Attributes:
         facts: Sentences in the order of the text.
         questions: The questions in their order.
         filler: Endless pieces between the facts.
-        lead: Beginning of the text.
-        end: What follows an answer.
     """
 
     facts: list[str]
     questions: list[_Question]
     filler: Iterator[str]
-    lead: str = _LEAD
-    end: str = "."
 
 
 def _sentences(rng: random.Random) -> Iterator[str]:
@@ -107,96 +90,32 @@ def _sentences(rng: random.Random) -> Iterator[str]:
         yield f"{rng.choice(times)} {who} {rng.choice(actions)} {rng.choice(places)}."
 
 
-def _pairs(
-    rng: random.Random, keys: int, values: int, asked: int, prompt: str, choices: int = CHOICES
-) -> _Content:
-    """Facts about persons with some values each, and questions about the first persons."""
-    names = rng.sample(NAMES, keys)
+def _passwords(rng: random.Random, persons: int, choices: int = CHOICES) -> _Content:
+    """Facts about the passwords of persons, and a question about each."""
+    names = rng.sample(NAMES, persons)
     words = rng.sample(OBJECTS, len(OBJECTS))
-    pairs = [(name, words.pop()) for name in names for _ in range(values)]
-    questions, others = pairs[: asked * values], [value for _, value in pairs[asked * values :]]
-    pool = others or words
+    pairs = [(name, words.pop()) for name in names]
+    asked = list(pairs)
     rng.shuffle(pairs)
-    rng.shuffle(questions)
-    return _Content(
-        [f"{prompt.format(name)} {value}." for name, value in pairs],
-        [
-            _Question(
-                prompt.format(name),
-                value,
-                rng.sample(pool, choices - 1),
-                pairs.index((name, value)),
-            )
-            for name, value in questions
-        ],
-        _sentences(rng),
-    )
-
-
-def _tracking(rng: random.Random) -> _Content:
-    """Chains of facts, each of which refers to the one before it."""
-    names, words = rng.sample(NAMES, len(NAMES)), rng.sample(OBJECTS, len(OBJECTS))
-    chains = []
-    for _ in range(_CHAINS):
-        members = [names.pop() for _ in range(_LINKS)]
-        links = [(_IS.format(members[0]), words.pop())]
-        links += [(_SAME.format(new), old) for old, new in itertools.pairwise(members)]
-        chains.append(links)
-    order = [number for number in range(_CHAINS) for _ in range(_LINKS)]
-    rng.shuffle(order)
-    ahead = [iter(links) for links in chains]
-    facts = [next(ahead[number]) for number in order]
+    rng.shuffle(asked)
     questions = [
         _Question(
-            prompt,
-            answer,
-            rng.sample(names if number else words, CHOICES - 1),
-            facts.index((prompt, answer)),
+            _PROMPT.format(name),
+            word,
+            rng.sample(words, choices - 1),
+            pairs.index((name, word)),
         )
-        for links in chains
-        for number, (prompt, answer) in reversed([*enumerate(links)])
+        for name, word in asked
     ]
-    return _Content([f"{p} {answer}." for p, answer in facts], questions, _sentences(rng))
-
-
-def _counting(rng: random.Random) -> _Content:
-    """A list of words, and the question for the most common ones."""
-    words = rng.sample(OBJECTS, _COMMON + _RARE)
-    common, rare = words[:_COMMON], words[_COMMON:]
-    prompts = ["The most common words in the list above are:", *[""] * (_COMMON - 1)]
-    return _Content(
-        [],
-        [
-            _Question(prompt, word, rng.sample(rare, CHOICES - 1), None)
-            for prompt, word in zip(prompts, common, strict=True)
-        ],
-        (
-            f"{rng.choice(common if rng.random() < _COMMON_SHARE else rare)},"
-            for _ in itertools.count()
-        ),
-        lead="List of words:",
-        end=",",
-    )
-
-
-_KINDS: dict[str, Callable[[random.Random], _Content]] = {
-    "recall": lambda rng: _pairs(rng, 8, 1, 8, _IS),
-    "multikey": lambda rng: _pairs(rng, 16, 1, 8, _IS),
-    "multivalue": lambda rng: _pairs(rng, 4, 3, 4, _ONE),
-    "tracking": _tracking,
-    "counting": _counting,
-}
-
-LONG_CONTEXT_KINDS = tuple(_KINDS)
-"""Kinds of tasks; each has a task for every length."""
+    facts = [f"{_PROMPT.format(name)} {word}." for name, word in pairs]
+    return _Content(facts, questions, _sentences(rng))
 
 
 @dataclass(frozen=True)
 class LongContextTask:
-    """A generated task of one kind and length.
+    """The generated task of one length.
 
     Attributes:
-        kind: One of `LONG_CONTEXT_KINDS`.
         tokens: Most tokens of a text with its questions and answers; texts are at most a
             piece of filler shorter.
 
@@ -204,7 +123,6 @@ class LongContextTask:
         InvalidRequestError: There are fewer than `LEAST_TOKENS` tokens.
     """
 
-    kind: str
     tokens: int
 
     def __post_init__(self) -> None:
@@ -217,7 +135,7 @@ class LongContextTask:
     @property
     def name(self) -> str:
         """Its name in lm-eval."""
-        return f"rap_{self.kind}_{self.tokens}"
+        return f"rap_recall_{self.tokens}"
 
     def documents(self, tokenizer: Any, seed: int, count: int = TEST_DOCUMENTS) -> list[Document]:
         """The first documents of a seed, with texts measured by a tokenizer.
@@ -236,7 +154,7 @@ class LongContextTask:
 
     def _text(self, tokenizer: Any, rng: random.Random) -> list[Document]:
         """The documents of one text."""
-        content = _KINDS[self.kind](rng)
+        content = _passwords(rng, _PERSONS)
         contexts = _tails(content)
         whole = f"{contexts[-1]} {content.questions[-1].answer}"
         depths = [(n + rng.random()) / len(content.facts) for n in range(len(content.facts))]
@@ -248,10 +166,8 @@ class LongContextTask:
             )
         documents = []
         for tail, question in zip(contexts, content.questions, strict=True):
-            kind = "list"
-            if question.fact is not None:
-                section = int(depths[question.fact] * DEPTHS)
-                kind = f"depth {100 * section // DEPTHS}-{100 * (section + 1) // DEPTHS} %"
+            section = int(depths[question.fact] * DEPTHS)
+            kind = f"depth {100 * section // DEPTHS}-{100 * (section + 1) // DEPTHS} %"
             context = f"{text}\n\n{tail}"
             documents.append(make_document(rng, context, question.answer, question.wrong, kind))
         return documents
@@ -281,8 +197,8 @@ def recall_text(tokenizer: Any, tokens: int, rng: random.Random) -> str | None:
     """
     facts = min(tokens // _TOKENS_PER_FACT, len(NAMES))
     while facts >= _LEAST_FACTS:
-        content = _pairs(rng, facts, 1, facts, _IS, choices=1)
-        tail = f"{_tails(content)[-1]} {content.questions[-1].answer}{content.end}"
+        content = _passwords(rng, facts, choices=1)
+        tail = f"{_tails(content)[-1]} {content.questions[-1].answer}."
         depths = [(n + rng.random()) / facts for n in range(facts)]
         text = _fill(content, depths, tail, tokenizer, tokens)
         if text is not None:
@@ -301,10 +217,9 @@ def long_context_task(name: str) -> LongContextTask | None:
     match = _NAME.fullmatch(name)
     if match is None:
         return None
-    if match["kind"] not in _KINDS:
-        known = [f"rap_{kind}_{match['tokens']}" for kind in _KINDS]
-        raise UnknownNameError("task", name, known)
-    return LongContextTask(match["kind"], int(match["tokens"]))
+    if match["kind"] != "recall":
+        raise UnknownNameError("task", name, [f"rap_recall_{match['tokens']}"])
+    return LongContextTask(int(match["tokens"]))
 
 
 def _tails(content: _Content) -> list[str]:
@@ -313,7 +228,7 @@ def _tails(content: _Content) -> list[str]:
     for question in content.questions:
         tail = " ".join(filter(None, (before, question.prompt)))
         tails.append(tail)
-        before = f"{tail} {question.answer}{content.end}"
+        before = f"{tail} {question.answer}."
     return tails
 
 
@@ -321,7 +236,7 @@ def _fill(
     content: _Content, depths: Sequence[float], tail: str, tokenizer: Any, tokens: int
 ) -> str | None:
     """Facts in filler, as many pieces as there is room for; None if there is no room for any."""
-    left = tokens - _count(tokenizer, f"{content.lead}\n\n{tail}")
+    left = tokens - _count(tokenizer, f"{_LEAD}\n\n{tail}")
     left -= sum(_count(tokenizer, f" {fact}") for fact in content.facts)
     pieces: list[str] = []
     for piece in content.filler:
@@ -341,7 +256,7 @@ def _placed(content: _Content, pieces: Sequence[str], depths: Sequence[float]) -
     """The text: facts at their depths among pieces of filler."""
     facts = [(depth * len(pieces), fact) for depth, fact in zip(depths, content.facts, strict=True)]
     placed = sorted([*facts, *((n + 0.5, piece) for n, piece in enumerate(pieces))])
-    return " ".join(filter(None, (content.lead, *(piece for _, piece in placed))))
+    return " ".join((_LEAD, *(piece for _, piece in placed)))
 
 
 def _count(tokenizer: Any, text: str) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rap_env.plan import Plan
-from rap_env.scoring.held_out import Fidelity
+from rap_env.scoring.fidelity import Fidelity
 from rap_env.scoring.predictor import (
     DeltaNLLPredictor,
     Features,

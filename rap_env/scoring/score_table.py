@@ -23,7 +23,8 @@ from rap_env.errors import ArtifactError, ModelNotAvailableError, UnknownNameErr
 from rap_env.ladder.items import Counts, Item, Ladder
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import Plan
-from rap_env.scoring.held_out import Fidelity, HeldOutLosses
+from rap_env.scoring.fidelity import Fidelity
+from rap_env.scoring.held_out import HeldOutLosses
 from rap_env.scoring.interface import OnScore
 from rap_env.scoring.predictor import (
     CorrectionNetwork,

@@ -19,7 +19,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 
 from rap_env.levels import WEIGHT_LEVELS
-from rap_env.plan import EMBEDDINGS, KINDS, Plan, cache_name, is_cache, item_names
+from rap_env.plan import BLOCK_KINDS, EMBEDDINGS, Plan, cache_name, is_cache, item_names
 from rap_env.runtime.memory_meter import ResidentMeter
 from rap_env.serving.settings import ServerSettings
 from rap_env.version import __version__
@@ -135,7 +135,7 @@ class _EngineState(Collector):
         # The plan
         items = _items_by_level(stats.plan, self._num_layers)
         yield gauge("items[kind level]", "Items of the model by kind and level.", items)
-        removed: dict[str, float] = {kind: stats.plan.count_removed(kind) for kind in KINDS}
+        removed: dict[str, float] = {kind: stats.plan.count_removed(kind) for kind in BLOCK_KINDS}
         yield gauge("blocks_removed[kind]", "Removed blocks by kind.", removed)
         floor = math.nan if chooser.max_delta_nll is None else chooser.max_delta_nll
         text = "Quality floor now, in nats per token; NaN without one."
@@ -192,7 +192,7 @@ def _items_by_level(plan: Plan, num_layers: int) -> dict[str, float]:
 
     The cache of a removed attention block counts as removed.
     """
-    kinds = (*KINDS, "cache", EMBEDDINGS)
+    kinds = (*BLOCK_KINDS, "cache", EMBEDDINGS)
     counts = Tally({f"{kind} {level}": 0 for kind in kinds for level in WEIGHT_LEVELS})
     caches = {cache_name(index // 2) for index in plan.removed if index % 2 == 0}
     levels = plan.levels | dict.fromkeys(caches, "removed")

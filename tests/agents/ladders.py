@@ -7,7 +7,7 @@ import numpy as np
 from rap_env.context.base import make_encoder
 from rap_env.envs.ladder import RAPLadderVectorEnv
 from rap_env.ladder.observation import ObservationEncoder
-from rap_env.levels import CACHE_LEVELS
+from rap_env.levels import CACHE_LADDER
 from rap_env.memory import MemoryModel
 from rap_env.request import Request
 from tests.policies.test_knapsack import costs as costs_of
@@ -54,7 +54,7 @@ class LadderContext:
 
     def __init__(self, layers=3, seed=0, importance="one_shot", **changed):
         made = facts(layers=layers, **changed)
-        costs = costs_of(made, seed, caches=CACHE_LEVELS, window_tokens=1024)
+        costs = costs_of(made, seed, caches=CACHE_LADDER, window_tokens=1024)
         smaller = {
             item: {level: cost / 10 for level, cost in levels.items()}
             for item, levels in costs.costs.items()

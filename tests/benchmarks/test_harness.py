@@ -89,7 +89,7 @@ def test_a_record_states_how_the_numbers_were_measured_and_makes_the_rows_of_its
     assert {"python", "torch", "transformers", "gymnasium", "rap_env"} <= record["versions"].keys()
     assert {"commit", "dirty", "date"} <= record.keys()
     record["machine"] = {"cpu": "Toy", "threads": 2}
-    assert targets_table([record]).split("\n")[2:] == [
+    assert targets_table([record]).splitlines()[2:] == [
         "| `toy` | times as fast | naive loop | 2.5 [2.4, 2.6] | ≥ 2.2 | yes | Toy, 2 threads |",
         "| `toy` | seconds | - | 4 | ≤ 3 | no | Toy, 2 threads |",
     ]

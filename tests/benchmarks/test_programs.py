@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import benchmarks
-from benchmarks import conversations, decide, levels, memory, scoring, step
+from benchmarks import conversations, decide, levels, memory, preparing, scoring, step
 from benchmarks.memory import measured_peak
 from rap_env.memory import MemoryModel
 from rap_env.models.device import resident_bytes
@@ -75,6 +75,21 @@ def test_the_decisions_of_a_policy_are_timed(folder, measured, tmp_path, monkeyp
     (decision,) = records["decide-cpu"]["targets"]
     assert decision["what"] == "ms of a decision on 8 blocks, p99 of 18 requests"
     assert 0 < records["decide-cpu"]["measured"]["p50_ms"]["median"] <= decision["reached"]
+
+
+def test_what_plans_of_a_prepared_model_lose_is_measured(folder, measured, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAP_CACHE_DIR", str(tmp_path / "cache"))
+    native = MemoryModel(load_llm(folder, weights="native").facts).dense_peak_bytes(1, 16)
+    records = measured(
+        preparing, preparing.PreparingSettings, model=str(folder), tokens=16, windows=1,
+        window_tokens=16, budgets_mib=[native / 2**20, 0.8 * native / 2**20],
+    )  # fmt: skip
+    record = records[f"preparing_quick_{folder.name}-cpu"]["measured"]
+    exact, lowered = record["plans"]
+    assert exact["predicted"] == exact["delta_nll"]["code"] == 0
+    assert lowered["delta_nll"]["code"] != 0
+    assert record["native_peak_bytes"] == native
+    assert record["seconds"] > 0
 
 
 def test_steps_of_the_environments_are_timed_beside_cart_pole(measured, monkeypatch):

@@ -49,7 +49,6 @@ TINY = {
                  "evaluate.text.window_tokens=16", "evaluate.tasks.names=[]",
                  "evaluate.baselines=[gsi,random]", "evaluate.pinned=[]", *_GSI),
     "export_scores": _TEXT,
-    "levels": COMPOSED,
     "profile": (*_TEXT, *_GSI, "frontier.evaluations=120",
                 "workload.budget_fraction_range=[0.05,0.95]"),
     "studies.replay": ("threads=1", "replay.systems=[dense]"),

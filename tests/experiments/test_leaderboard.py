@@ -25,7 +25,7 @@ from rap_env.leaderboard.tasks import tasks_of
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.request import Request
-from rap_env.scoring.held_out import spearman
+from rap_env.scoring.fidelity import spearman
 from rap_env.scoring.scorer import PlanScorer
 from tests.tiny import VOCAB_SIZE, tiny_llm
 

@@ -1,20 +1,10 @@
-"""llama.cpp's NLL without its library, and what a model without a GGUF file gets."""
+"""llama.cpp's logits without its library, and what a model without a GGUF file gets."""
 
 import numpy as np
 import pytest
-import torch
 
-from experiments.llama_cpp import LlamaCpp, gguf_file, target_nll
+from experiments.llama_cpp import LlamaCpp, gguf_file
 from experiments.study.console import ExperimentError
-
-
-def test_the_nll_of_tokens_is_that_of_a_softmax():
-    logits = np.random.default_rng(0).normal(size=(5, 11)).astype(np.float32) * 30
-    targets = np.array([0, 3, 10, 2, 2], dtype=np.int32)
-    expected = torch.nn.functional.cross_entropy(
-        torch.tensor(logits).double(), torch.tensor(targets).long(), reduction="none"
-    )
-    assert target_nll(logits, targets) == pytest.approx(expected.numpy(), abs=1e-9)
 
 
 def test_logits_of_a_part_stay_when_the_engine_uses_its_buffer_again(monkeypatch):

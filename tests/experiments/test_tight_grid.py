@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from experiments.config.common import ImportanceConfig, parse_pinned
-from experiments.config.program_settings import EnvConfig, EvaluateConfig, TightGridConfig
+from experiments.config.program_settings import EnvSettings, EvaluateConfig, TightGridConfig
 from experiments.contexts import build_context, make_ladder_bytes
 from experiments.study.console import ExperimentError
 from experiments.tight_grid import tight_budgets, tight_grid
@@ -23,7 +23,7 @@ def config(base):
     return tiny_study(
         base, stage="tight_grid", calibration=own_text(2, 48),
         importance=ImportanceConfig(method="one_shot", gsi_method="lazy"),
-        env=EnvConfig(id="RAPLadder-v0", levels=LEVELS, together=["int8"]),
+        env=EnvSettings(id="RAPLadder-v0", levels=LEVELS, together=["int8"]),
         tight_grid=TightGridConfig(
             requests=[f"{b}x{t}" for b, t in SHAPES], losses=LOSSES, out=str(base / "tight.yaml")
         ),

@@ -5,7 +5,7 @@ from typing import Any
 
 from experiments.config import Config
 from experiments.config.common import ImportanceConfig, ModelConfig, TextConfig
-from experiments.config.program_settings import AgentConfig, EnvConfig
+from experiments.config.program_settings import AgentConfig, EnvSettings
 from tests.tiny import tiny_model, tiny_tokenizer
 
 WORKLOAD = {"name": "grid", "batch_sizes": [1, 2], "seq_lens_tokens": [16],
@@ -42,7 +42,7 @@ LEVELS = {"weights": ["int8", "removed"], "caches": ["int8", "int4"], "embedding
 def tiny_ladder_study(base: Path, **settings: Any) -> Config:
     """Settings for trainings on `LEVELS` of a random model of three layers."""
     common = {
-        "env": EnvConfig(id="RAPLadder-v0", levels=LEVELS, together=["int8"]), "threads": 1,
+        "env": EnvSettings(id="RAPLadder-v0", levels=LEVELS, together=["int8"]), "threads": 1,
         "model": ModelConfig(str(base / "model"), "cpu", "float32", weights="native"),
         "calibration": own_text(2, 12), "importance": ImportanceConfig(method="one_shot"),
         "workload": {"name": "grid", "batch_sizes": [1, 4], "seq_lens_tokens": [16, 64],

@@ -14,7 +14,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 
-from experiments.llama_cpp import PACKAGE, VERSION, target_nll
+from experiments.llama_cpp import PACKAGE, VERSION
 from rap_env.errors import UnsupportedModelError
 from rap_env.export.gguf_export import GgufModel, GgufTensor, export_gguf
 from rap_env.models.files.loading import load_llm
@@ -106,7 +106,8 @@ def our_choices(name):
 
 
 def nll_of(logits, ids):
-    return float(target_nll(logits[:-1], np.asarray(ids[1:], dtype=np.int32)).mean())
+    targets = torch.tensor(ids[1:])
+    return float(torch.nn.functional.cross_entropy(torch.tensor(logits[:-1]).double(), targets))
 
 
 def check(name, answer):

@@ -146,6 +146,13 @@ def test_the_joint_plans_do_not_depend_on_the_order_of_levels():
     ]
 
 
+def test_a_level_of_four_bits_is_measured_where_it_is_asked_for():
+    blocks = {block_name(n): {"int4-compact": 0.1, "int3": 1.0} for n in range(4)}
+    few, more = (joint_plans(blocks, {"embeddings": []}, bits) for bits in (3, 4))
+    added = (tuple(blocks), "int4-compact")
+    assert more == {**few, added: Plan.of(dict.fromkeys(blocks, "int4-compact"))}
+
+
 def test_costs_are_scaled_to_what_the_joint_plans_lose():
     costs = {
         block_name(0): {"int8": 0.1, "int3": 1.0, "removed": 2.0},

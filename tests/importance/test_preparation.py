@@ -29,6 +29,7 @@ from rap_env.models.live.calibration_text import COST_KINDS, mixed_windows
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.progress import progress_bar
 from rap_env.paths import cache_dir, prepared_dir
+from rap_env.plan import Plan
 from rap_env.policies.loading import load_policy
 from rap_env.request import Request
 from rap_env.scoring.corpus import Corpus
@@ -95,7 +96,8 @@ def test_costs_are_those_of_the_model_in_memory_with_the_levels_that_were_made(r
         return [plan_nlls(forward, windows, plan) for plan in plans]
 
     text = Corpus.of_tokens(windows)
-    expected = fitted_costs(llm.facts, parts, costs.costs, text, measure, COST_KINDS[:2])
+    expected = fitted_costs(llm.facts, parts, costs.costs, text, measure, COST_KINDS[:2], 4)
+    assert Plan.of(llm.facts.blocks_at("int4-compact")).to_json() in costs.joint
     assert set(costs.costs["layer00.ffn"]) == {"int8", "int4-compact", "int3", "int2", "removed"}
     for item, levels in costs.costs.items():
         for level, cost in levels.items():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rap_env.ladder.features import ITEM_FEATURES, log_cost
-from rap_env.ladder.items import KINDS
+from rap_env.ladder.items import ITEM_KINDS
 from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.policies import made_ladder
@@ -27,7 +27,7 @@ def of(builder, plan, batch=2, tokens=2000, fraction=0.5):
 def test_fixed_columns_name_the_item(builder):
     _, seen = of(builder, {})
     for row, item in zip(seen["ladder"], builder.ladder.items, strict=True):
-        assert row[: len(KINDS)].tolist() == [kind == item.kind for kind in KINDS]
+        assert row[: len(ITEM_KINDS)].tolist() == [kind == item.kind for kind in ITEM_KINDS]
         assert row[COLUMN["depth"]] == (item.layer or 0) / 2
         assert row[COLUMN["level"]] == 0
     assert seen["action_mask"].all()

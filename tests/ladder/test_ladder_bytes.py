@@ -6,7 +6,7 @@ import pytest
 from rap_env.errors import InvalidRequestError
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
-from rap_env.ladder.state import NUMBERS, StackedCosts
+from rap_env.ladder.state import ShapeRow, StackedCosts
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.request import Request
@@ -138,7 +138,9 @@ def test_stacked_costs_have_the_bytes_and_moves_of_single_states(name, together)
     made_bytes = LadderBytes(memory, ladder)
     costs = [made_bytes.costs(*shape) for shape in SHAPES]
     shapes = np.arange(len(SHAPES))
-    stacked = StackedCosts(made_bytes.tables, np.zeros((NUMBERS, len(SHAPES)), dtype=np.int64))
+    stacked = StackedCosts(
+        made_bytes.tables, np.zeros((len(ShapeRow), len(SHAPES)), dtype=np.int64)
+    )
     for rows in (shapes[:2], shapes[2:]):
         stacked.put(rows, made_bytes.stacked(*np.array(SHAPES)[rows].T))
     assert stacked.dense_peak_bytes.tolist() == [memory.dense_peak_bytes(*s) for s in SHAPES]

@@ -16,7 +16,7 @@ from rap_env.policies.loading import load_policy, make_method
 from rap_env.policies.network_policy import NetworkPolicy, PolicyFile
 from rap_env.policies.packaged_files import DEFAULT_MODEL, PACKAGED, default_facts
 from rap_env.request import Request
-from rap_env.scoring.held_out import spearman
+from rap_env.scoring.fidelity import spearman
 
 POLICY = PACKAGED / f"{DEFAULT_MODEL}.blocks.safetensors"
 COSTS = PACKAGED / f"{DEFAULT_MODEL}.levels.json"

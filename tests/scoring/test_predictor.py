@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rap_env.plan import Plan
-from rap_env.scoring.held_out import Fidelity, FidelityRow, spearman
+from rap_env.scoring.fidelity import Fidelity, FidelityRow, spearman
 from rap_env.scoring.predictor import LEAST_SHARE, ScoreModel
 from rap_env.scoring.predictor_fit import fit_score_model
 

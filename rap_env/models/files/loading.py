@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -114,76 +114,127 @@ def load_llm(
         ChecksumError: A file is damaged.
         StorageFullError: The disk is full.
     """
-    check_name("format of weights", weights, WEIGHTS)
-    check_name("dtype", dtype, ("auto", *DTYPES))
     free_memory_early()  # what loading frees would leave the heap full of holes
     bound_kernel_caches()
-    place = choose_device(device)
-    source = locate(model, packed=weights == "native")
-    folder = source.folder
-    packed = is_packed(folder)
-    kind = (choose_packed_dtype if packed else choose_dtype)(dtype, place)
-    if packed and weights != "native":
-        raise UnsupportedModelError(
-            f"{folder} has only packed weights, so weights={weights!r} is not possible: leave "
-            "weights at 'native', or give the model from which the folder was made."
-        )
-    if (folder / PRUNED_FILE).is_file():
+    found = _find(model, device, dtype, weights)
+    if (found.folder / PRUNED_FILE).is_file():
         if on_demand:
-            log.warning("%s is loaded whole, because it is a pruned checkpoint", source.name)
+            log.warning("%s is loaded whole, because it is a pruned checkpoint", found.name)
         if before_weights is not None:
-            before_weights(2 * _bytes_of(stored_tensors(folder)))
-        llm = load_pruned(folder, device=str(place), dtype=None if dtype == "auto" else kind)
+            before_weights(2 * _bytes_of(stored_tensors(found.folder)))
+        own = None if dtype == "auto" else found.dtype
+        llm = load_pruned(found.folder, device=str(found.device), dtype=own)
         find_prepared(model, llm)
         return llm
-    config = lean_config(folder) if lean and place.type == "cpu" else None
-    if config is None:
-        read_config(folder)
-    elif not packed and not has_all(LeanLlama(config, kind), folder):
-        config = None
-    if on_demand and not packed:
-        bare_model = model_without_weights(read_config(folder), kind)
-        if not has_all(bare_model, folder):
-            log.warning("%s is loaded whole, because its files have other tensors", source.name)
-            on_demand = False
+    loader = _choose_loader(found, lean=lean, on_demand=on_demand)
     if before_weights is not None:
-        lean = config is not None
-        size = _loading_bytes(folder, kind, lean=lean)
-        before_weights(size + _tokenizer_bytes(folder))
+        size = _loading_bytes(found.folder, found.dtype, lean=loader.bare is not None)
+        before_weights(size + _tokenizer_bytes(found.folder))
     # Before the weights, because it takes twice its size.
-    tokenizer = None if again else load_tokenizer(folder)
+    tokenizer = None if again else load_tokenizer(found.folder)
     if before_weights is not None:
-        if not lean:  # it imports all of transformers' modules, but takes no memory for weights
-            model_without_weights(read_config(folder), kind)
+        if loader.bare is None:  # it imports all modules of transformers, but reads no weights
+            model_without_weights(read_config(found.folder), found.dtype)
         return_freed_memory()
         before_weights(size)
-    key = f"{files_key(folder)}-{str(kind).removeprefix('torch.')}-{transformers.__version__}"
-    log.log(
-        logging.DEBUG if again else logging.INFO, "Loading %s in %s on %s", source.name, kind, place
+    level = logging.DEBUG if again else logging.INFO
+    log.log(level, "Loading %s in %s on %s", found.name, found.dtype, found.device)
+    loaded = _read_weights(found, loader)
+    llm = ElasticLLM(
+        loaded, tokenizer, name=found.name, folder=found.folder, unread=loader.on_demand
     )
-    tensor_by_tensor = on_demand or config is not None or packed
-    if tensor_by_tensor:
-        bare = None if config is None else LeanLlama(config, kind)
-        loaded = load_native(folder, kind, bare, unread=place if on_demand else None)
-    else:
-        loaded = load_weights(folder, kind)
-    loaded = _moved(loaded, place)
-    speed_up_decoding(loaded)
-    return_freed_memory()
-    keep_freed_memory()
-    llm = ElasticLLM(loaded, tokenizer, name=source.name, folder=folder, unread=on_demand)
-    llm.files_key, llm.as_stored = key, tensor_by_tensor and place.type == "cpu"
-    if isinstance(loaded, LeanLlama):
-        llm.calibrator = partial(_calibrate_lean, folder, str(kind).removeprefix("torch."))
+    short_dtype = str(found.dtype).removeprefix("torch.")
+    llm.files_key = f"{files_key(found.folder)}-{short_dtype}-{transformers.__version__}"
+    llm.as_stored = loader.by_tensor and found.device.type == "cpu"
+    if loader.bare is not None:
+        llm.calibrator = partial(_calibrate_lean, found.folder, short_dtype)
     else:
         llm.calibrator = calibrate_on_own_text
     # The others have none, and hashing their weights takes seconds.
-    if packed or source.name in TINY_MODELS:
+    if found.packed or found.name in TINY_MODELS:
         use_packaged_text(llm)
     if not again:
         find_prepared(model, llm)
     use_prepared_levels(llm, quick=quick_levels)
     return llm
+
+
+class _Found(NamedTuple):
+    """A model's files, and where and in what they are loaded.
+
+    Attributes:
+        name: Name of the model.
+        folder: Its folder.
+        packed: Whether the folder has packed weights.
+        device: The device.
+        dtype: The dtype of what is not packed.
+    """
+
+    name: str
+    folder: Path
+    packed: bool
+    device: torch.device
+    dtype: torch.dtype
+
+
+class _Loader(NamedTuple):
+    """How a model is loaded.
+
+    Attributes:
+        bare: The lean model without weights that gets them; None for transformers' model.
+        on_demand: Whether blocks stay in the files.
+        by_tensor: Whether weights are read tensor by tensor, and not by transformers.
+    """
+
+    bare: LeanLlama | None
+    on_demand: bool
+    by_tensor: bool
+
+
+def _find(model: str | os.PathLike[str], device: str, dtype: str, weights: str) -> _Found:
+    """The files of a model; arguments and errors are those of `load_llm`."""
+    check_name("format of weights", weights, WEIGHTS)
+    check_name("dtype", dtype, ("auto", *DTYPES))
+    place = choose_device(device)
+    source = locate(model, packed=weights == "native")
+    packed = is_packed(source.folder)
+    kind = (choose_packed_dtype if packed else choose_dtype)(dtype, place)
+    if packed and weights != "native":
+        raise UnsupportedModelError(
+            f"{source.folder} has only packed weights, so weights={weights!r} is not possible: "
+            "leave weights at 'native', or give the model from which the folder was made."
+        )
+    return _Found(source.name, source.folder, packed, place, kind)
+
+
+def _choose_loader(found: _Found, *, lean: bool, on_demand: bool) -> _Loader:
+    """Decide how a model is loaded, without its weights; errors are those of `load_llm`."""
+    config = lean_config(found.folder) if lean and found.device.type == "cpu" else None
+    bare = None if config is None else LeanLlama(config, found.dtype)
+    if bare is None:
+        read_config(found.folder)
+    elif not found.packed and not has_all(bare, found.folder):
+        bare = None
+    if on_demand and not found.packed:
+        whole = model_without_weights(read_config(found.folder), found.dtype)
+        if not has_all(whole, found.folder):
+            log.warning("%s is loaded whole, because its files have other tensors", found.name)
+            on_demand = False
+    return _Loader(bare, on_demand, on_demand or bare is not None or found.packed)
+
+
+def _read_weights(found: _Found, loader: _Loader) -> Any:
+    """The model with its weights, or with those outside of the blocks, on its device."""
+    if loader.by_tensor:
+        unread = found.device if loader.on_demand else None
+        loaded = load_native(found.folder, found.dtype, loader.bare, unread=unread)
+    else:
+        loaded = load_weights(found.folder, found.dtype)
+    loaded = _moved(loaded, found.device)
+    speed_up_decoding(loaded)
+    return_freed_memory()
+    keep_freed_memory()
+    return loaded
 
 
 def _calibrate_lean(folder: Path, dtype: str, llm: ElasticLLM) -> None:

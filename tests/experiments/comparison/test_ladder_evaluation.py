@@ -6,7 +6,7 @@ import pytest
 
 from experiments.comparison.result_rows import ResultRow
 from experiments.config.common import ImportanceConfig, TasksConfig, parse_pinned
-from experiments.config.program_settings import EnvConfig, EvaluateConfig
+from experiments.config.program_settings import EnvSettings, EvaluateConfig
 from experiments.contexts import build_context, evaluation_cells, make_ladder_bytes
 from experiments.evaluate import evaluate
 from experiments.study.console import ExperimentError
@@ -30,7 +30,7 @@ def config(base):
     return tiny_study(
         base, stage="evaluate", calibration=own_text(2, 48),
         importance=ImportanceConfig(method="one_shot", gsi_method="lazy"),
-        env=EnvConfig(id="RAPLadder-v0", levels=LEVELS, together=["int8", "int4"]),
+        env=EnvSettings(id="RAPLadder-v0", levels=LEVELS, together=["int8", "int4"]),
         evaluate=EvaluateConfig(
             requests=[], budgets=[], pinned=PINNED, baselines=BASELINES, random_seeds=[0, 1],
             text=own_text(3, 48),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from experiments.config.program_settings import EvaluateConfig
-from experiments.config.study_settings import LadderConfig
+from experiments.config.study_settings import EqualBytesConfig
 from experiments.contexts import build_context, load_text
 from experiments.studies import equal_bytes
 from experiments.studies.equal_bytes import STUDY, EqualBytesRow, window_logits
@@ -26,7 +26,7 @@ def config(base):
         base, layers=LAYERS, stage="equal_bytes", store=None,
         calibration=own_text(2, 40, 9),
         evaluate=EvaluateConfig(text=own_text(3, 44, 1)),
-        ladder=LadderConfig(requests=["1x48"]),
+        equal_bytes=EqualBytesConfig(request="1x48"),
     )  # fmt: skip
 
 
@@ -74,8 +74,8 @@ def test_a_file_is_quantised_with_the_mean_squares_of_inputs(config, kind, tmp_p
     monkeypatch.setattr(equal_bytes, "need_llama_cpp", lambda: "0.1")
     monkeypatch.setattr(equal_bytes, "write_quantised_file", lambda *order: orders.append(order))
     monkeypatch.setattr(equal_bytes, "LlamaCpp", FakeLlamaCpp)
-    settings = replace(config.ladder, llama_cpp_files=[kind])
-    job = next(iter(equal_bytes.equal_bytes_jobs(replace(config, ladder=settings), tmp_path)))
+    settings = replace(config.equal_bytes, llama_cpp_files=[kind])
+    job = next(iter(equal_bytes.equal_bytes_jobs(replace(config, equal_bytes=settings), tmp_path)))
     row = job.make()
     assert (row.method, row.name, row.weight_bytes) == ("llama.cpp", kind, 5)
     assert (row.delta_nll, row.same_top_token_share) == (0.0, 1.0)

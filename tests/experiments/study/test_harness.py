@@ -9,7 +9,7 @@ import pytest
 
 from experiments.config import Config
 from experiments.study.console import ExperimentError
-from experiments.study.harness import Job, Published, Study, first_section
+from experiments.study.harness import Job, Published, Study, untitled
 from experiments.study.json_records import (
     DeltaNLLRecord,
     RequestRecord,
@@ -91,11 +91,11 @@ def test_a_run_in_the_folder_of_committed_records_writes_their_page(tmp_path, mo
     monkeypatch.setattr("experiments.study.harness.ROOT", tmp_path)
     monkeypatch.setattr("experiments.study.harness.RESULTS", records)
     fake, config = FakeStudy(["int8"]), Config(stage="levels", progress=False)
-    study = replace(fake.study, published=[Published("caches", "own/caches", first_section)])
+    study = replace(fake.study, published=[Published("caches", "own/caches", untitled)])
     study.run(config, tmp_path / "elsewhere")
     assert "Old." in page.read_text()
     study.run(config, records / "own" / "caches")
-    shown = first_section(study.markdown(study.read(records / "own" / "caches")))
+    shown = untitled(study.markdown(study.read(records / "own" / "caches")))
     shown = shown.replace(", 4", ",\u00a04").strip()
     assert page.read_text() == marks.format(f"\n{shown}\n\n")
 
