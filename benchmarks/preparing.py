@@ -3,7 +3,7 @@
 The model is prepared as `rap prepare` does it, unless it was before. Then the knapsack over its
 costs chooses a plan for each budget, and the rise in NLL is measured on texts of several kinds,
 none of which levels or costs were made with. The seconds are those of the run that prepared the
-model: start with an empty cache, on an idle machine.
+model: they count all of it only where the cache was empty.
 """
 
 from __future__ import annotations

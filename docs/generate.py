@@ -376,7 +376,7 @@ BY_GRADIENT, UNIFORM = "Knapsack by gradient", "Uniform settings"
 
 
 def preparing_table() -> str:
-    """What preparing models took, and what their plans lose, a row for each plan."""
+    """What plans of prepared models lose, a row for each plan."""
     records = [r for r in committed_records() if r["benchmark"].startswith("preparing")]
     lines = [(record, plan) for record in records for plan in record["measured"]["plans"]]
 
@@ -386,7 +386,6 @@ def preparing_table() -> str:
     columns: dict[str, Callable[[tuple[dict[str, Any], dict[str, Any]]], str]] = {
         "Model": lambda line: line[0]["measured"]["model"],
         "Levels": lambda line: line[0]["measured"]["levels"],
-        "Minutes": lambda line: f"{line[0]['measured']['seconds'] / 60:.1f}",
         "Budget": lambda line: f"{line[1]['budget_mib']:,.0f} MiB",
         "Predicted": lambda line: f"{line[1]['predicted']:.3f}",
         **{kind.capitalize(): partial(rise, kind) for kind in ("articles", "code", "chat")},

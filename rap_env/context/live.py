@@ -52,7 +52,6 @@ class LiveContext(PruningContext):
         store: Where scores are stored; None keeps them in memory.
         folder: Where importance artifacts are cached; None keeps them in memory.
         progress: Whether long measurements show progress bars.
-        workers: Workers of the model that measure; None measures in this process.
         reopen: Opens the same context, in the place of a pickle; None if it has no pickle.
     """
 
