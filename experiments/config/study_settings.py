@@ -137,6 +137,8 @@ class EqualProcessConfig:
     """Files and caches of llama.cpp: ``[once] TYPE[/VOCABULARY] CACHE``."""
     limits: list[str] = setting([], parse=partial(parse_bytes, "A limit"))
     """Limits of the resident memory of a process, such as ``1.1GiB``."""
+    rejected: list[str] = setting([], parse=partial(parse_bytes, "A limit"))
+    """Limits in which ``rap serve`` rejects the request."""
     answer_tokens: int = setting(32, low=2)
     """Tokens that are generated after the rest of a window."""
     falling: list[str] = setting([], parse=partial(parse_bytes, "A limit"))

@@ -32,9 +32,9 @@ from experiments.studies.equal_bytes import compared, logits_of, window_logits
 from experiments.study.console import ExperimentError
 from experiments.study.harness import Job, Published, Study
 from experiments.study.json_records import DeltaNLLRecord, Record
-from experiments.study.plotting import INK, Panel, draw_series, panel_figure, plain_log_ticks
+from experiments.study.plotting import INK, Panel, panel_figure
 from experiments.study.servers import Server, llama_command, piece, rap_command
-from experiments.study.table_format import TitledTable, columns_table, mebibytes, percent, precise
+from experiments.study.table_format import TitledTable, mebibytes, percent, precise
 from rap_env.artifacts import atomic_write, digest
 from rap_env.models.device import mark_and_resident
 from rap_env.models.files.loading import load_llm
@@ -52,26 +52,21 @@ RAP, LLAMA = "rap serve", "llama.cpp"
 RESTARTED, LEAST = "llama.cpp, started again", "llama.cpp, least file"
 """Ways to serve within a limit that falls, beside `RAP`: the best file for each limit, and the
 file for the least limit at all of them."""
-COLOURS = {RAP: "#F0001C", LLAMA: "#2F78B9", RESTARTED: "#2F78B9", LEAST: "#8D9299"}
+COLOURS = {RAP: "#F0001C", RESTARTED: "#2F78B9", LEAST: "#8D9299"}
 
 _PARTS = 8  # of a window, for intervals
 _SAMPLE_S = 0.1
 _SPARE_TOKENS = 64  # an answer's text may be encoded in more tokens than it was generated in
 
-LIMITS_CAPTION = (
+CAPTION = (
     "Peak: most resident memory of the whole process, its start included; mapped: pages of files "
     "in it, which the system may take back. ΔNLL (with a 95 % interval over eighths of the text), "
     "KL divergence and the share of tokens with the same most likely one are over the weights of "
     "the file in float32. Prompt, answer: tokens per second of the process's CPU time with one "
-    "thread, one server after the other. `once`: the file's two copies of the vocabulary were made "
-    "one, the finer one; after `/` the type of the vocabulary, and then that of the cache."
+    "thread, one server after the other. llama.cpp's files: `once`: with one copy of the "
+    "vocabulary, the finer of the two; after `/` the type of the vocabulary, then that of the "
+    "cache. A dash: every request is rejected."
 )
-FALLING_CAPTION = (
-    "One answer; a server that starts again reads the prompt and what it had generated again. "
-    "ΔNLL: that of the table above for the limit or file, mean over the tokens. Most above the "
-    "limit: from a second after each change of the limit on."
-)
-FILES_CAPTION = "As above, the largest process first."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +104,22 @@ class ProcessRow(DeltaNLLRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RejectedRow(Record):
+    """A limit within which `rap serve` starts, but rejects the request.
+
+    Attributes:
+        limit: As in the settings.
+        reason: The error that the server reports.
+    """
+
+    file = "rejected.jsonl"
+    identity = ("limit",)
+
+    limit: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class FallingRow(Record):
     """One answer while the limit falls and returns. Times are seconds since it was asked for.
 
@@ -134,15 +145,10 @@ class FallingRow(Record):
     ready_s: list[float]
 
     @property
-    def limit_bytes(self) -> list[int]:
-        """The limits in bytes."""
-        return list(map(bytes_of, self.limits))
-
-    @property
-    def tokens(self) -> list[int]:
-        """Tokens that came at each limit."""
-        edges = self.step_s * np.arange(len(self.limits) + 1)
-        return np.histogram(self.times_s, edges)[0].tolist()
+    def label(self) -> str:
+        """What served, the number of tokens, and the longest time without one."""
+        pause_s = np.diff(self.times_s).max()
+        return f"{self.system}: {len(self.times_s)} tokens, longest pause {pause_s:.0f} s"
 
 
 bytes_of: Callable[[str], int] = partial(parse_bytes, "A limit")
@@ -196,6 +202,20 @@ class Measuring:
             **memory,
             **self._compared(partial(window_logits, self.llm, plan)),
         )
+
+    def rejected_row(self, limit: str) -> RejectedRow:
+        """Ask `rap serve` within a limit in which it rejects the request.
+
+        Raises:
+            ExperimentError: It answers.
+        """
+        tokens = self._settings.answer_tokens
+        with self._server(self._rap(limit)) as server:
+            try:
+                self._ask(server, self.windows[0, :-tokens], tokens)
+            except RuntimeError as error:
+                return RejectedRow(limit=limit, reason=str(error))
+        raise ExperimentError(f"rap serve answers within {limit}; it belongs to the limits.")
 
     def falling_row(self, system: str) -> FallingRow:
         """Generate one answer while the limit falls and returns."""
@@ -253,10 +273,13 @@ class Measuring:
     def _server(self, command: Sequence[str], wait: bool = True) -> Iterator[Server]:
         with (self._folder / "servers.log").open("a", encoding="utf-8") as log:
             server = Server(command, log)
-            with contextlib.closing(server):
+            try:
                 if wait:
                     server.wait_until_ready()
                 yield server
+            finally:
+                server.process.kill()  # llama.cpp's server would finish its answer
+                server.close()
 
     def _ask(
         self, server: Server, prompt: torch.Tensor, tokens: int
@@ -358,23 +381,17 @@ def plan_of(summary: str) -> Plan:
     return Plan.of(levels)
 
 
-def best_file(rows: Sequence[ProcessRow], limit_bytes: int, *, own: bool = False) -> ProcessRow:
+def best_file(rows: Sequence[ProcessRow], limit_bytes: int) -> ProcessRow:
     """llama.cpp's row with the least KL divergence whose process was within a limit.
 
     Args:
         rows: All rows.
         limit_bytes: The limit.
-        own: Leave out files whose vocabulary was made one.
 
     Raises:
         ExperimentError: None was.
     """
-    files = [
-        row
-        for row in rows
-        if row.system == LLAMA and row.peak_bytes <= limit_bytes
-        if not (own and FileKind.of(row.name).once)
-    ]
+    files = [row for row in rows if row.system == LLAMA and row.peak_bytes <= limit_bytes]
     if not files:
         raise ExperimentError(f"No file of llama.cpp was measured within {limit_bytes} bytes.")
     return min(files, key=lambda row: row.kl_divergence_mean)
@@ -393,7 +410,7 @@ def write_logits(source: Path, windows: torch.Tensor, out: Path) -> None:
 
 
 def process_jobs(config: Config, folder: Path) -> Iterator[Job[Any]]:
-    """Yield llama.cpp's files, then the limits, then the limit that falls.
+    """Yield the rows of llama.cpp's files, of the limits, and of the limit that falls.
 
     Raises:
         ExperimentError: llama.cpp is not installed, or the model comes from no GGUF file.
@@ -407,118 +424,77 @@ def process_jobs(config: Config, folder: Path) -> Iterator[Job[Any]]:
         yield Job(ProcessRow, (LLAMA, name), of_files, partial(measuring.file_row, name))
     for limit in settings.limits:
         yield Job(ProcessRow, (RAP, limit), depends_on, partial(measuring.limit_row, limit))
+    for limit in settings.rejected:
+        yield Job(RejectedRow, (limit,), depends_on, partial(measuring.rejected_row, limit))
     for system in (RAP, RESTARTED, LEAST) if settings.falling else ():
         schedule = {**depends_on, "limits": settings.falling, "step_s": settings.step_s}
         yield Job(FallingRow, (system,), schedule, partial(measuring.falling_row, system))
 
 
 def process_tables(rows: Sequence[Record]) -> list[TitledTable]:
-    """Both servers at each limit, then the limit that falls, then all files of llama.cpp."""
+    """Both servers at each limit."""
     processes = [row for row in rows if isinstance(row, ProcessRow)]
-    by_name = {row.name: row for row in processes}
-    lines: list[tuple[str, ProcessRow, list[float]]] = []
+    lines = list[list[str]]()
     for row in processes:
         if row.system == RAP:
-            own = best_file(processes, bytes_of(row.name), own=True)
-            lines.append((row.name, row, row.speeds[RAP]))
-            lines.append(("", by_name[row.beside], row.speeds[LLAMA]))
-            if own.name != row.beside:
-                lines.append(("", own, []))
-    quality: dict[str, Callable[[ProcessRow], str]] = {
-        "Peak": lambda row: mebibytes(row.peak_bytes),
-        "Mapped": lambda row: mebibytes(row.mapped_bytes),
-        "ΔNLL": lambda row: precise(row.estimate),
-        "KL": lambda row: f"{row.kl_divergence_mean:.4f}",
-        "Same top token": lambda row: percent(row.same_top_token_share),
-    }
+            beside = next(file for file in processes if file.name == row.beside)
+            lines.append([row.name, RAP, *process_cells(row), *speed_cells(row, RAP)])
+            lines.append(
+                ["", f"{LLAMA}: {beside.name}", *process_cells(beside), *speed_cells(row, LLAMA)]
+            )
+    for rejected in (row for row in rows if isinstance(row, RejectedRow)):
+        best = best_file(processes, bytes_of(rejected.limit))
+        lines.append([rejected.limit, RAP, *["-"] * 7])
+        lines.append(["", f"{LLAMA}: {best.name}", *process_cells(best), "-", "-"])
+    quality = ("ΔNLL", "KL", "Same top token")
+    header = ["Limit", "Server", "Peak", "Mapped", *quality, "Prompt", "Answer"]
+    return [TitledTable((header, lines), "", CAPTION)]
 
-    def shown_process(show: Callable[[ProcessRow], str], line: tuple[str, ProcessRow, Any]) -> str:
-        return show(line[1])
 
-    limits = columns_table(
-        lines,
-        {
-            "Limit": lambda line: line[0],
-            "Server": lambda line: RAP if line[1].system == RAP else f"{LLAMA}: {line[1].name}",
-            **{name: partial(shown_process, show) for name, show in quality.items()},
-            "Prompt": lambda line: f"{line[2][0]:.1f}" if line[2] else "-",
-            "Answer": lambda line: f"{line[2][1]:.1f}" if line[2] else "-",
-        },
-    )
-    falling = [row for row in rows if isinstance(row, FallingRow)]
-    fall = columns_table(
-        falling,
-        {
-            "": lambda row: row.system,
-            "Tokens at each limit": lambda row: ", ".join(map(str, row.tokens)),
-            "Longest time without a token": lambda row: f"{np.diff(row.times_s).max():.1f} s",
-            "Starts": lambda row: ", ".join(f"{ready:.1f} s" for ready in row.ready_s) or "-",
-            "Most above the limit": lambda row: mebibytes(most_above(row)),
-            "ΔNLL": lambda row: f"{mean_delta_nll(row, by_name):.3f}",
-        },
-    )
-    files = sorted((r for r in processes if r.system == LLAMA), key=lambda row: -row.peak_bytes)
-    every = columns_table(files, {"File and cache": lambda row: row.name, **quality})
+def process_cells(row: ProcessRow) -> list[str]:
+    """Peak, mapped pages and quality of a server."""
     return [
-        TitledTable(limits, "At each limit", LIMITS_CAPTION),
-        TitledTable(fall, "A limit that falls and returns", FALLING_CAPTION),
-        TitledTable(every, "All files of llama.cpp", FILES_CAPTION),
+        mebibytes(row.peak_bytes),
+        mebibytes(row.mapped_bytes),
+        precise(row.estimate),
+        f"{row.kl_divergence_mean:.4f}",
+        percent(row.same_top_token_share),
     ]
 
 
-def mean_delta_nll(row: FallingRow, by_name: dict[str, ProcessRow]) -> float:
-    """Mean ΔNLL over the tokens of an answer, by what served at the limit at which each came."""
-    rises = [by_name[name].delta_nll for name in row.served]
-    return float(np.average(rises, weights=row.tokens))
-
-
-def most_above(row: FallingRow) -> float:
-    """Most resident bytes above the limit a second after it fell, or later."""
-    times_s, resident = np.array(row.memory).T
-    number = np.minimum(times_s // row.step_s, len(row.limits) - 1).astype(int)
-    settled = times_s - number * row.step_s >= 1
-    return max(0.0, float((resident - np.array(row.limit_bytes)[number])[settled].max()))
+def speed_cells(row: ProcessRow, system: str) -> list[str]:
+    """Speeds of one of the servers at a limit."""
+    return [f"{speed:.1f}" for speed in row.speeds[system]]
 
 
 def process_figure(rows: Sequence[Record]) -> Figure:
-    """Draw KL divergence over the peak of the process, and memory while the limit falls."""
-    processes = [row for row in rows if isinstance(row, ProcessRow)]
-    falling = {row.system: row for row in rows if isinstance(row, FallingRow)}
-
-    def draw_quality(axis: Axes) -> None:
-        for system in (RAP, LLAMA):
-            own = sorted((r for r in processes if r.system == system), key=lambda r: r.peak_bytes)
-            points = [row.peak_bytes / 2**20 for row in own], [r.kl_divergence_mean for r in own]
-            line = "-" if system == RAP else "none"
-            draw_series(axis, *points, color=COLOURS[system], linestyle=line, label=system)
-        axis.set_yscale("log")
-        plain_log_ticks(axis.yaxis)
-
-    def draw_memory(axis: Axes) -> None:
-        for system, row in falling.items():
-            if system != LEAST:
-                times_s, resident = np.array(row.memory).T
-                axis.plot(times_s, resident / 2**20, color=COLOURS[system])
-            edges = row.step_s * np.arange(len(row.limits) + 1)
-            limits = np.array([*row.limit_bytes, row.limit_bytes[-1]]) / 2**20
-            axis.step(edges, limits, where="post", color=INK, linestyle=":")
+    """Draw tokens and memory while the limit falls and returns."""
+    falling = [row for row in rows if isinstance(row, FallingRow)]
 
     def draw_tokens(axis: Axes) -> None:
-        for system, row in falling.items():
-            axis.plot(row.times_s, np.arange(len(row.times_s)), color=COLOURS[system], label=system)
+        for row in falling:
+            tokens = np.arange(len(row.times_s))
+            axis.plot(row.times_s, tokens, color=COLOURS[row.system], label=row.label)
+
+    def draw_memory(axis: Axes) -> None:
+        for row in falling:
+            times_s, resident = np.array(row.memory).T
+            axis.plot(times_s, resident / 2**20, color=COLOURS[row.system])
+        edges = falling[0].step_s * np.arange(len(falling[0].limits) + 1)
+        limits = np.array([bytes_of(limit) for limit in falling[0].limits]) / 2**20
+        axis.step(edges, [*limits, limits[-1]], where="post", color=INK, linestyle=":")
 
     panels = [
-        Panel(draw_quality, "Quality", "peak of the process, MiB", "KL divergence, nats"),
-        Panel(draw_memory, "A limit that falls (dotted)", "seconds", "resident memory, MiB"),
-        Panel(draw_tokens, "One answer meanwhile", "seconds", "tokens"),
+        Panel(draw_tokens, "Tokens of one answer", "seconds", "tokens"),
+        Panel(draw_memory, "Memory within the limit (dotted)", "seconds", "resident, MiB"),
     ]
-    return panel_figure(panels, height=3.1)
+    return panel_figure(panels, height=3.4, legend=1)
 
 
 STUDY = Study(
     "equal_process",
     "Beside llama.cpp in equal memory",
-    [ProcessRow, FallingRow],
+    [ProcessRow, RejectedRow, FallingRow],
     process_jobs,
     process_tables,
     frozen=("model", "evaluate.text"),

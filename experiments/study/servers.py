@@ -95,6 +95,8 @@ class Server:
         body = body | {"stream": True, "stream_options": {"include_usage": True}}
         counted = False
         with self._http.stream("POST", f"/v1/{kind}", json=body, timeout=300) as response:
+            if response.is_error:
+                raise RuntimeError(response.read().decode())
             for line in response.iter_lines():
                 if line.startswith("data: {"):
                     event = json.loads(line.removeprefix("data: "))

@@ -8,15 +8,15 @@ import pytest
 
 from experiments.llama_cpp import FileKind, write_with_one_vocabulary
 from experiments.studies.equal_process import (
+    COLOURS,
     LLAMA,
     RAP,
     STUDY,
     FallingRow,
     ProcessRow,
+    RejectedRow,
     best_file,
     bytes_of,
-    mean_delta_nll,
-    most_above,
     plan_of,
     process_figure,
     process_tables,
@@ -47,11 +47,11 @@ FILES = [
 SPEEDS = {RAP: [32.0, 7.0], LLAMA: [41.0, 9.5]}
 LIMITS = [
     process("1.0GiB", 1010, 0.1, RAP, beside="once Q4_K_M/q4_K q8_0", speeds=SPEEDS),
-    process("0.8GiB", 810, 0.4, RAP, beside="IQ3_XXS q8_0", speeds=SPEEDS),
 ]
+REJECTED = RejectedRow(limit="0.8GiB", reason="It does not fit.")
 FALLING = FallingRow(
     system=RAP, step_s=10, limits=["1.0GiB", "0.8GiB"], served=["1.0GiB", "0.8GiB"],
-    memory=[[1.0, 1000 * MIB], [10.5, 1000 * MIB], [12.0, 830 * MIB], [15.0, 800 * MIB]],
+    memory=[[1.0, 1000 * MIB], [12.0, 830 * MIB], [15.0, 800 * MIB]],
     times_s=[1.0, 2.0, 3.0, 14.0], ready_s=[],
 )  # fmt: skip
 
@@ -70,7 +70,6 @@ def test_a_plan_is_read_from_its_summary():
 def test_the_best_file_is_the_one_with_the_least_divergence_that_fits():
     assert best_file(FILES, 1250 * MIB).name == "shipped f16"
     assert best_file([*FILES, *LIMITS], 1024 * MIB).name == "once Q4_K_M/q4_K q8_0"
-    assert best_file(FILES, 1024 * MIB, own=True).name == "Q3_K_M q8_0"
     assert best_file(FILES, 800 * MIB).name == "IQ3_XXS q8_0"
     with pytest.raises(ExperimentError, match="within"):
         best_file(FILES, 800 * MIB - 1)
@@ -104,36 +103,32 @@ def test_one_copy_of_the_vocabulary_stays_and_all_else_is_copied(tmp_path):
     assert {name: after.fields[name].contents() for name in entries} == entries
 
 
-def test_tables_compare_each_limit_with_the_best_file_and_that_of_its_own_tools():
-    limits, fall, every = process_tables([*FILES, *LIMITS, FALLING])
-    header, lines = limits.table
+def test_the_table_has_both_servers_at_each_limit():
+    (table,) = process_tables([*FILES, *LIMITS, REJECTED, FALLING])
+    header, lines = table.table
     columns = [dict(zip(header, line, strict=True)) for line in lines]
     assert [(line["Limit"], line["Server"]) for line in columns] == [
         ("1.0GiB", RAP),
         ("", f"{LLAMA}: once Q4_K_M/q4_K q8_0"),
-        ("", f"{LLAMA}: Q3_K_M q8_0"),
         ("0.8GiB", RAP),
         ("", f"{LLAMA}: IQ3_XXS q8_0"),
     ]
-    assert [line["Answer"] for line in columns] == ["7.0", "9.5", "-", "7.0", "9.5"]
-    assert [line["Prompt"] for line in columns[:2]] == ["32.0", "41.0"]
-    assert [line[0] for line in every.table[1]] == [
-        "shipped f16", "once Q4_K_M/q4_K q8_0", "Q3_K_M q8_0", "IQ3_XXS q8_0",
-    ]  # fmt: skip
-    assert "11.0 s" in fall.table[1][0]
+    assert [line["Answer"] for line in columns] == ["7.0", "9.5", "-", "-"]
+    assert [line["Prompt"] for line in columns] == ["32.0", "41.0", "-", "-"]
+    assert [line["Peak"] for line in columns] == ["1,010 MiB", "1,000 MiB", "-", "800 MiB"]
 
 
-def test_what_is_said_of_a_limit_that_falls():
-    by_name = {row.name: row for row in LIMITS}
-    assert FALLING.tokens == [3, 1]
-    assert mean_delta_nll(FALLING, by_name) == pytest.approx((3 * 0.075 + 0.3) / 4)
-    assert most_above(FALLING) == pytest.approx((830 - 0.8 * 1024) * MIB, abs=MIB)
+def test_the_figure_names_tokens_and_the_longest_pause():
+    tokens, memory = process_figure([FALLING]).axes
+    assert tokens.lines[0].get_label() == f"{RAP}: 4 tokens, longest pause 11 s"
+    assert memory.lines[1].get_ydata().tolist() == [1024, 0.8 * 1024, 0.8 * 1024]
 
 
 def test_the_published_records_make_the_page():
     rows = STUDY.read(STUDY.published[0].folder)
-    processes = {row.name: row for row in rows if isinstance(row, ProcessRow)}
-    for row in processes.values():
-        if row.system == RAP:
-            assert processes[row.beside] == best_file(list(processes.values()), bytes_of(row.name))
-    assert len(process_figure(rows).axes) == 3
+    processes = [row for row in rows if isinstance(row, ProcessRow)]
+    of_rap = [row for row in processes if row.system == RAP]
+    assert of_rap
+    for row in of_rap:
+        assert row.beside == best_file(processes, bytes_of(row.name)).name
+    assert {row.system for row in rows if isinstance(row, FallingRow)} == set(COLOURS)
