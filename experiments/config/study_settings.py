@@ -144,6 +144,6 @@ class EqualProcessConfig:
     falling: list[str] = setting([], parse=partial(parse_bytes, "A limit"))
     """Limits that follow each other while one answer is generated."""
     step_s: float = setting(30.0, above=0)
-    """Seconds that each of them holds."""
+    """CPU seconds of the server that each of them holds."""
     prompt_tokens: int = setting(512, low=1)
     """Tokens of the prompt of that answer."""

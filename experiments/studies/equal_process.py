@@ -121,7 +121,10 @@ class RejectedRow(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class FallingRow(Record):
-    """One answer while the limit falls and returns. Times are seconds since it was asked for.
+    """One answer while the limit falls and returns.
+
+    Times are CPU seconds of the servers since it was asked for, so that other work on the
+    machine has no effect.
 
     Attributes:
         system: `RAP`, `RESTARTED` or `LEAST`.
@@ -130,7 +133,7 @@ class FallingRow(Record):
         served: What served at each limit, as `ProcessRow.name`.
         memory: Time and resident bytes of the process, in samples.
         times_s: When each token came.
-        ready_s: Seconds that each start under way took until the server was ready.
+        ready_s: CPU seconds that each start under way took until the server was ready.
     """
 
     file = "falling.jsonl"
@@ -286,10 +289,10 @@ class Measuring:
     ) -> tuple[list[float], dict[str, Any]]:
         """Tokens per CPU second of prompt and answer, and what its events said last."""
         process, times_s = psutil.Process(server.process.pid), list[float]()
-        begin_s, said = sum(process.cpu_times()[:2]), dict[str, Any]()
+        begin_s, said = cpu_s(process), dict[str, Any]()
         for event in server.stream("completions", completion(prompt.tolist(), tokens)):
             if piece(event) or times_s:
-                times_s.append(sum(process.cpu_times()[:2]))
+                times_s.append(cpu_s(process))
             said |= event
         first_s, *_, last_s = times_s
         return [len(prompt) / (first_s - begin_s), (tokens - 1) / (last_s - first_s)], said
@@ -319,27 +322,29 @@ class FallingRun:
 
     def __init__(self, prompt: str, tokens: int) -> None:
         self._text, self._tokens = prompt, tokens
-        self._ended, self._begin_s = False, 0.0
+        self._ended, self._last_s = False, 0.0
+        self._asking = threading.Thread(target=self._ask, daemon=True)
         self.memory: list[list[float]] = []
         self.times_s: list[float] = []
         self.ready_s: list[float] = []
 
     def use(self, server: Server) -> None:
-        """Wait until a server is ready, and go on with it."""
-        start_s, is_first = time.monotonic(), not self._begin_s
+        """Wait until a server is ready, and go on with it; the first start takes no time."""
         server.wait_until_ready()
+        process = psutil.Process(server.process.pid)
+        ready_s, is_first = cpu_s(process), not self._asking.is_alive()
+        self._clock = process, -ready_s if is_first else self._last_s
         self._server = server
         if is_first:
-            self._begin_s = time.monotonic()
-            threading.Thread(target=self._ask, daemon=True).start()
+            self._asking.start()
         else:
-            self.ready_s.append(time.monotonic() - start_s)
+            self.ready_s.append(round(ready_s, 2))
 
     def sample(self, until_s: float) -> None:
-        """Sample the memory of the server's process until a time."""
-        process = psutil.Process(self._server.process.pid)
-        while self._now_s() < until_s:
-            self.memory.append([round(self._now_s(), 2), process.memory_info().rss])
+        """Sample the memory of the server's process until a time, or the end of the answer."""
+        process, _ = self._clock
+        while self._now_s() < until_s and self._asking.is_alive():
+            self.memory.append([self._now_s(), process.memory_info().rss])
             time.sleep(_SAMPLE_S)
 
     def end(self) -> None:
@@ -347,7 +352,10 @@ class FallingRun:
         self._ended = True
 
     def _now_s(self) -> float:
-        return time.monotonic() - self._begin_s
+        process, earlier_s = self._clock
+        with contextlib.suppress(psutil.NoSuchProcess):  # the next server starts
+            self._last_s = round(earlier_s + cpu_s(process), 2)
+        return self._last_s
 
     def _ask(self) -> None:
         while not self._ended and len(self.times_s) < self._tokens:
@@ -355,10 +363,15 @@ class FallingRun:
             try:
                 for event in self._server.stream("completions", body):
                     if piece(event) and not self._ended:
-                        self.times_s.append(round(self._now_s(), 2))
+                        self.times_s.append(self._now_s())
                         self._text += piece(event)
             except (httpx.HTTPError, RuntimeError):  # the next server starts
                 time.sleep(_SAMPLE_S)
+
+
+def cpu_s(process: psutil.Process) -> float:
+    """Seconds of CPU time that a process has taken."""
+    return sum(process.cpu_times()[:2])
 
 
 def memory_of(server: Server) -> dict[str, Any]:
@@ -485,8 +498,8 @@ def process_figure(rows: Sequence[Record]) -> Figure:
         axis.step(edges, [*limits, limits[-1]], where="post", color=INK, linestyle=":")
 
     panels = [
-        Panel(draw_tokens, "Tokens of one answer", "seconds", "tokens"),
-        Panel(draw_memory, "Memory within the limit (dotted)", "seconds", "resident, MiB"),
+        Panel(draw_tokens, "Tokens of one answer", "CPU seconds", "tokens"),
+        Panel(draw_memory, "Memory within the limit (dotted)", "CPU seconds", "resident, MiB"),
     ]
     return panel_figure(panels, height=3.4, legend=1)
 
