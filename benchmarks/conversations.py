@@ -66,10 +66,11 @@ def engine_on(llm: ElasticLLM, limit_bytes: list[int], *, keep: bool) -> Engine:
     from rap_env.runtime.controller import RuntimeController
     from rap_env.runtime.engine import Engine
     from rap_env.runtime.memory_meter import TensorMeter
+    from rap_env.runtime.records import EngineSettings
 
     policy, limit, meter = load_policy("dense"), lambda: limit_bytes[-1], TensorMeter(llm)
-    controller = RuntimeController(llm, policy, limit, meter=meter)
-    return Engine(llm, controller, keep=keep, clock=time.process_time)
+    controller = RuntimeController(llm, policy, limit, meter=meter, clock=time.process_time)
+    return Engine(controller, EngineSettings(keep=keep))
 
 
 def talk(
@@ -154,7 +155,9 @@ def give_back(engine: Engine, limit_bytes: list[int], bytes_given: int) -> tuple
         engine.step()
         steps_s.append(clock() - began_s)
     decode_step = PassSize(1, prefills=False)
-    room_bytes = engine.controller.room_for_kept(BatchShape(1, handle.final_tokens), decode_step)
+    room_bytes = engine.controller.monitor.room_for_kept(
+        BatchShape(1, handle.final_tokens), decode_step
+    )
     excess_bytes = engine.stats().kept_bytes - bytes_given - room_bytes
     before, began_s = resident_bytes()[1], clock()
     limit_bytes.append(limit_bytes[-1] + excess_bytes)

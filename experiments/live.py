@@ -178,6 +178,7 @@ class LiveRun:
         from rap_env.runtime.engine import Engine
         from rap_env.runtime.memory_estimator import BatchShape
         from rap_env.runtime.memory_monitor import GivenMemory
+        from rap_env.runtime.records import ControllerSettings, EngineSettings
 
         self._llm, self._settings = llm, settings
         texts = [text[:TEXT_CHARACTERS] for text in topics.values() if len(text) >= TEXT_CHARACTERS]
@@ -189,18 +190,14 @@ class LiveRun:
             llm,
             policy,
             GivenMemory(self._limit_bytes),
-            max_delta_nll=DEFAULT_MAX_DELTA_NLL,
-            most_delta_nll=DEFAULT_MOST_DELTA_NLL,
+            ControllerSettings(
+                max_delta_nll=DEFAULT_MAX_DELTA_NLL, most_delta_nll=DEFAULT_MOST_DELTA_NLL
+            ),
             clock=time.thread_time,
         )
-        self._engine = Engine(
-            llm,
-            controller,
-            max_batch_size=settings.chats + 1,
-            target_itl_s=0.1,
-            clock=time.thread_time,
-        )
-        shape = BatchShape(settings.chats + 1, max(map(len, self._prompts)) + CHAT_TOKENS)
+        rows = settings.chats + 1
+        self._engine = Engine(controller, EngineSettings(max_batch_size=rows, target_itl_s=0.1))
+        shape = BatchShape(rows, max(map(len, self._prompts)) + CHAT_TOKENS)
         self._native_bytes = controller.estimator.peak_bytes(Plan(), shape)
         self._chats: list[RequestHandle] = []
         self.recording = Recording(llm.facts.num_layers, settings.live_s)

@@ -9,7 +9,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 from rap_env.errors import (
     EngineClosedError,
@@ -19,13 +19,13 @@ from rap_env.errors import (
     counted,
 )
 from rap_env.request import human_bytes
+from rap_env.runtime.decision import Admit
+from rap_env.runtime.executor import Executor
 from rap_env.runtime.memory_estimator import BatchShape, PassSize
+from rap_env.runtime.records import EngineSettings
 from rap_env.runtime.request_handle import AdmitEvent, Rejection, rejection_of
 from rap_env.runtime.running import RunningBatch
 from rap_env.runtime.sequence import OutputProcessor, TokenSequence
-
-if TYPE_CHECKING:
-    from rap_env.runtime.controller import RuntimeController
 
 log = logging.getLogger(__name__)
 
@@ -105,15 +105,14 @@ class Admission:
     """Lets waiting requests begin, as far as the controller finds plans for them.
 
     Args:
-        controller: Finds plans.
+        executor: Finds plans.
         queue: The requests that wait.
         batch: What runs.
         output: Rejects requests that can never fit.
-        clock: Gives the time in seconds.
-        max_batch_size: Most requests that run.
-        queue_timeout_s: Longest that a request may wait; None for no limit.
+        settings: Those of the engine.
 
     Attributes:
+        waiting: Requests that waited when the turn began.
         most_running: Most requests that run now; fewer for a while where memory ran out.
         preempted_s: When a request was preempted last.
         stall_reason: Why requests wait and nothing runs; empty while something does.
@@ -121,25 +120,27 @@ class Admission:
 
     def __init__(
         self,
-        controller: RuntimeController,
+        executor: Executor,
         queue: RequestQueue,
         batch: RunningBatch,
         output: OutputProcessor,
-        clock: Callable[[], float],
-        max_batch_size: int,
-        queue_timeout_s: float | None,
+        settings: EngineSettings,
     ) -> None:
-        self._controller = controller
-        self._monitor, self._chooser = controller.monitor, controller.chooser
+        controller = executor.controller
+        self._executor = executor
+        self._monitor = controller.monitor
+        self._chooser = controller.chooser
+        self._clock = controller.clock
+        self._headroom = controller.headroom
         self._queue = queue
         self._batch = batch
         self._kept = batch.kept
         self._output = output
-        self._clock = clock
-        self._queue_timeout_s = queue_timeout_s
+        self._queue_timeout_s = settings.queue_timeout_s
         self._next_try_s = 0.0  # of a request while stalled
         self._stalled_since_s: float | None = None
-        self.most_running = max_batch_size
+        self.waiting = 0
+        self.most_running = settings.max_batch_size
         self.preempted_s = float("-inf")
         self.stall_reason = ""
 
@@ -156,69 +157,65 @@ class Admission:
         elif self._stalled_since_s is None:
             self._stalled_since_s = self._clock()
 
-    def admit_next(self, interrupt: Callable[[], bool]) -> bool:
+    def admit_next(self) -> None:
         """Reject what has waited too long, and admit the next request if it fits.
 
         That is the first of the queue that does not wait for its own floor. Where nothing has
         run for `_STALLED_S`, all are tried, the shortest first. None is admitted before the last
         prompt that was read is kept, since it may begin as that does.
-
-        Args:
-            interrupt: As for `LiveBatch`.
-
-        Returns:
-            Whether one was admitted.
         """
         self._reject_late()
         self._kept.release_ended()
-        self._controller.note_waiting(len(self._queue))
+        self.waiting = len(self._queue)
         batch = self._batch
         unkept = any(sequence.unkept for sequence in batch.decoding)
         if unkept or batch.prefilling is not None or len(batch.decoding) >= self.most_running:
-            return False
+            return
         if self.stalled_s >= _STALLED_S:
-            return self._admit_any(interrupt)
-        if batch.decoding and self._clock() - self.preempted_s < self._controller.growth.hold_s:
-            return False  # a request was preempted just now
+            self._admit_any()
+            return
+        if batch.decoding and self._clock() - self.preempted_s < self._headroom.hold_s:
+            return  # a request was preempted just now
         sequence = next(filter(self._within_own_floor, self._queue.waiting), None)
-        return sequence is not None and self._admit(sequence, batch.chunk_tokens, interrupt)
+        if sequence is not None:
+            self._admit(sequence, batch.chunk_tokens)
 
-    def _admit_any(self, interrupt: Callable[[], bool]) -> bool:
+    def _admit_any(self) -> None:
         """Admit the shortest request that fits alone, in the largest chunks with which it does."""
         if self._clock() < self._next_try_s:
-            return False
+            return
         self._next_try_s = self._clock() + _STALLED_S
         if long := self.stalled_s >= _LONG_STALL_S:
-            self._controller.forget_margin()
+            self._executor.forget_margin()
         waiting = sorted(self._queue.waiting, key=lambda each: each.handle.final_tokens)
         chunks = [max(1, self._batch.chunk_tokens // parts) for parts in _CHUNK_PARTS]
         tries = [(sequence, size) for sequence in waiting[:1] for size in chunks]
         tries += [(sequence, chunks[-1]) for sequence in waiting[1:]]
         for sequence, chunk_tokens in tries:
-            if self._admit(sequence, chunk_tokens, interrupt, stalled=True):
-                return True
+            if self._admit(sequence, chunk_tokens, stalled=True):
+                return
         if long and len(self._queue):
             self._note_stall()
-        return False
 
-    def _admit(
-        self,
-        sequence: TokenSequence,
-        chunk_tokens: int,
-        interrupt: Callable[[], bool],
-        *,
-        stalled: bool = False,
-    ) -> bool:
+    def _admit(self, sequence: TokenSequence, chunk_tokens: int, *, stalled: bool = False) -> bool:
         """Begin to prefill a request if it fits with all that runs; reject one that never fits."""
         batch = self._batch
         kept_tokens = self._kept.match(sequence).tokens
         unread = sequence.known_tokens - kept_tokens
         shape = batch.shape_with(sequence, unread, chunk_tokens)
         tokens = min(unread, chunk_tokens)
-        first = PassSize(tokens, tokens + kept_tokens)
-        if self._controller.admit(shape, batch.shape, first, stalled=stalled):
+        asked = replace(
+            batch.snapshot(prefill=False),
+            joined=shape,
+            next_pass=PassSize(tokens, tokens + kept_tokens),
+            request=sequence,
+            waiting=self.waiting - 1,
+            stalled=stalled,
+        )
+        if isinstance(self._executor.act(asked), Admit):
             self._queue.remove(sequence)
-            taken = batch.prefill(sequence, chunk_tokens, interrupt)
+            self._executor.new_chunk()
+            taken = batch.prefill(sequence, chunk_tokens)
             self._output.counters.kept_tokens += taken.tokens
             sequence.handle.emit(AdmitEvent(self._clock(), *taken))
             return True

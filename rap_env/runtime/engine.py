@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rap_env.errors import (
@@ -14,17 +14,15 @@ from rap_env.errors import (
     InvalidRequestError,
     QueueFullError,
 )
-from rap_env.request import KEPT_DELTA_NLL
 from rap_env.runtime.admission import RequestQueue
 from rap_env.runtime.plan_chooser import no_prediction_text, predicts
-from rap_env.runtime.records import EngineStats
+from rap_env.runtime.records import EngineSettings, EngineStats
 from rap_env.runtime.request_handle import Listener, RequestHandle
 from rap_env.runtime.sampling import SamplingParams
 from rap_env.runtime.scheduler import Scheduler
 from rap_env.runtime.sequence import TokenSequence
 
 if TYPE_CHECKING:
-    from rap_env.models.live.elastic import ElasticLLM
     from rap_env.runtime.controller import RuntimeController
 
 log = logging.getLogger(__name__)
@@ -51,24 +49,9 @@ class Engine:
     As long as the plan is the same, a row's tokens depend on other rows only by rounding.
 
     Args:
-        llm: The live model.
-        controller: Keeps it within its budget.
-        max_batch_size: Most rows of the running batch.
-        max_queue: Most requests that wait.
-        max_seq_len_tokens: Longest prompt and answer together; by default the model's
-            positions.
-        prefill_chunk_tokens: Most tokens of a prefill chunk.
-        queue_timeout_s: Longest that a request may wait; None for no limit.
-        target_itl_s: Mean seconds between the tokens of an answer while prompts of others are
-            read: as many decode steps follow each chunk as that takes; None for one.
-        keep: Whether prompts and answers that were read stay in memory that is free, so that
-            requests that begin as they do need not read them again (`KeptSequences`).
-        keep_delta_nll: Rise in NLL, nats per token, by which what is kept may be worse than
-            the plan.
-        keep_file_bytes: Bytes of files to which what is kept goes when it has no room in
-            memory, and from which it is read where that is faster than reading the prompt.
-        clock: Gives the time in seconds, for events and records. `step` never sleeps, so the
-            clock may be virtual.
+        controller: Keeps its live model within its budget; its clock gives the times of events
+            and records. `step` never sleeps, so the clock may be virtual.
+        settings: Limits, and what is kept.
 
     Attributes:
         vocab_size: Entries of the model's vocabulary.
@@ -79,50 +62,25 @@ class Engine:
     """
 
     def __init__(
-        self,
-        llm: ElasticLLM,
-        controller: RuntimeController,
-        *,
-        max_batch_size: int = 8,
-        max_queue: int = 64,
-        max_seq_len_tokens: int | None = None,
-        prefill_chunk_tokens: int = 256,
-        queue_timeout_s: float | None = None,
-        target_itl_s: float | None = None,
-        keep: bool = True,
-        keep_delta_nll: float = KEPT_DELTA_NLL,
-        keep_file_bytes: int = 0,
-        clock: Callable[[], float] = time.monotonic,
+        self, controller: RuntimeController, settings: EngineSettings = EngineSettings()
     ) -> None:
         facts = controller.estimator.memory.facts
-        longest = facts.max_positions if max_seq_len_tokens is None else max_seq_len_tokens
-        limits = (max_batch_size, max_queue, longest, prefill_chunk_tokens)
+        asked_tokens, chunk_tokens = settings.max_seq_len_tokens, settings.prefill_chunk_tokens
+        longest = facts.max_positions if asked_tokens is None else asked_tokens
+        limits = (settings.max_batch_size, settings.max_queue, longest, chunk_tokens)
         if min(limits) < 1 or longest > facts.max_positions:
             raise InvalidRequestError(
                 "max_batch_size, max_queue, max_seq_len_tokens and prefill_chunk_tokens must be at "
                 f"least 1, and max_seq_len_tokens at most {facts.max_positions} (the positions of "
                 f"{facts.name}), not {limits}."
             )
-        self.llm = llm
+        self.llm = controller.llm
         self.controller = controller
-        self.clock = clock
+        self.clock = controller.clock
         self.max_seq_len_tokens = longest
-        self.prefill_chunk_tokens = prefill_chunk_tokens
         self.vocab_size = facts.vocab_size
-        self._queue = RequestQueue(max_queue)
-        self._scheduler = Scheduler(
-            llm,
-            controller,
-            self._queue,
-            clock,
-            max_batch_size=max_batch_size,
-            chunk_tokens=prefill_chunk_tokens,
-            queue_timeout_s=queue_timeout_s,
-            target_itl_s=target_itl_s,
-            keep=keep,
-            keep_delta_nll=keep_delta_nll,
-            keep_file_bytes=keep_file_bytes,
-        )
+        self._queue = RequestQueue(settings.max_queue)
+        self._scheduler = Scheduler(controller, self._queue, settings)
         self.observers = self._scheduler.observers
         self._turn_lock = threading.Lock()
         self._wake = threading.Event()

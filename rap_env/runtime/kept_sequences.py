@@ -15,7 +15,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import ref
@@ -25,6 +25,8 @@ from rap_env.models.caches.cache_blocks import EMPTY_BLOCK, CacheBlock, CachedRo
 from rap_env.models.caches.tensor_file import TensorFile
 from rap_env.plan import Plan, with_lowest_caches
 from rap_env.runtime.kept_tree import KeptQuality, Match, Node, Tokens, TreeKey, longest_match
+from rap_env.runtime.memory_estimator import BatchShape
+from rap_env.runtime.memory_monitor import MemoryMonitor
 from rap_env.runtime.sequence import ReadPlans, TokenSequence
 
 if TYPE_CHECKING:
@@ -123,29 +125,30 @@ class KeptSequences:
 
     Args:
         llm: The live model, whose `kept_bytes` include those of the store.
+        monitor: Measures the room for it.
         quality: Which blocks may serve.
         files: Where what has no room in memory may be.
         keep: Whether sequences are kept that have ended. Preempted ones are in any case.
 
     Attributes:
         files: As given; so is `quality`.
-        room_bytes: Gives the bytes that the store may take now.
         bytes: Bytes in memory.
     """
 
     def __init__(
         self,
         llm: ElasticLLM,
+        monitor: MemoryMonitor,
         quality: KeptQuality,
         files: KeptFiles,
         *,
         keep: bool,
     ) -> None:
         self._llm = llm
+        self._monitor = monitor
         self._keep = keep
         self.quality = quality
         self.files = files
-        self.room_bytes: Callable[[], int] = lambda: 0
         self.bytes = 0
         self._trees: dict[TreeKey, Node] = {}
         # Least recently used first, and each block before the one that it follows.
@@ -220,6 +223,7 @@ class KeptSequences:
         sequence: TokenSequence,
         row: CachedRow | None,
         read: ReadPlans,
+        shape: BatchShape,
         *,
         waiting: bool = False,
     ) -> bool:
@@ -232,6 +236,7 @@ class KeptSequences:
             sequence: The sequence.
             row: Its cache, or None.
             read: The plans under which that was computed.
+            shape: The batch that runs, beside which there has to be room.
             waiting: Whether the sequence was preempted. All of it is needed then until the
                 sequence continues or ends, and what has no room is written to a file. What a
                 sequence adds whose prompt is not read yet is removed after that.
@@ -256,13 +261,13 @@ class KeptSequences:
             if child is None:
                 if unfinished := added and time.perf_counter() > deadline_s:
                     break
-                block = self._placed(row.block(number), plans, path, waiting=waiting)
+                block = self._placed(row.block(number), plans, path, shape, waiting=waiting)
                 if block is None:
                     break
                 child = self._add(node, Node(tokens, node, plans=plans, temporary=temporary), block)
                 added = True
             child.temporary &= temporary
-            self._bring_back(child)
+            self._bring_back(child, shape)
             path.append(child)
             node = child
         self._touch(path)
@@ -298,14 +303,15 @@ class KeptSequences:
         block: CacheBlock,
         plans: frozenset[Plan],
         path: Sequence[Node],
+        shape: BatchShape,
         *,
         waiting: bool,
     ) -> CacheBlock | None:
         """A block in memory, else with fewer bits, else in a file; None if there is no room."""
-        while (need := self.bytes + block.bytes - self.room_bytes()) > 0:
+        while (need := block.bytes - self._free_room_bytes(shape)) > 0:
             if not self.free(need, at_once=False, beside=path):
                 break
-        room = self.room_bytes() - self.bytes
+        room = self._free_room_bytes(shape)
         if block.bytes <= room:
             return block
         for bits in self.quality.useful_bits(plans):
@@ -313,10 +319,14 @@ class KeptSequences:
                 return block.lowered(bits)
         return self.files.store(block) if waiting else None
 
-    def _bring_back(self, node: Node) -> None:
+    def _free_room_bytes(self, shape: BatchShape) -> int:
+        """Bytes that may be kept beside a batch and are not."""
+        return self._monitor.room_for_kept(shape) - self.bytes
+
+    def _bring_back(self, node: Node, shape: BatchShape) -> None:
         """Bring a block that is used from its file back to memory that is free."""
         block = node.block
-        if block.file is not None and block.file_bytes <= self.room_bytes() - self.bytes:
+        if block.file is not None and block.file_bytes <= self._free_room_bytes(shape):
             with contextlib.suppress(OSError):  # the next request that needs it logs why
                 began_s = time.perf_counter()
                 self._set_block(node, block.in_memory())

@@ -218,6 +218,36 @@ class MemoryEstimator:
             workspace += self._window_bytes(plan, shape)
         return PassEstimate(workspace, self._growth_bytes(plan, shape, size.growth_tokens))
 
+    def room_for_kept(
+        self,
+        plan: Plan,
+        shape: BatchShape,
+        size: PassSize,
+        *,
+        budget_bytes: int,
+        margin_bytes: int,
+        needed_bytes: int,
+    ) -> int:
+        """Bytes that may be kept beside a batch with a plan; may be negative.
+
+        That is what the batch at its largest leaves, and what the next pass leaves of what is
+        used now; lowering what is kept, between two passes, fits in either, so that it never
+        takes more than the limit that held when it began.
+
+        Args:
+            plan: The plan.
+            shape: The batch.
+            size: Tokens of the next pass.
+            budget_bytes: The budget.
+            margin_bytes: What is reserved for what predictions miss.
+            needed_bytes: Measured bytes without those that are kept.
+        """
+        margin_bytes += max(0, self.lowering_bytes - self.workspace_bytes(shape))
+        beside_batch = budget_bytes - margin_bytes - self.peak_bytes(plan, shape)
+        estimate = self.pass_estimate(plan, shape, size)
+        pass_bytes = estimate.growth + max(estimate.workspace, self.lowering_bytes)
+        return min(beside_batch, budget_bytes - needed_bytes - pass_bytes)
+
     def shrink_to_fit(
         self, plan: Plan, order: Iterable[int], shape: BatchShape, limit_bytes: int
     ) -> Plan | None:

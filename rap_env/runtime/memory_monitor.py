@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from rap_env.errors import MemorySourceError
 from rap_env.models.device import return_freed_memory
-from rap_env.runtime.memory_estimator import BatchShape, MemoryEstimator, PassSize
+from rap_env.runtime.memory_estimator import (
+    UNKNOWN_PASS,
+    BatchShape,
+    MemoryEstimator,
+    PassSize,
+)
 from rap_env.runtime.memory_meter import Meter, ResidentMeter
 
 if TYPE_CHECKING:
@@ -280,7 +285,15 @@ class MemoryMonitor:
         return budget + self.borrowed_bytes
 
     def observe_step(self, shape: BatchShape, kind: str) -> int:
-        """Learn from the step that has just ended; see `RuntimeController.observe`."""
+        """Learn from the step that has just ended.
+
+        Args:
+            shape: The batch that was in memory, padding included.
+            kind: What the step did; the margin of each kind is learned separately.
+
+        Returns:
+            Peak bytes measured since the last step or switch.
+        """
         peak = self.meter.peak_bytes()
         self.held = self._llm.held_bytes
         if peak < self.held.total:
@@ -322,35 +335,13 @@ class MemoryMonitor:
         self._explained_bytes = self.held.total
         self._other_bytes = self.used_bytes - self.held.total
 
-    def available_bytes(self, shape: BatchShape, next_pass: PassSize) -> int:
-        """Bytes that a plan may need for a batch, so that the next pass stays within the budget.
-
-        That is the budget less the margin, as long as what is used now fits with all that the
-        pass may allocate on top. If not, freed memory is returned first; if that is not
-        enough, the process holds more besides its tensors than the margin covers, and that is
-        counted instead. What is kept counts as free.
-        """
-        most = self._estimator.pass_estimate(self._llm.plan, shape, next_pass).total
-        if self._needed_bytes + most > self.budget_bytes:
-            self.trim()
-            if self._needed_bytes + most > self.budget_bytes:
-                return self.available_after_trim_bytes(shape, next_pass)
-        return self.budget_bytes - self.margin.bytes_for(prefills=next_pass.prefills)
-
-    @property
-    def _needed_bytes(self) -> int:
-        """Bytes as last measured without those that are kept."""
-        return self.used_bytes - self._llm.kept_bytes
-
-    def trimmed_bytes(self, shape: BatchShape, next_pass: PassSize) -> int:
-        """As `available_bytes`, after freed memory was returned to the system."""
-        self.trim()
-        return self.available_after_trim_bytes(shape, next_pass)
-
-    def available_after_trim_bytes(self, shape: BatchShape, next_pass: PassSize) -> int:
-        """`available_bytes` right after a trim, counting all memory besides tensors."""
-        estimate = self._estimator.pass_estimate(self._llm.plan, shape, next_pass)
-        excess = estimate.workspace - self._estimator.workspace_bytes(shape)
-        other = self.used_bytes - self.held.total
-        margin = self.margin.bytes_for(prefills=next_pass.prefills)
-        return self.budget_bytes - max(margin, other + excess)
+    def room_for_kept(self, shape: BatchShape, next_pass: PassSize = UNKNOWN_PASS) -> int:
+        """Bytes that may be kept beside a batch with the present plan; may be negative."""
+        return self._estimator.room_for_kept(
+            self._llm.plan,
+            shape,
+            next_pass,
+            budget_bytes=self.budget_bytes,
+            margin_bytes=self.margin.bytes_for(prefills=next_pass.prefills),
+            needed_bytes=self.meter.used_bytes() - self._llm.kept_bytes,
+        )

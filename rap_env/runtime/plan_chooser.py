@@ -14,6 +14,7 @@ from rap_env.errors import ArtifactError, InvalidRequestError, UnknownNameError
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.runtime.memory_estimator import BatchShape, MemoryEstimator
+from rap_env.runtime.records import ControllerSettings
 
 if TYPE_CHECKING:
     from rap_env.models.live.elastic import ElasticLLM
@@ -54,9 +55,8 @@ class PlanChooser:
     A policy is asked again with a lower limit where its plan does not fit. Where the plan
     does not fit then, the guard removes more blocks in its own order. With a quality floor,
     no plan is chosen for a batch if the predicted rise in NLL of the one that fits is above
-    `max_delta_nll` or unknown; floors of a batch's own requests count likewise. The settings
-    are those of `RuntimeController`; whether a batch could fit is asked at the floor's
-    highest value.
+    `max_delta_nll` or unknown; floors of a batch's own requests count likewise. Whether a batch
+    could fit is asked at the floor's highest value.
 
     Attributes:
         llm: The live model.
@@ -79,15 +79,12 @@ class PlanChooser:
         llm: ElasticLLM,
         policy: Policy,
         estimator: MemoryEstimator,
-        *,
-        guard_order: Sequence[int] | None,
-        max_delta_nll: float | None,
-        most_delta_nll: float | None = None,
+        settings: ControllerSettings,
     ) -> None:
         self.llm = llm
         self.estimator = estimator
-        self._guard_order = guard_order
-        self.use_policy(policy, max_delta_nll, most_delta_nll)
+        self._guard_order = settings.guard_order
+        self.use_policy(policy, settings.max_delta_nll, settings.most_delta_nll)
         self.decisions = 0
         self.decision_s = 0.0
 
@@ -125,7 +122,7 @@ class PlanChooser:
 
     def follow_queue(
         self, waiting: int, plan: Plan, running: BatchShape, *, stalled: bool = False
-    ) -> None:
+    ) -> float:
         """Move the floor with the queue: up by `FLOOR_STEP` for each request that waits.
 
         It never falls below the rise of the plan with which a batch runs, so that nothing is
@@ -136,27 +133,28 @@ class PlanChooser:
             plan: The present plan.
             running: The batch that runs with it.
             stalled: Whether nothing has run for long: the floor has its highest value then.
+
+        Returns:
+            The floor; infinite without one.
         """
         least, most = self._least_delta_nll, self.most_delta_nll
-        if least is None or most is None or least == most:
-            return
+        if least is None or most is None:
+            return math.inf
         floor = most if stalled else min(most, least + FLOOR_STEP * max(0, waiting))
         if running:
             present = self.rise(plan, running.longest_tokens)
             floor = max(floor, min(most, present or 0.0))
         self.max_delta_nll = floor
+        return floor
 
-    def floor(self, shape: BatchShape, *, ever: bool = False) -> float:
-        """The quality floor for a batch, nats per token; infinite without one.
-
-        `ever` asks for its highest value.
-        """
-        own = self.most_delta_nll if ever else self.max_delta_nll
-        return shape.max_delta_nll if own is None else min(own, shape.max_delta_nll)
+    @property
+    def most_floor(self) -> float:
+        """The highest value of the quality floor, nats per token; infinite without one."""
+        return math.inf if self.most_delta_nll is None else self.most_delta_nll
 
     def floor_clause(self, shape: BatchShape) -> str:
         """Words that qualify "plan" in messages about the quality floor; empty without a floor."""
-        floor = self.floor(shape, ever=True)
+        floor = min(self.most_floor, shape.max_delta_nll)
         if floor == math.inf:
             return ""
         return f" with a predicted rise in NLL of at most {floor} nats per token (max_delta_nll)"
@@ -178,12 +176,9 @@ class PlanChooser:
         except (UnknownNameError, ArtifactError):  # a level that was not measured
             return None
 
-    def allows(self, plan: Plan, shape: BatchShape, *, ever: bool = False) -> bool:
-        """Whether a batch may run with a plan by the quality floor; any plan may be idle.
-
-        `ever` asks at the floor's highest value.
-        """
-        floor = self.floor(shape, ever=ever)
+    def allows(self, plan: Plan, shape: BatchShape, floor: float) -> bool:
+        """Whether a batch may run with a plan, by a floor and its own; any plan may be idle."""
+        floor = min(floor, shape.max_delta_nll)
         if not shape or floor == math.inf:
             return True
         rise = self.rise(plan, shape.longest_tokens)
@@ -191,26 +186,28 @@ class PlanChooser:
 
     # Plans
 
-    def choose(self, shape: BatchShape, limit_bytes: int) -> PlanChoice | None:
-        """The policy's plan for a batch, made to fit a limit; None if no allowed plan fits."""
+    def choose(self, shape: BatchShape, limit_bytes: int, floor: float) -> PlanChoice | None:
+        """The policy's plan for a batch, made to fit a limit; None if none fits that is allowed."""
         started = time.perf_counter()
         choice = self._fitting(shape, limit_bytes)
         self.decision_s += time.perf_counter() - started
         self.decisions += choice is not None
-        return choice if choice is not None and self.allows(choice.plan, shape) else None
+        return choice if choice is not None and self.allows(choice.plan, shape, floor) else None
 
-    def fits(self, plan: Plan, shape: BatchShape, limit_bytes: int) -> bool:
-        """Whether a plan fits a limit for a batch, and is allowed now."""
-        return self.estimator.peak_bytes(plan, shape) <= limit_bytes and self.allows(plan, shape)
+    def fits(self, plan: Plan, shape: BatchShape, limit_bytes: int, floor: float) -> bool:
+        """Whether a plan fits a limit for a batch, and is allowed."""
+        fits = self.estimator.peak_bytes(plan, shape) <= limit_bytes
+        return fits and self.allows(plan, shape, floor)
 
     def could_fit(self, shape: BatchShape, limit_bytes: int) -> bool:
         """Whether some plan that may ever be allowed fits a limit; any thread may call it."""
-        if self.fits(self.llm.plan, shape, limit_bytes):  # faster than a search
+        floor = self.most_floor
+        if self.fits(self.llm.plan, shape, limit_bytes, floor):  # faster than a search
             return True
-        if self.floor(shape, ever=True) == math.inf:
+        if min(floor, shape.max_delta_nll) == math.inf:
             return self._smallest_bytes(shape, limit_bytes) <= limit_bytes
         choice = self._fitting(shape, limit_bytes)
-        return choice is not None and self.allows(choice.plan, shape, ever=True)
+        return choice is not None and self.allows(choice.plan, shape, floor)
 
     def least_rise(self, shape: BatchShape, limit_bytes: int) -> float | None:
         """Rise in NLL of the plan for a limit, allowed or not, at the batch's longest sequence.

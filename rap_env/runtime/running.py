@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rap_env.models.live.live_batch import LiveBatch
-from rap_env.plan import Plan
+from rap_env.runtime.decision import CachedRow, Snapshot
+from rap_env.runtime.executor import Executor
 from rap_env.runtime.kept_sequences import KeptSequences, Taken
 from rap_env.runtime.memory_estimator import BatchShape, PassSize
-from rap_env.runtime.plan_chooser import PlanChooser
 from rap_env.runtime.request_handle import EXPECTED_TOKENS
 from rap_env.runtime.sequence import PrefillingSequence, TokenSequence, shape_of
 
@@ -69,13 +69,6 @@ class Pace:
         self.decode_s += _NEW_SHARE * (seconds - self.decode_s) if self.decode_s else seconds
 
 
-TOKEN_NATS = 0.001
-"""Rise in NLL, in nats, that the tokens to come must be spared for each token computed
-again."""
-# Nats per token, where the policy predicts none: about that of int4 caches.
-_UNKNOWN_RISE = 0.016
-
-
 class RunningBatch:
     """The decoding sequences, row by row of a batch, and the sequence in prefill, if any.
 
@@ -84,10 +77,9 @@ class RunningBatch:
     which there are no copies: without a disk, and with sliding windows.
 
     Args:
-        llm: The live model.
-        chunk_tokens: Most tokens of a prefill chunk.
-        uniform: As for `BatchShape.of`.
+        executor: Ends a chunk of a prefill when the budget falls.
         kept: Sequences that were read before, preempted ones included.
+        chunk_tokens: Most tokens of a prefill chunk.
 
     Attributes:
         kept: As given; so is `chunk_tokens`.
@@ -98,16 +90,16 @@ class RunningBatch:
 
     def __init__(
         self,
-        llm: ElasticLLM,
-        chunk_tokens: int,
+        executor: Executor,
         kept: KeptSequences,
-        *,
-        uniform: bool,
+        chunk_tokens: int,
     ) -> None:
-        self._llm = llm
+        self._executor = executor
+        self._llm: ElasticLLM = executor.controller.llm
         self.chunk_tokens = chunk_tokens
         self.kept = kept
-        self._uniform = uniform
+        windows = executor.controller.estimator.memory.facts.kv_window_tokens
+        self._uniform = any(window is not None for window in windows)
         self._shape: BatchShape | None = None  # None: to be computed
         self.rows = self.new_rows()
         self.decoding: list[TokenSequence] = []
@@ -172,20 +164,25 @@ class RunningBatch:
             growth = (rows + 1) * max(length, final) - rows * length - prefilling.batch.length
         return PassSize(tokens, growth)
 
+    def snapshot(self, *, prefill: bool) -> Snapshot:
+        """What a decision before the next pass has to know of the batch."""
+        return Snapshot(
+            running=self.shape,
+            next_pass=self.pass_size(prefill=prefill),
+            rows_plan=self.rows.lowest_plan,
+            newest=self.newest if self.sequences else None,
+            refills=self.refilling is not None,
+        )
+
     def prefill(
-        self,
-        sequence: TokenSequence,
-        chunk_tokens: int,
-        interrupt: Callable[[], bool] | None = None,
-        *,
-        refills: bool = False,
+        self, sequence: TokenSequence, chunk_tokens: int, *, refills: bool = False
     ) -> Taken:
         """Begin to read a sequence's tokens, in chunks, or those of a decoding one again.
 
         Returns:
             What is kept of them and not read.
         """
-        batch = self.new_rows(chunk_tokens, interrupt)
+        batch = self.new_rows(chunk_tokens)
         if refills or not self.decoding:  # else its cache will be copied into the batch's
             batch.reserve_tokens = sum(sequence.progress(in_batch=refills))
         taken = Taken() if refills else self.kept.take(sequence, batch)
@@ -195,16 +192,14 @@ class RunningBatch:
         self._shape = None
         return taken
 
-    def best_refill(self, chooser: PlanChooser) -> TokenSequence | None:
-        """The decoding sequence that gains most by a refill, if one does."""
+    def refillable(self) -> tuple[CachedRow, ...]:
+        """The decoding rows whose caches do not have the levels of the plan, and could."""
         plan = self._llm.plan
-        gains = {
-            sequence: refill_gain(sequence, own, plan, chooser)
+        return tuple(
+            CachedRow(sequence, own, *sequence.progress(in_batch=True))
             for sequence, own in zip(self.decoding, self.rows.plans, strict=True)
             if own != plan and sequence.refills
-        }
-        best = max(gains, key=gains.__getitem__, default=None)
-        return best if best is not None and gains[best] > 0 else None
+        )
 
     def join(self) -> None:
         """Let the prefilled sequence decode; after a refill, with its new cache."""
@@ -244,7 +239,7 @@ class RunningBatch:
         sequence.unkept, self._shape = False, None
         if batch.size:
             cached = batch.cached_row(row)
-            sequence.unkept = self.kept.put(sequence, cached, read, waiting=waiting)
+            sequence.unkept = self.kept.put(sequence, cached, read, self.shape, waiting=waiting)
 
     def remove(self, sequences: Collection[TokenSequence]) -> None:
         """Remove sequences, with a refill or a prefill of theirs."""
@@ -269,14 +264,12 @@ class RunningBatch:
         self.rows = self.new_rows()
         self.decoding = []
 
-    def new_rows(
-        self, chunk_tokens: int | None = None, interrupt: Callable[[], bool] | None = None
-    ) -> LiveBatch:
-        """An empty batch; arguments as of `prefill`."""
+    def new_rows(self, chunk_tokens: int | None = None) -> LiveBatch:
+        """An empty batch, whose passes end when the budget falls if they are chunks."""
         return LiveBatch(
             self._llm,
             most_tokens=chunk_tokens or self.chunk_tokens,
-            interrupt=interrupt,
+            interrupt=None if chunk_tokens is None else self._executor.must_interrupt,
             copies=self.kept.files.folder,
         )
 
@@ -286,22 +279,3 @@ class RunningBatch:
         if progress:
             cached, to_come = zip(*progress, strict=True)
             self.rows.reserve_tokens = max(cached) + min(to_come)
-
-
-def refill_gain(sequence: TokenSequence, own: Plan, plan: Plan, chooser: PlanChooser) -> float:
-    """Nats that a decoding sequence gains if its cache is computed again for a plan.
-
-    That is the rise in NLL that its tokens to come are spared, less `TOKEN_NATS` for each
-    token that has to be computed.
-
-    Args:
-        sequence: The sequence.
-        own: The plan with the levels that its cache has now.
-        plan: The plan.
-        chooser: Predicts the rise in NLL of plans.
-    """
-    cached, to_come = sequence.progress(in_batch=True)
-    handle = sequence.handle
-    before, after = (chooser.rise(each, handle.final_tokens) for each in (own, plan))
-    spared = _UNKNOWN_RISE if before is None or after is None else before - after
-    return to_come * spared - cached * TOKEN_NATS

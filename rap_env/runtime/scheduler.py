@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,10 +15,12 @@ from rap_env.models.device import synchronise
 from rap_env.paths import cache_dir
 from rap_env.plan import Plan
 from rap_env.runtime.admission import Admission, RequestQueue
+from rap_env.runtime.decision import CachedRow, EndRefill, Preempt, Refill
+from rap_env.runtime.executor import Executor
 from rap_env.runtime.kept_sequences import KeptFiles, KeptSequences
 from rap_env.runtime.kept_tree import KeptQuality
 from rap_env.runtime.memory_estimator import BatchShape
-from rap_env.runtime.records import Counters, StepKind, StepRecord
+from rap_env.runtime.records import Counters, EngineSettings, StepKind, StepRecord
 from rap_env.runtime.running import Pace, RunningBatch
 from rap_env.runtime.sequence import OutputProcessor, PrefillingSequence, TokenSequence
 
@@ -27,15 +30,23 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_LOOK_S = 0.02  # between looks at the budget within a prefill chunk
-_MOST_INTERRUPTIONS = 3  # of one chunk; with a budget that jumps, it would never end
 _REFILL_S = 0.1  # between looks for a row whose cache should be computed again
 
 
+def kept_sequences(controller: RuntimeController, settings: EngineSettings) -> KeptSequences:
+    """An empty store of what is read, in files too where a disk may be used."""
+    llm, file_bytes = controller.llm, settings.keep_file_bytes
+    uses_disk = llm.residency == "offload" or file_bytes > 0
+    files = KeptFiles(cache_dir() if uses_disk else None, file_bytes)
+    quality = KeptQuality(llm, controller.chooser, settings.keep_delta_nll, controller.clock)
+    return KeptSequences(llm, controller.monitor, quality, files, keep=settings.keep)
+
+
 class Scheduler:
-    """Runs sequences on a live model, within its budget. For one thread; settings as of `Engine`.
+    """Runs sequences on a live model, within its budget. For one thread.
 
     Attributes:
+        executor: Makes the passes fit.
         admission: Lets requests begin, and says why some cannot.
         batch: What runs.
         counters: Totals of requests and tokens.
@@ -45,60 +56,29 @@ class Scheduler:
     """
 
     def __init__(
-        self,
-        llm: ElasticLLM,
-        controller: RuntimeController,
-        queue: RequestQueue,
-        clock: Callable[[], float],
-        *,
-        max_batch_size: int,
-        chunk_tokens: int,
-        queue_timeout_s: float | None,
-        target_itl_s: float | None,
-        keep: bool,
-        keep_delta_nll: float,
-        keep_file_bytes: int,
+        self, controller: RuntimeController, queue: RequestQueue, settings: EngineSettings
     ) -> None:
-        self._llm = llm
+        self._llm: ElasticLLM = controller.llm
         self._controller = controller
         self._queue = queue
-        self._clock = clock
-        self._max_batch_size = max_batch_size
-        windows = controller.estimator.memory.facts.kv_window_tokens
-        uniform = any(window is not None for window in windows)
-        self._pace = Pace(target_itl_s)
-        uses_disk = llm.residency == "offload" or keep_file_bytes > 0
-        files = KeptFiles(cache_dir() if uses_disk else None, keep_file_bytes)
-        quality = KeptQuality(llm, controller.chooser, keep_delta_nll, clock)
-        self._kept = KeptSequences(llm, quality, files, keep=keep)
-        self._kept.room_bytes = lambda: controller.room_for_kept(self.batch.shape)
-        controller.free_kept = self._kept.free
-        self.batch = RunningBatch(llm, chunk_tokens, self._kept, uniform=uniform)
-        controller.switcher.rows_plan = lambda: self.batch.rows.lowest_plan
+        self._clock = controller.clock
+        self._max_batch_size = settings.max_batch_size
+        self._pace = Pace(settings.target_itl_s)
+        self._kept = kept_sequences(controller, settings)
+        self.executor = Executor(controller, self._kept)
+        self.batch = RunningBatch(self.executor, self._kept, settings.prefill_chunk_tokens)
         self._next_refill_s = float("-inf")
-        self._next_look_s = 0.0
-        self._interruptions = 0  # of the chunk that is next
         self.counters = Counters()
-        self.output = OutputProcessor(clock, self.counters)
-        self.admission = Admission(
-            controller,
-            queue,
-            self.batch,
-            self.output,
-            clock,
-            max_batch_size,
-            queue_timeout_s,
-        )
-        self.plan = llm.plan
+        self.output = OutputProcessor(self._clock, self.counters)
+        self.admission = Admission(self.executor, queue, self.batch, self.output, settings)
+        self.plan = self._llm.plan
         self.observers: list[Callable[[StepRecord], None]] = []
 
     def turn(self) -> bool:
         """Run one turn; return whether the model was run."""
         self._remove_cancelled()
         self._keep([sequence for sequence in self.batch.decoding if sequence.unkept])
-        if self.admission.admit_next(self._must_interrupt):
-            self._interruptions = 0
-        self._refill_next()
+        self.admission.admit_next()
         batch = self.batch
         self._make_fit(prefill=not self._pace.decodes_first or not batch.decoding)
         prefilled = batch.prefilling is not None and not (
@@ -136,7 +116,7 @@ class Scheduler:
                 plan = self._llm.plan
                 logits, count = prefilling.advance()
                 synchronise(self._llm.device)
-            self._interruptions = 0
+            self.executor.new_chunk()
             seconds = time.perf_counter() - started
             length = prefilling.batch.length
             self._pace.note_chunk(seconds, len(self._queue))
@@ -149,7 +129,6 @@ class Scheduler:
             if logits is not None:
                 self._end_prefill(prefilling, logits)
         except PassInterruptedError:
-            self._interruptions += 1
             return
         except torch.OutOfMemoryError as error:
             self._start_again("prefill", error)
@@ -189,14 +168,6 @@ class Scheduler:
         again = max(0, min(new, sequence.computed_tokens - (cached - new)))
         self.counters.repeated_tokens += again
         sequence.computed_tokens = max(sequence.computed_tokens, cached)
-
-    def _must_interrupt(self) -> bool:
-        """Whether a prefill chunk is to end at once: the budget has fallen below what is used."""
-        now = time.perf_counter()
-        if now < self._next_look_s or self._interruptions >= _MOST_INTERRUPTIONS:
-            return False
-        self._next_look_s = now + _LOOK_S
-        return self._controller.must_interrupt()
 
     def _decode(self) -> None:
         began, started = self._clock(), time.perf_counter()
@@ -244,7 +215,8 @@ class Scheduler:
         prefilling = 0 if batch.prefilling is None else batch.prefilling.batch.size
         longest = max(length, batch.rows.length)
         shape = BatchShape(max(rows, batch.rows.size + prefilling), longest)
-        peak = self._controller.observe(shape, kind)
+        with self._controller.timed():
+            peak = self._controller.monitor.observe_step(shape, kind)
         record = StepRecord(
             time_s=began,
             duration_s=seconds,
@@ -261,25 +233,27 @@ class Scheduler:
 
     # Admission and preemption
 
-    def _make_fit(self, prefill: bool = False) -> None:
-        """Lower the plan, or preempt, until the next pass fits."""
-        batch = self.batch
+    def _make_fit(self, *, prefill: bool = False) -> None:
+        """Act until the next pass fits: lower the plan, refill a row or end that, or preempt."""
+        batch, waiting = self.batch, self.admission.waiting
         while True:
-            next_pass = batch.pass_size(prefill=prefill)
-            if batch.refilling and not self._controller.has_room(batch.shape, next_pass):
+            asked = replace(batch.snapshot(prefill=prefill), waiting=waiting)
+            action = self.executor.act(replace(asked, refillable=self._refillable()))
+            if isinstance(action, Refill):
+                batch.prefill(action.row, batch.chunk_tokens, refills=True)
+            elif isinstance(action, EndRefill):
                 batch.drop_prefill()
-            elif self._controller.check(batch.shape, next_pass) or not self._preempt():
+            elif isinstance(action, Preempt):
+                self._preempt(action.row)
+            else:
                 return
 
-    def _preempt(self) -> bool:
-        """Move the newest request to the front of the queue; False if nothing runs."""
-        if not self.batch.sequences:
-            return False
-        newest = self.batch.newest
-        self.batch.preempt(newest)
-        self._put_back([newest])
-        self._controller.note_preemption()
-        return True
+    def _preempt(self, sequence: TokenSequence) -> None:
+        """Move a request that runs to the front of the queue."""
+        self.batch.preempt(sequence)
+        self._put_back([sequence])
+        with self._controller.timed():
+            self._controller.monitor.trim()
 
     def _start_again(self, kind: StepKind, error: torch.OutOfMemoryError) -> None:
         """Put back into the queue what a pass without enough memory has damaged; alone, it fails.
@@ -289,20 +263,24 @@ class Scheduler:
         """
         if kind == "prefill" and self.batch.refilling and self.batch.intact:
             self._give_up_refill(error)
-            self._controller.note_out_of_memory(kind)
+            self._note_out_of_memory(kind)
             return
         running = [sequence for sequence in self.batch.sequences if sequence.handle.reason is None]
         if len(running) == 1:
             self.output.fail(running, error)
         if kind == "prefill" and self.batch.intact and self.batch.decoding:
-            self._preempt()
+            self._preempt(self.batch.newest)
         else:
             self.batch.clear()
             self._put_back(running if len(running) > 1 else [])
-        self._controller.note_out_of_memory(kind)
+        self._note_out_of_memory(kind)
         if len(running) > 1:
             log.warning("Memory ran out with %d requests; fewer run together now.", len(running))
             self.admission.most_running = len(running) - 1
+
+    def _note_out_of_memory(self, kind: StepKind) -> None:
+        with self._controller.timed():
+            self._controller.monitor.observe_out_of_memory(kind)
 
     def _put_back(self, sequences: Sequence[TokenSequence]) -> None:
         """Put sequences that ran at the front of the queue, in their order."""
@@ -312,18 +290,13 @@ class Scheduler:
             self.counters.preemptions += 1
             self._queue.put_first(sequence)
 
-    def _refill_next(self) -> None:
-        """Begin to compute the cache of a decoding row again at the plan's levels, where it pays.
-
-        It decodes with its old cache until the new one is there.
-        """
+    def _refillable(self) -> tuple[CachedRow, ...]:
+        """Rows whose caches may be computed again, where it is time to look for one."""
         now, batch = self._clock(), self.batch
         if now < self._next_refill_s or batch.prefilling is not None or not batch.decoding:
-            return
+            return ()
         self._next_refill_s = now + _REFILL_S
-        sequence = batch.best_refill(self._controller.chooser)
-        if sequence is not None:
-            batch.prefill(sequence, batch.chunk_tokens, self._must_interrupt, refills=True)
+        return batch.refillable()
 
     def _remove_cancelled(self) -> None:
         """Remove cancelled requests."""

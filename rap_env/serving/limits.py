@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from rap_env.errors import ServingSettingsError
 from rap_env.request import parse_bytes
 from rap_env.runtime.memory_estimator import BatchShape
+from rap_env.runtime.memory_meter import ResidentMeter
 from rap_env.runtime.memory_monitor import HEADROOM_BYTES
 
 if TYPE_CHECKING:
@@ -128,17 +129,18 @@ def least_check(model: str, controller: RuntimeController) -> Callable[[int], No
     one = BatchShape(1, 1)
     smallest = controller.chooser.smallest(one, 1)
     least = controller.estimator.memory.peak_bytes(smallest, one.request(1))
-    source = controller.monitor.source
+    meter = controller.monitor.meter
+    of_process = controller.monitor.source.other_bytes is not None
 
     def check(limit_bytes: int) -> None:
-        if source.other_bytes is None:
+        if not of_process or not isinstance(meter, ResidentMeter):
             if limit_bytes < least:
                 raise ServingSettingsError(
                     f"model_memory must be at least {least:,} bytes for {model}, which its "
                     f"smallest plan needs for one token, not {limit_bytes:,}; give more."
                 )
             return
-        others = source.other_bytes + HEADROOM_BYTES
+        others = meter.baseline_bytes + HEADROOM_BYTES
         if limit_bytes < least + others:
             raise ServingSettingsError(
                 f"memory must be at least {mebibytes(others + least)} for {model}: "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter as Tally
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 from prometheus_client import (
@@ -88,21 +87,93 @@ class ServingMetrics:
         return generate_latest(self._registry)
 
 
-def _family(
-    kind: type[GaugeMetricFamily] | type[CounterMetricFamily],
-    name: str,
-    text: str,
-    values: float | Mapping[str, float],
-) -> Metric:
-    """A metric, or one for each label: `name` ends in ``[labels]`` then.
+Reading = float | Mapping[tuple[str, ...], float]
 
-    Several labels, and values of them, are separated by a space.
-    """
-    name, _, labels = name.removesuffix("]").partition("[")
-    metric = kind(f"rap_{name}", text, labels=labels.split())
-    for label, value in values.items() if isinstance(values, Mapping) else [("", values)]:
-        metric.add_metric(label.split(), value)
-    return metric
+_HELP = {
+    "items": "Items of the model by kind and level.",
+    "blocks_removed": "Removed blocks by kind.",
+    "max_delta_nll": "Quality floor now, in nats per token; NaN without one.",
+    "weights_unreadable": (
+        "Whether the weights of a higher plan cannot be read (1), so that it waits."
+    ),
+    "plan_switches": "Changes of the plan.",
+    "memory_held_bytes": "Bytes of tensors in memory.",
+    "memory_limit_bytes": "The memory limit: of the whole process, or of the model.",
+    "memory_used_bytes": "Measured bytes that the model takes.",
+    "memory_budget_bytes": "Bytes that the model may take.",
+    "memory_margin_bytes": "Bytes of the budget that stay free for what is not predicted.",
+    "memory_other_bytes": "Resident bytes of everything but the model.",
+    "kept_sequences": "Sequences that are kept for later requests; their bytes are the part kept.",
+    "kept_file_bytes": "Bytes of the files in which sequences are kept (keep_file_bytes).",
+    "ready": "Whether requests can be served (1), as /readyz reports, or not (0).",
+    "queue_length": "Answers that wait.",
+    "stalled_seconds": "Time for which answers have waited while none was generated.",
+    "running": "Answers that are being generated.",
+    "tokens": "Tokens by where they are.",
+    "preemptions": "Answers put back into the queue.",
+    "controller_overhead_seconds": "Time spent on choosing and switching plans.",
+    "busy_seconds": "Time spent in steps of the engine.",
+}
+"""What each metric of the engine's state is, by its name without the prefix, in their order."""
+_LABELS = {
+    "items": ("kind", "level"),
+    "blocks_removed": ("kind",),
+    "memory_held_bytes": ("part",),
+    "memory_limit_bytes": ("of",),
+    "tokens": ("part",),
+}
+_COUNTERS = {
+    "plan_switches",
+    "tokens",
+    "preemptions",
+    "controller_overhead_seconds",
+    "busy_seconds",
+}
+
+
+def _readings(engine: Engine) -> dict[str, Reading]:
+    """The value of each metric, or its values by those of its labels."""
+    stats, controller = engine.stats(), engine.controller
+    monitor, floor = controller.monitor, controller.chooser.max_delta_nll
+    num_layers = controller.estimator.memory.facts.num_layers
+    budget_bytes, process_bytes = max(0, monitor.budget_bytes), monitor.source.process_bytes
+    readings: dict[str, Reading] = {
+        "items": _items_by_level(stats.plan, num_layers),
+        "blocks_removed": {(kind,): stats.plan.count_removed(kind) for kind in BLOCK_KINDS},
+        "max_delta_nll": math.nan if floor is None else floor,
+        "weights_unreadable": bool(controller.switcher.unreadable),
+        "plan_switches": controller.switcher.switches,
+        "memory_held_bytes": {
+            ("weights",): monitor.held.weights,
+            ("kv_cache",): monitor.held.kv_cache,
+            ("kept",): stats.kept_bytes,
+        },
+        "memory_limit_bytes": (
+            {("model",): budget_bytes} if process_bytes is None else {("process",): process_bytes}
+        ),
+        "memory_used_bytes": monitor.used_bytes,
+        "memory_budget_bytes": budget_bytes,
+        "memory_margin_bytes": monitor.margin.bytes,
+        "kept_sequences": stats.kept_sequences,
+        "kept_file_bytes": stats.kept_file_bytes,
+        "ready": engine.unready_reason() is None,
+        "queue_length": stats.queued,
+        "stalled_seconds": stats.stalled_s,
+        "running": stats.running,
+        "tokens": {
+            ("prompt",): stats.prompt_tokens,
+            ("repeated",): stats.repeated_tokens,
+            ("kept",): stats.kept_tokens,
+            ("refilled",): stats.refilled_tokens,
+            ("generated",): stats.tokens,
+        },
+        "preemptions": stats.preemptions,
+        "controller_overhead_seconds": stats.overhead_s,
+        "busy_seconds": stats.busy_s,
+    }
+    if isinstance(monitor.meter, ResidentMeter):
+        readings["memory_other_bytes"] = monitor.meter.baseline_bytes
+    return readings
 
 
 class _EngineState(Collector):
@@ -111,7 +182,6 @@ class _EngineState(Collector):
     def __init__(self, engine: Engine, settings: ServerSettings) -> None:
         self._engine = engine
         self._settings = settings
-        self._num_layers = engine.controller.estimator.memory.facts.num_layers
 
     def describe(self) -> Iterable[Metric]:
         """Return nothing; otherwise the registry would scrape immediately to learn the names."""
@@ -119,84 +189,35 @@ class _EngineState(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Metrics of the engine's state."""
-        stats, controller = self._engine.stats(), self._engine.controller
-        chooser, switcher, monitor = controller.chooser, controller.switcher, controller.monitor
-        yield InfoMetricFamily(
-            "rap_build",
-            "What serves.",
-            {
-                "version": __version__,
-                "model": self._settings.served_name,
-                "policy": chooser.policy.name,
-            },
-        )
-        gauge, counter = partial(_family, GaugeMetricFamily), partial(_family, CounterMetricFamily)
-
-        # The plan
-        items = _items_by_level(stats.plan, self._num_layers)
-        yield gauge("items[kind level]", "Items of the model by kind and level.", items)
-        removed: dict[str, float] = {kind: stats.plan.count_removed(kind) for kind in BLOCK_KINDS}
-        yield gauge("blocks_removed[kind]", "Removed blocks by kind.", removed)
-        floor = math.nan if chooser.max_delta_nll is None else chooser.max_delta_nll
-        text = "Quality floor now, in nats per token; NaN without one."
-        yield gauge("max_delta_nll", text, floor)
-        text = "Whether the weights of a higher plan cannot be read (1), so that it waits."
-        yield gauge("weights_unreadable", text, bool(switcher.unreadable))
-        yield counter("plan_switches", "Changes of the plan.", switcher.switches)
-
-        # Memory
-        held = {"weights": monitor.held.weights, "kv_cache": monitor.held.kv_cache}
-        held["kept"] = stats.kept_bytes
-        yield gauge("memory_held_bytes[part]", "Bytes of tensors in memory.", held)
-        whole, budget_bytes = monitor.source.process_bytes, max(0, monitor.budget_bytes)
-        limit = {"model": budget_bytes} if whole is None else {"process": whole}
-        text = "The memory limit: of the whole process, or of the model."
-        yield gauge("memory_limit_bytes[of]", text, limit)
-        text = "Measured bytes that the model takes."
-        yield gauge("memory_used_bytes", text, monitor.used_bytes)
-        yield gauge("memory_budget_bytes", "Bytes that the model may take.", budget_bytes)
-        text = "Bytes of the budget that stay free for what is not predicted."
-        yield gauge("memory_margin_bytes", text, monitor.margin.bytes)
-        if isinstance(monitor.meter, ResidentMeter):
-            text = "Resident bytes of everything but the model."
-            yield gauge("memory_other_bytes", text, monitor.meter.baseline_bytes)
-
-        text = "Sequences that are kept for later requests; their bytes are the part kept."
-        yield gauge("kept_sequences", text, stats.kept_sequences)
-        text = "Bytes of the files in which sequences are kept (keep_file_bytes)."
-        yield gauge("kept_file_bytes", text, stats.kept_file_bytes)
-
-        # Answers
-        text = "Whether requests can be served (1), as /readyz reports, or not (0)."
-        yield gauge("ready", text, self._engine.unready_reason() is None)
-        yield gauge("queue_length", "Answers that wait.", stats.queued)
-        text = "Time for which answers have waited while none was generated."
-        yield gauge("stalled_seconds", text, stats.stalled_s)
-        yield gauge("running", "Answers that are being generated.", stats.running)
-        tokens = {
-            "prompt": stats.prompt_tokens,
-            "repeated": stats.repeated_tokens,
-            "kept": stats.kept_tokens,
-            "refilled": stats.refilled_tokens,
-            "generated": stats.tokens,
+        about = {
+            "version": __version__,
+            "model": self._settings.served_name,
+            "policy": self._engine.controller.chooser.policy.name,
         }
-        yield counter("tokens[part]", "Tokens by where they are.", tokens)
-        yield counter("preemptions", "Answers put back into the queue.", stats.preemptions)
-        text = "Time spent on choosing and switching plans."
-        yield counter("controller_overhead_seconds", text, stats.overhead_s)
-        yield counter("busy_seconds", "Time spent in steps of the engine.", stats.busy_s)
+        yield InfoMetricFamily("rap_build", "What serves.", about)
+        readings = _readings(self._engine)
+        for name in filter(readings.__contains__, _HELP):
+            kind = CounterMetricFamily if name in _COUNTERS else GaugeMetricFamily
+            metric = kind(f"rap_{name}", _HELP[name], labels=_LABELS.get(name, ()))
+            reading = readings[name]
+            values = reading if isinstance(reading, Mapping) else {(): reading}
+            for labels, value in values.items():
+                metric.add_metric(labels, value)
+            yield metric
 
 
-def _items_by_level(plan: Plan, num_layers: int) -> dict[str, float]:
+def _items_by_level(plan: Plan, num_layers: int) -> dict[tuple[str, ...], float]:
     """Numbers of items by kind (as an item's name ends) and level; common levels also if 0.
 
     The cache of a removed attention block counts as removed.
     """
     kinds = (*BLOCK_KINDS, "cache", EMBEDDINGS)
-    counts = Tally({f"{kind} {level}": 0 for kind in kinds for level in WEIGHT_LEVELS})
+    counts: Tally[tuple[str, ...]] = Tally(
+        {(kind, level): 0 for kind in kinds for level in WEIGHT_LEVELS}
+    )
     caches = {cache_name(index // 2) for index in plan.removed if index % 2 == 0}
     levels = plan.levels | dict.fromkeys(caches, "removed")
     for item in item_names(num_layers):
         kind = "cache" if is_cache(item) else item.rpartition(".")[2]
-        counts[f"{kind} {levels.get(item, 'native')}"] += 1
+        counts[kind, levels.get(item, "native")] += 1
     return dict(sorted(counts.items()))

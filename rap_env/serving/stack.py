@@ -16,6 +16,7 @@ from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_meter import Meter, ResidentMeter, make_levels, process_meter
 from rap_env.runtime.memory_monitor import GivenMemory, MemorySource
 from rap_env.runtime.memory_source import open_memory
+from rap_env.runtime.records import ControllerSettings, EngineSettings
 from rap_env.runtime.structured_output import GrammarCompiler
 from rap_env.serving.app import create_app
 from rap_env.serving.limits import LiveLimit, least_check, mebibytes
@@ -129,10 +130,10 @@ def _controller(
         llm,
         policy,
         memory,
+        ControllerSettings(
+            max_delta_nll=floor, most_delta_nll=most, chunk_tokens=settings.prefill_chunk_tokens
+        ),
         meter=meter,
-        max_delta_nll=floor,
-        most_delta_nll=most,
-        chunk_tokens=settings.prefill_chunk_tokens,
     )
 
 
@@ -140,9 +141,7 @@ def _engine(
     settings: ServerSettings, limit: LiveLimit | None, controller: RuntimeController
 ) -> Engine:
     """Make the engine, unless no request fits the limit."""
-    engine = Engine(
-        controller.llm,
-        controller,
+    engine_settings = EngineSettings(
         max_batch_size=settings.max_batch_size,
         max_queue=settings.max_queue,
         max_seq_len_tokens=settings.max_seq_len_tokens,
@@ -153,6 +152,7 @@ def _engine(
         keep_delta_nll=settings.keep_delta_nll,
         keep_file_bytes=settings.most_file_bytes,
     )
+    engine = Engine(controller, engine_settings)
     if limit is not None:
         limit.attach(least_check(settings.model, controller))
         if controller.chooser.max_delta_nll is not None and (problem := engine.nothing_fits()):

@@ -15,6 +15,7 @@ from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_estimator import BatchShape, MemoryEstimator
 from rap_env.runtime.memory_meter import TensorMeter
+from rap_env.runtime.records import EngineSettings
 from rap_env.runtime.sampling import SamplingParams
 from rap_env.scoring.scorer import PlanScorer
 from tests.tiny import LAYERS, VOCAB_SIZE, tiny_model
@@ -114,8 +115,8 @@ def served(llm):
     controller = RuntimeController(
         llm, policy, lambda: budget[0], meter=TensorMeter(llm), clock=lambda: 0.0
     )
-    controller.growth.hold_s = 0.0
-    engine = Engine(llm, controller, clock=lambda: 0.0, max_batch_size=3, prefill_chunk_tokens=16)
+    controller.headroom.hold_s = 0.0
+    engine = Engine(controller, EngineSettings(max_batch_size=3, prefill_chunk_tokens=16))
     greedy = SamplingParams(max_new_tokens=12)
     handles = [engine.submit(TOKENS[row].tolist(), greedy) for row in range(2)]
     step = 0

@@ -10,10 +10,14 @@ from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.policies.loading import OrderPolicy, StaticPolicy
 from rap_env.runtime.controller import RuntimeController
+from rap_env.runtime.decision import Admit, Snapshot
 from rap_env.runtime.engine import Engine
-from rap_env.runtime.memory_estimator import BatchShape, MemoryEstimator
+from rap_env.runtime.executor import Executor
+from rap_env.runtime.memory_estimator import EMPTY_BATCH, UNKNOWN_PASS, BatchShape, MemoryEstimator
 from rap_env.runtime.memory_meter import TensorMeter
+from rap_env.runtime.records import ControllerSettings, EngineSettings
 from rap_env.runtime.sampling import SamplingParams
+from rap_env.runtime.scheduler import kept_sequences
 from tests.tiny import VOCAB_SIZE, tiny_llm
 
 PLENTY = 10**9
@@ -57,8 +61,6 @@ class Harness:
         clock=None,
         positions=64,
         llm=None,
-        hold_s=2.0,
-        spare_share=0.05,
         **settings,
     ) -> None:
         self.llm = llm or tiny_llm(name, layers=layers, positions=positions)
@@ -74,12 +76,13 @@ class Harness:
             self.llm,
             self.policy,
             lambda: self.budget_bytes,
+            ControllerSettings(**settings),
             meter=self.meter,
             clock=clock or (lambda: self.time_s),
-            **settings,
         )
-        growth = self.controller.growth
-        growth.hold_s, growth.spare_share = hold_s, spare_share
+        self.executor = Executor(
+            self.controller, kept_sequences(self.controller, EngineSettings(keep=False))
+        )
         self.records = []
 
     @property
@@ -90,11 +93,25 @@ class Harness:
     def everything(self) -> Plan:
         return Plan.removing(*range(self.llm.num_blocks))
 
+    def set_plan(self, plan: Plan) -> None:
+        """Let a plan be the present one, and the one that the policy chooses."""
+        self.policy.plan = plan
+        self.llm.apply(plan)
+
     def need(self, mask, shape: BatchShape) -> int:
         return self.estimator.peak_bytes(mask, shape)
 
+    def check(self, shape, next_pass=UNKNOWN_PASS, **known) -> bool:
+        """Whether a batch may go on, with whatever plan."""
+        asked = Snapshot(running=shape, next_pass=next_pass, rows_plan=self.llm.plan, **known)
+        return self.executor.act(asked) is None
+
+    def admit(self, shape, running=EMPTY_BATCH) -> bool:
+        """Whether a request may join, which makes a batch of this shape."""
+        return isinstance(self.executor.act(Snapshot(running=running, joined=shape)), Admit)
+
     def engine(self, **settings) -> Engine:
-        engine = Engine(self.llm, self.controller, clock=lambda: self.time_s, **settings)
+        engine = Engine(self.controller, EngineSettings(**settings))
         engine.observers.append(self.records.append)
         if not self.disk:  # as with residency drop
             engine._scheduler._kept.files.folder = None
@@ -174,6 +191,11 @@ def serve_while_the_budget_jumps(harness, engine, least: int, most: int) -> list
         harness.time_s += 0.1
     assert all(handle.reason == "length" for handle in handles)
     return handles
+
+
+def preempt(engine) -> None:
+    """Put the newest request that runs back into the queue."""
+    engine._scheduler._preempt(engine._scheduler.batch.newest)
 
 
 def steps(engine, count: int) -> None:

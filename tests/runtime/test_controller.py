@@ -22,31 +22,30 @@ def harness():
 @pytest.fixture
 def triggers(caplog):
     """What caused each change of the plan so far, as the log says."""
-    caplog.set_level("INFO", "rap_env.runtime.plan_switcher")
+    caplog.set_level("INFO", "rap_env.runtime.controller")
     return lambda: re.findall(r"Plan changed \((\w+)\)", caplog.text)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 6])
 def test_at_arrival_as_many_blocks_are_removed_as_needed(harness, count, triggers):
     harness.budget_bytes = between(harness, count)
-    controller = harness.controller
-    assert controller.admit(SHAPE)
+    assert harness.admit(SHAPE)
     assert harness.mask == Plan.removing(*ORDER[:count])
     assert triggers() == ["arrival"] * bool(count)
 
 
 def test_where_no_mask_fits_nothing_changes_and_the_policy_is_not_asked(harness):
     harness.budget_bytes = harness.need(harness.everything, SHAPE) - 1
-    assert not harness.controller.admit(SHAPE)
+    assert not harness.admit(SHAPE)
     assert harness.controller.chooser.decisions == 0
-    assert not harness.controller.check(SHAPE)
+    assert not harness.check(SHAPE)
     assert harness.mask == Plan()
-    assert harness.controller.check(BatchShape(1, 10))
+    assert harness.check(BatchShape(1, 10))
 
 
 def test_an_empty_batch_that_does_not_fit_removes_all_that_the_guard_may(harness):
     harness.budget_bytes = 10
-    assert not harness.controller.check(EMPTY_BATCH)
+    harness.check(EMPTY_BATCH)
     assert harness.mask == harness.everything
 
 
@@ -55,7 +54,7 @@ def test_the_policys_own_mask_is_taken_and_the_guard_shrinks_it_if_it_does_not_f
     harness = Harness(policy=FakePolicy(Plan.removing(*said)), guard_order=ORDER)
     expected = Plan.removing(*said, *more)
     harness.budget_bytes = harness.need(expected, SHAPE)
-    assert harness.controller.admit(SHAPE)
+    assert harness.admit(SHAPE)
     assert harness.mask == expected
     assert harness.policy.asked[0].budget_bytes == harness.budget_bytes
 
@@ -64,7 +63,7 @@ def test_the_policys_own_mask_is_taken_and_the_guard_shrinks_it_if_it_does_not_f
 def test_a_policy_that_fails_is_replaced_by_the_guard(said, caplog):
     harness = Harness(policy=FakePolicy(said), guard_order=ORDER)
     harness.budget_bytes = between(harness, 3)
-    assert harness.controller.admit(SHAPE)
+    assert harness.admit(SHAPE)
     assert harness.mask == Plan.removing(*ORDER[:3])
     assert "'fake' failed" in caplog.text
 
@@ -73,30 +72,30 @@ def test_an_empty_order_disables_the_guard():
     mask = Plan.removing(0, 1)
     harness = Harness(policy=StaticPolicy(mask), guard_order=(), mask=mask)
     harness.budget_bytes = need = harness.need(mask, SHAPE)
-    assert harness.controller.admit(SHAPE)
+    assert harness.admit(SHAPE)
     harness.budget_bytes = need - 1
-    assert not harness.controller.check(SHAPE)
-    assert not harness.controller.admit(SHAPE)
+    assert not harness.check(SHAPE)
+    assert not harness.admit(SHAPE)
     assert harness.mask == mask
 
 
 def test_unpredicted_bytes_are_learned_and_reserved(harness):
     harness.budget_bytes = between(harness, 2)
-    harness.controller.admit(SHAPE)
+    harness.admit(SHAPE)
     harness.meter.noise_bytes = 3 * 10**5
-    harness.controller.observe(SHAPE, "prefill")
+    harness.controller.monitor.observe_step(SHAPE, "prefill")
     learned = harness.controller.monitor.margin.bytes
     assert learned == pytest.approx(3 * 10**5 - harness.estimator.workspace_bytes(SHAPE), abs=10)
     harness.budget_bytes += learned
-    assert harness.controller.check(SHAPE)
+    assert harness.check(SHAPE)
     assert len(harness.mask.removed) == 2
 
 
 def test_measured_bytes_over_the_budget_remove_blocks_although_the_prediction_fits(harness):
     harness.budget_bytes = harness.need(Plan(), SHAPE)
-    assert harness.controller.check(SHAPE)
+    assert harness.check(SHAPE)
     harness.meter.noise_bytes = harness.budget_bytes - harness.llm.held_bytes.total + 1000
-    assert harness.controller.check(SHAPE)
+    assert harness.check(SHAPE)
     assert harness.mask
     assert harness.meter.used_bytes() <= harness.budget_bytes
 
@@ -104,7 +103,7 @@ def test_measured_bytes_over_the_budget_remove_blocks_although_the_prediction_fi
 def test_a_pass_that_could_exceed_the_budget_removes_blocks_before_it_runs(harness):
     harness.budget_bytes = harness.need(Plan(), SHAPE)
     next_pass = PassSize(80, 160)
-    assert harness.controller.check(SHAPE, next_pass)
+    assert harness.check(SHAPE, next_pass)
     assert harness.mask
     estimate = harness.estimator.pass_estimate(harness.mask, SHAPE, next_pass)
     assert harness.meter.used_bytes() + estimate.total <= harness.budget_bytes
@@ -112,23 +111,23 @@ def test_a_pass_that_could_exceed_the_budget_removes_blocks_before_it_runs(harne
 
 def test_while_idle_a_burst_expires_and_freed_memory_is_returned(harness):
     harness.meter.noise_bytes = 10**6
-    harness.controller.observe(SHAPE, "decode")
+    harness.controller.monitor.observe_step(SHAPE, "decode")
     assert harness.controller.monitor.margin.bytes > 0
     harness.meter.noise_bytes = 0
     for _ in range(500):
         harness.time_s += 0.1
-        harness.controller.check(EMPTY_BATCH)
+        harness.check(EMPTY_BATCH)
     assert harness.controller.monitor.margin.bytes == 0
 
 
 def test_a_source_that_fails_leaves_the_budget_as_it_was(harness, caplog):
-    harness.controller.check(SHAPE)
+    harness.check(SHAPE)
 
     def fails(used_bytes):
         raise MemorySourceError("gone")
 
     harness.controller.monitor.source.budget_bytes = fails
-    assert harness.controller.check(SHAPE)
+    assert harness.check(SHAPE)
     assert harness.controller.monitor.budget_bytes == harness.budget_bytes
     assert "stays at" in caplog.text
 
@@ -138,8 +137,8 @@ def test_a_change_of_the_plan_is_logged_in_a_short_line(caplog):
     plan = Plan.of(caches | {f"layer{n:02}.ffn": "removed" for n in range(0, 64, 2)})
     harness = Harness(policy=FakePolicy(plan), layers=64)
     harness.budget_bytes = harness.need(plan, SHAPE)
-    caplog.set_level("INFO", "rap_env.runtime.plan_switcher")
-    assert harness.controller.check(SHAPE)
+    caplog.set_level("INFO", "rap_env.runtime.controller")
+    assert harness.check(SHAPE)
     assert harness.llm.plan == plan
     (line,) = [record.getMessage() for record in caplog.records]
     assert len(line) <= 400
@@ -165,7 +164,7 @@ def test_blocks_are_restored_once_headroom_has_lasted(moments, kept, triggers):
     for time_s, removed in moments:
         harness.time_s = float(time_s)
         harness.budget_bytes = between(harness, removed) if removed else PLENTY
-        assert harness.controller.check(SHAPE)
+        assert harness.check(SHAPE)
     assert harness.mask == Plan.removing(*ORDER[:kept])
     if kept == 0:
         assert triggers()[-1] == "room"
@@ -174,10 +173,10 @@ def test_blocks_are_restored_once_headroom_has_lasted(moments, kept, triggers):
 def test_a_request_that_leaves_gives_headroom(triggers):
     harness = ordered(hold_s=1.0)
     harness.budget_bytes = between(harness, 4)
-    harness.controller.check(SHAPE)
+    harness.check(SHAPE)
     for time_s in (0.5, 1.5):
         harness.time_s = time_s
-        harness.controller.check(BatchShape(1, 20))
+        harness.check(BatchShape(1, 20))
     assert len(harness.mask.removed) < 4
     assert triggers()[-1] == "room"
 
@@ -189,7 +188,7 @@ def switches(*, share, hold_s) -> int:
         harness.time_s = step / 10
         jitter = 0.03 * random.Random(harness.time_s).uniform(-1, 1)
         harness.budget_bytes = int(threshold * (1 + jitter))
-        assert harness.controller.check(SHAPE)
+        assert harness.check(SHAPE)
     return harness.controller.switcher.switches
 
 
@@ -203,7 +202,7 @@ def test_a_policy_that_adds_no_block_is_not_asked_repeatedly():
     harness = Harness(policy=FakePolicy(mask), guard_order=ORDER, mask=mask, hold_s=1.0)
     for step in range(200):
         harness.time_s = step / 10
-        assert harness.controller.check(SHAPE)
+        assert harness.check(SHAPE)
     assert harness.mask == mask
     assert len(harness.policy.asked) == 1
 
@@ -211,20 +210,20 @@ def test_a_policy_that_adds_no_block_is_not_asked_repeatedly():
 def test_a_mask_that_fits_stays_while_others_run():
     policy = FakePolicy(Plan())
     harness = Harness(policy=policy, guard_order=ORDER, mask=Plan.removing(1))
-    assert harness.controller.admit(SHAPE, running=BatchShape(1, 5))
+    assert harness.admit(SHAPE, running=BatchShape(1, 5))
     assert (harness.mask, policy.asked) == (Plan.removing(1), [])
-    assert harness.controller.admit(SHAPE)
+    assert harness.admit(SHAPE)
     assert harness.mask == Plan()
 
 
 def test_a_request_on_an_idle_engine_restores_blocks_that_fit_with_hysteresis():
     harness = ordered(spare_share=0.05)
     harness.budget_bytes = between(harness, 3)
-    harness.controller.admit(SHAPE)
+    harness.admit(SHAPE)
     dense = harness.need(Plan(), SHAPE)
     harness.budget_bytes = int(dense * 1.02)
-    assert harness.controller.admit(SHAPE)
+    assert harness.admit(SHAPE)
     assert 0 < len(harness.mask.removed) < 3
     harness.budget_bytes = int(dense * 1.06)
-    assert harness.controller.admit(SHAPE)
+    assert harness.admit(SHAPE)
     assert harness.mask == Plan()

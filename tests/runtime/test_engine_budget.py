@@ -9,8 +9,7 @@ import time
 import pytest
 
 from rap_env.plan import Plan
-from rap_env.runtime import scheduler
-from rap_env.runtime.engine import Engine
+from rap_env.runtime import executor
 from rap_env.runtime.memory_estimator import BatchShape
 from rap_env.runtime.request_handle import EXPECTED_TOKENS
 from tests.runtime.harness import (
@@ -119,7 +118,7 @@ def test_an_answer_is_admitted_for_a_part_and_ends_where_no_more_fits():
 
 
 def test_each_token_records_its_mask_and_rows_continue_as_under_a_new_one(caplog):
-    caplog.set_level("INFO", "rap_env.runtime.plan_switcher")
+    caplog.set_level("INFO", "rap_env.runtime.controller")
     harness = Harness(hold_s=0.5)
     engine = harness.engine()
     handle = engine.submit(prompt(5), greedy(40))
@@ -142,7 +141,7 @@ def test_each_token_records_its_mask_and_rows_continue_as_under_a_new_one(caplog
 def served():
     """An engine that runs in its own thread, in real time."""
     harness = Harness(hold_s=0.0, spare_share=0.0, clock=time.monotonic)
-    engine = Engine(harness.llm, harness.controller, max_batch_size=4, prefill_chunk_tokens=64)
+    engine = harness.engine(max_batch_size=4, prefill_chunk_tokens=64)
     harness.controller.monitor.max_budget_bytes = PLENTY
     engine.start()
     yield harness, engine
@@ -191,7 +190,7 @@ def test_threads_that_submit_cancel_and_move_the_budget_corrupt_nothing(served):
 
 @pytest.fixture
 def looks_before_each_layer(monkeypatch):
-    monkeypatch.setattr(scheduler, "_LOOK_S", 0.0)
+    monkeypatch.setattr(executor, "_LOOK_S", 0.0)
 
 
 class Fall:

@@ -17,7 +17,7 @@ from rap_env.runtime.memory_estimator import BatchShape
 from rap_env.runtime.request_handle import RequestHandle
 from rap_env.runtime.sequence import TokenSequence
 from tests.policies.test_knapsack import costs
-from tests.runtime.harness import PLENTY, Harness, alone, greedy, prompt, steps
+from tests.runtime.harness import PLENTY, Harness, alone, greedy, preempt, prompt, steps
 from tests.runtime.test_sampling import reading
 from tests.tiny import tiny_llm
 
@@ -292,17 +292,6 @@ class TestRoom:
         handle = answer(harness, engine, [*prompt(90), 5], 1)
         assert handle.kept_levels == {"int8": 90}
 
-    @pytest.mark.parametrize("running", [BatchShape(), BatchShape(1, 16)])
-    def test_a_request_begins_where_nothing_more_can_be_freed(self, running):
-        harness, engine = conversing(policy=predicting(), guard_order=(), keep_delta_nll=1.5)
-        answer(harness, engine, prompt(96), 1)
-        controller, shape = harness.controller, BatchShape(2, 64)
-        asked = []
-        controller.free_kept = lambda *call: bool(asked.append(call))
-        harness.budget_bytes = harness.need(Plan(), shape) + kept_bytes(harness) // 2
-        assert controller.admit(shape, running)
-        assert [at_once for _, at_once in asked] == [False]
-
     def test_as_many_layers_have_int4_as_the_bound_allows(self):
         harness, engine, _ = lowering(2.0, share=0.29)
         kept, policy = engine._scheduler._kept, harness.policy
@@ -326,16 +315,15 @@ class TestRoom:
         assert answer(harness, engine, [*prompt(96), 5]).kept_tokens == 64
 
     def test_what_was_read_under_a_worse_plan_is_lowered_less(self):
-        worse, policy = Plan.uniform(3, weights="int4"), predicting()
+        worse, policy = Plan.uniform(3, weights="int4"), fixed_policy()
         rises = [policy.delta_nll(plan, LONG) for plan in (worse, Plan.uniform(3, caches="int8"))]
         harness, engine = conversing(
             policy=policy, guard_order=(), hold_s=1e9, keep_delta_nll=max(rises) + 0.01
         )
-        harness.llm.apply(worse)
-        harness.controller.growth.at_arrival = lambda *_: None
+        harness.set_plan(worse)
         answer(harness, engine, prompt(96), 1)
-        harness.llm.apply(Plan())
-        harness.controller.forget_margin()
+        harness.set_plan(Plan())
+        engine._scheduler.executor.forget_margin()
         harness.time_s += RECENT_S + 0.1
         squeeze(harness, engine, 0.7)
         assert {node.block.levels for node in engine._scheduler._kept._order} == {Plan()}
@@ -343,23 +331,21 @@ class TestRoom:
 
     @pytest.mark.parametrize("max_rise", [0.0, 0.5])
     def test_what_was_read_under_a_worse_plan_is_used_while_plans_like_it_return(self, max_rise):
-        harness, engine = conversing(policy=predicting(), keep_delta_nll=max_rise)
+        harness, engine = conversing(policy=fixed_policy(), keep_delta_nll=max_rise)
         lowered = Plan.uniform(3, weights="int4")
-        harness.llm.apply(lowered)
-        harness.controller.growth.at_arrival = lambda *_: None
-        harness.controller.growth.before_step = lambda *_: None
+        harness.set_plan(lowered)
         answer(harness, engine, prompt(40))
         assert answer(harness, engine, prompt(40)).kept_tokens == 39  # equal plans
-        harness.llm.apply(Plan())
+        harness.set_plan(Plan())
         # Within a bound, the plan of a request is one that ran just now.
         if max_rise:
             assert answer(harness, engine, prompt(40)).kept_tokens == 39
             assert answer(harness, engine, prompt(40), max_delta_nll=0.1).kept_tokens == 0
             harness.time_s += RECENT_S
             engine._scheduler._kept.free(PLENTY)
-            harness.llm.apply(lowered)
+            harness.set_plan(lowered)
             answer(harness, engine, prompt(40))
-            harness.llm.apply(Plan())
+            harness.set_plan(Plan())
             harness.time_s += RECENT_S + 0.1
         handle = answer(harness, engine, prompt(40))
         assert handle.kept_tokens == 0
@@ -455,11 +441,17 @@ class TestFiles:
         assert "Input/output error" in caplog.text
 
 
-class NativePolicy(KnapsackPolicy):
-    """It predicts the rise of any plan, and chooses the native one."""
+class FixedPolicy(KnapsackPolicy):
+    """It predicts the rise of any plan, and chooses the same one, the native one at first."""
+
+    plan = Plan()
 
     def choose(self, request):
-        return Plan()
+        return self.plan
+
+
+def fixed_policy():
+    return predicting.__wrapped__(FixedPolicy)
 
 
 @functools.cache
@@ -571,7 +563,7 @@ class Conversations:
         harness, draw = self.harness, self.draw
         if draw.random() < self.moves:
             least, most = (harness.need(Plan(), BatchShape(n, n * LONG)) for n in (0, 1))
-            room = self.controller.room_for_kept(self.engine._scheduler.batch.shape)
+            room = self.controller.monitor.room_for_kept(self.engine._scheduler.batch.shape)
             part = int(draw.random() * harness.llm.kept_bytes) - room + harness.budget_bytes - least
             room = draw.choice([0, *[draw.randrange(most - least)] * 3, part, part, PLENTY])
             harness.budget_bytes = least + room
@@ -615,7 +607,7 @@ def lowered(seed: int) -> Counter:
     """Run a schedule in which blocks are lowered; tokens that were taken over, by levels."""
     settings = {
         "llm": shared_llm("llama"),
-        "policy": predicting(NativePolicy, layers=2),
+        "policy": predicting(FixedPolicy, layers=2),
         "floors": (None, None, 0.0, 1.6),
         "keep_delta_nll": (1.6, 1.7, 2.0)[seed % 3],
         "keep_file_bytes": (0, 0, 5000)[seed % 3],
@@ -749,7 +741,7 @@ def test_of_a_prompt_that_is_never_read_to_its_end_nothing_is_kept(disk, end):
     for _ in range(3):
         engine.step()
     harness.budget_bytes = 10 if disk else harness.need(Plan(), BatchShape()) + 9 * before
-    engine._scheduler._preempt()
+    preempt(engine)
     engine.step()
     kept = engine._scheduler._kept
     assert len(kept._waiting) == 1

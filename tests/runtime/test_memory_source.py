@@ -8,6 +8,7 @@ from rap_env.errors import MemorySourceError, UnknownNameError
 from rap_env.models.weights.packed_layout import buffer_bytes
 from rap_env.policies.loading import StaticPolicy
 from rap_env.runtime.controller import RuntimeController
+from rap_env.runtime.decision import Snapshot
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_estimator import BatchShape
 from rap_env.runtime.memory_meter import ResidentMeter
@@ -200,11 +201,13 @@ def test_what_is_loaded_late_is_never_charged_to_the_model(process, machine, lim
     before = monitor.budget_bytes
     write(590)  # a vocabulary, connections, holes in the heap
     machine.meminfo(total_mib=8192, available_mib=4096 - 90)
-    controller.observe(shape)
-    assert controller.check(shape)
+    monitor.observe_step(shape, "decode")
+    engine = Engine(controller)
+    act = engine._scheduler.executor.act
+    assert act(Snapshot(running=shape)) is None
     write(595)
     machine.meminfo(total_mib=8192, available_mib=4096 - 95)
-    controller.check(BatchShape(0, 0))
+    act(Snapshot())
     assert monitor.used_bytes < MIB + buffer_bytes()
     assert before - monitor.budget_bytes == (0 if limited == "model" else 95 * MIB)
-    assert Engine(llm, controller).nothing_fits() == ""
+    assert engine.nothing_fits() == ""

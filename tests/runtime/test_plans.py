@@ -69,7 +69,7 @@ def test_a_falling_budget_lowers_caches_then_weights_then_removes_blocks():
     seen = []
     for budget in [needs[0], *between, needs[-1] - 1]:
         harness.budget_bytes = budget
-        assert harness.controller.check(LONG)
+        assert harness.check(LONG)
         assert harness.need(harness.llm.plan, LONG) <= budget
         seen.append(harness.llm.plan)
     assert seen[:-1] == plans
@@ -83,7 +83,7 @@ def test_a_policy_of_plans_is_asked_for_less_before_the_guard_removes_blocks():
     # The memory model does not count the copy of a layer, so its choice does not fit.
     harness.budget_bytes = memory_need
     assert harness.need(plan, LONG) > memory_need
-    assert harness.controller.admit(LONG)
+    assert harness.admit(LONG)
     assert not harness.mask
     assert harness.llm.plan in uniform_plans(harness.llm.facts)
     assert harness.need(harness.llm.plan, LONG) <= harness.budget_bytes
@@ -95,7 +95,7 @@ def test_lasting_headroom_raises_caches_and_weights(shape):
     harness.llm.apply(Plan.uniform(LAYERS, caches="int4", weights="int4"))
     for time_s in (0.0, 1.0, 2.0):
         harness.time_s = time_s
-        assert harness.controller.check(shape)
+        assert harness.check(shape)
     assert harness.llm.plan == Plan()
 
 

@@ -1,5 +1,6 @@
 """The quality floor, the longest prompt within it, and what an idle engine restores."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +9,8 @@ from rap_env.errors import InvalidRequestError, QualityFloorError
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.knapsack import KnapsackPolicy
+from rap_env.runtime.controller import IDLE_RESTORE_S
 from rap_env.runtime.memory_estimator import BatchShape, PassSize
-from rap_env.runtime.plan_switcher import IDLE_RESTORE_S
 from tests.policies.test_knapsack import costs
 from tests.runtime.harness import (
     ORDER,
@@ -45,8 +46,8 @@ def test_a_plan_is_applied_only_above_the_floor(policy):
     outcomes = set()
     for budget in range(top, least, (least - top) // 12):
         floored.budget_bytes = free.budget_bytes = budget
-        admitted = floored.controller.admit(SHAPE)
-        assert free.controller.admit(SHAPE)
+        admitted = floored.admit(SHAPE)
+        assert free.admit(SHAPE)
         assert admitted == (policy.delta_nll(free.llm.plan, 40) <= 2.0)
         if admitted:
             assert floored.llm.plan == free.llm.plan
@@ -112,9 +113,9 @@ def test_a_plan_that_spares_a_running_batch_a_refill_is_above_the_floor_too():
     policy.delta_nll = lambda plan, tokens: 1.0 if before.removed < plan.removed else 0.1
     harness = Harness(policy=policy, guard_order=ORDER, mask=before, max_delta_nll=0.5)
     harness.budget_bytes = harness.need(said, SHAPE)
-    assert not harness.controller.check(SHAPE)  # block 0 would stay removed besides others
+    assert not harness.check(SHAPE)  # block 0 would stay removed besides others
     assert harness.mask == before
-    assert harness.controller.admit(SHAPE)
+    assert harness.admit(SHAPE)
     assert harness.mask == said
 
 
@@ -124,12 +125,12 @@ def test_the_floor_holds_at_the_length_of_the_longest_request():
     chooser = Harness(policy=lowered, max_delta_nll=0.2).controller.chooser
     shape = BatchShape.of([(100, 10)] * 10 + [(100, 400)])
     assert (shape.seq_len_tokens, shape.longest_tokens) == (110, 500)
-    assert not chooser.allows(lowered.mask, shape)
-    assert chooser.allows(lowered.mask, BatchShape.of([(100, 10)] * 10))
-    assert chooser.allows(lowered.mask, BatchShape())
+    assert not chooser.allows(lowered.mask, shape, 0.2)
+    assert chooser.allows(lowered.mask, BatchShape.of([(100, 10)] * 10), 0.2)
+    assert chooser.allows(lowered.mask, BatchShape(), 0.2)
     lowered.delta_nll = lambda *_: None  # a plan without a prediction is below any floor
     unknown = Plan.uniform(3, weights="int4")
-    assert not chooser.allows(unknown, BatchShape(1, 10))
+    assert not chooser.allows(unknown, BatchShape(1, 10), 0.2)
 
 
 def test_a_floor_is_a_rise_and_needs_a_policy_that_predicts(policy):
@@ -179,7 +180,7 @@ def test_a_request_whose_own_floor_is_out_of_reach_is_rejected_with_the_least_ri
     harness.controller.monitor.max_budget_bytes = harness.budget_bytes
     engine = harness.engine()
     best = policy.delta_nll(harness.controller.chooser.choose(
-        BatchShape(1, 24), harness.budget_bytes).plan)  # fmt: skip
+        BatchShape(1, 24), harness.budget_bytes, math.inf).plan)  # fmt: skip
     words = rf"at most 0.0 nats .* \(max_delta_nll\).* has {best:.4g}"
     with pytest.raises(QualityFloorError, match=words):
         engine.submit(prompt(5), greedy(20, max_delta_nll=0.0))
@@ -208,12 +209,12 @@ def test_what_a_prefill_took_is_expected_of_prefills_alone(policy):
     shape = BatchShape(4, 40)
     harness.budget_bytes = harness.need(NATIVE, shape) + 5000
     harness.meter.noise_bytes = 10**5
-    harness.controller.observe(shape, "prefill")
+    harness.controller.monitor.observe_step(shape, "prefill")
     harness.meter.noise_bytes = 0
-    harness.controller.note_preemption()
-    assert harness.controller.check(shape, PassSize(4, 4, prefills=False))
+    harness.controller.monitor.trim()
+    assert harness.check(shape, PassSize(4, 4, prefills=False))
     assert harness.llm.plan == NATIVE
-    harness.controller.check(shape, PassSize(4, 4))
+    harness.check(shape, PassSize(4, 4))
     assert harness.llm.plan != NATIVE
 
 

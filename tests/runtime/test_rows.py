@@ -3,7 +3,7 @@
 import torch
 
 from rap_env.plan import Plan
-from rap_env.runtime import running
+from rap_env.runtime import decision
 from rap_env.runtime.memory_estimator import BatchShape
 from rap_env.runtime.running import Pace
 from tests.runtime.harness import FakePolicy, Harness, alone, greedy, prompt
@@ -37,7 +37,7 @@ def turns(harness, engine, count: int) -> None:
 
 
 def test_a_row_that_joins_after_memory_is_back_is_native_beside_older_ones(monkeypatch):
-    monkeypatch.setattr(running, "TOKEN_NATS", 1.0)  # no refill pays
+    monkeypatch.setattr(decision, "TOKEN_NATS", 1.0)  # no refill pays
     harness, engine, first = squeezed()
     turns(harness, engine, 5)
     assert harness.llm.plan == Plan()

@@ -8,7 +8,7 @@ import torch
 from rap_env.errors import InvalidRequestError
 from rap_env.runtime.request_handle import TokenEvent
 from rap_env.runtime.sampling import RowSampler, SamplingParams, sample_rows
-from tests.runtime.harness import Harness, greedy, prompt, steps
+from tests.runtime.harness import Harness, greedy, preempt, prompt, steps
 
 
 def logits(rows=3, vocab=50, seed=0) -> torch.Tensor:
@@ -167,10 +167,10 @@ def test_those_of_a_prompt_come_once_and_before_the_first_token_also_after_a_pre
     )
     for _ in range(2):
         engine.step()  # two of three chunks
-    engine._scheduler._preempt()
+    preempt(engine)
     steps(engine, 5)
     assert handle.token_ids
-    engine._scheduler._preempt()
+    preempt(engine)
     harness.run(engine)
     assert handle.preemptions == 2
     at_tokens = [samples for event, samples in seen if isinstance(event, TokenEvent)]

@@ -10,6 +10,7 @@ from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_estimator import BatchShape, PassSize
 from rap_env.runtime.memory_monitor import HEADROOM_BYTES
 from rap_env.runtime.memory_source import SystemMemory
+from rap_env.runtime.records import ControllerSettings, EngineSettings
 from tests.runtime.harness import PLENTY, Harness, NoisyMeter, greedy, prompt
 from tests.runtime.schedules import knapsack
 from tests.tiny import tiny_llm
@@ -42,11 +43,14 @@ class Stand:
         self.time_s, self.system = 0.0, System()
         llm = tiny_llm(layers=2)
         self.controller = RuntimeController(
-            llm, policy or StaticPolicy(NATIVE), self.system, meter=NoisyMeter(llm), guard_order=(),
+            llm,
+            policy or StaticPolicy(NATIVE),
+            self.system,
+            ControllerSettings(guard_order=(), hold_s=0.0),
+            meter=NoisyMeter(llm),
             clock=lambda: self.time_s,
-        )  # fmt: skip
-        self.controller.growth.hold_s = 0.0
-        self.engine = Engine(llm, self.controller, clock=lambda: self.time_s, **settings)
+        )
+        self.engine = Engine(self.controller, EngineSettings(**settings))
 
     def need(self, *rows):
         return self.controller.estimator.peak_bytes(NATIVE, BatchShape.of(rows))
@@ -136,15 +140,13 @@ def test_the_floor_rises_with_waiting_requests_to_its_most_and_falls_with_the_qu
     harness, chooser = following()
     floors = []
     for waiting in (0, 1, 2, 3, 9, 0):
-        harness.controller.note_waiting(waiting)
-        harness.controller.check(BatchShape(1, 10), PassSize(1, 1))
+        harness.check(BatchShape(1, 10), PassSize(1, 1), waiting=waiting)
         floors.append(round(chooser.max_delta_nll, 3))
     assert floors == [0.1, 0.2, 0.3, 0.35, 0.35, 0.1]
     chooser.follow_queue(0, NATIVE, BatchShape(), stalled=True)
     assert chooser.max_delta_nll == 0.35
     fixed = Harness(layers=2, policy=knapsack(), max_delta_nll=0.1)
-    fixed.controller.note_waiting(9)
-    fixed.controller.check(BatchShape(1, 10), PassSize(1, 1))
+    fixed.check(BatchShape(1, 10), PassSize(1, 1), waiting=9)
     assert fixed.controller.chooser.max_delta_nll == 0.1
 
 

@@ -19,9 +19,10 @@ from rap_env.plan import Plan
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_meter import TensorMeter
+from rap_env.runtime.records import EngineSettings
 from rap_env.runtime.sampling import SamplingParams
 from rap_env.runtime.structured_output import MAX_GRAMMAR_CHARS, GrammarCompiler
-from tests.runtime.harness import FakePolicy
+from tests.runtime.harness import FakePolicy, preempt
 from tests.serving.tokenizers import byte_llm, byte_tokenizer
 from tests.tiny import tiny_tokenizer
 
@@ -125,8 +126,8 @@ def test_a_tokenizer_that_the_library_does_not_read_is_named():
 def engine_of(llm, policy=None):
     policy = policy or FakePolicy(Plan())
     controller = RuntimeController(llm, policy, lambda: 10**9, meter=TensorMeter(llm))
-    controller.growth.hold_s = 0.0
-    return Engine(llm, controller, max_batch_size=6, prefill_chunk_tokens=8)
+    controller.headroom.hold_s = 0.0
+    return Engine(controller, EngineSettings(max_batch_size=6, prefill_chunk_tokens=8))
 
 
 def submitted(engine, constraint, **settings):
@@ -169,7 +170,7 @@ def test_preemptions_and_changes_of_the_plan_keep_the_place_in_the_grammar(llm, 
         engine.step()
         if number in (4, 8):
             while engine._scheduler.batch.sequences:
-                engine._scheduler._preempt()
+                preempt(engine)
     finish(engine)
     assert handle.preemptions == other.preemptions == 2
     assert len(set(handle.plans)) > 1

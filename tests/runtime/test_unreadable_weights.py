@@ -106,8 +106,8 @@ def test_a_file_is_looked_at_every_five_seconds_whatever_the_budget_is():
 def test_below_the_quality_floor_requests_wait_until_the_file_is_back():
     outage = Outage("gone")
     chooser = outage.harness.controller.chooser
-    chooser.max_delta_nll = chooser.most_delta_nll = 0.5
     chooser.policy.delta_nll = lambda plan, tokens: float(len(plan.removed))  # of each block
+    chooser.use_policy(chooser.policy, 0.5)
     handle = outage.engine.submit(prompt(4), greedy(4))
     outage.idle(12)
     assert (handle.token_ids, outage.harness.mask) == ([], OUT)
@@ -121,7 +121,7 @@ def test_a_budget_that_falls_removes_more_where_the_policy_needs_what_cannot_be_
     harness = Harness(policy=policy, guard_order=ORDER, mask=Plan.removing(0))
     next(cache_dir().rglob("block000.safetensors")).unlink()
     harness.budget_bytes = harness.need(policy.mask, SHAPE)
-    assert harness.controller.check(SHAPE)
+    assert harness.check(SHAPE)
     assert harness.mask.removed > {0}
     assert harness.mask.removed <= {0, *ORDER}
     assert harness.need(harness.mask, SHAPE) <= harness.budget_bytes

@@ -51,7 +51,7 @@ def tiny_stack(tokenizer, policy_of, read_budget, **settings):
         memory=GivenMemory(read_budget),
         meter=TensorMeter(llm),
     )
-    stack.engine.controller.growth.hold_s = 0.0
+    stack.engine.controller.headroom.hold_s = 0.0
     return stack
 
 
@@ -62,10 +62,11 @@ def dense_engine(llm, **settings):
     from rap_env.runtime.controller import RuntimeController
     from rap_env.runtime.engine import Engine
     from rap_env.runtime.memory_meter import TensorMeter
+    from rap_env.runtime.records import EngineSettings
 
     policy = StaticPolicy(Plan(), "dense")
     controller = RuntimeController(llm, policy, lambda: 10**9, meter=TensorMeter(llm))
-    return Engine(llm, controller, **settings)
+    return Engine(controller, EngineSettings(**settings))
 
 
 def chat(client, **more):

@@ -7,7 +7,6 @@ import openai
 import pytest
 
 from rap_env.policies.loading import OrderPolicy
-from rap_env.runtime.engine import Engine
 from tests.runtime.harness import PLENTY, Harness, eventually
 from tests.serving.conftest import HI, chat, client_of, served
 
@@ -17,7 +16,7 @@ def live(**settings):
     harness = Harness(layers=4, hold_s=0.0, clock=time.monotonic)
     harness.controller.chooser.policy = OrderPolicy(harness.estimator.memory, range(8))
     harness.controller.monitor.max_budget_bytes = PLENTY
-    return harness, Engine(harness.llm, harness.controller, max_batch_size=4, **settings)
+    return harness, harness.engine(max_batch_size=4, **settings)
 
 
 @pytest.fixture(scope="module")

@@ -166,7 +166,7 @@ class Soak:
                 meter=TensorMeter(llm),
             )
         self.engine = self._stack.engine
-        self.engine.controller.growth.hold_s = 0.3
+        self.engine.controller.headroom.hold_s = 0.3
         special = set(llm.tokenizer.all_special_ids)
         self._token_ids = [n for n in range(llm.adapter.vocab_size) if n not in special]
         self._model = settings.served_name

@@ -24,7 +24,7 @@ from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_meter import Meter, TensorMeter, make_levels, process_meter
 from rap_env.runtime.memory_monitor import GivenMemory
-from rap_env.runtime.records import EngineStats, StepRecord
+from rap_env.runtime.records import ControllerSettings, EngineSettings, EngineStats, StepRecord
 from rap_env.runtime.request_handle import EndEvent, Event, RequestHandle
 
 UNIFORM = "uniform_native_"
@@ -106,7 +106,7 @@ class SystemRun:
 
         Args:
             policy: The policy.
-            **options: More options of the `Engine`.
+            **options: More settings of the `Engine`.
         """
         settings, llm = self.settings, self.llm
         llm.set_residency("offload")
@@ -118,20 +118,20 @@ class SystemRun:
             llm,
             policy,
             GivenMemory(lambda: self.budget.at(self._clock()), limit_bytes=most_bytes),
+            ControllerSettings(
+                guard_order=() if policy.name == "dense" else None,
+                chunk_tokens=settings.prefill_chunk_tokens,
+            ),
             meter=self._meter,
-            guard_order=() if policy.name == "dense" else None,
-            chunk_tokens=settings.prefill_chunk_tokens,
             clock=self._clock,
         )
-        self._engine = Engine(
-            llm,
-            self.controller,
+        engine_settings = EngineSettings(
             max_batch_size=settings.max_batch_size,
             prefill_chunk_tokens=settings.prefill_chunk_tokens,
             queue_timeout_s=settings.queue_timeout_s,
-            clock=self._clock,
             **options,
         )
+        self._engine = Engine(self.controller, engine_settings)
         self._engine.observers.append(self._on_step)
         self._clock.start()
         try:
