@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import mmap
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
-import psutil
 import torch
 import transformers
 
@@ -36,7 +37,7 @@ from experiments.study.plotting import INK, Panel, panel_figure
 from experiments.study.servers import Server, llama_command, piece, rap_command
 from experiments.study.table_format import TitledTable, mebibytes, percent, precise
 from rap_env.artifacts import atomic_write, digest
-from rap_env.models.device import mark_and_resident
+from rap_env.models.device import resident_bytes
 from rap_env.models.files.loading import load_llm
 from rap_env.models.live.calibration_text import calibration_windows
 from rap_env.models.live.elastic import ElasticLLM
@@ -288,11 +289,10 @@ class Measuring:
         self, server: Server, prompt: torch.Tensor, tokens: int
     ) -> tuple[list[float], dict[str, Any]]:
         """Tokens per CPU second of prompt and answer, and what its events said last."""
-        process, times_s = psutil.Process(server.process.pid), list[float]()
-        begin_s, said = cpu_s(process), dict[str, Any]()
+        begin_s, times_s, said = cpu_s(server), list[float](), dict[str, Any]()
         for event in server.stream("completions", completion(prompt.tolist(), tokens)):
             if piece(event) or times_s:
-                times_s.append(cpu_s(process))
+                times_s.append(cpu_s(server))
             said |= event
         first_s, *_, last_s = times_s
         return [len(prompt) / (first_s - begin_s), (tokens - 1) / (last_s - first_s)], said
@@ -331,10 +331,8 @@ class FallingRun:
     def use(self, server: Server) -> None:
         """Wait until a server is ready, and go on with it; the first start takes no time."""
         server.wait_until_ready()
-        process = psutil.Process(server.process.pid)
-        ready_s, is_first = cpu_s(process), not self._asking.is_alive()
-        self._clock = process, -ready_s if is_first else self._last_s
-        self._server = server
+        ready_s, is_first = cpu_s(server), not self._asking.is_alive()
+        self._serving = server, -ready_s if is_first else self._last_s
         if is_first:
             self._asking.start()
         else:
@@ -342,9 +340,9 @@ class FallingRun:
 
     def sample(self, until_s: float) -> None:
         """Sample the memory of the server's process until a time, or the end of the answer."""
-        process, _ = self._clock
+        process = process_folder(self._serving[0])
         while self._now_s() < until_s and self._asking.is_alive():
-            self.memory.append([self._now_s(), process.memory_info().rss])
+            self.memory.append([self._now_s(), resident_bytes(process)[1]])
             time.sleep(_SAMPLE_S)
 
     def end(self) -> None:
@@ -352,16 +350,16 @@ class FallingRun:
         self._ended = True
 
     def _now_s(self) -> float:
-        process, earlier_s = self._clock
-        with contextlib.suppress(psutil.NoSuchProcess):  # the next server starts
-            self._last_s = round(earlier_s + cpu_s(process), 2)
+        server, earlier_s = self._serving
+        with contextlib.suppress(OSError):  # it has ended
+            self._last_s = round(earlier_s + cpu_s(server), 2)
         return self._last_s
 
     def _ask(self) -> None:
         while not self._ended and len(self.times_s) < self._tokens:
             body = completion(self._text, self._tokens - len(self.times_s))
             try:
-                for event in self._server.stream("completions", body):
+                for event in self._serving[0].stream("completions", body):
                     if piece(event) and not self._ended:
                         self.times_s.append(self._now_s())
                         self._text += piece(event)
@@ -369,16 +367,22 @@ class FallingRun:
                 time.sleep(_SAMPLE_S)
 
 
-def cpu_s(process: psutil.Process) -> float:
-    """Seconds of CPU time that a process has taken."""
-    return sum(process.cpu_times()[:2])
+def process_folder(server: Server) -> Path:
+    """Where the kernel reports on a server's process."""
+    return Path("/proc", str(server.process.pid))
+
+
+def cpu_s(server: Server) -> float:
+    """Seconds of CPU time that a server's process has taken."""
+    numbers = (process_folder(server) / "stat").read_text().rpartition(")")[2].split()
+    return (int(numbers[11]) + int(numbers[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def memory_of(server: Server) -> dict[str, Any]:
     """Peak and mapped bytes of a server's process, as in `ProcessRow`."""
-    pid = server.process.pid
-    peak_bytes, _ = mark_and_resident(Path(f"/proc/{pid}/status").read_bytes())
-    mapped_bytes = psutil.Process(pid).memory_info().shared
+    process = process_folder(server)
+    mapped_pages = int((process / "statm").read_text().split()[2])
+    peak_bytes, mapped_bytes = resident_bytes(process)[0], mapped_pages * mmap.PAGESIZE
     return {"peak_bytes": peak_bytes, "mapped_bytes": mapped_bytes}
 
 
