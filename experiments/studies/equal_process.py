@@ -452,13 +452,12 @@ def process_tables(rows: Sequence[Record]) -> list[TitledTable]:
     """Both servers at each limit."""
     processes = [row for row in rows if isinstance(row, ProcessRow)]
     lines = list[list[str]]()
-    for row in processes:
-        if row.system == RAP:
-            beside = next(file for file in processes if file.name == row.beside)
-            lines.append([row.name, RAP, *process_cells(row), *speed_cells(row, RAP)])
-            lines.append(
-                ["", f"{LLAMA}: {beside.name}", *process_cells(beside), *speed_cells(row, LLAMA)]
-            )
+    of_rap = [row for row in processes if row.system == RAP]
+    for row in sorted(of_rap, key=lambda row: -bytes_of(row.name)):
+        beside = next(file for file in processes if file.name == row.beside)
+        server = f"{LLAMA}: {beside.name}"
+        lines.append([row.name, RAP, *process_cells(row), *speed_cells(row, RAP)])
+        lines.append(["", server, *process_cells(beside), *speed_cells(row, LLAMA)])
     for rejected in (row for row in rows if isinstance(row, RejectedRow)):
         best = best_file(processes, bytes_of(rejected.limit))
         lines.append([rejected.limit, RAP, *["-"] * 7])
