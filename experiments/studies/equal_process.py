@@ -226,7 +226,7 @@ class Measuring:
         limits, step_s = self._settings.falling, self._settings.step_s
         limit_file, rows = self._folder / "limit.txt", ProcessRow.read(self._folder)
         least = min(map(bytes_of, limits))
-        served, now = limits, self._rap(limits[0], "--memory-file", str(limit_file))
+        served, command = limits, self._rap(limits[0], "--memory-file", str(limit_file))
         if system != RAP:
             fit = [least if system == LEAST else bytes_of(limit) for limit in limits]
             served = [best_file(rows, limit).name for limit in fit]
@@ -238,8 +238,9 @@ class Measuring:
                 limit_file.write_text(limit)
                 if number == 0 or (system != RAP and served[number] != served[number - 1]):
                     stack.close()
-                    command = now if system == RAP else self._llama(served[number])
-                    run.use(stack.enter_context(self._server(command, wait=False)))
+                    if system != RAP:
+                        command = self._llama(served[number])
+                    run.use(stack.enter_context(self._server(command)))
                 run.sample(until_s=(number + 1) * step_s)
             run.end()
         limit_file.unlink()
@@ -274,12 +275,11 @@ class Measuring:
         return make_file(programs, self._source, kind, text, self._made)
 
     @contextlib.contextmanager
-    def _server(self, command: Sequence[str], wait: bool = True) -> Iterator[Server]:
+    def _server(self, command: Sequence[str]) -> Iterator[Server]:
         with (self._folder / "servers.log").open("a", encoding="utf-8") as log:
             server = Server(command, log)
             try:
-                if wait:
-                    server.wait_until_ready()
+                server.wait_until_ready()
                 yield server
             finally:
                 server.process.kill()  # llama.cpp's server would finish its answer
@@ -329,8 +329,7 @@ class FallingRun:
         self.ready_s: list[float] = []
 
     def use(self, server: Server) -> None:
-        """Wait until a server is ready, and go on with it; the first start takes no time."""
-        server.wait_until_ready()
+        """Go on with a server that is ready; the start of the first one takes no time."""
         ready_s, is_first = cpu_s(server), not self._asking.is_alive()
         self._serving = server, -ready_s if is_first else self._last_s
         if is_first:
