@@ -503,7 +503,7 @@ def process_figure(rows: Sequence[Record]) -> Figure:
         Panel(draw_tokens, "Tokens of one answer", "CPU seconds", "tokens"),
         Panel(draw_memory, "Memory within the limit (dotted)", "CPU seconds", "resident, MiB"),
     ]
-    return panel_figure(panels, height=3.4, legend=1)
+    return panel_figure(panels, height=3.4, legend=1, sharex=True)
 
 
 STUDY = Study(

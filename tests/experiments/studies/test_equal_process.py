@@ -8,9 +8,9 @@ import pytest
 
 from experiments.llama_cpp import FileKind, write_with_one_vocabulary
 from experiments.studies.equal_process import (
-    COLOURS,
     LLAMA,
     RAP,
+    RESTARTED,
     STUDY,
     FallingRow,
     ProcessRow,
@@ -131,4 +131,4 @@ def test_the_published_records_make_the_page():
     assert of_rap
     for row in of_rap:
         assert row.beside == best_file(processes, bytes_of(row.name)).name
-    assert {row.system for row in rows if isinstance(row, FallingRow)} == set(COLOURS)
+    assert {RAP, RESTARTED} <= {row.system for row in rows if isinstance(row, FallingRow)}
