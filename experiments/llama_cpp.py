@@ -310,14 +310,14 @@ def make_file(programs: Path, source: Path, kind: FileKind, text: str, folder: P
             file.write(text)
             file.flush()
             with atomic_write(importance) as new:
-                words = ("-m", own, "-f", file.name, "-o", new.name, "--output-format", "gguf")
-                run("llama-imatrix", *words, "--no-ppl", "-t", 1, "-c", _BATCH_TOKENS)
-    types: list[object] = ["--token-embedding-type", kind.vocabulary] if kind.vocabulary else []
+                files = ("-m", own, "-f", file.name, "-o", new.name, "--output-format", "gguf")
+                run("llama-imatrix", *files, "--no-ppl", "-t", 1, "-c", _BATCH_TOKENS)
+    types = ["--token-embedding-type", kind.vocabulary] if kind.vocabulary else []
     if kind.once and kind.vocabulary:  # the head decides
         types += ["--output-tensor-type", kind.vocabulary]
     with atomic_write(out) as new:
-        words = ("--allow-requantize", "--imatrix", importance, *types)
-        run("llama-quantize", *words, source, new.name, kind.type, 1)
+        options = ("--allow-requantize", "--imatrix", importance, *types)
+        run("llama-quantize", *options, source, new.name, kind.type, 1)
     return out
 
 

@@ -29,10 +29,10 @@ from experiments.config import Config
 from experiments.contexts import load_text
 from experiments.launch import launch
 from experiments.llama_cpp import FileKind, LlamaCpp, gguf_file, make_file, need_llama_cpp
-from experiments.studies.equal_bytes import compared, logits_of, window_logits
 from experiments.study.console import ExperimentError
 from experiments.study.harness import Job, Published, Study
 from experiments.study.json_records import DeltaNLLRecord, Record
+from experiments.study.logits import compared, logits_of, window_logits
 from experiments.study.plotting import INK, Panel, panel_figure
 from experiments.study.servers import Server, llama_command, piece, rap_command
 from experiments.study.table_format import TitledTable, mebibytes, percent, precise
