@@ -152,7 +152,7 @@ class FallingRow(Record):
     def label(self) -> str:
         """What served, the number of tokens, and the longest time without one."""
         pause_s = np.diff(self.times_s).max()
-        return f"{self.system}: {len(self.times_s)} tokens, longest pause {pause_s:.0f} s"
+        return f"{self.system}: {len(self.times_s)} tokens, longest pause {pause_s:.1f} s"
 
 
 bytes_of: Callable[[str], int] = partial(parse_bytes, "A limit")

@@ -8,9 +8,9 @@ import pytest
 
 from experiments.llama_cpp import FileKind, write_with_one_vocabulary
 from experiments.studies.equal_process import (
+    COLOURS,
     LLAMA,
     RAP,
-    RESTARTED,
     STUDY,
     FallingRow,
     ProcessRow,
@@ -120,7 +120,7 @@ def test_the_table_has_both_servers_at_each_limit():
 
 def test_the_figure_names_tokens_and_the_longest_pause():
     tokens, memory = process_figure([FALLING]).axes
-    assert tokens.lines[0].get_label() == f"{RAP}: 4 tokens, longest pause 11 s"
+    assert tokens.lines[0].get_label() == f"{RAP}: 4 tokens, longest pause 11.0 s"
     assert memory.lines[1].get_ydata() == pytest.approx(np.array([1024, 819.2, 819.2]))
 
 
@@ -131,4 +131,4 @@ def test_the_published_records_make_the_page():
     assert of_rap
     for row in of_rap:
         assert row.beside == best_file(processes, bytes_of(row.name)).name
-    assert {RAP, RESTARTED} <= {row.system for row in rows if isinstance(row, FallingRow)}
+    assert {row.system for row in rows if isinstance(row, FallingRow)} == set(COLOURS)
