@@ -30,7 +30,7 @@ workers = preparation._workers
 def little_text(monkeypatch):
     monkeypatch.setattr(preparation, "QUICK_COST_TOKENS", 32)
     monkeypatch.setattr(preparation, "QUICK_LEVEL_WINDOWS", 2)
-    monkeypatch.setattr(preparation, "_workers", lambda llm, memory_bytes: 1)
+    monkeypatch.setattr(preparation, "_workers", lambda llm, memory_bytes, thorough: 1)
     monkeypatch.setattr(calibration_text, "_LEVEL_TOKENS", 32)
     monkeypatch.setattr(calibration_text, "SOURCE_FILES", ("queue.py",))
 
