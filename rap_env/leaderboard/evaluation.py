@@ -342,14 +342,7 @@ def evaluate(
             losses.measure(plans, "calibration")
         except CorpusError as error:  # text that a model wrote differs between machines
             log.warning("Values on the calibration text stay predicted. %s", error)
-        cells = [
-            replace(
-                cell,
-                loss=losses.of(cell.plan, split),
-                calibration=losses.of(cell.plan, "calibration"),
-            )
-            for cell in cells
-        ]
+        cells = [replace(cell, **_known(losses, cell.plan, split)) for cell in cells]
     entries = [entry for entry in published if entry.measured_on(split)]
     return Evaluation(
         name=name,
@@ -377,14 +370,18 @@ def _cells(policy: Any, env: Any, losses: TaskLosses, split: str, seed: int) -> 
             plan=plan,
             peak_bytes=memory.peak_bytes(plan, request),
             budget_fraction=request.budget_bytes / native_bytes,
-            loss=losses.of(plan, split),
-            calibration=losses.of(plan, "calibration"),
+            **_known(losses, plan, split),
             evaluations=_scored(policy)[0] - scored,
             decision_s=decision_s,
             truncated=truncated,
         )
         cells.append(cell)
     return cells
+
+
+def _known(losses: TaskLosses, plan: Plan, split: str) -> dict[str, Loss]:
+    """What is known so far of a plan's losses: the fields of a `CellResult`."""
+    return {"loss": losses.of(plan, split), "calibration": losses.of(plan, "calibration")}
 
 
 def _made(policy: Any, task: PinnedTask, env: Any, seed: int) -> Any:
