@@ -393,6 +393,18 @@ def preparing_table() -> str:
     return markdown(columns_table(lines, columns), left=2)
 
 
+def preparing_times() -> str:
+    """What preparing took where the cache was empty, a row for each model and kind of levels."""
+    records = [r["measured"] for r in committed_records() if r["benchmark"].startswith("preparing")]
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "Model": lambda made: made["model"],
+        "Levels": lambda made: made["levels"],
+        "CPU minutes": lambda made: f"{made['taken']['cpu_s'] / 60:.1f}",
+        "Most resident memory": lambda made: f"{made['taken']['peak_bytes'] / 2**20:,.0f} MiB",
+    }
+    return markdown(columns_table([made for made in records if made.get("taken")], columns), left=2)
+
+
 def bounds_table() -> str:
     """What a table with bounds predicts, beside what plans lose, by method and training seed."""
     scorer = pinned_task("RAPLadder/SmolLM2-Table-v2").make().unwrapped.context.scorer
@@ -487,6 +499,7 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "table_tasks": partial(tasks_table, LISTED_TASKS),
     "bounds": bounds_table,
     "preparing": preparing_table,
+    "preparing_times": preparing_times,
     **{name: partial(shown_text, name) for name in (*COMPARISONS, *STUDIES)},
     **{name: partial(beside_text, name) for name in BESIDE},
     "entries": lambda: "\n".join(map(leaderboard_table, LEADERBOARDS)),
