@@ -379,7 +379,7 @@ def _cells(policy: Any, env: Any, losses: TaskLosses, split: str, seed: int) -> 
     return cells
 
 
-def _known(losses: TaskLosses, plan: Plan, split: str) -> dict[str, Loss]:
+def _known(losses: TaskLosses, plan: Plan, split: str) -> dict[str, Any]:
     """What is known so far of a plan's losses: the fields of a `CellResult`."""
     return {"loss": losses.of(plan, split), "calibration": losses.of(plan, "calibration")}
 
