@@ -89,14 +89,14 @@ class Source(NamedTuple):
         return [replace(row, method=self.shown_as or row.method) for row in own]
 
 
-_TO_UNIFORM = "ΔNLL divided by that of Uniform"
-_PLANS = "tight", "low_bits", "tight_low_bits", "tight_gemma", "low_bits_gemma", "tight_outside"
-COMPARISONS = {
-    **dict.fromkeys(_PLANS, ("Mean ΔNLL", _TO_UNIFORM)),
+_OTHERS = "low_bits", "tight_low_bits", "tight_gemma", "low_bits_gemma", "tight_outside"
+COMPARISONS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(_OTHERS, ()),
+    "tight": ("ΔNLL divided by that of Uniform",),
     "learning": ("ΔNLL of RAP policy minus each other method, paired",),
 }
-"""Folders of ``results/`` with a comparison, and beginnings of the titles of the shown
-tables."""
+"""Folders of ``results/`` with a comparison, and beginnings of the titles of the tables that a
+page shows beside the summary."""
 
 _RANKED, _RANKED_GEMMA = (
     Source(folder, "rap", "rap-best of 8") for folder in ("tight_ranked", "tight_ranked_gemma")
@@ -170,7 +170,7 @@ def beside_text(name: str) -> str:
         rows += [row for row in source.rows if row.cell in cells and row.method != "dense"]
     titles = (f"ΔNLL divided by that of {look(first.method).label}",)
     if first.shown_as:
-        titles = (f"ΔNLL of {look(first.shown_as).label} minus", _TO_UNIFORM)
+        titles = (f"ΔNLL of {look(first.shown_as).label} minus",)
     return shown_tables(tables_markdown(Comparison(rows)), titles)
 
 
