@@ -179,7 +179,6 @@ class TrainedPolicy(Policy):
     """
 
     name = "rap"
-    kv_aware = True
 
     def __init__(
         self,

@@ -2,13 +2,15 @@
 
 The model is prepared as `rap prepare` does it, unless it was before. Then the knapsack over its
 costs chooses a plan for each budget, and the rise in NLL is measured on texts of several kinds,
-none of which levels or costs were made with. The seconds are those of the run that prepared the
-model: they count all of it only where the cache was empty.
+none of which levels or costs were made with. What preparing takes is recorded where the cache was
+empty (`RAP_CACHE_DIR=FOLDER` names another one).
 """
 
 from __future__ import annotations
 
+import resource
 import sysconfig
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from rap_env.scoring.scorer import PlanScorer
 
 CODE_FILE = "argparse.py"
 """File of Python's standard library that is measured as code."""
+_PROCESSES = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
 _NOTICED = 0.02  # rise in NLL, nats per token, above which a prediction is judged
 
 
@@ -48,12 +51,20 @@ class PreparingSettings(ModelSettings):
 
 def main(settings: PreparingSettings) -> None:
     """Prepare, measure, and write the record."""
-    costs, _path = prepare(
+    began, began_cpu_s = time.time(), cpu_s()
+    costs, path = prepare(
         settings.model,
         device=settings.device,
         dtype=settings.dtype,
         thorough=settings.thorough,
     )
+    taken = None
+    if path.stat().st_mtime > began:
+        taken = {
+            "seconds": costs.seconds,
+            "cpu_s": cpu_s() - began_cpu_s,
+            "peak_bytes": most_bytes(),
+        }
     llm = load_llm(settings.model, device=settings.device, dtype=settings.dtype, quick_levels=True)
     policy = load_policy("knapsack", llm)
     scorers = text_scorers(settings, llm)
@@ -89,11 +100,22 @@ def main(settings: PreparingSettings) -> None:
         device=str(llm.device),
         model=llm.name,
         levels=levels,
-        seconds=costs.seconds,
+        taken=taken,
         native_peak_bytes=MemoryModel(llm.facts).dense_peak_bytes(1, settings.tokens),
         native_nll=native,
         plans=rows,
     )
+
+
+def cpu_s() -> float:
+    """CPU seconds of this process and of those that it started and that have ended."""
+    used = [resource.getrusage(who) for who in _PROCESSES]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+def most_bytes() -> int:
+    """Most resident bytes of this process, and of the largest that it started, together."""
+    return sum(resource.getrusage(who).ru_maxrss * 1024 for who in _PROCESSES)
 
 
 def text_scorers(settings: PreparingSettings, llm: ElasticLLM) -> dict[str, PlanScorer]:

@@ -57,7 +57,6 @@ class ComparedMethod:
 
     Attributes:
         seed: Seed of the agent or the random baseline; None for deterministic methods.
-        kv_aware: Whether the method counts the KV cache when it chooses.
         setup_evaluations: Plans scored once, before any request.
         identity: What the choices depend on besides the context, as plain values.
         training_s: Seconds of training; None if not recorded.
@@ -65,7 +64,6 @@ class ComparedMethod:
 
     name: str
     seed: int | None
-    kv_aware: bool
     setup_evaluations: int
     policy: Policy
     identity: dict[str, Any]
@@ -124,9 +122,7 @@ def _baseline(
         identity["table"] = baseline.table_sha256
     if baseline.source_sha256 is not None:
         identity["source"] = baseline.source_sha256
-    return ComparedMethod(
-        name, seed, baseline.kv_aware, baseline.setup_evaluations, baseline, identity
-    )
+    return ComparedMethod(name, seed, baseline.setup_evaluations, baseline, identity)
 
 
 def decision_scores(folder: Path) -> Scores | None:
@@ -164,9 +160,7 @@ def _agent(
     assert checkpoint is not None  # the policy was loaded from it
     identity |= {"step": checkpoint.step, "files": checkpoint.body["files"]}
     setup = int(run.facts.get("evaluations", 0)) + _importance_evaluations(config, context)
-    return ComparedMethod(
-        method, run.seed, policy.kv_aware, setup, policy, identity, run.facts.get("training_s")
-    )
+    return ComparedMethod(method, run.seed, setup, policy, identity, run.facts.get("training_s"))
 
 
 def _importance_evaluations(config: Config, context: PruningContext) -> int:
@@ -229,16 +223,12 @@ class Evaluator:
         peak_bytes = self.scores.memory.peak_bytes(plan, request)
         return ResultRow(
             method=method.name,
-            kv_aware=method.kv_aware,
             seed=method.seed,
             request=request_field((request.batch_size, request.seq_len_tokens)),
             budget_fraction=cell.cell[2],
             budget_bytes=request.budget_bytes,
             peak_bytes=peak_bytes,
             fits=peak_bytes <= request.budget_bytes,
-            attn_removed=plan.count_removed("attn"),
-            ffn_removed=plan.count_removed("ffn"),
-            mask=list(plan.removed_names),
             calibration_delta_nll=float(scorer.nll(plan) - scorer.dense_nll),
             **self.losses(plan),
             decision_s=choice.decision_s,

@@ -211,8 +211,7 @@ LADDERS: dict[str, dict[str, tuple[str, ...]]] = {
 """Named ladders: the levels below the native one, from the most to the least exact.
 
 ``all`` has int4 only where an item has no int4-compact, which loses as little with half a bit
-less. ``four-bits`` was ``all`` before there were levels of fewer bits; older results are of
-it.
+less. ``four-bits`` has no levels of fewer bits.
 """
 
 _GROUPS = ("weights", "caches", "embeddings")

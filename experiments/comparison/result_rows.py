@@ -28,19 +28,15 @@ class ResultRow(CellRecord):
 
     Attributes:
         method: Name of the baseline, or of the trained agent's run without its seed.
-        kv_aware: Whether the method counts the KV cache when it chooses.
         seed: Seed of the agent or of the random baseline; None where nothing is drawn.
         fits: Whether the peak is within the budget.
-        attn_removed: Number of removed attn blocks.
-        ffn_removed: Number of removed ffn blocks.
         calibration_delta_nll: ΔNLL on the calibration text, which methods may have used.
         accuracies: Accuracy of each task in [0, 1]; empty without tasks.
         decision_s: Seconds from the request to the plan.
         evaluations: Plans scored by the model for this request.
         setup_evaluations: Plans scored once, before any request.
         training_s: Seconds of training; None if not recorded.
-        levels: Levels of all items that are not native, by name; None in older rows, whose
-            plans remove the blocks of `mask` and lower nothing else.
+        levels: Levels of all items that are not native, by name.
         target_delta_nll: ΔNLL that the cell's budget stands for, nats per token, if for any.
         accuracies_norm: lm-eval's ``acc_norm`` of the tasks that have it, as `accuracies` is
             ``acc``; None without tasks, as `task_documents`.
@@ -61,19 +57,15 @@ class ResultRow(CellRecord):
     """
 
     method: str
-    kv_aware: bool
     seed: int | None
     fits: bool
-    attn_removed: int
-    ffn_removed: int
-    mask: list[str]
     calibration_delta_nll: float
     accuracies: dict[str, float]
     decision_s: float
     evaluations: int
     setup_evaluations: int
+    levels: dict[str, str]
     training_s: float | None = None
-    levels: dict[str, str] | None = None
     target_delta_nll: float | None = None
     accuracies_norm: dict[str, float] | None = None
     task_documents: dict[str, int] | None = None
@@ -92,8 +84,6 @@ class ResultRow(CellRecord):
     @property
     def plan(self) -> Plan:
         """The plan."""
-        if self.levels is None:
-            return Plan.removing(*self.mask)
         return Plan.of(self.levels)
 
     @property

@@ -225,16 +225,12 @@ class Evaluation:
         }
         return {
             "method": self.name,
-            "kv_aware": True,
             "seed": None,
             "request": {"batch_size": request.batch_size, "seq_len_tokens": request.seq_len_tokens},
             "budget_fraction": cell.budget_fraction,
             "budget_bytes": request.budget_bytes,
             "peak_bytes": cell.peak_bytes,
             "fits": cell.fits,
-            "attn_removed": plan.count_removed("attn"),
-            "ffn_removed": plan.count_removed("ffn"),
-            "mask": list(plan.removed_names),
             "calibration_delta_nll": cell.calibration.delta_nll,
             **dict.fromkeys(("delta_nll", "delta_nll_ci_low", "delta_nll_ci_high"), delta_nll),
             "window_delta_nll": [delta_nll],

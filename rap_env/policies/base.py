@@ -41,7 +41,6 @@ class Policy(ABC):
             None if it has no such order.
         level_costs: The costs of levels from which it predicts; None without any.
         table: The measured plans that it looks up; None without any.
-        kv_aware: Whether it counts the KV cache.
         evaluations: Passes over the calibration text that all choices so far needed, rounded
             up for each request. A stored score counts too: the number is what a server with
             an empty score store would have to run.
@@ -57,7 +56,6 @@ class Policy(ABC):
     order: tuple[int, ...] | None = None
     level_costs: LevelCosts | None = None
     table: PlanTable | None = None
-    kv_aware: bool = True
     evaluations: int = 0
     setup_evaluations: int = 0
     table_sha256: str | None = None

@@ -37,8 +37,6 @@ _HINT = (
 class StaticPolicy(Policy):
     """The same plan for every request."""
 
-    kv_aware = False
-
     def __init__(self, plan: Plan, name: str = "static") -> None:
         self.plan = plan
         self.name = name

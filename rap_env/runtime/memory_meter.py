@@ -218,7 +218,7 @@ def process_meter(llm: ElasticLLM) -> Meter:
 
 
 def make_levels(llm: ElasticLLM, policy: Policy) -> None:
-    """Make all levels of weights once, if a policy chooses among them; the plan is native then.
+    """Make all levels of weights once, if a policy chooses among them, and keep them in files.
 
     Levels are made at their first use, which takes more memory than any plan: half as much
     again as the native weights for the default model. A service should have that behind it
@@ -232,8 +232,7 @@ def make_levels(llm: ElasticLLM, policy: Policy) -> None:
         levels = facts.blocks_at(level)
         if level in facts.embedding_levels:
             levels[EMBEDDINGS] = level
-        llm.apply(Plan.of(levels))
-    llm.apply(Plan())
+        llm.prepare(Plan.of(levels))
     return_freed_memory()
 
 

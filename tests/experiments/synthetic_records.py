@@ -50,15 +50,14 @@ def make_row(
     removed = 0 if dense else round((1 - budget) * 50)
     order = rng.permutation(2 * LAYERS)[:removed]
     names = sorted(f"layer{i // 2:02d}.{('attn', 'ffn')[i % 2]}" for i in order)
-    attn = sum(name.endswith("attn") for name in names)
     peak = 300 * 2**20
     fits = not dense and not (method == "attention_only" and budget < 0.8)
     values: dict[str, Any] = {
-        "method": method, "kv_aware": True, "seed": seed,
+        "method": method, "seed": seed,
         "request": {"batch_size": shape[0], "seq_len_tokens": shape[1]},
         "budget_fraction": budget, "budget_bytes": int(peak * budget),
         "peak_bytes": int(peak * budget) - 1000 if fits else peak, "fits": fits,
-        "attn_removed": attn, "ffn_removed": len(names) - attn, "mask": names,
+        "levels": dict.fromkeys(names, "removed"),
         "calibration_delta_nll": float(losses.mean()) * 0.9, "delta_nll": float(losses.mean()),
         "delta_nll_ci_low": float(losses.mean()) - 0.05,
         "delta_nll_ci_high": float(losses.mean()) + 0.05,

@@ -87,7 +87,7 @@ def test_the_same_row_in_two_folders_of_a_comparison_counts_once(tmp_path):
     (summary,) = named(tmp_path)["x"].comparison.summaries
     assert summary.rows == 1
     assert summary.delta_nll.mean == pytest.approx(row.delta_nll)
-    other = make_row("gsi", (1, 128), 0.9, mask=["layer00.attn"])
+    other = make_row("gsi", (1, 128), 0.9, levels={"layer00.attn": "removed"})
     append_record(tmp_path / "x/evaluate/c/results.jsonl", other.to_record())
     with pytest.raises(ArtifactError, match="gsi .* have different plans"):
         compare(CompareConfig(runs=str(tmp_path)))

@@ -58,8 +58,8 @@ def compared(tmp_path_factory):
 def test_the_programs_train_and_evaluate_with_the_package(compared):
     (folder,) = (compared / "train").glob("fading_ppo*")
     rows = {row.method: row for row in ResultRow.read(compared / "evaluate" / "results.jsonl")}
-    assert rows[METHOD].mask
-    assert rows[folder.name.removesuffix("-s0")].mask
+    assert rows[METHOD].levels
+    assert rows[folder.name.removesuffix("-s0")].levels
     checkpoint = checkpoint_of(folder)
     values = checkpoint.config.hyperparameters
     assert (values["last_ent_coef"], values["n_steps"]) == (0.1, 16), "from the YAML, as changed"

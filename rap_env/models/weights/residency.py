@@ -253,7 +253,7 @@ class WeightStore:
         if made_by_text or in_file:
             try:
                 item.build(level, verified_tensors(path))
-                self._add(item, level)
+                self._add(item, level, verified=True)
                 return
             except (ChecksumError, ArtifactError) as error:
                 if made_by_text:
@@ -270,11 +270,14 @@ class WeightStore:
                 group.evict(pinned=self._pinned)
         self._add(item, level)
 
-    def _add(self, item: WeightItem, level: PackedLevel) -> None:
-        group = WeightGroup(item.tensors(level), (level,))
+    def _add(self, item: WeightItem, level: PackedLevel, *, verified: bool = False) -> None:
+        """Keep a level that was made; `verified` if it was just read from its file."""
+        group, path = WeightGroup(item.tensors(level), (level,)), self._level_path(item, level)
         self._made[item][level] = [group]
         if self.residency == "offload" and not self._pinned:
-            _store([group], self._level_path(item, level))
+            known = stored_tensors(path.parent, path.name) if verified else {}
+            if not group.store_in(known, trusted=True):
+                _store([group], path)
         elif not item.in_file:  # packing takes twice the memory
             group.pack()
 

@@ -1,12 +1,14 @@
-"""Half a billion random parameters in the shape of Qwen2 0.5B, for trials of time and memory.
+"""Random parameters in the shapes of usual models, for trials of time and memory.
 
-``python -m tests.models.half_billion FOLDER`` writes ``folder`` (bfloat16 safetensors),
-``model.gguf`` (tied head, 400 MB) and ``untied.gguf`` (490 MB) into FOLDER. The GGUF files
-have the types of llama.cpp's Q4_K_M. Their weights are random blocks, so they are not those
-of the folder.
+``python -m tests.models.random_models FOLDER`` writes half a billion in the shape of Qwen2 0.5B
+into FOLDER: ``folder`` (bfloat16 safetensors), ``model.gguf`` (tied head, 400 MB) and
+``untied.gguf`` (490 MB). With ``8b`` after FOLDER it writes ``8b.gguf`` (4.9 GB): eight billion,
+in the shape of Llama 3.1 8B with the architecture of Qwen2. The GGUF files have the types of
+llama.cpp's Q4_K_M. Their weights are random blocks, so they are not those of the folder.
 """
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +35,26 @@ _CODES_SIGMA = {Kind.Q4_K: 4.6 * 32, Kind.Q6_K: 18.5 * 64, Kind.Q5_0: 9.2, Kind.
 _FALLBACKS = {Kind.Q4_K: Kind.Q5_0, Kind.Q6_K: Kind.Q8_0}  # of rows that do not fill blocks
 
 
-def config(layers: int = 24, *, tied: bool = True) -> Any:
+HALF_BILLION = {
+    "hidden_size": 896,
+    "intermediate_size": 4_864,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+}
+EIGHT_BILLION = {
+    "hidden_size": 4_096,
+    "intermediate_size": 14_336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+
+
+def config(layers: int = 24, *, tied: bool = True, shape: Mapping[str, int] = HALF_BILLION) -> Any:
     """The config; fewer layers make a smaller model."""
     return tf.Qwen2Config(
         vocab_size=VOCABULARY,
-        hidden_size=896,
-        intermediate_size=4_864,
+        **shape,
         num_hidden_layers=layers,
-        num_attention_heads=14,
-        num_key_value_heads=2,
         max_position_embeddings=32_768,
         rms_norm_eps=1e-6,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
@@ -65,7 +78,7 @@ def write_gguf_model(path: Path, config: Any) -> None:
         tensors[written] = _tensor(name, tuple(shape), layers, config.tie_word_embeddings, rng)
     tokens, merges = _vocabulary()
     entries = {
-        "name": "Half a billion",
+        "name": path.stem,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
         "block_count": layers,
@@ -157,6 +170,9 @@ def _vocabulary() -> tuple[list[str], list[str]]:
 
 if __name__ == "__main__":
     target = Path(sys.argv[1])
+    if sys.argv[2:] == ["8b"]:
+        write_gguf_model(target / "8b.gguf", config(32, tied=False, shape=EIGHT_BILLION))
+        sys.exit()
     write_gguf_model(target / "model.gguf", config())
     write_folder(target / "folder", config(), target / "model.gguf")
     write_gguf_model(target / "untied.gguf", config(tied=False))
