@@ -40,6 +40,7 @@ from experiments.comparison.result_rows import ResultRow, rows_below
 from experiments.comparison.result_tables import tables_markdown
 from experiments.comparison.summaries import Comparison, Summary, compare_pair
 from experiments.config.program_settings import CompareConfig
+from experiments.studies.equal_process import process_figure
 from experiments.studies.replay.cgroup import measures
 from experiments.studies.replay.conversations import memory_figure
 from experiments.study.harness import RESULTS, ROOT, Published, Study, write_changed, write_pages
@@ -519,9 +520,11 @@ def main() -> None:
     """Write the committed tables and the pictures."""
     write_pages(TABLES, readme_numbers)
     save_png(decision_cost(), IMAGES / "decision_cost.png")
-    study, published = STUDIES["conversations"]
-    figure = memory_figure(study.read(published.folder))
-    save_png(figure, IMAGES / "kept_bytes.png")
+    figures = {"conversations": ("kept_bytes", memory_figure)}
+    figures["equal_process"] = ("equal_process", process_figure)
+    for name, (image, draw) in figures.items():
+        study, published = STUDIES[name]
+        save_png(draw(study.read(published.folder)), IMAGES / f"{image}.png")
     save_gif(episode()[0], IMAGES / "episode.gif")
 
 

@@ -7,22 +7,26 @@ transformers.
 from __future__ import annotations
 
 import re
+import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import gguf
 import numpy as np
 import numpy.typing as npt
 
 from experiments.study.console import ExperimentError
+from rap_env.artifacts import atomic_write
 
 PACKAGE = "llama-cpp-py-sync"
 VERSION = "0.11739"
 """Version that the committed records were made with."""
 
-CACHE_TYPES = {"f32": 0, "f16": 1}
+CACHE_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "q4_0": 2}
 """``ggml_type`` of each format of a cache."""
 
 FILE_TYPES = {"Q2_K": 10, "Q3_K_M": 12, "IQ4_NL": 25, "IQ2_M": 29, "Q2_0": 41}
@@ -33,6 +37,9 @@ AS_SHIPPED, WITH_EMBEDDINGS = "as shipped", "+embeddings"
 
 FILE_KINDS = (AS_SHIPPED, *FILE_TYPES, *(f"{kind}{WITH_EMBEDDINGS}" for kind in FILE_TYPES))
 """Kinds of files that llama.cpp's quantiser makes."""
+
+SHIPPED = "shipped"
+"""The type of the model's own file in a `FileKind`."""
 
 _TENSOR_TYPES = re.compile(r"- type\s+(\S+):\s+(\d+) tensors")
 _BATCH_TOKENS = 256
@@ -238,3 +245,97 @@ def write_quantised_file(
     lib.llama_log_set(silent, ffi.NULL)  # it logs several lines for each tensor
     if lib.llama_model_quantize(str(source).encode(), str(out).encode(), settings):
         raise ExperimentError(f"llama.cpp cannot write {source} as {kind}.")
+
+
+class FileKind(NamedTuple):
+    """A file that llama.cpp's own programs make, and the format of its cache.
+
+    Attributes:
+        once: Whether a vocabulary that the source holds twice is made one, as llama.cpp's
+            converter writes it for models that tie it.
+        type: The file's type, such as ``Q3_K_M``, or `SHIPPED`.
+        vocabulary: Type of the vocabulary, where the file's type has another; if there are
+            two, that of the embeddings alone.
+        cache: One of `CACHE_TYPES`.
+    """
+
+    once: bool
+    type: str
+    vocabulary: str
+    cache: str
+
+    @classmethod
+    def of(cls, name: str) -> FileKind:
+        """The kind of ``[once] TYPE[/VOCABULARY] CACHE``, such as ``once Q3_K_M/q4_K q8_0``."""
+        *once, file_type, cache = name.split()
+        kind, _, vocabulary = file_type.partition("/")
+        if once not in ([], ["once"]) or cache not in CACHE_TYPES:
+            raise ExperimentError(
+                "A file of llama.cpp is named [once] TYPE[/VOCABULARY] CACHE, such as 'once "
+                f"Q3_K_M/q4_K q8_0', with a cache of {', '.join(CACHE_TYPES)}; {name!r} is not."
+            )
+        return cls(bool(once), kind, vocabulary, cache)
+
+
+def make_file(programs: Path, source: Path, kind: FileKind, text: str, folder: Path) -> Path:
+    """Return a file for llama.cpp; its programs make it unless the folder has it.
+
+    Args:
+        programs: Folder of ``llama-quantize`` and ``llama-imatrix``.
+        source: The GGUF file to quantise again.
+        kind: The file; its cache has no effect.
+        text: Text that the importance matrix is made with.
+        folder: Where files are kept.
+
+    Raises:
+        ExperimentError: A program is missing or fails.
+    """
+
+    def run(program: str, *words: object) -> None:
+        try:
+            subprocess.run([programs / program, *map(str, words)], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise ExperimentError(f"llama.cpp's program {program} failed: {error}.") from None
+
+    importance, own = folder / "importance.gguf", source
+    if kind.once:
+        source = folder / "once.gguf"
+        if not source.exists():
+            write_with_one_vocabulary(own, source)
+    out = folder / f"{source.stem}.{kind.type}.{kind.vocabulary}.gguf"
+    if kind.type == SHIPPED or out.exists():
+        return source if kind.type == SHIPPED else out
+    if not importance.exists():
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            with atomic_write(importance) as new:
+                files = ("-m", own, "-f", file.name, "-o", new.name, "--output-format", "gguf")
+                run("llama-imatrix", *files, "--no-ppl", "-t", 1, "-c", _BATCH_TOKENS)
+    types = ["--token-embedding-type", kind.vocabulary] if kind.vocabulary else []
+    if kind.once and kind.vocabulary:  # the head decides
+        types += ["--output-tensor-type", kind.vocabulary]
+    with atomic_write(out) as new:
+        options = ("--allow-requantize", "--imatrix", importance, *types)
+        run("llama-quantize", *options, source, new.name, kind.type, 1)
+    return out
+
+
+def write_with_one_vocabulary(source: Path, out: Path) -> None:
+    """Write a GGUF file without its embeddings: the head takes their place, too."""
+    reader = gguf.GGUFReader(source)
+    kept = {t.name: t for t in reader.tensors if t.name != "token_embd.weight"}
+    with atomic_write(out) as file:
+        architecture = reader.fields["general.architecture"].contents()
+        writer = gguf.GGUFWriter(file.name, architecture)
+        for name, entry in reader.fields.items():
+            if not name.startswith("GGUF.") and name != "general.architecture":
+                inner = entry.types[-1] if entry.types[0] == gguf.GGUFValueType.ARRAY else None
+                writer.add_key_value(name, entry.contents(), entry.types[0], sub_type=inner)
+        for name, tensor in kept.items():
+            new_name = "token_embd.weight" if name == "output.weight" else name
+            writer.add_tensor(new_name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()

@@ -58,6 +58,7 @@ class Config:
     replay: studies.ReplayConfig = field(default_factory=studies.ReplayConfig)
     conversations: studies.ConversationsConfig = field(default_factory=studies.ConversationsConfig)
     cgroup: studies.CgroupConfig = field(default_factory=studies.CgroupConfig)
+    equal_process: studies.EqualProcessConfig = field(default_factory=studies.EqualProcessConfig)
     demo: programs.DemoConfig = field(default_factory=programs.DemoConfig)
     export: programs.ExportConfig = field(default_factory=programs.ExportConfig)
 

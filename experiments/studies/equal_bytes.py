@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import gguf
-import numpy as np
 import torch
 
 from experiments.config import Config
@@ -32,7 +31,8 @@ from experiments.llama_cpp import (
     write_quantised_file,
 )
 from experiments.study.harness import Job, Published, Study
-from experiments.study.json_records import DeltaNLLRecord, delta_nll_fields
+from experiments.study.json_records import DeltaNLLRecord
+from experiments.study.logits import compared, logits_of, window_logits
 from experiments.study.table_format import TitledTable, columns_table, percent, precise
 from rap_env.context.base import PruningContext
 from rap_env.levels import WEIGHT_LEVELS
@@ -40,12 +40,9 @@ from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import shared_llm
 from rap_env.models.live.calibration_text import calibration_windows
 from rap_env.models.live.elastic import ElasticLLM
-from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.weights.gptq import hessians
 from rap_env.plan import Plan
 from rap_env.request import Request
-from rap_env.scoring.native_agreement import TokenComparison, agreement_of
-from rap_env.scoring.plan_runner import HEAD_TOKENS, token_nll
 
 CAPTION = (
     "Bytes of all weights, embeddings included, and the difference from the unquantised model on "
@@ -100,7 +97,12 @@ def equal_bytes_jobs(config: Config, folder: Path) -> Iterator[Job[EqualBytesRow
     report = held_out_scorer(config.evaluate.text, "report", context)
     shipped = shared_llm(model.name, device=model.device, dtype=model.dtype, weights="native")
     memory = MemoryModel(shipped)
-    compare = partial(compared, context.llm, report.corpus.tokens)
+
+    def compare(logits: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+        windows = report.corpus.tokens
+        # The unquantised model runs again for each row: its logits of all windows take gigabytes.
+        native = map(partial(window_logits, context.llm, Plan()), windows)
+        return compared(native, windows, logits)
 
     def measure_plan(method: str, name: str, plan: Plan) -> EqualBytesRow:
         sizes = memory.breakdown(plan, Request(1, 1, budget_bytes=2**62))
@@ -165,44 +167,6 @@ def own_plans(
         if plan not in plans.values():
             plans["knapsack", percent(fraction, 0)] = plan
     return plans
-
-
-@torch.inference_mode()
-def window_logits(llm: ElasticLLM, plan: Plan, window: torch.Tensor) -> torch.Tensor:
-    """Logits of a window's positions but the last, in the model's dtype: (T,) to (T - 1, V)."""
-    forward = PartialForward(llm, widen=True)
-    with llm.applied(plan):
-        hidden = forward.hidden(window[None].to(llm.device))[0, :-1]
-        return torch.cat([forward.logits(part) for part in torch.split(hidden, HEAD_TOKENS)]).cpu()
-
-
-def compared(
-    llm: ElasticLLM, windows: torch.Tensor, logits: Callable[[torch.Tensor], torch.Tensor]
-) -> dict[str, Any]:
-    """The fields of a row from a method's logits.
-
-    Args:
-        llm: The unquantised model, which runs again for each row: its logits of all windows
-            take gigabytes.
-        windows: Token ids, (windows, T).
-        logits: The method's logits of a window, (T,) to (T - 1, V).
-    """
-    delta_nll, tokens = [], []
-    for window in windows:
-        native, own = window_logits(llm, Plan(), window), logits(window)
-        own_nll, native_nll = (token_nll(part, window[1:]).mean() for part in (own, native))
-        delta_nll.append(float(own_nll - native_nll))
-        comparison = TokenComparison(native, [Plan()])
-        comparison.add(own)
-        tokens.append(comparison.by_plan()[Plan()])
-    agreement = agreement_of(np.concatenate(tokens, axis=1))
-    return {**delta_nll_fields(delta_nll), **asdict(agreement)}
-
-
-def logits_of(engine: LlamaCpp, window: torch.Tensor) -> torch.Tensor:
-    """The same as `window_logits` in llama.cpp."""
-    parts = [part for part, _ in engine.logits(window.numpy().astype(np.int32))]
-    return torch.from_numpy(np.concatenate(parts))
 
 
 def input_squares(llm: ElasticLLM, text: torch.Tensor) -> dict[str, list[float]]:

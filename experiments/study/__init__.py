@@ -49,6 +49,7 @@ lists with its `scorer` are scored together.
 - `run_folder`: settings and provenance of a run
 - `table_format`: a table from lines and columns, as text, Markdown or HTML; formats of
   numbers
+- `logits`: logits of a text under a plan or in llama.cpp, and what differs from the model as it is
 - `plotting`: label and colour of each method; style, panels, series with intervals
 - `statistics`: means, differences and ratios with intervals
 """

@@ -78,7 +78,15 @@ class Server:
         raise ExperimentError(f"The server did not start within {_START_S:g} s; see its log.")
 
     def chat(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The events of a streamed chat answer.
+        """The events of a streamed chat answer; raises as `stream`."""
+        return self.stream("chat/completions", body)
+
+    def stream(self, kind: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The events of a streamed answer.
+
+        Args:
+            kind: ``"completions"`` or ``"chat/completions"``.
+            body: The request.
 
         Raises:
             httpx.HTTPError: The connection cannot be made, or breaks.
@@ -86,7 +94,9 @@ class Server:
         """
         body = body | {"stream": True, "stream_options": {"include_usage": True}}
         counted = False
-        with self._http.stream("POST", "/v1/chat/completions", json=body, timeout=300) as response:
+        with self._http.stream("POST", f"/v1/{kind}", json=body, timeout=300) as response:
+            if response.is_error:
+                raise RuntimeError(response.read().decode())
             for line in response.iter_lines():
                 if line.startswith("data: {"):
                     event = json.loads(line.removeprefix("data: "))
@@ -114,4 +124,6 @@ def end_process(process: subprocess.Popen[Any]) -> None:
 def piece(event: dict[str, Any]) -> str:
     """The text of an event of a streamed answer."""
     choices = event["choices"]
-    return (choices[0].get("delta", {}).get("content") or "") if choices else ""
+    if not choices:
+        return ""
+    return choices[0].get("text") or choices[0].get("delta", {}).get("content") or ""

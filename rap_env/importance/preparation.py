@@ -17,6 +17,7 @@ continues where it was, and a model counts as prepared only when the last task i
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import shutil
@@ -83,6 +84,10 @@ _SHARES = {"levels": 0.5, "costs": 0.3, "plans": 0.2}  # of the time, about
 _TEXT = "text.json"
 
 
+_Files = Sequence[Mapping[PackedLevel, Path]]
+"""Of each item the files of its levels."""
+
+
 @dataclass(frozen=True)
 class _Run:
     """What each process of a run needs to know.
@@ -112,9 +117,12 @@ class _Run:
     threads: int | None
     bounded: bool
 
-    def open(self, dtype: str) -> ElasticLLM:
-        """The model in a dtype, with its blocks in its files."""
+    def open(self, dtype: str, files: _Files = ()) -> ElasticLLM:
+        """The model in a dtype, with its blocks in its files, and levels in those given."""
+        gc.collect()  # the embeddings of one that was open before
         llm = load_llm(self.model, device=self.device, dtype=dtype, on_demand=True, again=True)
+        for item, own in zip(llm._live.all_items, files, strict=False):
+            item.files.update(own)
         if self.bounded:
             free_memory_early()
         return llm
@@ -175,7 +183,7 @@ def prepare(
         folder.mkdir(parents=True, exist_ok=True)
         body = {name: tokens.tolist() for name, tokens in texts.items()}
         save_artifact(folder / _TEXT, KIND, FORMAT, body)
-        workers = _workers(llm, memory_bytes)
+        workers = _workers(llm, memory_bytes, thorough)
         run = _Run(
             folder,
             os.fspath(model),
@@ -248,12 +256,12 @@ def _texts(
     return texts
 
 
-def _workers(llm: ElasticLLM, memory_bytes: int | None) -> int:
+def _workers(llm: ElasticLLM, memory_bytes: int | None, thorough: bool) -> int:
     """Processes that share the work: two on a CPU with two cores and enough memory."""
     most = 2 if llm.device.type == "cpu" and (os.cpu_count() or 1) > 1 else 1
     if memory_bytes is None:
         return most
-    need = resident_bytes()[1] + process_bytes(llm)
+    need = resident_bytes()[1] + process_bytes(llm, thorough=thorough)
     if need > memory_bytes:
         raise InvalidRequestError(
             f"memory is {human_bytes(memory_bytes)}, but preparing {llm.name} takes about "
@@ -262,12 +270,12 @@ def _workers(llm: ElasticLLM, memory_bytes: int | None) -> int:
     return min(most, memory_bytes // need)
 
 
-def process_bytes(llm: ElasticLLM) -> int:
+def process_bytes(llm: ElasticLLM, *, thorough: bool) -> int:
     """About what preparing a model takes at most in each process, beside Python and libraries.
 
-    For levels it is mostly five float32 matrices (n, n), for a matrix with n inputs; for
-    costs the states of a window in all layers and what the gradient of one layer needs. On a
-    GPU these are in its own memory.
+    For thorough levels it is mostly five float32 matrices (n, n), for a matrix with n inputs;
+    for costs the states of a window in all layers and what the gradient of one layer needs. On
+    a GPU these are in its own memory.
     """
     facts, shapes = llm.facts, [p.shapes for item in llm._live.items for p in item.places]
     most_inputs = max((shape[1] for each in shapes for shape in each), default=0)
@@ -275,7 +283,8 @@ def process_bytes(llm: ElasticLLM) -> int:
         sum(out * n for p in item.places for out, n in p.shapes) for item in llm._live.items
     )
     states = facts.num_layers * facts.hidden_size + 12 * facts.ffn_width
-    values = max(5 * most_inputs**2 + layer, COST_TOKENS * states + 2 * layer)
+    cost_tokens = COST_TOKENS if thorough else QUICK_COST_TOKENS
+    values = max(5 * most_inputs**2 * thorough + layer, cost_tokens * states + 2 * layer)
     return 4 * (values if llm.device.type == "cpu" else layer)
 
 
@@ -320,10 +329,12 @@ def _work(run: _Run, check: Check, note: Note) -> LevelCosts:
         item: names if is_cache(item) else _offered(names, run.bits, run.thorough)
         for item, names in item_levels(llm.facts, CACHE_LEVELS, windows.shape[1]).items()
     }
-    parts = _window_costs(run, windows, tasks, levels, llm)
+    facts, files = llm.facts, [dict(item.files) for item in llm._live.all_items]
+    del llm
+    parts = _window_costs(run, windows, tasks, levels, files)
     text_of_costs = Corpus.of_tokens(windows, source=run.text)
-    measure = partial(_plan_nlls, llm, windows, tasks)
-    return fitted_costs(llm.facts, parts, levels, text_of_costs, measure, run.kinds, 4)
+    measure = partial(_plan_nlls, run, files, windows, tasks)
+    return fitted_costs(facts, parts, levels, text_of_costs, measure, run.kinds, 4)
 
 
 def _window_costs(
@@ -331,13 +342,10 @@ def _window_costs(
     windows: torch.Tensor,
     tasks: Tasks,
     levels: Mapping[str, Sequence[str]],
-    llm: ElasticLLM,
+    files: _Files,
 ) -> list[WindowCosts]:
     """What each window tells: in float32, in which small changes are not lost to rounding."""
-    wide = run.open("float32")
-    for own, given in zip(wide._live.all_items, llm._live.all_items, strict=True):
-        own.files.update(given.files)
-    forward = PartialForward(wide, widen=True, gradients=True)
+    forward = PartialForward(run.open("float32", files), widen=True, gradients=True)
 
     def do(number: int) -> dict[str, Any]:
         return asdict(window_costs(forward, windows[number, None], levels))
@@ -346,10 +354,10 @@ def _window_costs(
 
 
 def _plan_nlls(
-    llm: ElasticLLM, windows: torch.Tensor, tasks: Tasks, plans: Sequence[Plan]
+    run: _Run, files: _Files, windows: torch.Tensor, tasks: Tasks, plans: Sequence[Plan]
 ) -> list[list[float]]:
     """NLL of each plan on each window in the dtype that the model is served in, nats per token."""
-    forward = PartialForward(llm, widen=True)
+    forward = PartialForward(run.open(run.dtype, files), widen=True)
 
     def do(number: int) -> dict[str, Any]:
         return {"nlls": plan_nlls(forward, windows, plans[number])}

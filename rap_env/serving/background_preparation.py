@@ -45,7 +45,7 @@ class BackgroundPreparation(threading.Thread):
         super().__init__(name="rap-prepare", daemon=True)
         self._settings, self._controller = settings, controller
         self._limit = limit if limit is not None and limit.of_process else None
-        self._need_bytes = _PROCESS_BYTES + process_bytes(controller.llm)
+        self._need_bytes = _PROCESS_BYTES + process_bytes(controller.llm, thorough=False)
         self._ended = threading.Event()
 
     def close(self) -> None:

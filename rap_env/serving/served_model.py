@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from rap_env.errors import ServingSettingsError
+from rap_env.levels import WEIGHT_LEVELS
 from rap_env.memory import MemoryModel
 from rap_env.models.device import drop_unused_pages, resident_bytes
 from rap_env.models.files.loading import load_llm
@@ -40,22 +41,31 @@ _MAKING_BYTES = 32 * 2**20
 def load_served_model(settings: ServerSettings, limit: LiveLimit | None = None) -> ElasticLLM:
     """Load the model and set its residency.
 
-    With a limit of the process, the start is checked before the weights are read. A model that
-    has to be converted first is converted in another process, whose memory is freed with it.
+    With a limit of the process, the start is checked before the weights are read; a prepared
+    model that would exceed it is loaded on demand, so that its native weights need not fit. A
+    model that has to be converted first is converted in another process, whose memory is freed
+    with it.
     """
-    limits_process = limit is not None and limit.of_process
+    load = partial(
+        load_llm,
+        settings.model,
+        device=settings.device,
+        dtype=settings.dtype,
+        weights=settings.weights,
+        lean=True,
+        quick_levels=True,
+    )
     with made_apart():
-        llm = load_llm(
-            settings.model,
-            device=settings.device,
-            dtype=settings.dtype,
-            weights=settings.weights,
-            lean=True,
-            quick_levels=True,
-            before_weights=partial(check_start, settings.model, limit)
-            if limit is not None and limits_process
-            else None,
-        )
+        if limit is None or not limit.of_process:
+            llm = load()
+        else:
+            try:
+                llm = load(before_weights=partial(check_start, settings.model, limit))
+            except ServingSettingsError:
+                llm = load(on_demand=True)
+                if llm.absent_levels(WEIGHT_LEVELS):
+                    raise
+                return llm
     llm.set_residency(cast("Residency", settings.residency))
     return llm
 

@@ -106,7 +106,8 @@ def _load(
     grammars = grammar_compiler(llm, llm.tokenizer, llm.facts.vocab_size)
     grammars.load()
     chosen = choose_policy(settings, llm, limit) if policy is None else as_policy(policy)
-    if limit is not None and lowers_weights(chosen, llm, limit):  # else plans make them later
+    # Else plans make them later, or read those of a model that is loaded on demand.
+    if limit is not None and not llm.on_demand and lowers_weights(chosen, llm, limit):
         make_levels(llm, chosen)
     drop_unused_pages()
     return llm, chosen, grammars

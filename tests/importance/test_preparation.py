@@ -46,7 +46,7 @@ def little_text():
         patch.setattr(preparation, "COST_TOKENS", 32)
         patch.setattr(preparation, "QUICK_COST_TOKENS", 32)
         patch.setattr(preparation, "QUICK_COST_WINDOWS", 2)
-        patch.setattr(preparation, "_workers", lambda llm, memory_bytes: 1)
+        patch.setattr(preparation, "_workers", lambda llm, memory_bytes, thorough: 1)
         patch.setattr(calibration_text, "SOURCE_FILES", ("queue.py",))
         yield
 
@@ -202,16 +202,16 @@ def test_a_limit_of_memory_that_is_too_low(folder, monkeypatch, cores):
     monkeypatch.setattr(preparation, "_workers", workers)
     monkeypatch.setattr(preparation.os, "cpu_count", lambda: cores)
     llm = load_llm(folder, dtype="float32")
-    need = preparation.resident_bytes()[1] + preparation.process_bytes(llm)
+    need = preparation.resident_bytes()[1] + preparation.process_bytes(llm, thorough=True)
     with pytest.raises(InvalidRequestError, match="preparing own-model-1.5b takes about"):
         prepared(folder, memory_bytes=need // 4)
-    assert workers(llm, None) == workers(llm, 3 * need) == cores
-    assert workers(llm, need + need // 2) == 1
+    assert workers(llm, None, True) == workers(llm, 3 * need, True) == cores
+    assert workers(llm, need + need // 2, True) == 1
 
 
 @pytest.mark.slow
 def test_two_processes_give_the_same(folder, finished, monkeypatch):
-    monkeypatch.setattr(preparation, "_workers", lambda llm, memory_bytes: 2)
+    monkeypatch.setattr(preparation, "_workers", lambda llm, memory_bytes, thorough: 2)
     shared, _ = prepared(folder)
     assert shared.costs == finished[1].costs
 

@@ -6,7 +6,7 @@ import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-MOST_CODE_LINES = 35_000
+MOST_CODE_LINES = 35_475
 """Lowered with every merge; the aim is 32,500. A feature raises it by its own budget of lines."""
 FOLDERS = ("rap_env", "agents", "experiments", "benchmarks", "examples", "docs", "tools")
 NO_CODE = {

@@ -1,18 +1,24 @@
 """A server prepares the model that it serves: before it starts, or while it serves."""
 
+import sys
+
 import pytest
+import torch
 
 from rap_env.errors import ServingSettingsError
 from rap_env.importance import preparation
 from rap_env.importance.level_costs import prepared_costs
 from rap_env.memory import MemoryModel
+from rap_env.models.device import resident_bytes
 from rap_env.models.files.loading import load_llm
 from rap_env.models.live import calibration_text
+from rap_env.plan import Plan
 from rap_env.policies.loading import load_policy
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.memory_meter import TensorMeter
 from rap_env.serving.background_preparation import BackgroundPreparation, start_preparation
 from rap_env.serving.limits import LiveLimit
+from rap_env.serving.served_model import load_served_model
 from rap_env.serving.settings import ServerSettings
 from rap_env.serving.startup import prepare_before
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -24,7 +30,7 @@ workers = preparation._workers
 def little_text(monkeypatch):
     monkeypatch.setattr(preparation, "QUICK_COST_TOKENS", 32)
     monkeypatch.setattr(preparation, "QUICK_LEVEL_WINDOWS", 2)
-    monkeypatch.setattr(preparation, "_workers", lambda llm, memory_bytes: 1)
+    monkeypatch.setattr(preparation, "_workers", lambda llm, memory_bytes, thorough: 1)
     monkeypatch.setattr(calibration_text, "_LEVEL_TOKENS", 32)
     monkeypatch.setattr(calibration_text, "SOURCE_FILES", ("queue.py",))
 
@@ -106,3 +112,24 @@ def test_a_limit_in_which_a_model_cannot_be_prepared(folder, monkeypatch):
         ServingSettingsError, match=r"takes about .* Or run `rap prepare .*own-model"
     ):
         prepare_before(settings)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_only_a_prepared_model_starts_where_it_does_not_fit_as_it_is(folder):
+    settings = ServerSettings(model=str(folder), dtype="float32")
+    limit = LiveLimit("memory", resident_bytes()[1] // 2)  # no room for its weights
+    with pytest.raises(ServingSettingsError, match="needs"):
+        load_served_model(settings, limit)
+    preparation.prepare(str(folder), dtype="float32", progress=False)
+    served = load_served_model(settings, limit)
+    assert served.on_demand
+    assert len(served.plan.removed) == served.num_blocks
+    whole = load_served_model(settings)
+    assert not whole.on_demand
+    ids = torch.arange(4, 14)[None]
+    for plan in (Plan.of({"layer00.ffn": "int3", "layer01.attn": "int4-compact"}), Plan()):
+        states = []
+        for llm in (served, whole):
+            with llm.applied(plan):
+                states.append(llm.hidden(ids))
+        assert torch.equal(*states)

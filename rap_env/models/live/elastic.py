@@ -105,6 +105,11 @@ class ElasticLLM:
         self._live.set(Plan.removing(*range(self.num_blocks)), evict=True)
 
     @property
+    def on_demand(self) -> bool:
+        """Whether its blocks were left in files, from which plans read them."""
+        return bool(self._unread)
+
+    @property
     def num_blocks(self) -> int:
         """2L, an attn and an ffn block a layer."""
         return self.adapter.num_blocks

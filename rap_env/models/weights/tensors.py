@@ -304,7 +304,10 @@ def verified_tensors(path: Path) -> dict[str, torch.Tensor]:
     tensors = {name: tensor.read(torch.device("cpu")) for name, tensor in stored.items()}
     metadata = _header(path)[0].get("__metadata__", {})
     if metadata.get("sha256") != _checksum(tensors.items()):
-        raise ChecksumError(f"The content of {path} does not match its checksum.")
+        raise ChecksumError(
+            f"The content of {path} does not match its checksum; delete the file, and run the "
+            "command that made it (such as `rap prepare`) again."
+        )
     return tensors
 
 

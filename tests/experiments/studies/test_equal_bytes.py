@@ -10,7 +10,8 @@ from experiments.config.program_settings import EvaluateConfig
 from experiments.config.study_settings import EqualBytesConfig
 from experiments.contexts import build_context, load_text
 from experiments.studies import equal_bytes
-from experiments.studies.equal_bytes import STUDY, EqualBytesRow, window_logits
+from experiments.studies.equal_bytes import STUDY, EqualBytesRow
+from experiments.study.logits import window_logits
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.request import Request
