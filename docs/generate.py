@@ -271,17 +271,25 @@ def readme_numbers() -> dict[str, str]:
     code = (ROOT / "README.md").read_text("utf-8").partition("```python\n")[2].partition("```")[0]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(code, {})
-    study, published = STUDIES["replay_low_bits"]
-    tight, _, native = study.read(published.folder)
     return {
         "film": recording.summary,
         "episode": f"{episode()[1]:.2f}",
-        "tight_served": str(tight.outcomes["served"]),
-        "tight_loss": f"{tight.mask_loss_mean:.2f}",
-        "tight_native": f"{native.mask_loss_mean:.2f}",
         "printed": printed.getvalue().strip(),
         "more_tokens": percent(more_tokens, 0),
     }
+
+
+def process_table() -> str:
+    """Loss and speed of both servers in equal memory, in README.md."""
+    study, published = STUDIES["equal_process"]
+    _, lines = study.tables(study.read(published.folder))[0].table
+    systems, columns = ("rap serve", "llama.cpp"), {"loss": 4, "tokens/s": 8}
+    header = ["Memory", *(f"{system}, {what}" for what in columns for system in systems)]
+    rows = [
+        [rap[0], *(line[at].partition(" ")[0] for at in columns.values() for line in (rap, other))]
+        for rap, other in zip(lines[2::2], lines[3::2], strict=True)  # without the largest
+    ]
+    return markdown((header, rows))
 
 
 def methods_table() -> str:
@@ -457,6 +465,7 @@ def episode() -> tuple[list[Image.Image], float]:
 TABLES: dict[str, Callable[[], str | None]] = {
     "methods": methods_table,
     "tasks": partial(tasks_table, README_TASKS),
+    "process": process_table,
     "table_tasks": partial(tasks_table, LISTED_TASKS),
     "bounds": bounds_table,
     "preparing": preparing_table,
