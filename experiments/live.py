@@ -135,7 +135,7 @@ class Recording:
         return (
             f"The limit falls from {max(limits) / 2**20:.0f} to {min(limits) / 2**20:.0f} MiB and "
             f"returns. {right} of {len(self.answers)} answers are right, and {squeezed} end while "
-            f"it is low. Memory is above it in {over} of {len(self.steps)} passes."
+            f"it is low. Memory exceeds the limit in {over} of {len(self.steps)} passes."
         )
 
 
