@@ -169,9 +169,7 @@ def beside_text(name: str) -> str:
     rows, cells = first.rows, {row.cell for row in first.rows}
     for source in others:
         rows += [row for row in source.rows if row.cell in cells and row.method != "dense"]
-    titles = (f"ΔNLL divided by that of {look(first.method).label}",)
-    if first.shown_as:
-        titles = (f"ΔNLL of {look(first.shown_as).label} minus",)
+    titles = (f"ΔNLL of {look(first.shown_as).label} minus",) if first.shown_as else ()
     return shown_tables(tables_markdown(Comparison(rows)), titles)
 
 
