@@ -20,7 +20,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -257,27 +257,8 @@ def main(settings: ConversationSettings) -> None:
     _, all_steps = give_back(engines["on"], limit_bytes, engines["on"].stats().kept_bytes)
     idle_mib, read_again = served(settings)
     keeping_mib = np.subtract(idle_mib["on"], idle_mib["off"]).tolist()
-    against = "the same engine without keeping, one thread"
     targets = [
-        target(
-            f"first token of turns 2 to {TURNS} of a conversation",
-            *ratios(turns["on"], turns["off"]),
-            at_most=_TURN_AT_MOST,
-            against=against,
-        ),
-        target(
-            f"first token of users 2 to {settings.users} of one system prompt of "
-            f"{settings.system_tokens} tokens",
-            *ratios(users["on"], users["off"]),
-            at_most=_USER_AT_MOST,
-            against=against,
-        ),
-        target(
-            f"tokens a second of {SPEED_USERS} users, each with {SPEED_TURNS} turns",
-            *ratios(tokens_per_s["on"], tokens_per_s["off"]),
-            at_least=_SPEED_AT_LEAST,
-            against=against,
-        ),
+        *beside_no_keeping(settings, turns, users, tokens_per_s),
         target("s until 200 kept MiB are given back", fell_s, at_most=_FALL_AT_MOST_S),
         target("decode steps that giving back all of it takes", all_steps, at_most=1),
         target("MiB of the idle server", *idle_mib["on"], at_most=_IDLE_AT_MOST_MIB),
@@ -298,6 +279,28 @@ def main(settings: ConversationSettings) -> None:
     )
     for engine in engines.values():
         engine.close()
+
+
+def beside_no_keeping(
+    settings: ConversationSettings,
+    turns: dict[str, list[float]],
+    users: dict[str, list[float]],
+    tokens_per_s: dict[str, list[float]],
+) -> list[dict[str, Any]]:
+    """What keeping changes, beside the same engine without it."""
+    sides: dict[str, tuple[dict[str, list[float]], dict[str, float]]] = {
+        f"first token of turns 2 to {TURNS} of a conversation": (turns, {"at_most": _TURN_AT_MOST}),
+        f"first token of users 2 to {settings.users} of one system prompt of "
+        f"{settings.system_tokens} tokens": (users, {"at_most": _USER_AT_MOST}),
+        f"tokens a second of {SPEED_USERS} users, each with {SPEED_TURNS} turns": (
+            tokens_per_s, {"at_least": _SPEED_AT_LEAST},
+        ),
+    }  # fmt: skip
+    against = "the same engine without keeping, one thread"
+    return [
+        target(what, *ratios(values["on"], values["off"]), against=against, **bound)
+        for what, (values, bound) in sides.items()
+    ]
 
 
 def compare_servers(settings: ConversationSettings, llama_server: str) -> None:

@@ -90,14 +90,14 @@ class Source(NamedTuple):
         return [replace(row, method=self.shown_as or row.method) for row in own]
 
 
-_TO_UNIFORM = "ΔNLL divided by that of Uniform"
-_PLANS = "tight", "low_bits", "tight_low_bits", "tight_gemma", "low_bits_gemma", "tight_outside"
-COMPARISONS = {
-    **dict.fromkeys(_PLANS, ("Mean ΔNLL", _TO_UNIFORM)),
+_OTHERS = "low_bits", "tight_low_bits", "tight_gemma", "low_bits_gemma", "tight_outside"
+COMPARISONS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(_OTHERS, ()),
+    "tight": ("ΔNLL divided by that of Uniform",),
     "learning": ("ΔNLL of RAP policy minus each other method, paired",),
 }
-"""Folders of ``results/`` with a comparison, and beginnings of the titles of the shown
-tables."""
+"""Folders of ``results/`` with a comparison, and beginnings of the titles of the tables that a
+page shows beside the summary."""
 
 _RANKED, _RANKED_GEMMA = (
     Source(folder, "rap", "rap-best of 8") for folder in ("tight_ranked", "tight_ranked_gemma")
@@ -169,9 +169,7 @@ def beside_text(name: str) -> str:
     rows, cells = first.rows, {row.cell for row in first.rows}
     for source in others:
         rows += [row for row in source.rows if row.cell in cells and row.method != "dense"]
-    titles = (f"ΔNLL divided by that of {look(first.method).label}",)
-    if first.shown_as:
-        titles = (f"ΔNLL of {look(first.shown_as).label} minus", _TO_UNIFORM)
+    titles = (f"ΔNLL of {look(first.shown_as).label} minus",) if first.shown_as else ()
     return shown_tables(tables_markdown(Comparison(rows)), titles)
 
 
@@ -235,7 +233,7 @@ METHODS = {
     "uniform": "one level for all, then whole blocks, tuned by hand",
     "knapsack": "adds up costs measured one by one",
 }
-"""The methods in README.md, with what each does."""
+"""The methods in the table of the leaderboard's page, with what each does."""
 
 
 def method_rows(folder: str) -> list[ResultRow]:
@@ -315,44 +313,18 @@ def test_scores(task: str) -> dict[str, Floats]:
 @cache
 def readme_numbers() -> dict[str, str]:
     """The numbers within sentences of README.md."""
-    losses = {
-        f"{method}{suffix}": f"{summary.delta_nll.mean:.2f}"
-        for suffix, folder in {"": "tight", "_low_bits": "low_bits"}.items()
-        for method, summary in by_method(folder).items()
-    }
     study, published = STUDIES["cgroup"]
     rap, other = (measures(row) for row in study.read(published.folder)[:2])
-    answered, failed = (int(rap[f"Requests {how}"]) for how in ("answered", "failed"))
     more_tokens = float(other["Tokens a second"]) / float(rap["Tokens a second"]) - 1
     recording = live.recorded(RESULTS / "live")
     assert recording is not None  # committed
     code = (ROOT / "README.md").read_text("utf-8").partition("```python\n")[2].partition("```")[0]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(code, {})
-    scores = test_scores("RAPLadder/SmolLM2-Table-v1")
-    most, *_, least = compared("tight").budgets
-    study, published = STUDIES["replay_low_bits"]
-    tight, _, native = study.read(published.folder)
-    low = test_scores(LOW_BITS)
-    easiest = np.argsort(low[UNIFORM])[:_EASY]
-    table = pinned_task("RAPLadder/SmolLM2-Table-v1").make().unwrapped.context.table
     return {
-        **losses,
         "film": recording.summary,
-        "budgets": str(len(compared("tight").cells)),
-        "budget_share": f"{100 * least:.0f} to {percent(most, 0)}",
-        "table_error": percent(table.fidelity.rows[0].median_relative_error, 0),
-        "easy_gradient": f"{low[BY_GRADIENT][easiest].mean():.2f}",
-        "easy_uniform": f"{low[UNIFORM][easiest].mean():.2f}",
-        "tight_served": str(tight.outcomes["served"]),
-        "tight_loss": f"{tight.mask_loss_mean:.2f}",
-        "tight_native": f"{native.mask_loss_mean:.2f}",
+        "episode": f"{episode()[1]:.2f}",
         "printed": printed.getvalue().strip(),
-        "random": f"{scores['Random'].mean():.1f}",
-        "tuned_list": f"{scores['Tuned list'].mean():.2f}",
-        "guess": f"{scores['Remove everything'].mean():.1f}",
-        "served": f"{answered} of {answered + failed}",
-        "silence": rap["Longest time without a token"],
         "more_tokens": percent(more_tokens, 0),
         "unseen_policy": unseen_score(POLICY, 0),
         "unseen_knapsack": unseen_score("Knapsack", 0),
@@ -362,8 +334,21 @@ def readme_numbers() -> dict[str, str]:
     }
 
 
+def process_table() -> str:
+    """Loss and speed of both servers in equal memory, in README.md."""
+    study, published = STUDIES["equal_process"]
+    _, lines = study.tables(study.read(published.folder))[0].table
+    systems, columns = ("rap serve", "llama.cpp"), {"loss": 4, "tokens/s": 8}
+    header = ["Memory", *(f"{system}, {what}" for what in columns for system in systems)]
+    rows = [
+        [rap[0], *(line[at].partition(" ")[0] for at in columns.values() for line in (rap, other))]
+        for rap, other in zip(lines[2::2], lines[3::2], strict=True)  # without the largest
+    ]
+    return markdown((header, rows))
+
+
 def methods_table() -> str:
-    """The table of methods in README.md, the least ΔNLL first."""
+    """The table of methods, the least ΔNLL first."""
     two = by_method("low_bits")
     columns: dict[str, Callable[[Summary], str]] = {
         "Method": lambda s: f"{look(s.method).label}: {METHODS[s.method]}",
@@ -417,7 +402,6 @@ def tasks_table(names: Sequence[str]) -> str:
 
 
 LOW_BITS = "RAPLadder/SmolLM2-LowBits-Table-v0"
-BY_GRADIENT, UNIFORM = "Knapsack by gradient", "Uniform settings"
 
 
 def preparing_table() -> str:
@@ -436,6 +420,18 @@ def preparing_table() -> str:
         **{kind.capitalize(): partial(rise, kind) for kind in ("articles", "code", "chat")},
     }
     return markdown(columns_table(lines, columns), left=2)
+
+
+def preparing_times() -> str:
+    """What preparing took where the cache was empty, a row for each model and kind of levels."""
+    records = [r["measured"] for r in committed_records() if r["benchmark"].startswith("preparing")]
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "Model": lambda made: made["model"],
+        "Levels": lambda made: made["levels"],
+        "CPU minutes": lambda made: f"{made['taken']['cpu_s'] / 60:.1f}",
+        "Most resident memory": lambda made: f"{made['taken']['peak_bytes'] / 2**20:,.0f} MiB",
+    }
+    return markdown(columns_table([made for made in records if made.get("taken")], columns), left=2)
 
 
 def bounds_table() -> str:
@@ -458,10 +454,15 @@ def bounds_table() -> str:
     return markdown((header, cells))
 
 
-_EASY = 10  # of the thirty budgets with low bits
 _EPISODES = 40  # with random actions, for the lengths of episodes
 MASK = "action_mask"
-README_TASKS = (*STEP_TASKS[1::-1], LOW_BITS)
+README_TASKS = (
+    "RAPLadder/SmolLM2-Table-v2",
+    LOW_BITS,
+    "RAPLadder/Gemma3-270M-Table-v1",
+    STEP_TASKS[0],
+    "RAPLadder/Tiny-v0",
+)
 LISTED_TASKS = [name for name in pinned_tasks() if "-Table-" in name or "Tiny" in name]
 
 
@@ -511,30 +512,34 @@ def decision_cost() -> Figure:
     return panel_figure([panel], height=3.3, legend=0)
 
 
-def episode_images() -> list[Image.Image]:
-    """Pictures of an episode in the greedy order, one after each third action."""
-    env = gym.make(STEP_TASKS[1], render_mode="rgb_array")
-    request = {"batch_size": 8, "seq_len_tokens": 2048, "budget_fraction": 0.2}
+@cache
+def episode() -> tuple[list[Image.Image], float]:
+    """Pictures of an episode in the greedy order, one after each third action, and its ΔNLL."""
+    env = gym.make(README_TASKS[0], render_mode="rgb_array")
+    request = {"batch_size": 8, "seq_len_tokens": 2048, "budget_fraction": 0.25}
     observation, _ = env.reset(seed=0, options={"request": request})
     images, over = [env.render()], False
     while not over:
         order = observation["ladder"][:, ITEM_FEATURES.index("order_place")]
         action = np.where(observation[MASK], order, np.inf).argmin()
-        observation, _, *ends, _ = env.step(action)
+        observation, _, *ends, info = env.step(action)
         over = any(ends)
         images.append(env.render())
-    return [Image.fromarray(image).resize((720, 480)) for image in [*images[::3], images[-1]]]
+    shown = [Image.fromarray(image).resize((720, 480)) for image in [*images[::3], images[-1]]]
+    return shown, float(info["delta_nll"])
 
 
 TABLES: dict[str, Callable[[], str | None]] = {
     "methods": methods_table,
     "tasks": partial(tasks_table, README_TASKS),
+    "process": process_table,
     "table_tasks": partial(tasks_table, LISTED_TASKS),
     "bounds": bounds_table,
     "unseen": unseen_table,
     "unseen_models": unseen_models_table,
     "unseen_tried": unseen_tried_table,
     "preparing": preparing_table,
+    "preparing_times": preparing_times,
     **{name: partial(shown_text, name) for name in (*COMPARISONS, *STUDIES)},
     **{name: partial(beside_text, name) for name in BESIDE},
     "entries": lambda: "\n".join(map(leaderboard_table, LEADERBOARDS)),
@@ -600,7 +605,7 @@ def main() -> None:
     for name, (image, draw) in figures.items():
         study, published = STUDIES[name]
         save_png(draw(study.read(published.folder)), IMAGES / f"{image}.png")
-    save_gif(episode_images(), IMAGES / "episode.gif")
+    save_gif(episode()[0], IMAGES / "episode.gif")
 
 
 if __name__ == "__main__":

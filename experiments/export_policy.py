@@ -9,7 +9,7 @@ that the run needed must still exist at the same paths.
 from __future__ import annotations
 
 import logging
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -46,10 +46,6 @@ def settings_of(folder: Path) -> Config:
     written = RunFolder(folder).settings()
     if written is None:
         raise ExperimentError(f"{folder} is not a run folder: it has no config.yaml.")
-    # Sections of earlier programs are left out, and that of loggers, to which nothing is
-    # logged.
-    known = {field.name for field in fields(Config)} - {"logger"}
-    written = {name: value for name, value in written.items() if name in known}
     try:
         config = as_config(OmegaConf.merge(OmegaConf.structured(Config), written))
     except OmegaConfBaseException as error:

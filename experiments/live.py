@@ -128,15 +128,14 @@ class Recording:
     def summary(self) -> str:
         """The run in a few sentences."""
         limits = [step.limit_bytes for step in self.steps]
+        low = [step.end_s for step in self.steps if step.limit_bytes < max(limits)]
         right = sum(answer.right for answer in self.answers)
-        wait_s = max((answer.first_s - answer.asked_s for answer in self.answers), default=0)
+        squeezed = sum(low[0] < answer.end_s < low[-1] for answer in self.answers)
         over = sum(step.used_bytes > step.limit_bytes for step in self.steps)
-        last = "native again" if not self.plans[self.steps[-1].plan] else "not native yet"
         return (
             f"The limit falls from {max(limits) / 2**20:.0f} to {min(limits) / 2**20:.0f} MiB and "
-            f"returns. {right} of {len(self.answers)} answers in a conversation are right, after "
-            f"at most {wait_s:.1f} s for a first token. Memory is above the limit in {over} of "
-            f"{len(self.steps)} passes of the model, and the last plan is {last}."
+            f"returns. {right} of {len(self.answers)} answers are right, and {squeezed} end while "
+            f"it is low. Memory exceeds the limit in {over} of {len(self.steps)} passes."
         )
 
 

@@ -17,6 +17,11 @@ COSTS_FILE, LEVELS_FILE = "costs.json", "levels.json"
 """Files in a `prepared_dir`: the costs of levels, and the names of weights that a text made."""
 
 
+def any_prepared() -> bool:
+    """Whether any model has levels that `rap prepare` made on this machine."""
+    return any(cache_dir().glob(f"prepared/*/{LEVELS_FILE}"))
+
+
 def prepared_dir(fingerprint: str) -> Path:
     """The folder of what a model was prepared with, by its fingerprint."""
     return cache_dir() / "prepared" / fingerprint[:16]

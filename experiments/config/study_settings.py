@@ -7,7 +7,7 @@ from functools import partial
 
 from experiments.config.common import TextConfig, parse_shape
 from experiments.llama_cpp import FILE_KINDS, FileKind
-from rap_env.request import parse_bytes
+from rap_env.serving.settings import parse_bytes
 from rap_env.specs import setting
 
 

@@ -43,7 +43,7 @@ from rap_env.models.live.calibration_text import calibration_windows
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.paths import cache_dir
 from rap_env.plan import Plan
-from rap_env.request import parse_bytes
+from rap_env.serving.settings import parse_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

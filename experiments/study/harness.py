@@ -43,6 +43,16 @@ def below(text: str) -> str:
     return untitled(text).replace("\n## ", "\n### ")
 
 
+def sections(*titles: str) -> Callable[[str], str]:
+    """Return what shows a text as `below` does, with only those sections that have some titles."""
+
+    def shown(text: str) -> str:
+        first, *others = below(text).split("\n### ")
+        return "\n### ".join([first, *(other for other in others if other.startswith(titles))])
+
+    return shown
+
+
 @dataclass(frozen=True)
 class Published:
     """Committed records of a study, and what the documentation shows of them.

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rap_env.artifacts import digest
-from rap_env.context.base import IMPORTANCES, PruningContext
+from rap_env.context.base import IMPORTANCES, ContextConfig, PruningContext
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.importance.level_costs import LevelCosts, prepared_costs
 from rap_env.importance.profiles import GSIProfile, OneShotProfile, Profile
@@ -44,11 +44,10 @@ dtype."""
 class LiveContext(PruningContext):
     """A live model with its memory arithmetic, scorer and importance.
 
-    Arguments that are not described here are those of `ContextConfig`.
-
     Args:
         llm: The live model.
         calibration: The text that plans are searched on.
+        config: How importance is measured, and the frontier.
         store: Where scores are stored; None keeps them in memory.
         folder: Where importance artifacts are cached; None keeps them in memory.
         progress: Whether long measurements show progress bars.
@@ -59,12 +58,9 @@ class LiveContext(PruningContext):
         self,
         llm: ElasticLLM,
         calibration: Corpus,
+        config: ContextConfig,
         store: ScoreStore | None = None,
         *,
-        importance: str = "gsi",
-        gsi_removals: int | None = None,
-        gsi_method: str = "exact",
-        frontier: str | None = None,
         folder: Path | None = None,
         progress: bool = True,
         reopen: Callable[[], PruningContext] | None = None,
@@ -74,10 +70,10 @@ class LiveContext(PruningContext):
         self.store = store
         self.memory = MemoryModel(llm)
         self.scorer: PlanScorer = PlanScorer(llm, calibration, store)
-        self.frontier_path = frontier
-        self.importance = importance
-        self._gsi_removals = gsi_removals
-        self._gsi_method = gsi_method
+        self.frontier_path = config.frontier
+        self.importance = config.importance
+        self._gsi_removals = config.gsi_removals
+        self._gsi_method = config.gsi_method
         self._folder = folder
         self._progress = progress
         self._level_costs: dict[tuple[str, ...], LevelCosts] = {}

@@ -54,11 +54,8 @@ def _open_live(config: ContextConfig) -> LiveContext:
     context = LiveContext(
         llm,
         load_corpus(config.calibration, llm),
+        config,
         open_store(config.store),
-        importance=config.importance,
-        gsi_removals=config.gsi_removals,
-        gsi_method=config.gsi_method,
-        frontier=config.frontier,
         folder=cache_dir() / "importance",
         reopen=partial(open_context, config),
     )

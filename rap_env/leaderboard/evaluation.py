@@ -344,28 +344,10 @@ def evaluate(
     context: PruningContext = env.unwrapped.context
     basis = Basis(context, env.unwrapped.encoder.ladder_bytes, seed, pinned.arguments["workload"])
     policy = made(policy, basis)
-    decide = decider(policy)
     published = published_entries(pinned.comparison)
     losses = TaskLosses(pinned, context, published)
     text_sha256 = losses.text_sha256(split)
-    cells = []
-    for number, request in enumerate(pinned.requests):
-        scored, began = _scored(policy)[0], time.perf_counter()
-        plan, truncated = decide(env, request, seed + number)
-        decision_s = time.perf_counter() - began
-        cell = CellResult(
-            request=request,
-            plan=plan,
-            peak_bytes=context.memory.peak_bytes(plan, request),
-            budget_fraction=request.budget_bytes
-            / context.memory.dense_peak_bytes(request.batch_size, request.seq_len_tokens),
-            loss=losses.of(plan, split),
-            calibration=losses.of(plan, "calibration"),
-            evaluations=_scored(policy)[0] - scored,
-            decision_s=decision_s,
-            truncated=truncated,
-        )
-        cells.append(cell)
+    cells = _cells(policy, env, losses, split, seed)
     env.close()
     if measure:
         plans = [cell.plan for cell in cells if cell.fits]
@@ -374,14 +356,7 @@ def evaluate(
             losses.measure(plans, "calibration")
         except CorpusError as error:  # text that a model wrote differs between machines
             log.warning("Values on the calibration text stay predicted. %s", error)
-        cells = [
-            replace(
-                cell,
-                loss=losses.of(cell.plan, split),
-                calibration=losses.of(cell.plan, "calibration"),
-            )
-            for cell in cells
-        ]
+        cells = [replace(cell, **_known(losses, cell.plan, split)) for cell in cells]
     entries = [entry for entry in published if entry.measured_on(split)]
     return Evaluation(
         name=name,
@@ -394,6 +369,33 @@ def evaluate(
         setup_evaluations=_scored(policy)[1],
         entries=tuple(entries) if text_sha256 == pinned.sha256_of(split) else (),
     )
+
+
+def _cells(policy: Any, env: Any, losses: TaskLosses, split: str, seed: int) -> list[CellResult]:
+    """What a policy decides at each request of a task, and what is known of its plans' losses."""
+    memory, decide, cells = env.unwrapped.memory, decider(policy), []
+    for number, request in enumerate(losses.task.requests):
+        scored, began = _scored(policy)[0], time.perf_counter()
+        plan, truncated = decide(env, request, seed + number)
+        decision_s = time.perf_counter() - began
+        native_bytes = memory.dense_peak_bytes(request.batch_size, request.seq_len_tokens)
+        cell = CellResult(
+            request=request,
+            plan=plan,
+            peak_bytes=memory.peak_bytes(plan, request),
+            budget_fraction=request.budget_bytes / native_bytes,
+            **_known(losses, plan, split),
+            evaluations=_scored(policy)[0] - scored,
+            decision_s=decision_s,
+            truncated=truncated,
+        )
+        cells.append(cell)
+    return cells
+
+
+def _known(losses: TaskLosses, plan: Plan, split: str) -> dict[str, Any]:
+    """What is known so far of a plan's losses: the fields of a `CellResult`."""
+    return {"loss": losses.of(plan, split), "calibration": losses.of(plan, "calibration")}
 
 
 def made(policy: Any, basis: Basis) -> Any:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Literal
 
 from rap_env.memory import PREFILL_CHUNK_TOKENS
 from rap_env.plan import Plan
-from rap_env.request import KEPT_DELTA_NLL
 
 if TYPE_CHECKING:
     from rap_env.models.live.live_blocks import HeldBytes
@@ -76,7 +75,7 @@ class EngineSettings:
     queue_timeout_s: float | None = None
     target_itl_s: float | None = None
     keep: bool = True
-    keep_delta_nll: float = KEPT_DELTA_NLL
+    keep_delta_nll: float = 0.005
     keep_file_bytes: int = 0
 
 

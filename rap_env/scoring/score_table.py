@@ -11,7 +11,6 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import numpy.typing as npt
 
 from rap_env.artifacts import load_artifact, save_artifact, with_tuples
 from rap_env.errors import ArtifactError, ModelNotAvailableError, UnknownNameError
-from rap_env.ladder.items import Counts, Item, Ladder
+from rap_env.ladder.items import Counts, Ladder
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import Plan
 from rap_env.scoring.fidelity import Fidelity
@@ -51,6 +50,8 @@ TABLES = Path(__file__).parent / "tables"
 _KIND, _FORMAT = "score table", 10
 _PREDICTIONS_KEPT = 2**17
 _LADDERS_KEPT = 8
+
+Levels = tuple[dict[bytes, float], PlanFeatures | None]
 
 
 def packaged_tables() -> list[Path]:
@@ -257,21 +258,8 @@ class TableScorer:
         self._asked: set[Any] = set()
         self._forgotten = 0
         self._model = table.predictor
-        self._make_caches()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in self._CACHES}
-
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
-        vars(self).update(state)
-        self._make_caches()
-
-    _CACHES = ("_predict", "_levels_of")  # they have no pickle
-
-    def _make_caches(self) -> None:
-        self._predict = lru_cache(_PREDICTIONS_KEPT)(self._predicted)
-        make_levels = lru_cache(_LADDERS_KEPT)(self._make_levels)
-        self._levels_of = lru_cache(_LADDERS_KEPT)(lambda ladder: make_levels(ladder.items))
+        self._predictions: dict[Plan, float] = {}
+        self._levels: dict[Ladder, Levels] = {}
 
     @property
     def known(self) -> int:
@@ -279,7 +267,7 @@ class TableScorer:
 
         One counts again if 131,072 others were asked for since.
         """
-        return self._forgotten + len(self._asked) + self._predict.cache_info().misses
+        return self._forgotten + len(self._asked) + len(self._predictions)
 
     def is_predicted(self, plan: Plan) -> bool:
         """Whether the plan was not measured, so that its score comes from the predictor."""
@@ -295,16 +283,23 @@ class TableScorer:
         nll = self._measured.get(plan)
         if nll is None:
             plan.check(self._facts.num_blocks)
-            return self.dense_nll + self._predict(plan)
+            return self.dense_nll + self._predicted(plan)
         self._asked.add(plan)
         return nll
 
     def _predicted(self, plan: Plan) -> float:
         """Predicted delta_nll, nats per token."""
+        if plan in self._predictions:
+            return self._predictions[plan]
+        if len(self._predictions) == _PREDICTIONS_KEPT:
+            self._forgotten += len(self._predictions)
+            self._predictions.clear()
         features = feature_matrix([plan], self._facts.num_blocks)
         lowered = np.array([lowered_cost(plan, self._lowered)])
         mask_nll = np.array([self._measured.get(Plan(plan.removed), math.nan)])
-        return float(self._predicted_many(features, lowered, mask_nll)[0])
+        predicted = float(self._predicted_many(features, lowered, mask_nll)[0])
+        self._predictions[plan] = predicted
+        return predicted
 
     def _predicted_many(self, features: Features, lowered: Floats, mask_nll: Floats) -> Floats:
         """Predicted delta_nll of plans, nats per token, (n,); relative to those of known masks.
@@ -344,7 +339,7 @@ class TableScorer:
         if predicted.any():
             rows = positions[predicted]
             if features is None:
-                delta_nll = np.array([self._predict(ladder.plan(row)) for row in rows.tolist()])
+                delta_nll = np.array([self._predicted(ladder.plan(row)) for row in rows.tolist()])
             else:
                 masks = [measured.get(key, math.nan) for key in _keys(features.masks(rows))]
                 inputs = features.removed(rows), features.lowered(rows)
@@ -352,14 +347,21 @@ class TableScorer:
             nll[predicted] = self.dense_nll + delta_nll
         return nll, predicted
 
-    def _make_levels(
-        self, items: tuple[Item, ...]
-    ) -> tuple[dict[bytes, float], PlanFeatures | None]:
+    def _levels_of(self, ladder: Ladder) -> Levels:
+        """What `_make_levels` gives for a ladder, made once for all with the same items."""
+        if ladder in self._levels:
+            return self._levels[ladder]
+        if len(self._levels) == _LADDERS_KEPT:
+            self._levels.clear()
+        alike = (levels for known, levels in self._levels.items() if known.items == ladder.items)
+        levels = self._levels[ladder] = next(alike, None) or self._make_levels(ladder)
+        return levels
+
+    def _make_levels(self, ladder: Ladder) -> Levels:
         """Measured NLL by what `_keys` gives for a plan, and the predictor's inputs.
 
         These are None if a level of the ladder has no cost.
         """
-        ladder = Ladder(items)
         on_ladder = [(plan, nll) for plan, nll in self._measured.items() if ladder.has(plan)]
         positions = np.array([ladder.positions(plan) for plan, _ in on_ladder])
         measured = dict(zip(_keys(positions), (nll for _, nll in on_ladder), strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -156,6 +157,7 @@ def encode_parts(
     text: str,
     parts: Iterable[tuple[str, Sequence[int] | None]],
     encode: Callable[[str], list[int]],
+    special_token: re.Pattern[str],
 ) -> list[int]:
     """Token ids of a text of which some parts have known ones.
 
@@ -164,11 +166,19 @@ def encode_parts(
         parts: What its messages say, in order, with the token ids where they are known; some
             may not be in the text as they are.
         encode: Gives the token ids of a text.
+        special_token: Matches the texts of special tokens, within which no part begins or ends.
     """
     ids: list[int] = []
+    inside = {
+        place
+        for match in special_token.finditer(text)
+        for place in range(match.start() + 1, match.end())
+    }
     done = at = 0
     for part, known in parts:
         begin = text.find(part, at)
+        while begin >= 0 and not inside.isdisjoint((begin, begin + len(part))):
+            begin = text.find(part, begin + 1)
         if begin < 0 or not part:
             continue
         at = begin + len(part)

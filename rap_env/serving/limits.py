@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rap_env.errors import ServingSettingsError
-from rap_env.request import parse_bytes
 from rap_env.runtime.memory_estimator import BatchShape
 from rap_env.runtime.memory_meter import ResidentMeter
 from rap_env.runtime.memory_monitor import HEADROOM_BYTES
+from rap_env.serving.settings import parse_bytes
 
 if TYPE_CHECKING:
     from rap_env.runtime.controller import RuntimeController

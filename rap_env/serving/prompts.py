@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -125,7 +126,7 @@ class RequestBuilder:
         self.grammars = grammars
         self.answers = WrittenAnswers()
         self._keeps = settings.keep == "on"
-        self._special_ids = frozenset(tokenizer.all_special_ids)
+        self._special_token = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
         self._lock = threading.Lock()  # a tokenizer's settings are not thread-safe
 
     def build(self, body: Body, key: str = "") -> GenerationRequest:
@@ -346,44 +347,37 @@ class RequestBuilder:
                 "chat_template_kwargs",
             )
         render: Callable[..., str] = partial(self._render, tools=offered, **variables)
-        try:
-            text = render(turns)
-        except ImportError:
-            raise
-        except Exception as error:  # a template is a program that may raise anything
-            raise invalid(
-                f"The model's chat template rejects these messages: {shown(str(error))}.",
-                "messages",
-            ) from None
         encode = partial(self.encode, add_special=False)
-        ids = encode(text)
         if generic:
-            return ids
-        parts = list[tuple[str, Sequence[int] | None]]()
-        for place, message in enumerate(messages):
-            content, known = message.content, None
-            if message.role == "assistant":
-                key = _answer_key(message)
-                content, known = self.answers.get(owner, key) or (content, None)
-                if known and message.tool_calls:
-                    turns[place] = {"role": "assistant", "content": content}
-            parts.append((content, known))
+            return encode(render(turns))
+        parts = self._parts(messages, owner)
+        written = list(turns)
+        for place, (message, (text, known)) in enumerate(zip(messages, parts, strict=True)):
+            if known and message.tool_calls:
+                written[place] = {"role": "assistant", "content": text}
         try:
-            written = encode_parts(render(turns), parts, encode)
-        except Exception:  # the template takes no results without calls
-            return ids
-        # A text such as "im_start" could be found inside of a special token.
-        special = self._special_ids
-        same = [i for i in ids if i in special] == [i for i in written if i in special]
-        return written if same else ids
+            text = render(written)
+        except ApiError:
+            text = render(turns)  # some templates take no results without calls
+        return encode_parts(text, parts, encode, self._special_token)
+
+    def _parts(
+        self, messages: Sequence[ChatMessage], owner: str
+    ) -> list[tuple[str, Sequence[int] | None]]:
+        """The text of each message, and the token ids of those that are answers to an owner."""
+        parts = list[tuple[str, Sequence[int] | None]]()
+        for message in messages:
+            answer = None
+            if message.role == "assistant":
+                answer = self.answers.get(owner, _answer_key(message))
+            parts.append(answer or (message.content, None))
+        return parts
 
     def _render(
         self, turns: list[dict[str, Any]], tools: list[dict[str, Any]], **variables: Any
     ) -> str:
-        fixed = {"tools": tools or None, "tokenize": False, "add_generation_prompt": True}
         with self._lock:
-            text: str = self._tokenizer.apply_chat_template(turns, **variables | fixed)
-        return text
+            return in_template(self._tokenizer, turns, tools, **variables)
 
     def _prompt(self, entry: str | list[int]) -> list[int]:
         ids = self.encode(entry, add_special=True) if isinstance(entry, str) else entry
@@ -416,6 +410,26 @@ def _bias(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
 def _unsupported(field: str, error: Exception) -> ApiError:
     message = f"'{field}' is not supported with this server: {shown(str(error), 400)}"
     return invalid(message, field, "unsupported_parameter")
+
+
+def in_template(
+    tokenizer: Any, turns: list[dict[str, Any]], tools: list[dict[str, Any]], **variables: Any
+) -> str:
+    """The text of turns in a model's chat template, up to where an answer begins.
+
+    Raises:
+        ApiError: The template rejects them (400).
+    """
+    fixed = {"tools": tools or None, "tokenize": False, "add_generation_prompt": True}
+    try:
+        text: str = tokenizer.apply_chat_template(turns, **variables | fixed)
+    except ImportError:
+        raise
+    except Exception as error:  # a template is a program that may raise anything
+        raise invalid(
+            f"The model's chat template rejects these messages: {shown(str(error))}.", "messages"
+        ) from None
+    return text
 
 
 def template_turns(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, cast
@@ -14,6 +16,7 @@ from rap_env.models.device import drop_unused_pages, resident_bytes
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.model_folder import made_apart
 from rap_env.models.live.elastic import ElasticLLM
+from rap_env.paths import any_prepared
 from rap_env.policies.base import Policy
 from rap_env.policies.loading import load_policy
 from rap_env.request import Request
@@ -62,12 +65,24 @@ def load_served_model(settings: ServerSettings, limit: LiveLimit | None = None) 
             try:
                 llm = load(before_weights=partial(check_start, settings.model, limit))
             except ServingSettingsError:
-                llm = load(on_demand=True)
-                if llm.absent_levels(WEIGHT_LEVELS):
+                prepared = _prepared(load)
+                if prepared is None:
                     raise
-                return llm
+                return prepared
     llm.set_residency(cast("Residency", settings.residency))
     return llm
+
+
+def _prepared(load: Callable[..., ElasticLLM]) -> ElasticLLM | None:
+    """The model with its blocks in its files, if it has all levels; else its memory is freed."""
+    if not any_prepared():
+        return None
+    llm = load(on_demand=True)
+    if llm.calibration and not llm.absent_levels(WEIGHT_LEVELS):
+        return llm
+    del llm
+    gc.collect()
+    return None
 
 
 def check_start(model: str, limit: LiveLimit, loading_bytes: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Self
 from rap_env.errors import UnsupportedModelError
 from rap_env.runtime.structured_output import WHITESPACE, closed_schema
 from rap_env.serving.answers import partial_match
+from rap_env.serving.http import ApiError
 
 _ID = "example01"  # Mistral's templates accept only ids of nine characters
 _PARAMETERS = {"type": "object", "properties": {"x": {"type": "integer"}}}
@@ -50,7 +51,8 @@ class CallForm:
         """Find the form by rendering an example of a call.
 
         Args:
-            render: Writes messages and tools in the template, up to where an answer begins.
+            render: Writes messages and tools in the template, up to where an answer begins;
+                raises an `ApiError` if the template rejects them.
             tokenizer: The model's tokenizer.
 
         Raises:
@@ -60,7 +62,7 @@ class CallForm:
         try:
             # A prompt that opens a thought is no prefix; the call is on a line of its own then.
             written = render([_USER, _ANSWER, _RESULT], tools).removeprefix(render([_USER], tools))
-        except Exception:  # a template is a program that may raise anything
+        except ApiError:
             written = ""
         if (call := _WRITTEN_CALL.search(written)) is None:
             raise UnsupportedModelError(

@@ -7,7 +7,6 @@ import torch
 from agents.algorithms import AgentConfig
 from agents.training import train
 from rap_env.context.base import PruningContext
-from rap_env.context.live import LiveContext
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.plan_search import PlanSearchConfig, build_plan_table
 from rap_env.ladder.items import Ladder
@@ -17,6 +16,7 @@ from rap_env.scoring.corpus import Corpus
 from tests.agents.ladders import LadderContext
 from tests.agents.policies import envs_for
 from tests.agents.synthetic import SyntheticContext, block_context
+from tests.envs.tiny_contexts import live_context
 from tests.tiny import VOCAB_SIZE, tiny_llm
 
 
@@ -61,7 +61,7 @@ def real_context() -> PruningContext:
     """A real model of 3 layers with random weights."""
     torch.set_num_threads(1)
     tokens = torch.randint(3, VOCAB_SIZE, (2, 8), generator=torch.Generator().manual_seed(0))
-    return with_frontier(LiveContext(tiny_llm(layers=3), Corpus.of_tokens(tokens), progress=False))
+    return with_frontier(live_context(tiny_llm(layers=3), Corpus.of_tokens(tokens)))
 
 
 def with_frontier(context: PruningContext) -> PruningContext:

@@ -9,7 +9,6 @@ import torch
 from rap_env.artifacts import load_artifact
 from rap_env.context import live as live_module
 from rap_env.context.base import ContextConfig
-from rap_env.context.live import LiveContext
 from rap_env.context.opening import open_context
 from rap_env.errors import ArtifactError
 from rap_env.importance.gsi_search import gsi
@@ -20,13 +19,13 @@ from rap_env.policies.packaged_files import default_facts
 from rap_env.scoring.corpus import Corpus, CorpusConfig
 from rap_env.scoring.corpus_loading import TEXTS
 from rap_env.scoring.store import ScoreStore
+from tests.envs.tiny_contexts import live_context
 from tests.scoring.test_scorer import tokens
 from tests.tiny import tiny_llm, tiny_model, tiny_tokenizer
 
 
 def make_live(tmp_path, **settings):
-    settings = {"folder": tmp_path, "progress": False, **settings}
-    return LiveContext(tiny_llm(layers=3), Corpus.of_tokens(tokens()), **settings)
+    return live_context(tiny_llm(layers=3), Corpus.of_tokens(tokens()), folder=tmp_path, **settings)
 
 
 def test_importance_is_measured_once_and_kept(tmp_path):
@@ -54,7 +53,7 @@ def test_an_artifact_by_path(tmp_path):
     path = tmp_path / "mine.json"
     profile = gsi(make_live(tmp_path).scorer, stop=3, path=path, progress=False)
     assert make_live(tmp_path, importance=str(path)).gsi == profile
-    other = LiveContext(
+    other = live_context(
         tiny_llm(layers=3, seed=9), Corpus.of_tokens(tokens()), importance=str(path)
     )
     with pytest.raises(ArtifactError, match="other weights"):
@@ -72,7 +71,7 @@ def test_a_packaged_order_is_used_where_it_fits(tmp_path, monkeypatch):
         other = make_live(tmp_path / "folder", **settings)
         assert len(other.gsi.order) == settings["gsi_removals"]
         assert other.scorer.evaluations > 0
-    text = LiveContext(tiny_llm(layers=3), Corpus.of_tokens(tokens(seed=1)), gsi_removals=3)
+    text = live_context(tiny_llm(layers=3), Corpus.of_tokens(tokens(seed=1)), gsi_removals=3)
     assert text.gsi.dense_nll != profile.dense_nll
 
 

@@ -5,14 +5,13 @@ import numpy as np
 import pytest
 
 from rap_env.context.base import ContextConfig
-from rap_env.context.live import LiveContext
 from rap_env.context.opening import open_context
 from rap_env.envs.prune import RAPPruneEnv
 from rap_env.errors import ArtifactError, ModelNotAvailableError
 from rap_env.importance.gsi_search import gsi
 from rap_env.scoring.corpus import CorpusConfig
 from tests.envs.playing import play
-from tests.envs.tiny_contexts import make_context
+from tests.envs.tiny_contexts import live_context, make_context
 from tests.scoring.tiny_table import all_masks, table_of
 
 BLOCKS = 6
@@ -88,7 +87,7 @@ def test_kinds_of_importance(live, model):
 
 def test_a_table_with_gsi_equals_the_live_model(tmp_path):
     base = make_context()
-    live = LiveContext(base.llm, base.scorer.corpus, gsi_removals=2, progress=False)
+    live = live_context(base.llm, base.scorer.corpus, gsi_removals=2)
     table = table_of(live, all_masks(BLOCKS, 2), importance="gsi", gsi_removals=2)
     table.save(tmp_path / "g.json")
     name = f"score_table:{tmp_path / 'g.json'}"

@@ -4,14 +4,13 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from rap_env.context.live import LiveContext
 from rap_env.envs.config import TASK_DOCUMENTS
 from rap_env.envs.ladder import RAPLadderEnv
 from rap_env.envs.task import task_scorer
 from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.envs.playing import make, play, play_first_valid
-from tests.envs.tiny_contexts import make_context, tiny_tokens
+from tests.envs.tiny_contexts import live_context, make_context, tiny_tokens
 from tests.scoring.test_long_context_tasks import word_llm
 from tests.tiny import tiny_tokenizer
 
@@ -43,7 +42,7 @@ def test_environments_share_the_tasks_of_a_context(context):
 
 
 def test_the_recall_that_lowered_caches_cost_is_paid():
-    context = LiveContext(word_llm(), tiny_tokens(), importance="one_shot", progress=False)
+    context = live_context(word_llm(), tiny_tokens(), importance="one_shot")
     levels = {"levels": {"caches": ["native", "int2"]}, "together": ()}
     reward = {"name": "combined", "weights": {"perplexity": 1.0, "recall": 0.5}}
     env = RAPLadderEnv(context=context, reward=reward, tasks=RECALL, **levels)

@@ -1,11 +1,12 @@
 """Real contexts around tiny random models: all that an environment needs, in milliseconds."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from rap_env.context.base import PruningContext
+from rap_env.context.base import ContextConfig, PruningContext
 from rap_env.context.live import LiveContext
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.scoring.corpus import Corpus
@@ -19,10 +20,18 @@ def tiny_tokens(seed: int = 0, windows: int = 2, length: int = 8) -> Corpus:
     return Corpus.of_tokens(torch.randint(3, VOCAB_SIZE, (windows, length), generator=generator))
 
 
+def live_context(
+    llm: ElasticLLM, text: Corpus, *, folder: Path | None = None, **settings: Any
+) -> LiveContext:
+    """A context of settings that `ContextConfig` has; GSI orders all blocks unless they say."""
+    config = ContextConfig(**{"gsi_removals": None, **settings})
+    return LiveContext(llm, text, config, folder=folder, progress=False)
+
+
 def make_context(tokenizer: Any = None, *, importance: str = "one_shot") -> PruningContext:
     torch.set_num_threads(1)
     llm = tiny_llm(layers=LAYERS, tokenizer=tokenizer)
-    return LiveContext(llm, tiny_tokens(), importance=importance, progress=False)
+    return live_context(llm, tiny_tokens(), importance=importance)
 
 
 def make_ladder_context(length: int = 128, **settings: Any) -> LiveContext:
@@ -34,4 +43,4 @@ def make_ladder_context(length: int = 128, **settings: Any) -> LiveContext:
     randomise(model)
     llm = ElasticLLM(model, None, name="tiny-llama")
     text = tiny_tokens(windows=2, length=length)
-    return LiveContext(llm, text, **{"importance": "one_shot", "progress": False, **settings})
+    return live_context(llm, text, **{"importance": "one_shot", **settings})

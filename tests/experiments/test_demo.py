@@ -1,5 +1,6 @@
 """The demo on a random model: its four stages, and that finished ones are not repeated."""
 
+import re
 from dataclasses import asdict, replace
 
 import pytest
@@ -58,6 +59,7 @@ def test_four_stages_end_with_a_service_and_a_verdict(config, capsys, monkeypatc
     for label in ("RAP policy", "Score model search", "Frontier", "Uniform", "Knapsack"):
         assert label in out
     assert "ΔNLL on held-out text" in out
+    assert re.search(r"the policy loses (\d+ % (less|more) than|about as much as) \w", out)
     assert (config.stage_dir("live") / "live.png").read_bytes().startswith(b"\x89PNG")
     items = PolicyFile.load(config.stage_dir("train") / RUN / POLICY_FILE).items
     assert sum(name.endswith((".attn", ".ffn")) for name in items) == 6

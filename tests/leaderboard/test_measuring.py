@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import rap_env
-from rap_env.context.live import LiveContext
 from rap_env.errors import ArtifactError
 from rap_env.leaderboard import evaluation
 from rap_env.leaderboard.measuring import TaskLosses
@@ -19,6 +18,7 @@ from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.held_out import HeldOutLosses
 from rap_env.scoring.scorer import PlanScorer
+from tests.envs.tiny_contexts import live_context
 from tests.scoring.tiny_table import all_masks, table_of
 from tests.tiny import tiny_llm
 
@@ -37,7 +37,7 @@ def real(model_folder, tmp_path_factory):
         texts[role] = CorpusConfig(str(file), windows=2, window_tokens=16, role=role)
     llm = load_llm(model_folder, dtype="float32", weights="bf16")
     corpora = {role: load_corpus(text, llm) for role, text in texts.items()}
-    context = LiveContext(llm, corpora["calibration"], importance="one_shot", progress=False)
+    context = live_context(llm, corpora["calibration"], importance="one_shot")
     scorers = {"calibration": context.scorer, "test": PlanScorer(llm, corpora["report"])}
     masks = all_masks(8)[:150]
     delta_nll = {

@@ -62,7 +62,7 @@ def test_all_places_are_filled_and_a_second_address_replaces_the_first(copy):
     assert "there is no release" in without["README.md"]
     assert "there is no release" not in first["README.md"]
     assert all(f"[{page}](https://" in first["README.md"] for page in ("Documentation", "Explorer"))
-    assert len(first["README.md"].splitlines()) == len(without["README.md"].splitlines()) <= 130
+    assert len(first["README.md"].splitlines()) == len(without["README.md"].splitlines()) <= 80
     assert "from a checkout:" not in first["docs/quickstart.md"]
     commands = [code for kind, code in BLOCK.findall(first["README.md"]) if kind == "bash"]
     installs = [line for line in "".join(commands).splitlines() if f"git+{FIRST}" in line]

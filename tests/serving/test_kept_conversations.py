@@ -1,6 +1,7 @@
 """Answers say what was kept of earlier requests, and each client finds only its own."""
 
 import logging
+import re
 
 import httpx
 import pytest
@@ -130,12 +131,15 @@ def test_a_history_has_the_tokens_in_which_its_answers_were_written():
 
 def test_written_answers_stand_where_the_text_has_them():
     def encoded(text, *parts):
-        return encode_parts(text, parts, lambda part: [ord(letter) for letter in part])
+        special = re.compile(r"<abba>")
+        return encode_parts(text, parts, lambda part: [ord(letter) for letter in part], special)
 
     a, b, known = ord("a"), ord("b"), ("bb", [7, 7])
     assert encoded("abba", known) == [a, 7, 7, a]
     assert encoded("abba", ("bb", None)) == [a, b, b, a]
     assert encoded("bbabb", ("bba", None), known) == [b, b, a, 7, 7]  # in their order
+    ids = encoded("<abba>bb", known)
+    assert ids == [*map(ord, "<abba>"), 7, 7]  # not within a special token
     assert encoded("aba", ("", None), known) == [a, b, a]  # a template may change what it is given
 
 

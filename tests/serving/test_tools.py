@@ -5,6 +5,7 @@ import json
 import random
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ import pytest
 from pydantic import BaseModel
 
 from rap_env.errors import UnsupportedModelError
+from rap_env.serving.prompts import in_template
 from rap_env.serving.schemas import ChatCompletionRequest
 from rap_env.serving.tool_calls import CallForm, ToolCallParser
 from tests.serving.conftest import chat, client_of, dense_engine, served
@@ -48,12 +50,7 @@ def written(form, *calls):
 
 
 def form_of(tokenizer):
-    def render(turns, tools):
-        return tokenizer.apply_chat_template(
-            turns, tools=tools, tokenize=False, add_generation_prompt=True
-        )
-
-    return CallForm.of_template(render, tokenizer)
+    return CallForm.of_template(partial(in_template, tokenizer), tokenizer)
 
 
 def split(parser, pieces):

@@ -21,7 +21,7 @@ from experiments.config.study_settings import ReplayConfig
 from experiments.contexts import load_model, load_text
 from experiments.studies.replay.serving import SystemRun, check_system, system_policy
 from experiments.studies.replay.workload import ReplayRequest, cotenant_budget, make_requests
-from experiments.study.harness import Job, Published, Study, untitled
+from experiments.study.harness import Job, Published, Study, sections
 from experiments.study.json_records import Record
 from experiments.study.statistics import bootstrap_mean
 from experiments.study.table_format import TitledTable, mebibytes, percent, seconds
@@ -352,8 +352,11 @@ STUDY = Study(
         *(f"replay.{field.name}" for field in fields(ReplayConfig) if field.name != "systems"),
     ),
     published=[
-        Published("replay", "replay/replay", untitled),
-        Published("replay_ladder", "ladder/replay"),
-        Published("replay_low_bits", "replay_low_bits/replay"),
+        Published(name, records, sections("Quality"))
+        for name, records in (
+            ("replay", "replay/replay"),
+            ("replay_ladder", "ladder/replay"),
+            ("replay_low_bits", "replay_low_bits/replay"),
+        )
     ],
 )

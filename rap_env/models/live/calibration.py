@@ -31,7 +31,7 @@ from rap_env.models.weights.packed_modules import raw_weights
 from rap_env.models.weights.quantisers import Quantiser, quantise
 from rap_env.models.weights.tensors import verified_tensors, write_tensors
 from rap_env.models.weights.weight_levels import Place, WeightItem
-from rap_env.paths import LEVELS_FILE, cache_dir, calibrated_dir, prepared_dir
+from rap_env.paths import LEVELS_FILE, any_prepared, calibrated_dir, prepared_dir
 from rap_env.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def use_prepared_levels(llm: ElasticLLM, *, quick: bool) -> None:
         llm: The model.
         quick: Whether they may be quick ones.
     """
-    if not any(cache_dir().glob(f"prepared/*/{LEVELS_FILE}")):
+    if not any_prepared():
         return  # without the seconds that a fingerprint of unquantised weights takes
     with contextlib.suppress(FileNotFoundError):
         path = prepared_dir(llm.fingerprint) / LEVELS_FILE
