@@ -151,7 +151,7 @@ def _result(
     runs: int,
 ) -> ModelResult:
     """What a policy loses on the model of an environment."""
-    from rap_env.leaderboard.evaluation import decider, made
+    from rap_env.leaderboard.deciding import decider, made
     from rap_env.policies.base import Policy
     from rap_env.policies.loading import make_method
     from rap_env.policies.method import Basis
