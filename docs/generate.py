@@ -252,6 +252,58 @@ def by_method(folder: str) -> dict[str, Summary]:
     return {summary.method: summary for summary in compared(folder).summaries}
 
 
+def unseen_tried_table() -> str:
+    """Scores of designs on models that were left out of training, which chose among them."""
+    record = json.loads((RESULTS / "unseen" / "tried.json").read_text("utf-8"))
+    rows = [
+        [
+            row["design"],
+            *(str(row["score"].get(str(runs), "-")) for runs in UNSEEN_RUNS),
+            row["note"],
+        ]
+        for row in record["designs"]
+    ]
+    return markdown((["Design", *(f"{runs} runs" for runs in UNSEEN_RUNS), ""], rows))
+
+
+UNSEEN_RUNS, UNSEEN_MODELS, POLICY = (0, 8, 64), 44, "Policy"
+
+
+@cache
+def unseen_record() -> dict[str, Any]:
+    """The evaluations on tasks across models, by ``python -m experiments.unseen``."""
+    record: dict[str, Any] = json.loads((RESULTS / "unseen" / "record.json").read_text("utf-8"))
+    return record
+
+
+def unseen_score(name: str, runs: int, part: str = "Test", models: int = UNSEEN_MODELS) -> str:
+    """A method's score with its interval over models, mean over its seeds; - without any."""
+    key = {"name": name, "runs": runs, "part": part}
+    rows = [row for row in unseen_record()["rows"] if key.items() <= row.items()]
+    own = [row for row in rows if row.get("trained_on", models) == models]
+    if not own:
+        return "-"
+    values = [[row["score"], *row["interval"]] for row in own]
+    return "{:.3f} [{:.3f}, {:.3f}]".format(*np.exp(np.log(values).mean(axis=0)))
+
+
+def unseen_table() -> str:
+    """Scores on the models that no method was trained or tuned on, a row for each method."""
+    names = dict.fromkeys(row["name"] for row in unseen_record()["rows"] if row["part"] == "Test")
+    header = ["Method", *(f"{runs} runs" for runs in UNSEEN_RUNS)]
+    return markdown((header, [[n, *(unseen_score(n, r) for r in UNSEEN_RUNS)] for n in names]))
+
+
+def unseen_models_table() -> str:
+    """Scores of the policy without a run, a row for each number of training models."""
+    numbers = {row["trained_on"] for row in unseen_record()["rows"] if "trained_on" in row}
+    rows = [
+        [str(number), *(unseen_score(POLICY, 0, part, number) for part in ("Test", "Train"))]
+        for number in sorted(numbers)
+    ]
+    return markdown((["Training models", "16 held-out models", "Its own training models"], rows))
+
+
 def test_scores(task: str) -> dict[str, Floats]:
     """What entries that were measured on a task's test text score at each request, by name."""
     entries = published_entries(pinned_task(task).comparison)
@@ -274,6 +326,11 @@ def readme_numbers() -> dict[str, str]:
         "episode": f"{episode()[1]:.2f}",
         "printed": printed.getvalue().strip(),
         "more_tokens": percent(more_tokens, 0),
+        "unseen_policy": unseen_score(POLICY, 0),
+        "unseen_knapsack": unseen_score("Knapsack", 0),
+        "unseen_regression": unseen_score("Regression", 0),
+        "unseen_search": unseen_score("Evolution", 64),
+        "unseen_evaluations": str(unseen_record()["test_evaluations"]),
     }
 
 
@@ -478,6 +535,9 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "process": process_table,
     "table_tasks": partial(tasks_table, LISTED_TASKS),
     "bounds": bounds_table,
+    "unseen": unseen_table,
+    "unseen_models": unseen_models_table,
+    "unseen_tried": unseen_tried_table,
     "preparing": preparing_table,
     "preparing_times": preparing_times,
     **{name: partial(shown_text, name) for name in (*COMPARISONS, *STUDIES)},

@@ -132,11 +132,12 @@ def publish_method(task: str, method: str, measure: bool) -> Path:
     found = find_plugin("policy", method, [], "Give package.module:Class.").load()
     label = look(found.name).label
     name = found.name.replace("_", " ").capitalize() if label == found.name else label
-    result = rap_env.evaluate(found, task, "test", name=name, measure=measure)
+    result: Any = rap_env.evaluate(found, task, "test", name=name, measure=measure)
     say(str(result))
     description = (inspect.getdoc(found) or name).partition("\n")[0].rstrip(".")
     entry = result.entry(description, method=found.name, source=method)
-    return entry.save(ENTRIES / result.task.comparison / f"{found.name}.json.gz")
+    saved: Path = entry.save(ENTRIES / result.task.comparison / f"{found.name}.json.gz")
+    return saved
 
 
 @click.group()

@@ -58,7 +58,8 @@ def _register() -> None:
     """Register the environments, then the pinned tasks, which fix their arguments."""
     import gymnasium
 
-    from rap_env.leaderboard.tasks import ACROSS, across_arguments, pinned_tasks
+    from rap_env.leaderboard.tasks import pinned_tasks
+    from rap_env.leaderboard.unseen import PARTS, arguments_of
 
     if "RAPPrune-v0" in gymnasium.registry:
         return
@@ -76,9 +77,12 @@ def _register() -> None:
     # Gymnasium would point to version 2, whose scores are not measured yet.
     old = r".*RAPLadder/SmolLM2-(Table-)?v1.* is out of date"
     warnings.filterwarnings("ignore", old, DeprecationWarning)
-    for name, arguments in (("RAPAcross-v0", {}), (ACROSS, across_arguments())):
+    for name in ("RAPAcross-v0", *PARTS):
         gymnasium.register(
-            id=name, entry_point="rap_env.envs.across:RAPAcrossEnv", kwargs=arguments
+            id=name,
+            entry_point="rap_env.envs.across:RAPAcrossEnv",
+            vector_entry_point="rap_env.envs.across:RAPAcrossVectorEnv",
+            kwargs=arguments_of(name) if name in PARTS else {},
         )
 
 

@@ -17,7 +17,7 @@ from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.orders import LadderOrder, Step, check_ladder, greedy_order
 from rap_env.importance.plan_table import PlanTable
 from rap_env.importance.profiles import GSI_METHODS, GSIProfile, OneShotProfile
-from rap_env.ladder.features import ImportanceFeatures, ItemImportance
+from rap_env.ladder.features import EveryLevel, ImportanceFeatures, ItemImportance
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes, mask_bytes
 from rap_env.ladder.observation import ObservationEncoder
@@ -226,6 +226,7 @@ def make_encoder(
     levels: LevelSpec,
     together: Sequence[str],
     freed_together: bool = False,
+    every_level: bool = False,
 ) -> ObservationEncoder:
     """Make what encodes the observations of a context's model.
 
@@ -236,6 +237,7 @@ def make_encoder(
         levels: As for `Ladder.of`.
         together: As for `Ladder.of`.
         freed_together: As for `Ladder.of`.
+        every_level: Whether rows of items also have the columns of `EveryLevel`.
 
     Raises:
         UnknownNameError: There is no such ladder or level.
@@ -247,5 +249,10 @@ def make_encoder(
     ladder = Ladder.of(context.memory.facts, levels, together, freed_together)
     ladder_bytes = LadderBytes(context.memory, ladder)
     if context.importance == "none":
-        return ObservationEncoder(ladder_bytes, ItemImportance.none(ladder))
-    return ObservationEncoder(ladder_bytes, item_order(context, ladder_bytes).importance)
+        importance = ItemImportance.none(ladder)
+    else:
+        importance = item_order(context, ladder_bytes).importance
+    if every_level:
+        sizes = ladder_bytes.tables.item_bytes.reshape(len(ladder), ladder.width)
+        importance = EveryLevel(importance.one_shot, importance.place, importance.reached, sizes)
+    return ObservationEncoder(ladder_bytes, importance)

@@ -38,6 +38,7 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         encoder: Encodes its observations.
         ladder: The items, in the order of the actions, and the levels of each.
         current: The current episode; None before the first one.
+        sampler: Draws requests.
         num_actions: Actions that `step` takes; those past the items are invalid.
     """
 
@@ -70,6 +71,7 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         self.render_mode = render_mode
         self.context, self.memory = task.context, task.memory
         self.delta_key, self.encoder, self.ladder = task.delta_key, task.encoder, task.ladder
+        self.sampler = task.sampler
         self.observation_space = task.encoder.space
         self.num_actions = len(task.ladder)
         self.action_space = gym.spaces.Discrete(self.num_actions)

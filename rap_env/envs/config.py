@@ -125,6 +125,11 @@ class EnvConfig:
         """What defines the ladder of a model, as `Ladder.of` takes it."""
         return {name: getattr(self, name) for name in EnvConfig.unused}
 
+    @property
+    def observed(self) -> dict[str, Any]:
+        """What defines the observations of a model, as `make_encoder` takes it."""
+        return {"layout": self.layout, **self.ladder}
+
     def of_context(self) -> dict[str, Any]:
         """Settings of the pruning context that have another name there."""
         return {}
@@ -180,11 +185,17 @@ class LadderEnvConfig(EnvConfig):
     over_budget: str = setting("worst", choices=OVER_BUDGET, kind="setting of over_budget:")
     levels: str | Mapping[str, Any] = "all"
     together: Sequence[str] = ("int8", "int4")
+    every_level: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         parse_levels(self.levels)
         parse_together(self.together)
+
+    @property
+    def observed(self) -> dict[str, Any]:
+        """As in `EnvConfig`, and whether rows have the further levels."""
+        return {**super().observed, "every_level": self.every_level}
 
     def of_context(self) -> dict[str, Any]:
         """`gsi_actions` is the context's `gsi_removals`; a score table has no GSI over items."""

@@ -161,6 +161,7 @@ class RAPLadderEnv(PruningEnv):
     | `levels` | `"all"` | `"all"`, `"four-bits"`, `"caches"`, `"masks"`, or a dict of lists |
     | `together` | `("int8", "int4")` | levels that all caches take with one action |
     | `freed_together` | `False` | whether column 6 counts all caches that an action lowers |
+    | `every_level` | `False` | whether rows also show the cost and bytes of each level |
     | `workload` | `{"name": "azure-conv", "budget_fraction_range": [0.25, 0.95]}` | sampler |
     | `reward` | `"perplexity"` | name or dict, as above |
     | `calibration` | `None` | text that NLL is measured on: source, or dict of `CorpusConfig` |

@@ -153,7 +153,7 @@ class PruningTask:
         self.info_key, self.delta_key = config.info_key, config.delta_key
         self._unchanged, self._verb = config.unchanged, config.verb
         self._names_removed = config.info_key == "removed"
-        self.encoder = make_encoder(self.context, config.layout, **config.ladder)
+        self.encoder = make_encoder(self.context, **config.observed)
         self.ladder = self.encoder.ladder
         if isinstance(self.context.scorer, TableScorer):
             # Makes its tables, so that the first step is as fast as others.

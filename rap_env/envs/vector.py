@@ -59,6 +59,7 @@ class PruningVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64], 
         memory: The model's byte arithmetic.
         encoder: Encodes the observations.
         ladder: The items, in the order of the actions, and the levels of each.
+        num_actions: Actions that `step` takes; those past the items are invalid.
 
     Raises:
         InvalidRequestError: `num_envs` or `max_episode_steps` is no whole number of at least
@@ -101,11 +102,12 @@ class PruningVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64], 
         task = self._task = PruningTask(self._config, context)
         self.context, self.memory = task.context, task.memory
         self.encoder, self.ladder = task.encoder, task.ladder
+        self.num_actions = len(task.ladder)
         self._generators: list[np.random.Generator | None] = [None] * num_envs
         self._seeds = [-1] * num_envs
         self._episodes = VectorEpisodes(num_envs, task)
         self.single_observation_space = task.encoder.space
-        self.single_action_space = gym.spaces.Discrete(len(task.ladder))
+        self.single_action_space = gym.spaces.Discrete(self.num_actions)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
 
@@ -201,7 +203,7 @@ class PruningVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64], 
         """
         episodes, task = self._started, self._task
         active = self._active()
-        actions = _actions(actions, active, task)
+        actions = _actions(actions, active, task, self.num_actions)
         terms, terminated, truncated = episodes.step(actions, active)
         rewards = np.asarray(sum(terms.values()))
         final: dict[str, Any] = {}
@@ -340,7 +342,9 @@ def _autoreset_mode(mode: str | AutoresetMode) -> AutoresetMode:
     return AutoresetMode(mode)
 
 
-def _actions(actions: npt.NDArray[np.int64], active: Flags, task: PruningTask) -> Counts:
+def _actions(
+    actions: npt.NDArray[np.int64], active: Flags, task: PruningTask, num_actions: int
+) -> Counts:
     """The action of each active sub-environment, 0 for the others, (n,)."""
     given = np.asarray(actions)
     if given.shape != active.shape:
@@ -349,7 +353,7 @@ def _actions(actions: npt.NDArray[np.int64], active: Flags, task: PruningTask) -
             f"one of shape {given.shape}."
         )
     whole = given.dtype.kind in "iu"
-    wrong = active & ((given < 0) | (given >= len(task.ladder))) if whole else active
+    wrong = active & ((given < 0) | (given >= num_actions)) if whole else active
     if wrong.any():
         raise task.unknown_action(given[wrong][0].item())
     return given.astype(np.int64) if active.all() else np.where(active, given, 0).astype(np.int64)

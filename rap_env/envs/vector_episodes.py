@@ -154,9 +154,11 @@ class VectorEpisodes:
             each.
         """
         task, now = self._task, self._now
+        known = active & (actions < self.positions.shape[1])
+        actions = np.where(known, actions, 0)
         plans, items, lower = now.costs.moves(self.positions, actions, self._rows)
-        if not active.all():
-            acts = active[plans]
+        if not known.all():
+            acts = known[plans]
             plans, items, lower = plans[acts], items[acts], lower[acts]
         before = self.positions[plans, items]
         own_bytes, codes = now.after(plans, items, before, lower)

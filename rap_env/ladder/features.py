@@ -34,6 +34,14 @@ ITEM_FEATURES = (
 )  # fmt: skip
 """Columns of an item's row, ``ladder``."""
 
+SHOWN_LEVELS = 5
+"""Levels below the native one that `EveryLevel` has columns for."""
+
+_LEVEL_FEATURES = (
+    "share0",
+    *(f"{kind}{position}" for position in range(1, SHOWN_LEVELS + 1) for kind in ("cost", "share")),
+)
+
 COST_FLOOR, COST_CEILING = 1e-4, 10.0
 """Costs in nats per token that are observed as about 0 and as 1, on a log scale between."""
 
@@ -154,6 +162,34 @@ class ItemImportance:
         """
         rises = self.reached[np.arange(len(positions)), positions]
         return float(rises.sum()) if self.reached.any() else None
+
+
+@dataclass(frozen=True, eq=False)
+class EveryLevel(ItemImportance):
+    """`ItemImportance` with columns for each level of an item, whichever it has now.
+
+    For each of `SHOWN_LEVELS` positions below the native one: the ΔNLL if only this item has
+    that level, on the scale of `log_cost`, and its bytes, as a share of the native bytes of all
+    items that do not depend on the request. 0 where there is no such level.
+
+    Attributes:
+        item_bytes: Bytes of each item at each level, caches left out, (items, W).
+    """
+
+    features: ClassVar[tuple[str, ...]] = (*ITEM_FEATURES, *_LEVEL_FEATURES)
+
+    item_bytes: npt.NDArray[np.int64]
+
+    def columns(self, steps: LevelSteps, num_layers: int) -> Columns:
+        """The columns of a row, ``freed_share`` left out."""
+        ladder, native = steps.ladder, self.item_bytes[:, 0].sum()
+        costs, shares = log_cost(self.one_shot), self.item_bytes / max(1, native)
+        columns = {**super().columns(steps, num_layers), "share0": shares[:, :1]}
+        for position in range(1, min(SHOWN_LEVELS, ladder.width - 2) + 1):
+            exists = np.array([[position < len(item.levels)] for item in ladder.items])
+            columns[f"cost{position}"] = costs[:, [position]] * exists
+            columns[f"share{position}"] = shares[:, [position]] * exists
+        return columns
 
 
 Importance = ImportanceFeatures | ItemImportance

@@ -2,55 +2,38 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import json
 import logging
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
 from rap_env.artifacts import digest, disk_errors
 from rap_env.context.base import PruningContext
 from rap_env.errors import CorpusError, InvalidRequestError, check_name
+from rap_env.leaderboard.deciding import decider, made
 from rap_env.leaderboard.entries import Entry, Run, published_entries, table_values
 from rap_env.leaderboard.measuring import Loss, TaskLosses
 from rap_env.leaderboard.tasks import SPLITS, Floats, PinnedTask, pinned_task
+from rap_env.leaderboard.unseen import PARTS, UnseenEvaluation, evaluate_unseen
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
-from rap_env.policies.loading import make_method
-from rap_env.policies.method import Basis, Method
+from rap_env.policies.method import Basis
 from rap_env.request import Request
 from rap_env.reward import over_budget_nll
 from rap_env.version import __version__
 
 log = logging.getLogger(__name__)
 
-Decision = tuple[Plan, bool]
-"""A plan, and whether invalid actions ended the episode before it fitted."""
-
 _RESAMPLES = 10_000
-
-
-@runtime_checkable
-class _Chooser(Protocol):
-    """What chooses a plan for a request, such as a `rap_env.policies.base.Policy`."""
-
-    def choose(self, request: Request) -> Any: ...
-
-
-@runtime_checkable
-class _Predictor(Protocol):
-    """A model of stable-baselines3."""
-
-    predict: Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -295,8 +278,9 @@ def evaluate(
     name: str,
     seed: int = 0,
     measure: bool = False,
-) -> Evaluation:
-    """Evaluate a policy at the requests of a pinned task.
+    runs: int | None = None,
+) -> Evaluation | UnseenEvaluation:
+    """Evaluate a policy at the requests of a pinned task, or on the models of a task across models.
 
     Args:
         policy: What decides: an object with ``choose(request)`` that returns a plan; the name
@@ -309,6 +293,11 @@ def evaluate(
             ``"test"``, text that no published method has used.
         name: The name of the policy in the result.
         seed: Seed of the episodes, for policies that draw, and of a method.
+        runs: For a task across models, such as ``"RAPLadder/Unseen-Test-v1"``: plans of each
+            request that are run on the calibration text, of which the best counts. A function or
+            an agent plays the request so often, an agent after the first time with random
+            actions; a method gets it as `max_evaluations`, if it has that. 0 or None is one plan
+            that is not run.
         measure: Whether to run the model for the plans within their budget that the task's
             table has not measured, on the split's text and on the calibration text (if this
             machine can make it again). That takes seconds to a minute a plan, and goes on where
@@ -316,20 +305,27 @@ def evaluate(
             it is.
 
     Returns:
-        The plans, what they lose, and the published methods on the same requests and text.
+        The plans, what they lose, and the published methods on the same requests and text; for a
+        task across models a score relative to the order by cost per byte.
 
     Raises:
         UnknownNameError: There is no such task, split or method.
+        InvalidRequestError: `runs` is below 0, or given for a task of one model.
         InvalidRequestError: The policy has none of these forms, or what it chooses is no plan.
         ArtifactError: The task's table has no losses on held-out text, or the model that
             `measure` loads is another one than the table's.
         RapError: As the environment does.
     """
-    pinned = pinned_task(task)
     check_name("split", split, SPLITS)
+    if task in PARTS:
+        return evaluate_unseen(policy, task, split, name=name, seed=seed, runs=runs or 0)
+    pinned = pinned_task(task)
+    if runs is not None:
+        raise InvalidRequestError(f"runs is for tasks across models ({', '.join(PARTS)}).")
     env: Any = pinned.make()
     context: PruningContext = env.unwrapped.context
-    policy = _made(policy, pinned, env.unwrapped, seed)
+    basis = Basis(context, env.unwrapped.encoder.ladder_bytes, seed, pinned.arguments["workload"])
+    policy = made(policy, basis)
     published = published_entries(pinned.comparison)
     losses = TaskLosses(pinned, context, published)
     text_sha256 = losses.text_sha256(split)
@@ -359,7 +355,7 @@ def evaluate(
 
 def _cells(policy: Any, env: Any, losses: TaskLosses, split: str, seed: int) -> list[CellResult]:
     """What a policy decides at each request of a task, and what is known of its plans' losses."""
-    memory, decide, cells = env.unwrapped.memory, _decider(policy), []
+    memory, decide, cells = env.unwrapped.memory, decider(policy), []
     for number, request in enumerate(losses.task.requests):
         scored, began = _scored(policy)[0], time.perf_counter()
         plan, truncated = decide(env, request, seed + number)
@@ -384,54 +380,8 @@ def _known(losses: TaskLosses, plan: Plan, split: str) -> dict[str, Any]:
     return {"loss": losses.of(plan, split), "calibration": losses.of(plan, "calibration")}
 
 
-def _made(policy: Any, task: PinnedTask, env: Any, seed: int) -> Any:
-    """The policy; a method that is given by its name or class is made on the task's scores."""
-    basis = Basis(env.context, env.encoder.ladder_bytes, seed, task.arguments["workload"])
-    if isinstance(policy, str):
-        return make_method(policy, *basis)
-    return policy(basis) if isinstance(policy, type) and issubclass(policy, Method) else policy
-
-
 def _scored(policy: Any) -> tuple[int, int]:
     """Plans that a policy has scored so far: for requests, and before the first one."""
     if isinstance(policy, Policy):
         return policy.evaluations, policy.setup_evaluations
     return 0, 0
-
-
-def _decider(policy: Any) -> Callable[[Any, Request, int], Decision]:
-    """What gives the decision of a policy for a request in an environment, with a seed."""
-    if isinstance(policy, _Chooser):
-
-        def chosen(_env: Any, request: Request, _seed: int) -> Decision:
-            plan = policy.choose(request)
-            if not isinstance(plan, Plan):
-                raise InvalidRequestError(
-                    "choose(request) must return a rap_env.Plan, such as "
-                    f"Plan.of({{'layer03.ffn': 'removed'}}), not {plan!r}."
-                )
-            return plan, False
-
-        return chosen
-    act = policy
-    if isinstance(policy, _Predictor):
-        masked = "action_masks" in inspect.signature(policy.predict).parameters
-
-        def act(observation: Mapping[str, Any]) -> Any:
-            masks = {"action_masks": observation["action_mask"].astype(bool)} if masked else {}
-            return policy.predict(observation, deterministic=True, **masks)[0]
-
-    elif not callable(policy):
-        raise InvalidRequestError(
-            "A policy is an object with choose(request), a stable-baselines3 model, or a function "
-            f"from an observation to an action, not {policy!r}."
-        )
-
-    def played(env: Any, request: Request, seed: int) -> Decision:
-        observation, _ = env.reset(seed=seed, options={"request": request})
-        terminated = truncated = False
-        while not (terminated or truncated):
-            observation, _, terminated, truncated, _ = env.step(act(observation))
-        return env.unwrapped.plan, truncated  # tasks limit no steps
-
-    return played

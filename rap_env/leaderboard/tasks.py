@@ -21,15 +21,6 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float64]
 
-ACROSS = "RAPLadder/TinyAcross-v0"
-"""A task across models, to train on: each reset draws one of `ACROSS_MODELS`."""
-
-ACROSS_MODELS = ("tiny-deep", "tiny-wide", "tiny-fat", "tiny-narrow")
-ACROSS_JUDGED_ON = ("RAPLadder/TinyGrouped-v0", "RAPLadder/TinyEven-v0")
-"""The pinned tasks that policies from `ACROSS` are judged on: their models are none of its own."""
-
-_ACROSS_ITEMS = 15
-
 SPLITS = ("calibration", "test")
 """The text that rewards come from and that methods search on, and text that no method has
 seen."""
@@ -130,10 +121,3 @@ def pinned_task(name: str) -> PinnedTask:
     tasks = pinned_tasks()
     check_name("pinned task", name, tasks)
     return tasks[name]
-
-
-def across_arguments() -> dict[str, Any]:
-    """The arguments of `ACROSS`: those of the tasks that its policies are judged on, but models."""
-    arguments = {**pinned_task(ACROSS_JUDGED_ON[0]).arguments}
-    del arguments["model"]
-    return {"models": list(ACROSS_MODELS), "items": _ACROSS_ITEMS, **arguments}

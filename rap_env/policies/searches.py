@@ -113,6 +113,26 @@ class GreedyPerByte(Method):
 
 
 @register
+class CostPerByte(GreedyPerByte):
+    """Repeatedly takes the step with the lowest predicted rise in NLL per useful byte.
+
+    As `GreedyPerByte`, but nothing is measured: costs are those of levels of single items.
+    """
+
+    name = "cost_per_byte"
+
+    def _cheapest(
+        self,
+        plan: Plan,
+        steps: Sequence[_Step],
+        needed_bytes: int,
+        scores: CountingScorer,
+        rises: dict[StepKey, float],
+    ) -> Plan:
+        return min(steps, key=lambda step: step.price(step.rise, needed_bytes)).plan
+
+
+@register
 class SLEB(Method):
     """Repeatedly removes the layer whose removal gives the lowest NLL (Song et al. 2024).
 

@@ -21,7 +21,7 @@ import torch
 from rap_env.artifacts import digest, load_artifact, read_rows, save_artifact
 from rap_env.errors import CorpusError
 from rap_env.extras import require_extra
-from rap_env.models.files.sources import TINY
+from rap_env.models.files.zoo import TINY
 from rap_env.models.live.calibration_text import (
     TEMPERATURE,
     TOP_P,

@@ -22,6 +22,7 @@ from rap_env.models.live.partial_forward import PartialForward
 from rap_env.plan import Plan
 from rap_env.scoring.corpus import Corpus
 from rap_env.scoring.interface import OnScore, notify
+from rap_env.scoring.lean_passes import LeanPasses
 from rap_env.scoring.plan_runner import (
     Node,
     OnLogits,
@@ -31,6 +32,7 @@ from rap_env.scoring.plan_runner import (
     branch_nodes,
     chunks,
     sharing_order,
+    token_nll,
     tokens_at_once,
     window_nll,
 )
@@ -42,6 +44,7 @@ METRIC = "window_nll"
 _BATCH_TOKENS = 1024
 _PREFIX_BYTES = 512 * 2**20
 _MOST_TOGETHER = 64
+_LEAN_TOGETHER = 32
 _FILLING_TOKENS = 2**14  # of a batch that keeps a large GPU busy
 _WORKING_STATES = 24  # a block's inner activations, in hidden states, roughly
 _LOSS_VERSION = 2  # raised when the same numbers are computed in another order
@@ -107,9 +110,10 @@ class PlanScorer:
             )
         rows = max(1, batch_tokens // length)
         batches = tuple(batch.to(llm.device) for batch in torch.split(tokens, rows))
-        width = masks_together or _batch_width(llm, batches[0])
-        self._whole = isinstance(llm.model, LeanLlama)
-        partial_forward = PartialForward(llm, widen=True, whole=self._whole)
+        self._lean = LeanPasses(llm) if isinstance(llm.model, LeanLlama) else None
+        whole = self._lean is not None
+        width = masks_together or (_LEAN_TOGETHER if whole else _batch_width(llm, batches[0]))
+        partial_forward = PartialForward(llm, widen=True, whole=whole)
         cache = StateCache(prefix_cache_bytes)
         self.runner = PlanRunner(partial_forward, batches, cache, width)
         state_bytes = tokens.numel() * llm.facts.hidden_size * llm.facts.itemsize
@@ -309,8 +313,8 @@ class PlanScorer:
         self, runner: PlanRunner, plans: Sequence[Plan], keep: Collection[Node]
     ) -> npt.NDArray[np.float64]:
         """Mean NLL of each window for each plan, (plans, windows); caches the states of `keep`."""
-        if self._whole:
-            return np.stack([self._pass_values(runner, plan) for plan in plans])
+        if self._lean is not None:
+            return self._lean_values(self._lean, plans)
         parts = []
         with self.llm.applied(Plan()):
             for batch, ids in enumerate(runner.batches):
@@ -325,18 +329,21 @@ class PlanScorer:
                 parts.append(torch.stack([nll[plan] for plan in plans]))
         return np.asarray(torch.cat(parts, dim=1).cpu().numpy(), dtype=np.float64)
 
-    def _pass_values(self, runner: PlanRunner, plan: Plan) -> npt.NDArray[np.float64]:
-        """Mean NLL of each window under a plan by whole passes, (windows,).
-
-        In a tiny model, to run steps alone takes longer than what plans share.
-        """
-        parts, forward = [], runner.partial
-        with self.llm.applied(plan):
-            for batch, ids in enumerate(runner.batches):
-                on_logits = self._on_logits(batch, [plan])
-                parts.append(window_nll(forward, forward.hidden(ids), ids, on_logits))
-                runner.block_runs += self.llm.num_blocks - len(plan.removed)
-        return np.asarray(torch.cat(parts).numpy(), dtype=np.float64)
+    def _lean_values(self, passes: LeanPasses, plans: Sequence[Plan]) -> npt.NDArray[np.float64]:
+        """Mean NLL of each window under plans of a tiny model that run together."""
+        parts = []
+        with torch.inference_mode(), self.llm.exclusive():
+            for batch, ids in enumerate(self.batches):
+                logits, runs = passes(plans, ids)
+                targets = ids[:, 1:].reshape(-1)
+                on_logits = self._on_logits(batch, plans)
+                losses = [token_nll(rows, targets) for rows in logits]
+                parts.append(torch.stack(losses).view(len(plans), len(ids), -1).double().mean(2))
+                self.runner.block_runs += runs
+                if on_logits is not None:
+                    for rows in logits:
+                        on_logits(rows)
+        return np.asarray(torch.cat(parts, dim=1).numpy())
 
     def _on_logits(self, _batch: int, _plans: Sequence[Plan]) -> OnLogits | None:
         """What also reads the logits of plans for one of the `batches`."""

@@ -6,9 +6,7 @@ import pytest
 from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env
 
-import rap_env
 from rap_env.errors import CorpusError, InvalidRequestError, UnknownNameError
-from rap_env.leaderboard.tasks import ACROSS, ACROSS_JUDGED_ON, ACROSS_MODELS, pinned_task
 
 MODELS = ["tiny-wide", "tiny-narrow", "tiny-even"]
 LEVELS = {"weights": ["int8", "removed"], "embeddings": ["int8"]}  # no text makes them
@@ -121,17 +119,68 @@ def test_it_needs_a_reset_and_enough_rows():
         gym.make("RAPAcross-v0", models=MODELS, items=3, **ARGUMENTS)
 
 
-@pytest.mark.slow
-def test_the_pinned_task_is_judged_on_models_that_it_does_not_have():
-    across = gym.make(ACROSS, store=None).unwrapped
-    assert {env.memory.facts.name for env in across.envs} == set(ACROSS_MODELS)
+def test_a_model_may_have_a_workload_of_its_own():
+    own = {"name": "fixed", "batch_size": 2, "seq_len_tokens": 8, "budget_fraction": 0.7}
+    env = gym.make("RAPAcross-v0", models=MODELS, workloads={"tiny-even": own}, **ARGUMENTS)
+    requests = {}
+    for seed in range(30):
+        _, info = env.reset(seed=seed)
+        requests.setdefault(info["model"], set()).add(tuple(info["request"].values()))
+    assert len(requests["tiny-even"]) == 1 < len(requests["tiny-wide"])
 
-    def cheapest(observation):
-        seen = across.padded(observation)
-        return int(np.argmin(np.where(seen["action_mask"], seen["ladder"][:, 8], np.inf)))
 
-    for name in ACROSS_JUDGED_ON:
-        assert pinned_task(name).arguments["model"] not in ACROSS_MODELS
-        result = rap_env.evaluate(cheapest, name, name="greedy order")
-        assert all(cell.fits for cell in result.cells)
-        assert 0 < result.mean_delta_nll < result.task.ceiling_nll
+@pytest.fixture(params=["NextStep", "SameStep"])
+def vector(request):
+    arguments = {**ARGUMENTS, "info": "arrays", "autoreset_mode": request.param}
+    return gym.make_vec("RAPAcross-v0", models=MODELS, num_envs=7, items=15, **arguments)
+
+
+def test_sub_environments_are_those_of_their_models(vector):
+    part = vector.unwrapped.parts[2]
+    alone = gym.make_vec(
+        "RAPLadder-v0",
+        model="tiny-even",
+        num_envs=3,
+        **{**ARGUMENTS, "info": "arrays"},
+        autoreset_mode=vector.metadata["autoreset_mode"],
+    )
+    rows, count = slice(4, 7), len(part.ladder)
+    ours, infos = vector.reset(seed=3)
+    theirs, _ = alone.reset(seed=[7, 8, 9])
+    assert infos["model"].tolist() == [
+        name for n, name in zip((2, 2, 3), MODELS, strict=True) for _ in range(n)
+    ]
+    rng, ended = np.random.default_rng(0), 0
+    for _ in range(40):
+        assert vector.observation_space.contains(ours)
+        np.testing.assert_array_equal(ours["ladder"][rows, :count], theirs["ladder"])
+        np.testing.assert_array_equal(ours["request"][rows], theirs["request"])
+        assert not ours["ladder"][rows, count:].any()
+        masks = vector.unwrapped.action_masks()
+        np.testing.assert_array_equal(masks, ours["action_mask"] > 0)
+        actions = np.array([rng.choice(np.flatnonzero(mask)) for mask in masks])
+        ours, rewards, terminated, truncated, infos = vector.step(actions)
+        theirs, expected, over, _, others = alone.step(actions[rows])
+        np.testing.assert_allclose(rewards[rows], expected, atol=1e-5)
+        np.testing.assert_array_equal(terminated[rows], over)
+        np.testing.assert_array_equal(infos["levels"][rows, :count], others["levels"])
+        np.testing.assert_array_equal(infos["peak_bytes"][rows], others["peak_bytes"])
+        assert not truncated.any()
+        ended += over.sum()
+        for seen in (each for each in infos.get("final_obs", ()) if each is not None):
+            assert vector.single_observation_space.contains(seen)
+    assert ended > 3
+
+
+def test_in_a_vector_too_actions_past_the_items_of_a_model_are_invalid(vector):
+    before, _ = vector.reset(seed=0)
+    after, rewards, *_ = vector.step(np.full(7, 14))
+    np.testing.assert_allclose(rewards, -0.1)
+    np.testing.assert_array_equal(after["ladder"], before["ladder"])
+    with pytest.raises(UnknownNameError):
+        vector.step(np.full(7, 15))
+
+
+def test_a_vector_has_a_sub_environment_for_each_model():
+    with pytest.raises(InvalidRequestError, match="num_envs must be a whole number of at least 3"):
+        gym.make_vec("RAPAcross-v0", models=MODELS, num_envs=2, **ARGUMENTS)

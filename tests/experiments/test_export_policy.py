@@ -74,8 +74,7 @@ def test_a_folder_without_a_run_is_rejected(config, run, tmp_path):
     untrained = tmp_path / "train" / "x-s0"
     untrained.mkdir(parents=True)
     text = (run / "config.yaml").read_text()
-    with_section_of_the_past = f"{text}\nrepair: {{name: none}}\n"
-    (untrained / "config.yaml").write_text(with_section_of_the_past)
+    (untrained / "config.yaml").write_text(text)
     with pytest.raises(ArtifactError, match="holds no checkpoint"):
         export(ExportPolicyConfig(str(untrained), "rap.safetensors"))
     settings = yaml.safe_load(text)

@@ -16,7 +16,8 @@ from experiments.config.program_settings import CompareConfig
 from rap_env.envs.config import EnvConfig
 from rap_env.errors import ArtifactError, CorpusError, InvalidRequestError, UnknownNameError
 from rap_env.leaderboard.entries import ENTRIES, Entry, published_entries
-from rap_env.leaderboard.tasks import across_arguments, pinned_task, pinned_tasks
+from rap_env.leaderboard.tasks import pinned_task, pinned_tasks
+from rap_env.leaderboard.unseen import ARGUMENTS
 from rap_env.plan import Plan
 from rap_env.policies.loading import StaticPolicy, load_policy
 from rap_env.scoring.corpus_loading import load_corpus
@@ -72,7 +73,7 @@ def test_tasks_over_levels_have_the_ladder_of_their_entries_whatever_a_model_has
             arguments = task.arguments
             levels = "all" if "LowBits" in task.name else "four-bits"
             if "/Tiny" in task.name:
-                levels = across_arguments()["levels"]
+                levels = ARGUMENTS["levels"]
             assert arguments["levels"] == arguments["workload"]["levels"] == levels
 
 

@@ -17,7 +17,9 @@ pytest.importorskip("build", reason="build is not installed")
 from rap_env.version import __version__
 
 ROOT = Path(__file__).parents[2]
-DATA_SUFFIXES = {".pyi", ".json", ".gz", ".jsonl", ".txt", ".safetensors", ".typed", ".html", ".j2"}
+DATA_SUFFIXES = {
+    ".pyi", ".json", ".gz", ".xz", ".jsonl", ".txt", ".safetensors", ".typed", ".html", ".j2",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

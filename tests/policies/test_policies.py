@@ -159,7 +159,7 @@ class TestLoadPolicy:
 
     @pytest.mark.parametrize("name", ["rapp", "some/policy.safetensors", "masks.json"])
     def test_unknown_names_and_missing_files(self, name):
-        with pytest.raises(UnknownNameError, match="known are 'block_influence', 'dense'"):
+        with pytest.raises(UnknownNameError, match="known are 'block_influence', 'cost_per_byte'"):
             load_policy(name, memory())
 
 

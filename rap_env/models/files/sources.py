@@ -21,15 +21,16 @@ from rap_env.models.families.adapter import read_config
 from rap_env.models.files.gguf_source import MODELS, SMOLLM2, converted_gguf, gguf_folder_name
 from rap_env.models.files.hub import hub_folder
 from rap_env.models.files.model_folder import manifest_source, models_dir
+from rap_env.models.files.zoo import TINY, zoo_folder
 from rap_env.paths import folder_bytes
 
-TINY = Path(__file__).parents[1] / "tiny"
-"""Folder of the tiny models in the package, which ``tools/tiny_models.py`` trains."""
+ZOO = tuple(f"zoo-{number:02}" for number in range(1, 59))
+"""Aliases of the tiny models that tasks across models are made of, see `models.files.zoo`."""
 
 TINY_MODELS = (
-    "tiny-deep", "tiny-wide", "tiny-fat", "tiny-narrow", "tiny-grouped", "tiny-even",
+    "tiny-deep", "tiny-wide", "tiny-fat", "tiny-narrow", "tiny-grouped", "tiny-even", *ZOO,
 )  # fmt: skip
-"""Their aliases, which are the names of their folders."""
+"""Aliases of all tiny models; the first ones are the names of their folders."""
 
 KNOWN = (*dict.fromkeys(model.alias for model in MODELS.values()), *TINY_MODELS)
 """Aliases of known models."""
@@ -77,7 +78,7 @@ def locate(
     if (known := MODELS.get(name)) is not None:
         return Located(known.name, known.folder(packed=packed, accept_terms=accept_terms))
     if name in TINY_MODELS:
-        return Located(name, TINY / name)
+        return Located(name, zoo_folder(name) if name in ZOO else TINY / name)
     if looks_like_path(model):
         path = Path(name).expanduser()
         if path.is_dir():

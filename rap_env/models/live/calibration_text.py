@@ -21,6 +21,7 @@ import torch
 
 from rap_env.artifacts import load_artifact, read_rows, save_artifact
 from rap_env.errors import CorpusError, UnsupportedModelError, counted
+from rap_env.models.files.sources import TINY_MODELS
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.paths import cache_dir
 from rap_env.plan import Plan
@@ -29,6 +30,9 @@ log = logging.getLogger(__name__)
 
 TEXTS = Path(__file__).parent / "texts"
 """Folder of the texts in the package that levels of packaged models are made with."""
+
+TINY_TEXT = TEXTS / "tiny.json"
+"""The text that the levels of all tiny models are made with."""
 
 SELF_WRITTEN = TEXTS / "self_written.jsonl"
 """Chats and articles that the default model wrote (``tools/self_written_texts.py``)."""
@@ -81,7 +85,8 @@ def level_windows(llm: ElasticLLM) -> tuple[int, int]:
 
 def packaged_windows(llm: ElasticLLM) -> torch.Tensor | None:
     """The text in the package that a packaged model's levels are made with, if it is one."""
-    path = TEXTS / f"{llm.fingerprint[:16]}.json"
+    tiny = llm.name in TINY_MODELS
+    path = TINY_TEXT if tiny else TEXTS / f"{llm.fingerprint[:16]}.json"
     if not path.is_file():
         return None
     return torch.tensor(load_artifact(path, _TEXT_KIND, _TEXT_FORMAT)["tokens"])
