@@ -327,7 +327,6 @@ def readme_numbers() -> dict[str, str]:
         "printed": printed.getvalue().strip(),
         "more_tokens": percent(more_tokens, 0),
         "unseen_policy": unseen_score(POLICY, 0),
-        "unseen_knapsack": unseen_score("Knapsack", 0),
         "unseen_regression": unseen_score("Regression", 0),
         "unseen_search": unseen_score("Evolution", 64),
         "unseen_evaluations": str(unseen_record()["test_evaluations"]),

@@ -190,6 +190,12 @@ class RAPAcrossVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64]
             masks[rows, : len(part.ladder)] = part.action_masks()
         return masks
 
+    def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """An attribute of each sub-environment; methods are called."""
+        if name == "action_masks":
+            return tuple(self.action_masks())
+        return tuple(itertools.chain(*(part.call(name, *args, **kwargs) for part in self.parts)))
+
     def _joined(self, parts: Any) -> tuple[Any, ...]:
         """Observations, arrays (n,) and infos of all models from those of each."""
         seen, *arrays, infos = zip(*parts, strict=True)

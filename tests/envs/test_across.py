@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env
+from sb3_contrib.common.maskable.utils import get_action_masks, is_masking_supported
 
+from agents.vector_env import GymVecEnv
 from rap_env.errors import CorpusError, InvalidRequestError, UnknownNameError
 
 MODELS = ["tiny-wide", "tiny-narrow", "tiny-even"]
@@ -170,6 +172,14 @@ def test_sub_environments_are_those_of_their_models(vector):
         for seen in (each for each in infos.get("final_obs", ()) if each is not None):
             assert vector.single_observation_space.contains(seen)
     assert ended > 3
+
+
+def test_agents_of_stable_baselines3_find_the_masks_of_a_vector(vector):
+    if vector.metadata["autoreset_mode"] == gym.vector.AutoresetMode.SAME_STEP:
+        envs = GymVecEnv(vector)
+        envs.reset()
+        assert is_masking_supported(envs)
+        assert np.array_equal(get_action_masks(envs), vector.unwrapped.action_masks())
 
 
 def test_in_a_vector_too_actions_past_the_items_of_a_model_are_invalid(vector):
