@@ -75,7 +75,7 @@ class Step(NamedTuple):
 TEXT_CHARACTERS, CHAT_TOKENS, ANSWER_TOKENS = 3600, 480, 24
 _FIRST_ANSWER = "I have read it. What is your question?"
 
-LIMIT = {0.0: 0.0, 0.2: 0.0, 0.4: 1.0, 0.62: 1.0, 0.72: 0.0, 1.0: 0.0}
+LIMIT = {0.0: 0.0, 0.1: 0.0, 0.25: 1.0, 0.75: 1.0, 0.85: 0.0, 1.0: 0.0}
 """How far the memory limit has fallen, by the share of the time that has passed."""
 _MOST = 1.1
 """The memory limit before it falls, as a share of the native need."""
