@@ -155,6 +155,21 @@ class Bench:
             positions[active] = self.observer.act(of, now, items)
         return positions
 
+    def noisy_log_costs(self, means: Floats, count: int, rng: np.random.Generator) -> Floats:
+        """Logs of corrected costs, each time with other noise but for the first time.
+
+        Args:
+            means: The corrections for some requests, (n, N, W).
+            count: How often.
+            rng: Draws the noise.
+
+        Returns:
+            (count, n, N, W).
+        """
+        noise = rng.normal(0, NOISE, (count, *means.shape))
+        noise[0] = 0
+        return np.asarray(self.log_costs + means + noise)
+
     def knapsack(self, request: int, log_costs: Floats) -> Counts:
         """The plans that fit a request whose costs have the least sums, (n, N).
 
@@ -334,9 +349,7 @@ def policy(
             every = np.arange(bench.count)
             for network in networks:
                 means = corrections([network], bench, every)
-                noise = rng.normal(0, NOISE, (_TRIED, *means.shape))
-                noise[0] = 0
-                costs = bench.log_costs + means + noise
+                costs = bench.noisy_log_costs(means, _TRIED, rng)
                 for request in every.tolist():
                     bench.measure(bench.knapsack(request, costs[:, request]))
         choices = [_choices(bench, rng) for bench in benches]
@@ -546,10 +559,8 @@ class Corrected(Tries):
     ) -> tuple[Counts, Floats]:
         """The plans, the first one without noise, and the logs of the costs, (N, W)."""
         means = corrections(self.actors, bench, self._requests[:1])
-        noise = rng.normal(0, NOISE, (count, *means.shape[1:]))
-        noise[0] = 0
-        log_costs = bench.log_costs + means
-        return bench.knapsack(0, log_costs + noise), log_costs[0]
+        log_costs = bench.noisy_log_costs(means, count, rng)[:, 0]
+        return bench.knapsack(0, log_costs), log_costs[0]
 
 
 class ActorCritic(Corrected):

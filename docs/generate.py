@@ -46,6 +46,7 @@ from experiments.studies.replay.conversations import memory_figure
 from experiments.study.harness import RESULTS, ROOT, Published, Study, write_changed, write_pages
 from experiments.study.plotting import FAINT, INK, Panel, look, panel_figure, save_gif, save_png
 from experiments.study.table_format import columns_table, markdown, percent, seconds
+from experiments.unseen import POLICY, RUNS
 from rap_env.cli import cli
 from rap_env.ladder.features import ITEM_FEATURES
 from rap_env.leaderboard.entries import (
@@ -258,15 +259,15 @@ def unseen_tried_table() -> str:
     rows = [
         [
             row["design"],
-            *(str(row["score"].get(str(runs), "-")) for runs in UNSEEN_RUNS),
+            *(str(row["score"].get(str(runs), "-")) for runs in RUNS),
             row["note"],
         ]
         for row in record["designs"]
     ]
-    return markdown((["Design", *(f"{runs} runs" for runs in UNSEEN_RUNS), ""], rows))
+    return markdown((["Design", *(f"{runs} runs" for runs in RUNS), ""], rows))
 
 
-UNSEEN_RUNS, UNSEEN_MODELS, POLICY = (0, 8, 64), 44, "Policy"
+UNSEEN_MODELS = 44
 
 
 @cache
@@ -290,8 +291,8 @@ def unseen_score(name: str, runs: int, part: str = "Test", models: int = UNSEEN_
 def unseen_table() -> str:
     """Scores on the models that no method was trained or tuned on, a row for each method."""
     names = dict.fromkeys(row["name"] for row in unseen_record()["rows"] if row["part"] == "Test")
-    header = ["Method", *(f"{runs} runs" for runs in UNSEEN_RUNS)]
-    return markdown((header, [[n, *(unseen_score(n, r) for r in UNSEEN_RUNS)] for n in names]))
+    header = ["Method", *(f"{runs} runs" for runs in RUNS)]
+    return markdown((header, [[n, *(unseen_score(n, r) for r in RUNS)] for n in names]))
 
 
 def unseen_models_table() -> str:

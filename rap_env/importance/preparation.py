@@ -117,11 +117,11 @@ class _Run:
     threads: int | None
     bounded: bool
 
-    def open(self, dtype: str, files: _Files = ()) -> ElasticLLM:
+    def open(self, dtype: str, files: _Files | None = None) -> ElasticLLM:
         """The model in a dtype, with its blocks in its files, and levels in those given."""
         gc.collect()  # the embeddings of one that was open before
         llm = load_llm(self.model, device=self.device, dtype=dtype, on_demand=True, again=True)
-        for item, own in zip(llm._live.all_items, files, strict=False):
+        for item, own in zip(llm._live.all_items, files, strict=True) if files else ():
             item.files.update(own)
         if self.bounded:
             free_memory_early()

@@ -93,8 +93,7 @@ class Executor:
             )
         )
         if looks_at_rows and snapshot.plan and snapshot.readable and not snapshot.rests:
-            lasting_bytes = self._lasting_bytes(snapshot)
-            return replace(snapshot, lasting_bytes=lasting_bytes)
+            return replace(snapshot, lasting_bytes=self._lasting_bytes(snapshot))
         return snapshot
 
     def _measured(self, snapshot: Snapshot) -> Snapshot:
