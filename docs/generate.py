@@ -100,22 +100,16 @@ COMPARISONS: dict[str, tuple[str, ...]] = {
 """Folders of ``results/`` with a comparison, and beginnings of the titles of the tables that a
 page shows beside the summary."""
 
-_RANKED, _RANKED_GEMMA = (
-    Source(folder, "rap", "rap-best of 8") for folder in ("tight_ranked", "tight_ranked_gemma")
-)
 _GREEDY = "greedy_per_byte"
 SEARCHES = {
     "tight_greedy": Source("tight_greedy", _GREEDY),
     "tight_evolutionary": Source("tight_searches", "evolutionary"),
     "tight_beam": Source("tight_searches", "beam"),
 }
-"""Searches for one request of `tight`, by marker."""
+"""Searches for one request of `tight`, by name."""
 
 BESIDE: dict[str, list[Source]] = {
-    "tight_ranked": [_RANKED, Source("tight")],
-    "tight_ranked_gemma": [_RANKED_GEMMA, Source("tight_gemma")],
-    "tight_outside_greedy": [Source("tight_outside_greedy", _GREEDY), Source("tight_outside")],
-    **{name: [search, Source("tight"), _RANKED] for name, search in SEARCHES.items()},
+    "tight_ranked": [Source("tight_ranked", "rap", "rap-best of 8"), Source("tight")],
 }
 """A method, and all others that are set beside it where it was measured, by marker."""
 
