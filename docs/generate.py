@@ -100,6 +100,9 @@ COMPARISONS: dict[str, tuple[str, ...]] = {
 """Folders of ``results/`` with a comparison, and beginnings of the titles of the tables that a
 page shows beside the summary."""
 
+DETAILS = {"cgroup_conversations"}
+"""Studies whose tables stand on pages of their own alone."""
+
 _GREEDY = "greedy_per_byte"
 SEARCHES = {
     "tight_greedy": Source("tight_greedy", _GREEDY),
@@ -179,8 +182,9 @@ def leaderboard_table(comparison: str) -> str:
     An entry whose plans were not all measured has no rank: it comes last.
     """
     names = ", ".join(f"`{task.name}`" for task in tasks_of(comparison))
-    entries, by_table = published_entries(comparison), table_values(comparison)
-    nested = nested_shares(comparison)
+    published = published_entries(comparison)
+    entries = [entry for entry in published if entry.origin["method"] not in UNCHOSEN]
+    by_table, nested = table_values(comparison), nested_shares(comparison)
 
     def measured(entry: Entry, split: str) -> float:
         return float(entry.scores(split).mean()) if entry.measured_on(split) else math.inf
@@ -219,7 +223,11 @@ def leaderboard_table(comparison: str) -> str:
     )
 
 
-LEADERBOARDS = dict.fromkeys(task.comparison for task in pinned_tasks().values())
+def leaderboards(*models: str) -> str:
+    """The published entries of the tasks on some models."""
+    names = dict.fromkeys(task.comparison for task in pinned_tasks().values())
+    return "\n".join(leaderboard_table(name) for name in names if name.startswith(models))
+
 
 METHODS = {
     "rap": "a trained network, no run of the model",
@@ -534,9 +542,9 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "unseen_tried": unseen_tried_table,
     "preparing": preparing_table,
     "preparing_times": preparing_times,
-    **{name: partial(shown_text, name) for name in (*COMPARISONS, *STUDIES)},
+    **{name: partial(shown_text, name) for name in {*COMPARISONS, *STUDIES} - DETAILS},
     **{name: partial(beside_text, name) for name in BESIDE},
-    "entries": lambda: "\n".join(map(leaderboard_table, LEADERBOARDS)),
+    "entries": lambda: leaderboards("SmolLM2", "Gemma3"),
     **{p: partial(inspect.getdoc, getattr(rap_env, c)) for p, (_, c) in ENVIRONMENTS.items()},
     "benchmarks": lambda: targets_table(committed_records()),
 }
@@ -553,9 +561,10 @@ def write_all(docs: Path) -> None:
     folder, details = docs / "_generated", docs / "results" / "details"
     for new in (folder, details):
         new.mkdir(exist_ok=True)
-    for name in (*COMPARISONS, *STUDIES):
-        text = f"---\norphan: true\n---\n\n{full_text(name).strip()}\n"
-        write_changed(details / f"{name}.md", text)
+    pages = {name: full_text(name) for name in (*COMPARISONS, *STUDIES)}
+    pages["tiny_entries"] = f"# Entries on tiny models\n\n{leaderboards('Tiny')}"
+    for name, text in pages.items():
+        write_changed(details / f"{name}.md", f"---\norphan: true\n---\n\n{text.strip()}\n")
     write_changed(folder / "commands.md", command_reference())
     write_changed(folder / "request_fields.md", request_fields())
 

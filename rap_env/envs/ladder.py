@@ -9,8 +9,8 @@ class RAPLadderEnv(PruningEnv):
     """Lower the items of a real language model until a request fits its memory budget.
 
     ## Description
-    As in `RAPPrune-v0`, a request has a batch size, a sequence length and a budget in bytes that
-    is too small for the model. There an action removes a block; here it lowers one *item* by one
+    As in `RAPPrune-v0`, a request has a batch size, a sequence length and a budget in bytes that is
+    too small for the model. There an action removes a block; here it lowers one *item* by one
     *level*, and removal is the last level. The items of a model with L layers are the weights of
     its 2L blocks, the KV caches of its L attention blocks, and the embeddings with the head. A
     level is a storage format:
@@ -39,18 +39,11 @@ class RAPLadderEnv(PruningEnv):
 
     ## Observation Space
     A `Dict` of finite numbers; `gymnasium.wrappers.FlattenObservation` makes one vector of it. Of
-    the N items first come the blocks (index `2 * layer` is attention, `2 * layer + 1` is FFN),
-    then the caches, then the embeddings; those without a lower level are left out.
+    the N items first come the blocks (index `2 * layer` is attention, `2 * layer + 1` is FFN), then
+    the caches, then the embeddings; those without a lower level are left out.
 
-    `request`: `Box(0, 1, (5,), float32)`
-
-    | Index | Observation | Min | Max |
-    |-------|-------------|-----|-----|
-    | 0 | budget, as a share of the native peak | 0 | 1 |
-    | 1 | log2 of the batch size, divided by 8 | 0 (1 sequence) | 1 (256 or more) |
-    | 2 | log of the sequence length, divided by log of the model's positions | 0 | 1 |
-    | 3 | bytes over the budget, as a share of the native peak | 0 (the request fits) | 1 |
-    | 4 | KV cache of the native model, as a share of the native peak | 0 | 1 |
+    `request`: `Box(0, 1, (5,), float32)`, the numbers of `RAPPrune-v0`: budget, batch size,
+    sequence length, bytes over the budget, and KV cache of the native model.
 
     `ladder`: `Box(0, 1, (N, 10), float32)`, a row for each item. A cost of x nats per token is
     observed as `log(1 + x / 0.0001) / log(1 + 10 / 0.0001)`, because costs span five decades.
@@ -78,8 +71,7 @@ class RAPLadderEnv(PruningEnv):
     ## Action Space
     `Discrete(N)`: the item to lower by one level. An action on an item without a lower level is
     *invalid*: it changes nothing and costs `invalid_action_penalty`. The valid actions as booleans
-    are `env.get_wrapper_attr("action_masks")()`; `env.unwrapped.ladder.items` has names and
-    levels.
+    are `env.get_wrapper_attr("action_masks")()`; `env.unwrapped.ladder.items` has names and levels.
 
     - A level of a cache that saves no bytes for this request, such as a window longer than the
       sequence, is skipped.
@@ -87,8 +79,8 @@ class RAPLadderEnv(PruningEnv):
       lowers every cache whose next level it is. It halves the length of an episode at the same
       ΔNLL.
     - Some bytes belong to several items. The first lowered cache needs a buffer for attention (at
-      most 4 MiB), and the first lowered weights of an unquantised model a buffer for one matrix,
-      so such a step alone can raise the peak.
+      most 4 MiB), and the first lowered weights of an unquantised model a buffer for one matrix, so
+      such a step alone can raise the peak.
 
     ## Rewards
     Those of `RAPPrune-v0`: by default minus the ΔNLL of the final plan; paid at the end or step by
@@ -96,11 +88,11 @@ class RAPLadderEnv(PruningEnv):
     with the caches of the plan. `relative_to` may be `"one_shot"` or `"gsi"` (the greedy order,
     followed until the request fits) or `"frontier"` (the best known plan).
 
-    A truncated episode is worth less than any plan that fits (`over_budget="worst"`): the ΔNLL of
-    a plan that fits counts as at most C, the logarithm of the vocabulary's size (10.8 for the
-    default model), a truncated episode as 2 C; accuracy pays -2 then, recall -2 C. Penalties of
-    invalid actions are paid on top. With `"measured"` it pays for the plan that it reached, and
-    doing nothing can pay.
+    A truncated episode is worth less than any plan that fits (`over_budget="worst"`): the ΔNLL of a
+    plan that fits counts as at most C, the logarithm of the vocabulary's size (10.8 for the default
+    model), a truncated episode as 2 C; accuracy pays -2 then, recall -2 C. Penalties of invalid
+    actions are paid on top. With `"measured"` it pays for the plan that it reached, and doing
+    nothing can pay.
 
     ## Starting State
     The native model and a request drawn from `workload` that it does not fit; the default workload
@@ -110,8 +102,8 @@ class RAPLadderEnv(PruningEnv):
     whose budgets it can meet: `"caches"` helps long requests and large batches only.
 
     ## Episode End
-    - Termination: the request fits, that is, the peak bytes are at most the budget. This happens
-      at the latest when every item is at its lowest level, whatever the order of valid actions.
+    - Termination: the request fits, that is, the peak bytes are at most the budget. This happens at
+      the latest when every item is at its lowest level, whatever the order of valid actions.
     - Truncation: `max_invalid_actions` actions were invalid, never on the first step; or
       `max_steps` steps were taken, if it is given; see `RAPPrune`.
 
@@ -119,12 +111,8 @@ class RAPLadderEnv(PruningEnv):
     As in `RAPPrune`, but with `delta_nll` and `baseline_delta_nll` in the place of `loss` and
     `baseline_loss`, and `levels` in that of `removed`: the names of the items' levels in the order
     of the actions. With `info="arrays"`, an int8 array of shape (N,): positions of levels, 0 for
-    `native`, and one past the last for a cache that went with its block. The property `plan` is
-    the `Plan`.
-
-    ## Rendering
-    `render_mode="rgb_array"` draws a row for each layer, as wide as its bytes, beside the bytes
-    against the budget, as an array of shape (640, 960, 3); `"ansi"` returns the same as text.
+    `native`, and one past the last for a cache that went with its block. The property `plan` is the
+    `Plan`.
 
     ## Arguments
     Names, numbers and plain dicts, so that `gymnasium.make` can copy them. An unknown argument
@@ -158,20 +146,19 @@ class RAPLadderEnv(PruningEnv):
 
     The calibration text has 3 windows of 1,024 tokens: caches and windows differ only on long
     sequences. For the tiny models of the package it is 4 windows of 64 tokens that they have not
-    seen. A new plan of the default model costs 3 to 4.5 s on one CPU core, once; scores are
-    stored.
+    seen. A new plan of the default model costs 3 to 4.5 s on one CPU core, once; scores are stored.
 
     The *greedy order* repeatedly takes the step of least predicted cost per freed byte at a
     reference request (4 sequences of 1,024 tokens). Predictions are sums of the costs of levels by
-    gradient (`LevelCosts`): those of the package for the default model, else those of `rap
-    prepare` if they have all levels of the ladder and `calibration` names no text, else the first
+    gradient (`LevelCosts`): those of the package for the default model, else those of `rap prepare`
+    if they have all levels of the ladder and `calibration` names no text, else the first
     environment computes and stores them (a backward pass for each window, and about ten
     evaluations). With `importance="gsi"`, the order is measured after each step (`rap_env.gsi`): 6
     to 12 evaluations an action on the default model, an hour or more for all. That matters for
     small budgets, where costs of removals do not add up.
 
-    A score table (`model="score_table:PATH"`) with costs of levels runs the environment without
-    the model; scores of plans that were not measured are predicted, and flagged in `info`.
+    A score table (`model="score_table:PATH"`) with costs of levels runs the environment without the
+    model; scores of plans that were not measured are predicted, and flagged in `info`.
 
     ## Version History
     - v0: First version. With `levels="masks"` on an unquantised model, and the workload, text,

@@ -17,10 +17,10 @@ class RAPPruneEnv(PruningEnv):
     attention blocks and grows with batch size times sequence length. The problem is that of "RAP:
     Runtime-Adaptive Pruning" (arXiv 2505.17138).
 
-    The *native peak* is what the native model, from which nothing is removed, needs for the
-    request in bytes. A *plan* says which blocks are removed. Its NLL is the mean negative
-    log-likelihood of the calibration text, in nats per token; its *ΔNLL*, which `info` calls
-    `loss`, is that minus the native model's.
+    The *native peak* is what the native model, from which nothing is removed, needs for the request
+    in bytes. A *plan* says which blocks are removed. Its NLL is the mean negative log-likelihood of
+    the calibration text, in nats per token; its *ΔNLL*, which `info` calls `loss`, is that minus
+    the native model's.
 
     ## Observation Space
     A `Dict` of finite numbers; `gymnasium.wrappers.FlattenObservation` makes one vector of it.
@@ -48,17 +48,17 @@ class RAPPruneEnv(PruningEnv):
     | [:, 5] | position in the GSI order | 0 (removed first) | 1 (removed last) |
     | [:, 6] | ΔNLL added by its removal in the GSI order, as x / (1 + x) | 0 | 1 |
 
-    `action_mask`: `MultiBinary(2L)`, int8, 1 for each block that may be removed. An episode is
-    over at the latest when every block is removed. The mask of that last observation is all ones,
-    so that an agent can mask its logits there too: with next-step autoreset it still chooses an
+    `action_mask`: `MultiBinary(2L)`, int8, 1 for each block that may be removed. An episode is over
+    at the latest when every block is removed. The mask of that last observation is all ones, so
+    that an agent can mask its logits there too: with next-step autoreset it still chooses an
     action, which is ignored.
 
     ## Action Space
     `Discrete(2L)`: the index of the block to remove next. An action on a block that is already
     removed is *invalid*: it changes nothing and costs `invalid_action_penalty`.
-    `env.get_wrapper_attr("action_masks")()` returns the valid actions as booleans;
-    `action_masks()` is a method of the environment inside the wrappers of `gymnasium.make`, where
-    sb3-contrib's MaskablePPO finds it.
+    `env.get_wrapper_attr("action_masks")()` returns the valid actions as booleans; `action_masks()`
+    is a method of the environment inside the wrappers of `gymnasium.make`, where sb3-contrib's
+    MaskablePPO finds it.
 
     ## Rewards
     With the default `reward="perplexity"`, the last step pays minus the ΔNLL of the final plan on
@@ -83,20 +83,20 @@ class RAPPruneEnv(PruningEnv):
     episode as 2 C, in nats or on the log scale; accuracy pays -2 then, and recall -2 C. Penalties
     of invalid actions are paid on top.
 
-    `"accuracy"` pays the plan's mean accuracy on `tasks` minus the native model's; `"recall"`
-    minus the rise in the NLL that the right choices of `tasks` have among the choices: choose
-    tasks of long contexts for it, such as `rap_recall_1024`. `{"name": "combined", "weights":
+    `"accuracy"` pays the plan's mean accuracy on `tasks` minus the native model's; `"recall"` minus
+    the rise in the NLL that the right choices of `tasks` have among the choices: choose tasks of
+    long contexts for it, such as `rap_recall_1024`. `{"name": "combined", "weights":
     {"perplexity": 1.0, "accuracy": 1.0}}` pays a weighted sum. `loss_cap` (nats per token, none by
-    default) limits what a ruined model can cost. `rap_env.reward` states the range of each term
-    and its value on failure.
+    default) limits what a ruined model can cost. `rap_env.reward` states the range of each term and
+    its value on failure.
 
     ## Starting State
     The native model and a request drawn from `workload` that it does not fit (up to 100 are drawn
-    to find one). `reset(options={"request": ...})` sets it: a `Request`, or a dict of
-    `batch_size`, `seq_len_tokens` and `budget_bytes` or `budget_fraction` (of the native peak). A
-    budget that no plan can meet is raised to the least one that can be met (`infeasible="clip"`);
-    with `"error"`, such a request is drawn again, and is an error if it was given in `options`, or
-    if none of 100 can be met.
+    to find one). `reset(options={"request": ...})` sets it: a `Request`, or a dict of `batch_size`,
+    `seq_len_tokens` and `budget_bytes` or `budget_fraction` (of the native peak). A budget that no
+    plan can meet is raised to the least one that can be met (`infeasible="clip"`); with `"error"`,
+    such a request is drawn again, and is an error if it was given in `options`, or if none of 100
+    can be met.
 
     ## Episode End
     - Termination: the request fits, that is, the peak bytes are at most the budget. This takes at
@@ -104,9 +104,9 @@ class RAPPruneEnv(PruningEnv):
     - Truncation: `max_invalid_actions` actions were invalid, never on the first step.
     - Truncation: `max_steps` steps were taken, if it is given. Such an episode pays as if every
       block were removed (with `over_budget="worst"`, less than any plan that fits), and `nll` and
-      `loss` are not measured. Use it in the place of `max_episode_steps` of `gymnasium.make` and
-      of the wrapper `TimeLimit`, which end an episode before its reward and so make not finishing
-      the best return; a warning says so after two episodes of equal length.
+      `loss` are not measured. Use it in the place of `max_episode_steps` of `gymnasium.make` and of
+      the wrapper `TimeLimit`, which end an episode before its reward and so make not finishing the
+      best return; a warning says so after two episodes of equal length.
 
     ## Information
     `reset` and `step` return a dict without wall-clock times:
