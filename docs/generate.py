@@ -13,7 +13,6 @@ import inspect
 import io
 import json
 import math
-import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -73,8 +72,6 @@ ENVIRONMENTS = {
 }
 """The page of each environment, with its name and class."""
 
-_MOST_INTERVALS = 8  # columns of a table in which each number has its interval
-
 
 class Source(NamedTuple):
     """Rows of a folder of ``results/``: all, or those of a method, under another name."""
@@ -91,17 +88,14 @@ class Source(NamedTuple):
         return [replace(row, method=self.shown_as or row.method) for row in own]
 
 
-_OTHERS = "low_bits", "tight_low_bits", "tight_gemma", "low_bits_gemma", "tight_outside"
-COMPARISONS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(_OTHERS, ()),
-    "tight": ("ΔNLL divided by that of Uniform",),
-    "learning": ("ΔNLL of RAP policy minus each other method, paired",),
-}
-"""Folders of ``results/`` with a comparison, and beginnings of the titles of the tables that a
-page shows beside the summary."""
+COMPARISONS = (
+    "tight", "low_bits", "tight_low_bits", "tight_gemma", "low_bits_gemma", "tight_outside",
+    "learning",
+)  # fmt: skip
+"""Folders of ``results/`` with a comparison, whose summary a page shows."""
 
-DETAILS = {"cgroup_conversations"}
-"""Studies whose tables stand on pages of their own alone."""
+DETAILS = {"cgroup_conversations", "low_bits_gemma"}
+"""Comparisons and studies whose tables stand on pages of their own alone."""
 
 _GREEDY = "greedy_per_byte"
 SEARCHES = {
@@ -139,25 +133,15 @@ def full_text(name: str) -> str:
     return study.markdown(study.read(published.folder))
 
 
-def shown_tables(text: str, titles: tuple[str, ...]) -> str:
-    """The summary of a comparison, and those tables whose titles begin in one of some ways."""
-    summary, *sections = text.split("\n## ")
-    shown = [section for section in sections if section.startswith(titles)]
-    bold = [f"**{section.strip()}".replace("\n", "**\n", 1) for section in shown]
-    return "\n\n".join([summary.partition("\n")[2].strip(), *map(narrowed, bold)]) + "\n"
-
-
-def narrowed(text: str) -> str:
-    """Tables of many columns without the intervals of all but the last one, which fit no page."""
-    if text.count("|", 0, text.find("\n", text.find("|"))) <= _MOST_INTERVALS:
-        return text
-    return re.sub(r" \[[^]|]*\](?= \|.)", "", text)
+def summary_of(text: str) -> str:
+    """The first table of a comparison."""
+    return text.partition("\n## ")[0].partition("\n")[2].strip() + "\n"
 
 
 def shown_text(name: str) -> str:
     """What the page of a comparison or study shows of its tables."""
     if name in COMPARISONS:
-        return shown_tables(full_text(name), COMPARISONS[name])
+        return summary_of(full_text(name))
     return STUDIES[name][1].shown(full_text(name))
 
 
@@ -167,8 +151,7 @@ def beside_text(name: str) -> str:
     rows, cells = first.rows, {row.cell for row in first.rows}
     for source in others:
         rows += [row for row in source.rows if row.cell in cells and row.method != "dense"]
-    titles = (f"ΔNLL of {look(first.shown_as).label} minus",) if first.shown_as else ()
-    return shown_tables(tables_markdown(Comparison(rows)), titles)
+    return summary_of(tables_markdown(Comparison(rows)))
 
 
 def greyed(text: str) -> str:
@@ -424,6 +407,12 @@ def preparing_table() -> str:
     return markdown(columns_table(lines, columns), left=2)
 
 
+def speed_table() -> str:
+    """The targets of all benchmarks but those of what prepared models lose."""
+    records = [r for r in committed_records() if not r["benchmark"].startswith("preparing")]
+    return targets_table(records)
+
+
 def preparing_times() -> str:
     """What preparing took where the cache was empty, a row for each model and kind of levels."""
     records = [r["measured"] for r in committed_records() if r["benchmark"].startswith("preparing")]
@@ -546,7 +535,7 @@ TABLES: dict[str, Callable[[], str | None]] = {
     **{name: partial(beside_text, name) for name in BESIDE},
     "entries": lambda: leaderboards("SmolLM2", "Gemma3"),
     **{p: partial(inspect.getdoc, getattr(rap_env, c)) for p, (_, c) in ENVIRONMENTS.items()},
-    "benchmarks": lambda: targets_table(committed_records()),
+    "benchmarks": speed_table,
 }
 """What stands between ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->`` of a page, by
 name."""
