@@ -258,6 +258,12 @@ def joint_plans(
     return plans
 
 
+def has_cache_window(plan: Plan) -> bool:
+    """Whether a plan lets a cache hold a window of tokens only."""
+    caches = (level for item, level in plan.levels.items() if is_cache(item))
+    return any(CacheLevel.of(level).window_tokens for level in caches)
+
+
 def scaled_costs(costs: Costs, measured: Mapping[Scaled, tuple[Plan, float]]) -> Costs:
     """Costs that add up to what the joint plans lose.
 
@@ -335,7 +341,7 @@ def fitted_costs(
     parts: Sequence[WindowCosts],
     levels: Mapping[str, Sequence[str]],
     text: Corpus,
-    measure: Callable[[Sequence[Plan]], Sequence[Sequence[float]]],
+    measure: Callable[[Sequence[Plan]], Sequence[Sequence[float | None]]],
     kinds: Sequence[str] = (),
     most_bits: int = 3,
 ) -> LevelCosts:
@@ -349,14 +355,16 @@ def fitted_costs(
         parts: What each window of the text tells.
         levels: The levels of each item, as of `item_levels`.
         text: The text.
-        measure: Gives the NLL of plans on each window of the text, nats per token.
-        kinds: The kind of text of each window; empty for one kind.
+        measure: Gives the NLL of plans on each window that plans are measured on, nats per
+            token; the native plan is first and has all of them.
+        kinds: The kind of text of each of these windows; empty for one kind.
         most_bits: As for `joint_plans`.
     """
     window_tokens = text.tokens.shape[1]
     costs = mean_costs(parts, window_tokens)
     plans = joint_plans(costs, levels, most_bits)
-    native, *lowered = measure([Plan(), *plans.values()])
+    first, *lowered = measure([Plan(), *plans.values()])
+    native = [nll for nll in first if nll is not None]
     pairs = zip(plans.items(), lowered, strict=True)
     measured = {scaled: (plan, _worst_rise(native, nlls, kinds)) for (scaled, plan), nlls in pairs}
     evaluations = 1 + len(plans)
@@ -379,11 +387,14 @@ def fitted_costs(
     )
 
 
-def _worst_rise(native: Sequence[float], lowered: Sequence[float], kinds: Sequence[str]) -> float:
+def _worst_rise(
+    native: Sequence[float], lowered: Sequence[float | None], kinds: Sequence[str]
+) -> float:
     """The greatest mean rise in NLL of a kind of text, nats per token."""
     by_kind: dict[str, list[float]] = {}
     for number, (before, after) in enumerate(zip(native, lowered, strict=True)):
-        by_kind.setdefault(kinds[number] if kinds else "", []).append(after - before)
+        if after is not None:
+            by_kind.setdefault(kinds[number] if kinds else "", []).append(after - before)
     return max(map(fmean, by_kind.values()))
 
 

@@ -1,6 +1,7 @@
 """Preparing a model: the same costs however the work is shared or interrupted."""
 
 import shutil
+from statistics import fmean
 
 import gymnasium
 import pytest
@@ -15,6 +16,7 @@ from rap_env.errors import (
 from rap_env.importance import gradient_costs, preparation
 from rap_env.importance.gradient_costs import (
     fitted_costs,
+    has_cache_window,
     plan_nlls,
     window_costs,
 )
@@ -121,6 +123,20 @@ def test_quick_levels_are_served_until_thorough_ones_replace_them(folder):
         llm = load_llm(folder, dtype="float32", quick_levels=quick_levels)
         assert prepared_costs(llm) == thorough
     assert prepared(folder, thorough=False) == (thorough, path), "quick ones replace no others"
+
+
+def test_quick_costs_of_windows_of_caches_are_measured_on_chats(folder, monkeypatch):
+    monkeypatch.setattr(preparation, "QUICK_COST_TOKENS", 256)
+    tiny_model("llama_wide", layers=2, positions=256).save_pretrained(folder)
+    costs, _ = prepared(folder, thorough=False)
+    llm = load_llm(folder, dtype="float32", quick_levels=True)
+    forward = PartialForward(llm, widen=True)
+    chats = mixed_windows(llm, 2, 256, ["chat"])
+    windows = [plan for plan in map(Plan.from_json, costs.joint) if has_cache_window(plan)]
+    assert len(windows) == 1
+    native, short = (fmean(plan_nlls(forward, chats, plan)) for plan in (Plan(), *windows))
+    assert costs.joint[windows[0].to_json()] == pytest.approx(short - native, abs=1e-5)
+    assert native != pytest.approx(short, abs=1e-4)
 
 
 def test_the_knapsack_uses_the_costs_from_then_on(ready):
