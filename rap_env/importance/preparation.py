@@ -17,7 +17,6 @@ continues where it was, and a model counts as prepared only when the last task i
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import os
 import shutil
@@ -119,7 +118,6 @@ class _Run:
 
     def open(self, dtype: str, files: _Files | None = None) -> ElasticLLM:
         """The model in a dtype, with its blocks in its files, and levels in those given."""
-        gc.collect()  # the embeddings of one that was open before
         llm = load_llm(self.model, device=self.device, dtype=dtype, on_demand=True, again=True)
         for item, own in zip(llm._live.all_items, files, strict=True) if files else ():
             item.files.update(own)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -364,19 +365,24 @@ class _InPlace:
     """Stands in for `nn.Module._apply` of a model that must not be moved or converted any more.
 
     Other tensors (buffers of weights, copies on the host) would stay where they were, and a
-    later pass would fail in the middle. What changes neither device nor dtype is allowed.
+    later pass would fail in the middle. What changes neither device nor dtype is allowed. The
+    model has this object as an attribute, so it is referred to weakly.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        self._model = weakref.ref(model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _InPlace:
+        return _InPlace(memo[id(self._model())])
 
     def __call__(
         self, change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
     ) -> nn.Module:
-        places = {str(w.device): w for w in self._model.parameters() if not w.is_meta}
+        model = cast("nn.Module", self._model())
+        places = {str(w.device): w for w in model.parameters() if not w.is_meta}
         for weight in places.values():
             self._check(weight.new_empty(0), change)
-        moved: nn.Module = nn.Module._apply(self._model, change, recurse)  # type: ignore[no-untyped-call]
+        moved: nn.Module = nn.Module._apply(model, change, recurse)  # type: ignore[no-untyped-call]
         return moved
 
     def _check(self, probe: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
