@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -25,10 +25,14 @@ from rap_env.models.families.placeholders import cache_in
 from rap_env.models.files.model_folder import remembered
 from rap_env.models.live.lean_llama import reject_lean
 from rap_env.models.live.live_blocks import HeldBytes, LiveBlocks, own_bytes, shared_facts
+from rap_env.models.weights.packed_layout import PackedLevel
 from rap_env.models.weights.residency import RESIDENCIES, Residency, WeightStore
 from rap_env.models.weights.tensors import StoredTensor, distinct_weights, fingerprint_of
-from rap_env.models.weights.weight_levels import block_items, embeddings_item
+from rap_env.models.weights.weight_levels import WeightItem, block_items, embeddings_item
 from rap_env.plan import Plan, check_levels
+
+LevelFiles = Sequence[Mapping[PackedLevel, Path]]
+"""The files of levels that a text made, for each of `ElasticLLM.weight_items`."""
 
 
 class ElasticLLM:
@@ -125,6 +129,16 @@ class ElasticLLM:
         """Dtype of the weights, and so of activations and KV cache."""
         dtype: torch.dtype = self.model.dtype
         return dtype
+
+    @property
+    def weight_items(self) -> tuple[WeightItem, ...]:
+        """The weights of each block, and last those of embeddings with head, (2L + 1,)."""
+        return self._live.all_items
+
+    @property
+    def level_files(self) -> LevelFiles:
+        """The files of the levels that a text made, for each of `weight_items`."""
+        return [dict(item.files) for item in self.weight_items]
 
     @property
     def plan(self) -> Plan:
