@@ -87,7 +87,11 @@ def _register() -> None:
 
 
 class _RegisterAfterImport(MetaPathFinder):
-    """Registers the environments right after gymnasium is imported."""
+    """Registers the environments right after gymnasium is imported.
+
+    Gymnasium has read no entry points of plugins since version 1.0. Without an import of this
+    package, ``gymnasium.make("rap_env:RAPPrune-v0", ...)`` imports it.
+    """
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None

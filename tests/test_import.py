@@ -31,6 +31,11 @@ def test_the_environments_are_registered_in_any_order_of_imports(order):
     loaded_by(f"import {order}; assert 'RAPPrune-v0' in gymnasium.registry")
 
 
+def test_gymnasium_imports_the_package_that_a_name_begins_with():
+    name, model = "rap_env:RAPPrune-v0", "score_table:smollm2-135m"
+    loaded_by(f"import gymnasium; gymnasium.make({name!r}, model={model!r}).reset(seed=0)")
+
+
 def test_a_server_imports_no_environments():
     pytest.importorskip("fastapi", reason="the extra serve is not installed")
     code = "import rap_env.serving.stack, rap_env.serving.app, rap_env.serving.server"

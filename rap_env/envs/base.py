@@ -43,7 +43,6 @@ class PruningEnv(gym.Env[Observation, np.int64]):
     """
 
     config_type: ClassVar[type[EnvConfig]]
-    _generator: np.random.Generator | None = None
     _queue: StartQueue | None = None
 
     metadata = {"render_modes": list(RENDER_MODES), "render_fps": 2}  # noqa: RUF012 - gymnasium's
@@ -79,17 +78,17 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         self.current: Episode | None = None
         self._left_after = 0
 
-    # Gymnasium keeps the generator there. Reading it rewinds the queue of what was drawn ahead
-    # from it, so that its state is that without a queue.
     @property
-    def _np_random(self) -> np.random.Generator | None:
+    def np_random(self) -> np.random.Generator:
+        """The generator of requests, in the state that it has without what was drawn ahead."""
         if self._queue is not None:
             self._queue.rewind()
-        return self._generator
+        return super().np_random
 
-    @_np_random.setter
-    def _np_random(self, generator: np.random.Generator | None) -> None:
-        self._generator, self._queue = generator, None
+    @np_random.setter
+    def np_random(self, generator: np.random.Generator) -> None:
+        self._queue = None
+        gym.Env.np_random.fset(self, generator)  # type: ignore[attr-defined]
 
     @property
     def request(self) -> Request:
@@ -126,6 +125,7 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         """
         if seed is not None:
             super().reset(seed=seed)
+            self._queue = None
         self._warn_of_limit()
         if options is None:
             if self._queue is None:
@@ -200,8 +200,12 @@ class PruningEnv(gym.Env[Observation, np.int64]):
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.spec, self.action_space = state["spec"], state["action_space"]
+        if state["seed"] < 0:  # the generator was set by hand
+            self.np_random = np.random.default_rng()
+        else:
+            super().reset(seed=state["seed"])
         self.set_state(state["state"])
-        self._np_random_seed, self._left_after = state["seed"], state["left_after"]
+        self._left_after = state["left_after"]
 
     def _warn_of_limit(self) -> None:
         """Warn if two episodes in a row were left after the same number of steps.

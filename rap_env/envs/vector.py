@@ -116,7 +116,7 @@ class PruningVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64], 
         """Single environments in the state of the sub-environments."""
         envs = self._envs
         for row, (env, generator) in enumerate(zip(envs, self.np_random, strict=True)):
-            env._np_random, env._np_random_seed = generator, self._seeds[row]
+            env.np_random = generator
             if self._episodes.started[row]:
                 env.current = self._episodes.episode(row)
         return envs
@@ -250,10 +250,13 @@ class PruningVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64], 
         Raises:
             RapError: The model does not have those items or cannot serve those requests.
         """
+        self._restore(states)
+        return self._episodes.observation()
+
+    def _restore(self, states: Sequence[Mapping[str, Any]]) -> None:
         for row, (env, state) in enumerate(zip(self.envs, states, strict=True)):
             env.set_state(state)
             self._episodes.resume(row, env.current)
-        return self._episodes.observation()
 
     def __reduce__(self) -> tuple[Any, ...]:
         arguments = {
@@ -266,17 +269,16 @@ class PruningVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64], 
             "spec": self.spec,
             "action_space": self.action_space,
             "single_action_space": self.single_action_space,
-            "envs": [env.__getstate__() for env in self.envs],
+            "seeds": self.np_random_seed,
+            "states": self.get_state(),
         }
         return reopen, (type(self), self.context, arguments), state
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.spec, self.action_space = state["spec"], state["action_space"]
         self.single_action_space = state["single_action_space"]
-        for row, (env, values) in enumerate(zip(self.envs, state["envs"], strict=True)):
-            env.__setstate__(values)
-            self._seeds[row] = env.np_random_seed
-            self._episodes.resume(row, env.current)
+        self._restore(state["states"])
+        self._seeds = list(state["seeds"])
 
     @property
     def _started(self) -> VectorEpisodes:

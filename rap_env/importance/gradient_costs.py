@@ -19,10 +19,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import pairwise
 from statistics import fmean
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -35,7 +36,7 @@ from rap_env.importance.level_costs import (
 )
 from rap_env.levels import CacheLevel
 from rap_env.model_facts import ModelFacts
-from rap_env.models.files.loading import load_llm
+from rap_env.models.files.loading import load_again
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.head_parts import head_divergences, head_nll
 from rap_env.models.live.lean_llama import LeanLlama
@@ -309,17 +310,59 @@ def gradient_costs(
     started, windows = time.monotonic(), text.tokens.to(llm.device)
     levels = levels or item_levels(llm.facts, CACHE_LEVELS, windows.shape[1])
     forward = PartialForward(_in_float32(llm, levels), widen=True, gradients=True)
-    with progress_bar(progress, total=len(windows), desc="costs", unit="window") as bar:
-        parts = []
-        for number in range(len(windows)):
-            parts.append(window_costs(forward, windows[number, None], levels))
-            bar.update()
 
-    def measure(plans: Sequence[Plan]) -> list[list[float]]:
-        return [plan_nlls(forward, windows, plan) for plan in plans]
+    def run(group: str, count: int, do: Callable[[int], dict[str, Any]]) -> list[dict[str, Any]]:
+        return [do(number) for number in progress_bar(progress, range(count), desc=group)]
 
+    parts = all_window_costs(forward, windows, levels, run)
+    measure = partial(all_plan_nlls, forward, windows, run=run)
     fitted = fitted_costs(llm.facts, parts, levels, text, measure)
     return replace(fitted, seconds=time.monotonic() - started)
+
+
+RunTasks = Callable[[str, int, Callable[[int], dict[str, Any]]], list[dict[str, Any]]]
+"""Does the tasks of a group, numbered from 0; takes its name, their number and what does one."""
+
+
+def all_window_costs(
+    forward: PartialForward,
+    windows: torch.Tensor,
+    levels: Mapping[str, Sequence[str]],
+    run: RunTasks,
+) -> list[WindowCosts]:
+    """`window_costs` of each window, (windows, T), which is a task."""
+
+    def do(number: int) -> dict[str, Any]:
+        return asdict(window_costs(forward, windows[number, None], levels))
+
+    return [WindowCosts(**result) for result in run("costs", len(windows), do)]
+
+
+def all_plan_nlls(
+    forward: PartialForward,
+    windows: torch.Tensor,
+    plans: Sequence[Plan],
+    run: RunTasks,
+    chats: torch.Tensor | None = None,
+) -> list[list[float | None]]:
+    """`plan_nlls` of each plan, which is a task, on windows and chats.
+
+    Where there are chats, (chats, T), plans with windows of caches run on these alone, and other
+    lowered plans on the windows alone; None is an NLL that was not measured.
+    """
+    texts = [windows] if chats is None else [windows, chats]
+
+    def do(number: int) -> dict[str, Any]:
+        plan = plans[number]
+        left_out = None
+        if chats is not None and plan.levels:
+            left_out = windows if has_cache_window(plan) else chats
+        nlls: list[float | None] = []
+        for text in texts:
+            nlls += [None] * len(text) if text is left_out else plan_nlls(forward, text, plan)
+        return {"nlls": nlls}
+
+    return [result["nlls"] for result in run("plans", len(plans), do)]
 
 
 def _in_float32(llm: ElasticLLM, levels: Mapping[str, Sequence[str]]) -> ElasticLLM:
@@ -330,10 +373,7 @@ def _in_float32(llm: ElasticLLM, levels: Mapping[str, Sequence[str]]) -> Elastic
     steps = not isinstance(llm.model, LeanLlama)  # whether it runs them
     if llm.folder is None or (steps and llm.dtype == torch.float32):
         return llm
-    wide = load_llm(llm.folder, device=str(llm.device), dtype="float32", on_demand=True, again=True)
-    for own, given in zip(wide._live.all_items, llm._live.all_items, strict=True):
-        own.files.update(given.files)
-    return wide
+    return load_again(llm.folder, str(llm.device), "float32", llm.level_files)
 
 
 def fitted_costs(

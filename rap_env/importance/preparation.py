@@ -3,12 +3,12 @@
 *Quick* levels take minutes and *thorough* ones, by GPTQ, several times as long; see
 `models.live.calibration`. Costs of quick levels are of less text, and not of removals.
 
-The work is a list of tasks, which processes share (`importance.shared_tasks`):
+The work is a list of tasks, which processes share (`models.shared_tasks`):
 
 1. *Levels*, a task for each layer (`models.live.calibration`): its native outputs are passed on
    to the next layer, and its weights are rounded while another process goes on.
-2. *Costs*, a task for each window of text (`gradient_costs.window_costs`).
-3. *Plans* whose rise in NLL is measured, a task for each (`gradient_costs.joint_plans`).
+2. *Costs*, a task for each window of text (`gradient_costs.all_window_costs`).
+3. *Plans* whose rise in NLL is measured, a task for each (`gradient_costs.all_plan_nlls`).
 
 Each process reads a layer of the model from its files when it needs it. A run that was ended
 continues where it was, and a model counts as prepared only when the last task is done.
@@ -17,39 +17,31 @@ continues where it was, and a model counts as prepared only when the last task i
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from rap_env.artifacts import digest, load_artifact, save_artifact
 from rap_env.errors import ArtifactError, InvalidRequestError, ModelNotAvailableError
 from rap_env.importance.gradient_costs import (
-    WindowCosts,
+    all_plan_nlls,
+    all_window_costs,
     fitted_costs,
-    has_cache_window,
     item_levels,
-    plan_nlls,
-    window_costs,
 )
 from rap_env.importance.level_costs import CACHE_LEVELS, LevelCosts
-from rap_env.importance.shared_tasks import FORMAT, KIND, Check, Note, Tasks, helpers, keep_usable
 from rap_env.models.device import free_memory_early, resident_bytes
-from rap_env.models.files.loading import load_llm
+from rap_env.models.files.loading import load_again, load_llm
 from rap_env.models.files.model_folder import locked
 from rap_env.models.live.calibration import (
-    enter,
-    make_head,
-    native_passes,
-    round_layer,
+    make_levels,
     save_prepared_levels,
     use_prepared_levels,
     use_text,
@@ -61,11 +53,11 @@ from rap_env.models.live.calibration_text import (
     mixed_windows,
     user_windows,
 )
-from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.live.elastic import ElasticLLM, LevelFiles
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.progress import progress_bar
+from rap_env.models.shared_tasks import FORMAT, KIND, Check, Note, Tasks, helpers, keep_usable
 from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS, PackedLevel
-from rap_env.models.weights.tensors import verified_tensors, write_tensors
 from rap_env.paths import COSTS_FILE, prepared_dir
 from rap_env.plan import Plan, is_cache
 from rap_env.request import human_bytes
@@ -87,10 +79,6 @@ _VERSION = 4
 
 _SHARES = {"levels": 0.5, "costs": 0.3, "plans": 0.2}  # of the time, about
 _TEXT = "text.json"
-
-
-_Files = Sequence[Mapping[PackedLevel, Path]]
-"""Of each item the files of its levels."""
 
 
 @dataclass(frozen=True)
@@ -122,12 +110,9 @@ class _Run:
     threads: int | None
     bounded: bool
 
-    def open(self, dtype: str, files: _Files | None = None) -> ElasticLLM:
+    def open(self, dtype: str, files: LevelFiles = ()) -> ElasticLLM:
         """The model in a dtype, with its blocks in its files, and levels in those given."""
-        gc.collect()  # the embeddings of one that was open before
-        llm = load_llm(self.model, device=self.device, dtype=dtype, on_demand=True, again=True)
-        for item, own in zip(llm._live.all_items, files, strict=True) if files else ():
-            item.files.update(own)
+        llm = load_again(self.model, self.device, dtype, files)
         if self.bounded:
             free_memory_early()
         return llm
@@ -285,11 +270,10 @@ def process_bytes(llm: ElasticLLM, *, thorough: bool) -> int:
     for costs the states of a window in all layers and what the gradient of one layer needs. On
     a GPU these are in its own memory.
     """
-    facts, shapes = llm.facts, [p.shapes for item in llm._live.items for p in item.places]
-    most_inputs = max((shape[1] for each in shapes for shape in each), default=0)
-    layer = max(
-        sum(out * n for p in item.places for out, n in p.shapes) for item in llm._live.items
-    )
+    facts, blocks = llm.facts, llm.weight_items[:-1]
+    shapes = [[shape for place in block.places for shape in place.shapes] for block in blocks]
+    most_inputs = max((inputs for block in shapes for _, inputs in block), default=0)
+    layer = max(sum(outputs * inputs for outputs, inputs in block) for block in shapes)
     states = facts.num_layers * facts.hidden_size + 12 * facts.ffn_width
     cost_tokens = COST_TOKENS if thorough else QUICK_COST_TOKENS
     values = max(5 * most_inputs**2 * thorough + layer, cost_tokens * states + 2 * layer)
@@ -326,105 +310,31 @@ def _work(run: _Run, check: Check, note: Note) -> LevelCosts:
         torch.set_num_threads(run.threads)
     tasks = Tasks(run.folder, check, note)
     texts = load_artifact(run.folder / _TEXT, KIND, FORMAT)
-    windows, chats = torch.tensor(texts["costs"]), torch.tensor(texts.get("chats", []))
+    windows = torch.tensor(texts["costs"])
+    chats = torch.tensor(texts["chats"]) if "chats" in texts else None
     llm, made = run.open(run.dtype), _made_levels(run.bits)
     if made:
         text = torch.tensor(texts["levels"])
         use_text(llm, text, made, quick=not run.thorough)
-        _make_levels(llm, text, tasks, made)
+        make_levels(llm, text, tasks, made)
         save_prepared_levels(llm, made)
     levels = {
         item: names if is_cache(item) else _offered(names, run.bits, run.thorough)
         for item, names in item_levels(llm.facts, CACHE_LEVELS, windows.shape[1]).items()
     }
-    facts, files = llm.facts, [dict(item.files) for item in llm._live.all_items]
+    facts, files = llm.facts, llm.level_files
     del llm
-    parts = _window_costs(run, windows, tasks, levels, files)
+    # In float32, in which small changes are not lost to rounding.
+    wide = PartialForward(run.open("float32", files), widen=True, gradients=True)
+    parts = all_window_costs(wide, windows, levels, tasks.run)
+    del wide
+
+    def measure(plans: Sequence[Plan]) -> list[list[float | None]]:
+        forward = PartialForward(run.open(run.dtype, files), widen=True)
+        return all_plan_nlls(forward, windows, plans, tasks.run, chats)
+
     text_of_costs = Corpus.of_tokens(windows, source=run.text)
-    measure = partial(_plan_nlls, run, files, windows, chats, tasks)
     return fitted_costs(facts, parts, levels, text_of_costs, measure, run.kinds, 4)
-
-
-def _window_costs(
-    run: _Run,
-    windows: torch.Tensor,
-    tasks: Tasks,
-    levels: Mapping[str, Sequence[str]],
-    files: _Files,
-) -> list[WindowCosts]:
-    """What each window tells: in float32, in which small changes are not lost to rounding."""
-    forward = PartialForward(run.open("float32", files), widen=True, gradients=True)
-
-    def do(number: int) -> dict[str, Any]:
-        return asdict(window_costs(forward, windows[number, None], levels))
-
-    return [WindowCosts(**part) for part in tasks.run("costs", len(windows), do)]
-
-
-def _plan_nlls(
-    run: _Run,
-    files: _Files,
-    windows: torch.Tensor,
-    chats: torch.Tensor,
-    tasks: Tasks,
-    plans: Sequence[Plan],
-) -> list[list[float | None]]:
-    """NLL of each plan on each window in the dtype that the model is served in, nats per token.
-
-    Where there are chats, plans with windows of caches run on these alone, and other plans on
-    the other windows alone; None is an NLL that was not measured.
-    """
-    forward = PartialForward(run.open(run.dtype, files), widen=True)
-
-    def do(number: int) -> dict[str, Any]:
-        plan = plans[number]
-        left_out = None
-        if len(chats) and plan.levels:
-            left_out = windows if has_cache_window(plan) else chats
-        nlls: list[float | None] = []
-        for text in (windows, chats):
-            nlls += [None] * len(text) if text is left_out else plan_nlls(forward, text, plan)
-        return {"nlls": nlls}
-
-    return [result["nlls"] for result in tasks.run("plans", len(plans), do)]
-
-
-def _make_levels(
-    llm: ElasticLLM, windows: torch.Tensor, tasks: Tasks, levels: Sequence[PackedLevel]
-) -> None:
-    """Make levels of all layers and of the head, a task for each layer and each level of the head.
-
-    A layer's task passes its native states on in a file.
-    """
-    forward, count = PartialForward(llm), len(llm._live.items) // 2
-
-    def path_of(number: int) -> Path:
-        return tasks.folder / f"states-{number:03d}.safetensors"
-
-    def named(states: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {f"{n:04d}": state for n, state in enumerate(states)}
-
-    def make(number: int) -> dict[str, Any]:
-        entered = path_of(min(number, count))
-        tasks.wait(entered)
-        stored = verified_tensors(entered)
-        states = [stored[name].to(llm.device) for name in sorted(stored)]
-        if number >= count:
-            make_head(llm, forward, states, levels[number - count : number - count + 1])
-        else:
-            layer = forward.layer_steps[number]
-            with forward.loaded(layer):
-                passes, outputs = native_passes(llm, forward, layer, states)
-                write_tensors(path_of(number + 1), named(outputs))
-                del outputs
-                round_layer(llm, forward, passes)
-        if number < count:
-            path_of(number - 2).unlink(missing_ok=True)  # the one before may still be needed
-        return {}
-
-    if not path_of(0).exists() and not any(tasks.folder.glob("states-*")):
-        write_tensors(path_of(0), named(enter(forward, windows)))
-    tasks.run("levels", count + len(levels), make)
 
 
 def _made_levels(bits: int) -> list[PackedLevel]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -80,8 +79,6 @@ def _prepared(load: Callable[..., ElasticLLM]) -> ElasticLLM | None:
     llm = load(on_demand=True)
     if llm.calibration and not llm.absent_levels(WEIGHT_LEVELS):
         return llm
-    del llm
-    gc.collect()
     return None
 
 

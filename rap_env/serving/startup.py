@@ -202,10 +202,7 @@ def _read_facts(settings: ServerSettings) -> ModelFacts:
     how = {name: getattr(settings, name) for name in ("device", "dtype", "weights")}
     with made_apart():
         llm = load_llm(settings.model, **how, lean=True, on_demand=True, quick_levels=True)
-    facts = replace(llm.facts, name=settings.model)
-    del llm  # its embeddings are in memory
-    gc.collect()
-    return facts
+    return replace(llm.facts, name=settings.model)
 
 
 def _known_facts(settings: ServerSettings) -> ModelFacts | None:

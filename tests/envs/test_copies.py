@@ -49,6 +49,7 @@ def test_copies_of_an_environment_on_a_table_continue_identically(table, copied,
     env.reset(seed=3)
     other.reset(seed=3)
     assert_same(other.plan, env.plan)
+    assert copied(env).np_random_seed == env.np_random_seed == 3
     for steps in (1, 4, 30):
         continued(env, steps, steps)
         other = copied(env)
@@ -66,6 +67,16 @@ def test_copies_of_a_live_environment_share_its_model(context, ladder):
         assert_same(continued(other), continued(env))
         with pytest.raises(pickle.PicklingError, match="make the environment by the model's name"):
             pickle.dumps(env)
+
+
+def test_a_generator_that_is_set_by_hand_is_used_from_the_next_reset_on(table):
+    env, other = (make(table, workload="azure-conv") for _ in range(2))
+    env.reset(seed=3)
+    env.reset()  # requests are drawn ahead
+    env.np_random = np.random.default_rng(7)
+    assert env.np_random_seed == pickled(env).np_random_seed == -1
+    assert_same(env.reset(), other.reset(seed=7))
+    assert_same(env.reset(), other.reset())
 
 
 @pytest.mark.parametrize("mode", MODES)

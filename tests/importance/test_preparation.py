@@ -22,14 +22,14 @@ from rap_env.importance.gradient_costs import (
 )
 from rap_env.importance.level_costs import prepared_costs
 from rap_env.importance.preparation import prepare
-from rap_env.importance.shared_tasks import FORMAT, KIND, Tasks
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.prepared_files import write_prepared
-from rap_env.models.live import calibration_text
+from rap_env.models.live import calibration, calibration_text
 from rap_env.models.live.calibration_text import COST_KINDS, mixed_windows
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.progress import progress_bar
+from rap_env.models.shared_tasks import FORMAT, KIND, Tasks
 from rap_env.paths import cache_dir, prepared_dir
 from rap_env.plan import Plan
 from rap_env.policies.loading import load_policy
@@ -175,20 +175,20 @@ def test_an_environment_has_these_costs_if_they_cover_its_ladder(
 
 
 def test_a_run_that_was_ended_goes_on_where_it_was(folder, finished, monkeypatch):
-    done, whole = [], preparation.native_passes
+    done, whole = [], calibration._run_natively
 
-    def ends_in_the_second_layer(llm, forward, layer, states):
-        done.append(layer)
-        if len(done) == 2:
+    def ends_in_the_second_layer(llm, forward, step, states):
+        done.append(step)
+        if len(done) == 3:
             raise KeyboardInterrupt
-        return whole(llm, forward, layer, states)
+        return whole(llm, forward, step, states)
 
-    monkeypatch.setattr(preparation, "native_passes", ends_in_the_second_layer)
+    monkeypatch.setattr(calibration, "_run_natively", ends_in_the_second_layer)
     with pytest.raises(KeyboardInterrupt):
         prepared(folder)
     assert prepared_costs(load_llm(folder, dtype="float32")) is None
     costs, path = prepared(folder)
-    assert done[0] not in done[2:], "the first layer is not made again"
+    assert done[0] not in done[3:], "the first layer is not made again"
     assert costs.costs == finished[1].costs
     assert path == prepared_dir(costs.provenance["fingerprint"]) / "costs.json"
 

@@ -46,7 +46,7 @@ from rap_env.models.live.calibration import (
     use_text,
 )
 from rap_env.models.live.calibration_text import calibration_windows
-from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.live.elastic import ElasticLLM, LevelFiles
 from rap_env.models.live.lean_llama import LeanLlama, lean_config
 from rap_env.models.weights.packed_modules import PackedModule, from_matrices, skeleton
 from rap_env.models.weights.packing import choose_packed_dtype
@@ -156,6 +156,27 @@ def load_llm(
     if not again:
         find_prepared(model, llm)
     use_prepared_levels(llm, quick=quick_levels)
+    return llm
+
+
+def load_again(
+    model: str | os.PathLike[str], device: str, dtype: str, files: LevelFiles = ()
+) -> ElasticLLM:
+    """Load a model that this process has loaded before, without a tokenizer.
+
+    Args:
+        model: As for `load_llm`.
+        device: As for `load_llm`.
+        dtype: As for `load_llm`; it may be another one than before.
+        files: The `ElasticLLM.level_files` from before.
+
+    Returns:
+        The model, whose blocks and levels are in their files.
+    """
+    llm = load_llm(model, device=device, dtype=dtype, on_demand=True, again=True)
+    if files:
+        for item, own in zip(llm.weight_items, files, strict=True):
+            item.files.update(own)
     return llm
 
 

@@ -21,7 +21,7 @@ from rap_env.errors import ModelNotAvailableError, UnsupportedModelError
 from rap_env.models.families.adapter import adapter_for, read_config
 from rap_env.models.files.hub import has_all_weights
 from rap_env.models.files.model_folder import file_states
-from rap_env.models.files.weight_files import reject_other_shapes
+from rap_env.models.files.weight_files import auto_model_class, reject_other_shapes
 from rap_env.models.weights.packed_layout import PackedLevel
 from rap_env.models.weights.packed_modules import from_matrices, from_tensors
 from rap_env.models.weights.tensors import StoredTensor, check_lengths, stored_tensors
@@ -117,11 +117,10 @@ def _embedding_names(model: Any) -> list[str]:
 def model_without_weights(config: Any, dtype: torch.dtype) -> Any:
     """The model with parameters on the meta device and real buffers."""
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
-    auto: Any = AutoModelForCausalLM
+    model_class = auto_model_class()
     with init_empty_weights(include_buffers=False):
-        model = auto.from_config(config, dtype=dtype)
+        model = model_class.from_config(config, dtype=dtype)
     model.tie_weights()
     return model
 

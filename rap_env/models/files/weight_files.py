@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,20 @@ from rap_env.errors import ModelNotAvailableError, UnsupportedModelError
 from rap_env.models.files.hub import has_all_weights
 from rap_env.models.progress import transformers_bars
 from rap_env.models.weights.tensors import damaged_weights
+
+
+def auto_model_class() -> Any:
+    """`transformers.AutoModelForCausalLM`, whose models need torch's compiler.
+
+    It is imported in a thread of its own: ``torch.fx.wrap``, which it calls, refers to its own
+    frame, and so keeps the frames of all its callers, with any model that one of them returns,
+    until a garbage collection.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(importlib.import_module, "torch._dynamo").result()
+    return AutoModelForCausalLM
 
 
 def load_weights(folder: Path, dtype: torch.dtype) -> Any:
@@ -38,17 +54,13 @@ def load_complete(
     Returns:
         The model, and transformers' report of loading.
     """
-    if model_class is None:
-        from transformers import AutoModelForCausalLM
-
-        model_class = AutoModelForCausalLM
     if not has_all_weights(folder):
         raise ModelNotAvailableError(
             f"{folder} has a config but not all its weight files; save the model there again."
         )
     with transformers_bars(shown=False), _readable_weights(folder):
         # Transformers selects the attention: sdpa where the family has it, else eager.
-        loaded: Any = model_class.from_pretrained(
+        loaded: Any = (model_class or auto_model_class()).from_pretrained(
             folder,
             dtype=dtype,
             local_files_only=True,

@@ -16,15 +16,17 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from rap_env.artifacts import load_artifact, save_artifact
 from rap_env.errors import ChecksumError
-from rap_env.models.files.model_folder import locked
+from rap_env.models.files.model_folder import locked, scratch
 from rap_env.models.live.calibration_text import calibration_windows, packaged_windows
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
+from rap_env.models.shared_tasks import Tasks
 from rap_env.models.weights.gptq import DampedHessian, correction, hessians, quantise_gptq, recorded
 from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS, PACKED_LEVELS, PackedLevel
 from rap_env.models.weights.packed_modules import raw_weights
@@ -126,12 +128,12 @@ def _use_files(llm: ElasticLLM, digest: str, levels: Collection[PackedLevel]) ->
     """Name the files of levels that a text with this hash makes or has made."""
     folder = calibrated_dir(llm.fingerprint, digest)
     with llm.exclusive():
-        items = llm._live.all_items
+        items = llm.weight_items
         if any(level in item.made for item in items for level in levels):
             _forget(llm, levels)
         for item in items:
             own = [level for level in levels if level in item.levels]
-            if item is llm._live.embeddings:
+            if item is items[-1]:
                 own = [level for level in own if level in LOW_BIT_FORMATS]
             item.files.update({n: folder / f"{item.name}.{n}.safetensors" for n in own})
         llm.calibration = digest
@@ -143,7 +145,7 @@ def _forget(llm: ElasticLLM, levels: Collection[PackedLevel]) -> None:
     residency = llm.residency
     with llm.applied(Plan()):
         llm.set_residency("resident")
-        for item in llm._live.all_items:
+        for item in llm.weight_items:
             for level in set(levels) & set(item.made):
                 item.forget(level)
         llm.set_residency(residency)
@@ -169,18 +171,18 @@ def calibrate(
         StorageFullError: No space for the files.
     """
     use_text(llm, windows, levels)
-    items = llm._live.all_items
-    folders = {path.parent for item in items for path in item.files.values()}
+    items, folder = llm.weight_items, calibrated_dir(llm.fingerprint, llm.calibration)
     with llm.exclusive(), llm.applied(Plan()), contextlib.ExitStack() as locks:
-        for folder in folders:
-            locks.enter_context(locked(folder))
+        for other in {folder, *(path.parent for item in items for path in item.files.values())}:
+            locks.enter_context(locked(other))
         if not any(map(_missing, items)):
             return
-        made = dict.fromkeys(level for item in items for level in item.files)
+        made = list(dict.fromkeys(level for item in items for level in item.files))
         log.warning("Making weights of %s: %s (once; minutes)", llm.name, ", ".join(made))
         residency = llm.residency
         llm.set_residency("resident")
-        _make(llm, windows)
+        with scratch(folder) as shared:
+            make_levels(llm, windows, Tasks(shared), made)
         llm.set_residency(residency)
 
 
@@ -192,20 +194,53 @@ def _intact(path: Path) -> bool:
     return True
 
 
-def _make(llm: ElasticLLM, windows: torch.Tensor) -> None:
-    """Write the files of all blocks and of the head that are missing or damaged."""
-    forward = PartialForward(llm)
-    states = enter(forward, windows)
-    for number, layer in enumerate(forward.layer_steps):
-        passes, states = native_passes(llm, forward, layer, states)
-        round_layer(llm, forward, passes)
-        log.info("Levels of layer %d of %d are made", number + 1, len(forward.layer_steps))
-    make_head(llm, forward, states)
+def make_levels(
+    llm: ElasticLLM, windows: torch.Tensor, tasks: Tasks, levels: Sequence[PackedLevel]
+) -> None:
+    """Write those files of levels that are missing or damaged: of blocks, and of the head.
 
+    There is a task for each layer and for each level of the head. A layer's task passes the
+    native states on in a file before it rounds the layer's weights.
 
-def enter(forward: PartialForward, windows: torch.Tensor) -> list[torch.Tensor]:
-    """The inputs of the first layer for a text, of some windows each, (some windows, T, H)."""
-    return [forward.enter(some.to(forward.model.device)) for some in torch.split(windows, _WINDOWS)]
+    Args:
+        llm: The model, whose levels `use_text` has named.
+        windows: As for `use_text`.
+        tasks: The tasks of all processes that make the levels.
+        levels: Levels of the head.
+    """
+    forward, count = PartialForward(llm), llm.num_blocks // 2
+
+    def path_of(number: int) -> Path:
+        return tasks.folder / f"states-{number:03d}.safetensors"
+
+    def write(number: int, states: Sequence[torch.Tensor]) -> None:
+        write_tensors(path_of(number), {f"{n:04d}": state for n, state in enumerate(states)})
+
+    def make(number: int) -> dict[str, Any]:
+        entered = path_of(min(number, count))
+        tasks.wait(entered)
+        stored = verified_tensors(entered)
+        states = [stored[name].to(llm.device) for name in sorted(stored)]
+        if number >= count:
+            _make_head(llm, forward, states, levels[number - count])
+            return {}
+        layer, passes = forward.layer_steps[number], list[_NativePass]()
+        with forward.loaded(layer):
+            for step in layer:
+                seen, states = _run_natively(llm, forward, step, states)
+                passes.append(seen)
+            write(number + 1, states)
+            del states, seen
+            while passes:  # each is freed once its blocks are done
+                _round(llm, forward, passes.pop(0))
+        path_of(number - 2).unlink(missing_ok=True)  # the one before may still be needed
+        log.info("Levels of layer %d of %d are made", number + 1, count)
+        return {}
+
+    if not path_of(0).exists() and not any(tasks.folder.glob("states-*")):
+        device = forward.model.device
+        write(0, [forward.enter(some.to(device)) for some in torch.split(windows, _WINDOWS)])
+    tasks.run("levels", count + len(levels), make)
 
 
 @dataclass(frozen=True)
@@ -243,61 +278,12 @@ class _NativePass:
         return {place: self._quantisers[id(total)] for place, total in own.items()}
 
 
-def native_passes(
-    llm: ElasticLLM,
-    forward: PartialForward,
-    layer: Sequence[tuple[int, ...]],
-    states: list[torch.Tensor],
-) -> tuple[list[_NativePass], list[torch.Tensor]]:
-    """Run the native blocks of a layer, for `round_layer`.
-
-    Args:
-        llm: The model, whose levels `use_text` has named.
-        forward: Its steps.
-        layer: The steps of the layer, whose weights are in memory.
-        states: Native inputs of the layer, as of `enter`.
-
-    Returns:
-        What the blocks saw, and the inputs of the next layer.
-    """
-    passes = []
-    for step in layer:
-        seen, outputs = _run_natively(llm, forward, step, states)
-        passes.append(seen)
-        states = outputs
-    return passes, states
-
-
-def round_layer(llm: ElasticLLM, forward: PartialForward, passes: list[_NativePass]) -> None:
-    """Write the files of a layer's levels that are missing or damaged.
-
-    Args:
-        llm: The model.
-        forward: Its steps.
-        passes: What `native_passes` returned; a pass is removed once its blocks are done.
-    """
-    while passes:
-        _round(llm, forward, passes[0])
-        del passes[0]
-
-
-def make_head(
-    llm: ElasticLLM,
-    forward: PartialForward,
-    states: list[torch.Tensor],
-    levels: Collection[PackedLevel] = _LEVELS,
+def _make_head(
+    llm: ElasticLLM, forward: PartialForward, states: list[torch.Tensor], level: PackedLevel
 ) -> None:
-    """Write the files of the head's levels that are missing or damaged.
-
-    Args:
-        llm: The model.
-        forward: Its steps.
-        states: Outputs of the last layer.
-        levels: Those of the levels that are made.
-    """
-    item = llm._live.embeddings
-    levels = [level for level in _missing(item) if level in levels]
-    if not levels:
+    """Write the file of a level of the head, unless it is intact; `states` left the last layer."""
+    item = llm.weight_items[-1]
+    if level not in _missing(item):
         return
     hidden = [window.float() for state in states for window in forward.leave(state)]
     head = item.places[-1]
@@ -306,9 +292,8 @@ def make_head(
     else:
         total = sum((part.T @ part for part in hidden[1:]), hidden[0].T @ hidden[0])
         quantiser = partial(quantise_gptq, hessian=DampedHessian.of(total, _DAMPING))
-    for level in levels:
-        item.quantise(level, {head.tied or head: quantiser})
-        _write(item, level)
+    item.quantise(level, {head.tied or head: quantiser})
+    _write(item, level)
 
 
 def _by_importance(squares: torch.Tensor) -> Quantiser:
@@ -321,7 +306,7 @@ def _run_natively(
     llm: ElasticLLM, forward: PartialForward, step: tuple[int, ...], states: list[torch.Tensor]
 ) -> tuple[_NativePass, list[torch.Tensor]]:
     """What the blocks of a step see and their outputs."""
-    items = {index: llm._live.items[index] for index in step}
+    items = {index: llm.weight_items[index] for index in step}
     missing = [index for index, item in items.items() if _missing(item)]
     layers = {
         place.name: place.original
@@ -344,7 +329,7 @@ def _run_natively(
 def _round(llm: ElasticLLM, forward: PartialForward, native: _NativePass) -> None:
     """Write the missing levels of the blocks of a step."""
     for index, outputs in native.last_outputs.items():
-        item = llm._live.items[index]
+        item = llm.weight_items[index]
         quantisers = native.quantisers(item)
         run = partial(forward.run, native.step)
         for level in _missing(item):

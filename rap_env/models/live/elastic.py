@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -24,10 +25,14 @@ from rap_env.models.families.placeholders import cache_in
 from rap_env.models.files.model_folder import remembered
 from rap_env.models.live.lean_llama import reject_lean
 from rap_env.models.live.live_blocks import HeldBytes, LiveBlocks, own_bytes, shared_facts
+from rap_env.models.weights.packed_layout import PackedLevel
 from rap_env.models.weights.residency import RESIDENCIES, Residency, WeightStore
 from rap_env.models.weights.tensors import StoredTensor, distinct_weights, fingerprint_of
-from rap_env.models.weights.weight_levels import block_items, embeddings_item
+from rap_env.models.weights.weight_levels import WeightItem, block_items, embeddings_item
 from rap_env.plan import Plan, check_levels
+
+LevelFiles = Sequence[Mapping[PackedLevel, Path]]
+"""The files of levels that a text made, for each of `ElasticLLM.weight_items`."""
 
 
 class ElasticLLM:
@@ -124,6 +129,16 @@ class ElasticLLM:
         """Dtype of the weights, and so of activations and KV cache."""
         dtype: torch.dtype = self.model.dtype
         return dtype
+
+    @property
+    def weight_items(self) -> tuple[WeightItem, ...]:
+        """The weights of each block, and last those of embeddings with head, (2L + 1,)."""
+        return self._live.all_items
+
+    @property
+    def level_files(self) -> LevelFiles:
+        """The files of the levels that a text made, for each of `weight_items`."""
+        return [dict(item.files) for item in self.weight_items]
 
     @property
     def plan(self) -> Plan:
@@ -364,19 +379,24 @@ class _InPlace:
     """Stands in for `nn.Module._apply` of a model that must not be moved or converted any more.
 
     Other tensors (buffers of weights, copies on the host) would stay where they were, and a
-    later pass would fail in the middle. What changes neither device nor dtype is allowed.
+    later pass would fail in the middle. What changes neither device nor dtype is allowed. The
+    model has this object as an attribute, so it is referred to weakly.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        self._model = weakref.ref(model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _InPlace:
+        return _InPlace(memo[id(self._model())])
 
     def __call__(
         self, change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
     ) -> nn.Module:
-        places = {str(w.device): w for w in self._model.parameters() if not w.is_meta}
+        model = cast("nn.Module", self._model())
+        places = {str(w.device): w for w in model.parameters() if not w.is_meta}
         for weight in places.values():
             self._check(weight.new_empty(0), change)
-        moved: nn.Module = nn.Module._apply(self._model, change, recurse)  # type: ignore[no-untyped-call]
+        moved: nn.Module = nn.Module._apply(model, change, recurse)  # type: ignore[no-untyped-call]
         return moved
 
     def _check(self, probe: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -260,7 +260,7 @@ class LiveBatch:
         Raises:
             InvalidRequestError: The other batch uses another model.
         """
-        if other._llm._live is not self._llm._live:
+        if other._llm is not self._llm:
             raise InvalidRequestError("Only batches of the same model can be joined.")
         if not other._parts:
             return

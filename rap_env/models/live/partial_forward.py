@@ -242,7 +242,7 @@ class PartialForward:
         self.release()
         if self._llm.residency == "resident":
             for index in itertools.chain(*layer):
-                item = self._llm._live.items[index]
+                item = self._llm.weight_items[index]
                 for level in item.made:
                     item.forget(level)
         device.return_freed_memory()

@@ -45,7 +45,7 @@ def layer_by_layer(llm: ElasticLLM, plan: Plan = Plan()) -> torch.Tensor:
 def rest_bytes(llm: ElasticLLM) -> int:
     """Bytes of what is always in memory: packed embeddings, and norms outside of blocks."""
     unread = llm.facts.weights == "unquantised"
-    return llm.facts.base_bytes - unread * llm._live.embeddings.native_bytes
+    return llm.facts.base_bytes - unread * llm.weight_items[-1].native_bytes
 
 
 @each_family("family", save=SAVE, dtype=["float32", "bfloat16"])

@@ -50,7 +50,7 @@ def tensor_bytes(llm: ElasticLLM) -> int:
     tensors = [tensor for _, tensor in named_weights(llm.model)]
     for site in llm._live.sites:
         tensors += [tensor for part in site.modules for _, tensor in named_weights(part)]
-    for item in llm._live.all_items:
+    for item in llm.weight_items:
         tensors += [tensor for place in item.places for tensor in place.weights.values()]
         tensors += [tensor for level in item.made for tensor in item.tensors(level).values()]
     return sum(key[-1] for key in {tensor_key(tensor) for tensor in tensors})
@@ -210,7 +210,7 @@ def test_blocks_are_removed_of_which_neither_plan_can_be_read(monkeypatch) -> No
     llm, plain = offloaded(), tiny_llm()
     for plan in (INT4, Plan()):
         apply_to(plan, llm, plain)
-    lost, load = llm._live.items[2], WeightStore.load
+    lost, load = llm.weight_items[2], WeightStore.load
 
     def fails(self: WeightStore, item: WeightItem, level: str) -> None:
         if item is lost:

@@ -93,7 +93,7 @@ def test_an_unknown_level_changes_nothing(residency: str) -> None:
     llm.set_residency(residency)
     llm.apply(MIXED)
     held, before = llm.held_bytes, logits(llm)
-    llm._live.items[2].levels.pop("int4")  # as if it took no fewer bytes
+    llm.weight_items[2].levels.pop("int4")  # as if it took no fewer bytes
     for plan in (uniform("int4"), Plan.of({"layer07.ffn": "int4"})):
         with pytest.raises(UnknownNameError):
             llm.apply(plan)

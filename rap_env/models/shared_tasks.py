@@ -35,10 +35,15 @@ class Tasks:
     Args:
         folder: The folder.
         check: Called while it waits; raises an error if other processes have ended.
-        note: Called with the results of a group of tasks that exist, and their number.
+        note: Called with the name of a group of tasks and the share of it that is done.
     """
 
-    def __init__(self, folder: Path, check: Check, note: Note) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        check: Check = lambda: None,
+        note: Note = lambda group, share: None,
+    ) -> None:
         self.folder, self._check, self._note = folder, check, note
 
     def run(
