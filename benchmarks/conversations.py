@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.harness import Settings, ratios, spread, target, write_record
+from benchmarks.measuring import Settings, ratios, spread, target, write_record
 from experiments.study.console import run_with_settings
 from experiments.study.servers import Server, llama_command, piece, rap_command
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import ModelSettings, target, write_record
+from benchmarks.measuring import ModelSettings, target, write_record
 from experiments.study.console import run_with_settings
 from rap_env.importance.preparation import prepare
 from rap_env.memory import MemoryModel

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.config import Config
-from experiments.config.common import TasksConfig, TextConfig
+from experiments.config.common import Cell, TasksConfig, TextConfig
 from experiments.config.program_settings import EvaluateConfig
 from experiments.study.console import ExperimentError
-from experiments.study.json_records import Cell
 from rap_env.context.base import ContextConfig, PruningContext
 from rap_env.context.opening import open_context
 from rap_env.errors import ArtifactError

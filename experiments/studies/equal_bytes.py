@@ -30,8 +30,7 @@ from experiments.llama_cpp import (
     need_llama_cpp,
     write_quantised_file,
 )
-from experiments.study.harness import Job, Published, Study
-from experiments.study.json_records import DeltaNLLRecord
+from experiments.study.harness import DeltaNLLRecord, Job, Study
 from experiments.study.logits import compared, logits_of, window_logits
 from experiments.study.table_format import TitledTable, columns_table, percent, precise
 from rap_env.context.base import PruningContext
@@ -209,7 +208,6 @@ STUDY = Study(
     equal_bytes_jobs,
     equal_bytes_tables,
     frozen=("model", "evaluate.text"),
-    published=[Published("equal_bytes", "ladder/equal_bytes")],
 )
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
+import pandas as pd
 import torch
 import transformers
 
@@ -30,8 +31,7 @@ from experiments.contexts import load_text
 from experiments.launch import launch
 from experiments.llama_cpp import FileKind, LlamaCpp, gguf_file, make_file, need_llama_cpp
 from experiments.study.console import ExperimentError
-from experiments.study.harness import Job, Published, Study
-from experiments.study.json_records import DeltaNLLRecord, Record
+from experiments.study.harness import DeltaNLLRecord, Job, Record, Study
 from experiments.study.logits import compared, logits_of, window_logits
 from experiments.study.plotting import INK, Panel, panel_figure
 from experiments.study.servers import Server, llama_command, piece, rap_command
@@ -463,7 +463,7 @@ def process_tables(rows: Sequence[Record]) -> list[TitledTable]:
         lines.append(["", f"{LLAMA}: {best.name}", *process_cells(best), "-", "-"])
     quality = ("ΔNLL", "KL", "Same top token")
     header = ["Limit", "Server", "Peak", "Mapped", *quality, "Prompt", "Answer"]
-    return [TitledTable((header, lines), "", CAPTION)]
+    return [TitledTable(pd.DataFrame(lines, columns=header), "", CAPTION)]
 
 
 def process_cells(row: ProcessRow) -> list[str]:
@@ -513,7 +513,6 @@ STUDY = Study(
     process_jobs,
     process_tables,
     frozen=("model", "evaluate.text"),
-    published=[Published("equal_process", "equal_process")],
 )
 
 if __name__ == "__main__":

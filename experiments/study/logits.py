@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from experiments.llama_cpp import LlamaCpp
-from experiments.study.json_records import delta_nll_fields
+from experiments.study.harness import delta_nll_fields
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.plan import Plan
