@@ -38,7 +38,7 @@ from experiments.comparison.result_rows import ResultRow, rows_below
 from experiments.comparison.result_tables import tables_markdown
 from experiments.comparison.summaries import Comparison, Summary, compare_pair
 from experiments.config.program_settings import CompareConfig
-from experiments.studies import equal_bytes, equal_process
+from experiments.studies import equal_process
 from experiments.studies.replay import cgroup, conversations
 from experiments.studies.replay import study as replay
 from experiments.study.harness import Study
@@ -135,7 +135,6 @@ class Shown(NamedTuple):
 
 _QUALITY = ("Quality",)
 STUDIES = {
-    "equal_bytes": Shown(equal_bytes.STUDY, "ladder/equal_bytes"),
     "equal_process": Shown(equal_process.STUDY, "equal_process"),
     "replay": Shown(replay.STUDY, "replay/replay", _QUALITY),
     "replay_ladder": Shown(replay.STUDY, "ladder/replay", _QUALITY),
