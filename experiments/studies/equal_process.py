@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import mmap
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -289,10 +288,10 @@ class Measuring:
         self, server: Server, prompt: torch.Tensor, tokens: int
     ) -> tuple[list[float], dict[str, Any]]:
         """Tokens per CPU second of prompt and answer, and what its events said last."""
-        begin_s, times_s, said = cpu_s(server), list[float](), dict[str, Any]()
+        begin_s, times_s, said = server.cpu_s(), list[float](), dict[str, Any]()
         for event in server.stream("completions", completion(prompt.tolist(), tokens)):
             if piece(event) or times_s:
-                times_s.append(cpu_s(server))
+                times_s.append(server.cpu_s())
             said |= event
         first_s, *_, last_s = times_s
         return [len(prompt) / (first_s - begin_s), (tokens - 1) / (last_s - first_s)], said
@@ -330,7 +329,7 @@ class FallingRun:
 
     def use(self, server: Server) -> None:
         """Go on with a server that is ready; the start of the first one takes no time."""
-        ready_s, is_first = cpu_s(server), not self._asking.is_alive()
+        ready_s, is_first = server.cpu_s(), not self._asking.is_alive()
         self._serving = server, -ready_s if is_first else self._last_s
         if is_first:
             self._asking.start()
@@ -339,7 +338,7 @@ class FallingRun:
 
     def sample(self, until_s: float) -> None:
         """Sample the memory of the server's process until a time, or the end of the answer."""
-        process = process_folder(self._serving[0])
+        process = self._serving[0].proc
         while self._now_s() < until_s and self._asking.is_alive():
             self.memory.append([self._now_s(), resident_bytes(process)[1]])
             time.sleep(_SAMPLE_S)
@@ -351,7 +350,7 @@ class FallingRun:
     def _now_s(self) -> float:
         server, earlier_s = self._serving
         with contextlib.suppress(OSError):  # it has ended
-            self._last_s = round(earlier_s + cpu_s(server), 2)
+            self._last_s = round(earlier_s + server.cpu_s(), 2)
         return self._last_s
 
     def _ask(self) -> None:
@@ -366,23 +365,11 @@ class FallingRun:
                 time.sleep(_SAMPLE_S)
 
 
-def process_folder(server: Server) -> Path:
-    """Where the kernel reports on a server's process."""
-    return Path("/proc", str(server.process.pid))
-
-
-def cpu_s(server: Server) -> float:
-    """Seconds of CPU time that a server's process has taken."""
-    numbers = (process_folder(server) / "stat").read_text().rpartition(")")[2].split()
-    return (int(numbers[11]) + int(numbers[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def memory_of(server: Server) -> dict[str, Any]:
     """Peak and mapped bytes of a server's process, as in `ProcessRow`."""
-    process = process_folder(server)
-    mapped_pages = int((process / "statm").read_text().split()[2])
-    peak_bytes, mapped_bytes = resident_bytes(process)[0], mapped_pages * mmap.PAGESIZE
-    return {"peak_bytes": peak_bytes, "mapped_bytes": mapped_bytes}
+    mapped_pages = int((server.proc / "statm").read_text().split()[2])
+    peak_bytes, _ = resident_bytes(server.proc)
+    return {"peak_bytes": peak_bytes, "mapped_bytes": mapped_pages * mmap.PAGESIZE}
 
 
 def plan_of(summary: str) -> Plan:

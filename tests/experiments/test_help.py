@@ -18,7 +18,7 @@ def test_the_help_shows_the_values_that_the_command_gives():
 
 @pytest.mark.parametrize(
     ("program", "wrong"),
-    [("experiments.explorer", "x"), ("tools.self_written_texts", "x"), ("tools.tiny_models", "x"),
+    [("experiments.explorer", "x"), ("tools.tiny_models", "x"),
      ("tools.bounded_table", "smollm2")],
 )  # fmt: skip
 def test_programs_without_settings_write_nothing_when_asked_for_help(program, wrong):
