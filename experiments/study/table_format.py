@@ -89,11 +89,15 @@ def markdown(table: pd.DataFrame, left: int = 1) -> str:
 
 def plain(table: pd.DataFrame) -> str:
     """Format a table as aligned text."""
-    sides = ["left"] + ["right"] * (len(table.columns) - 1)
-    text: str = table.to_markdown(
-        index=False, tablefmt="simple", disable_numparse=True, colalign=sides
-    )
-    return text
+    lines = [[*table.columns], *table.to_numpy().tolist()]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+
+    def aligned(cells: Sequence[str]) -> str:
+        padded = [f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)]
+        return "  ".join([cells[0].ljust(widths[0]), *padded[1:]]).rstrip()
+
+    return "\n".join(map(aligned, lines))
 
 
 def rendered(text: str) -> str:
