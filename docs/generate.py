@@ -38,7 +38,8 @@ from experiments.comparison.result_rows import ResultRow, rows_below
 from experiments.comparison.result_tables import tables_markdown
 from experiments.comparison.summaries import Comparison, Summary, compare_pair
 from experiments.config.program_settings import CompareConfig
-from experiments.studies import equal_process
+from experiments.studies.equal_process import rows as equal_process
+from experiments.studies.equal_process import study as equal_process_study
 from experiments.studies.replay import cgroup, conversations
 from experiments.studies.replay import study as replay
 from experiments.study.harness import Study
@@ -135,7 +136,7 @@ class Shown(NamedTuple):
 
 _QUALITY = ("Quality",)
 STUDIES = {
-    "equal_process": Shown(equal_process.STUDY, "equal_process"),
+    "equal_process": Shown(equal_process_study.STUDY, "equal_process"),
     "replay": Shown(replay.STUDY, "replay/replay", _QUALITY),
     "replay_ladder": Shown(replay.STUDY, "ladder/replay", _QUALITY),
     "replay_low_bits": Shown(replay.STUDY, "replay_low_bits/replay", _QUALITY),

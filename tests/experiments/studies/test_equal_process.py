@@ -8,20 +8,19 @@ import numpy as np
 import pytest
 
 from experiments.llama_cpp import FileKind, write_with_one_vocabulary
-from experiments.studies.equal_process import (
+from experiments.studies.equal_process.rows import (
     COLOURS,
     LLAMA,
     RAP,
-    STUDY,
     FallingRow,
     ProcessRow,
     RejectedRow,
     best_file,
     bytes_of,
-    plan_of,
     process_figure,
     process_tables,
 )
+from experiments.studies.equal_process.study import STUDY, plan_of
 from experiments.study.console import ExperimentError
 from experiments.study.harness import delta_nll_fields
 from rap_env.levels import WEIGHT_LEVELS
