@@ -113,23 +113,21 @@ class LlamaCpp:
             self._lib.llama_model_get_vocab(self._model)
         )
 
-    def logits(
-        self, window: npt.NDArray[np.int32]
-    ) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]]:
-        """Run a window without context before it.
+    def logits(self, window: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        """Logits of a window's positions but the last, without context before it.
 
         Args:
-            window: Token ids, (T,); tokens 1 to T - 1 are predicted.
+            window: Token ids, (T,).
 
-        Yields:
-            Logits of some positions, (N, V), and the tokens that they predict, (N,).
+        Returns:
+            Logits, (T - 1, V).
         """
         self.clear()
-        for start in range(0, len(window), _BATCH_TOKENS):
-            part = window[start : start + _BATCH_TOKENS]
-            logits = self.decode(part, start, all_logits=True)
-            targets = window[start + 1 : start + 1 + len(part)]
-            yield logits[: len(targets)].copy(), targets  # the engine uses its buffer again
+        parts = [
+            self.decode(window[start : start + _BATCH_TOKENS], start, all_logits=True).copy()
+            for start in range(0, len(window), _BATCH_TOKENS)
+        ]  # copies, since the engine uses its buffer again
+        return np.concatenate(parts)[:-1]
 
     def close(self) -> None:
         """Free the context and the model."""

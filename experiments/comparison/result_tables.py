@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import pandas as pd
 
@@ -78,15 +78,10 @@ QUALITY_CAPTION = (
 
 def quality_table(comparison: Comparison) -> pd.DataFrame | None:
     """Return what separates the plans of each method from the native model; None if unmeasured."""
-    columns = quality_columns(s.quality for s in comparison.summaries)
     lines = {s.label: s.quality for s in comparison.summaries}
+    measured = set().union(*lines.values())
+    columns = {header: name for name, header in QUALITY_HEADERS.items() if name in measured}
     return crossed_table("Method", lines, columns, quality_entry) if columns else None
-
-
-def quality_columns(qualities: Iterable[dict[str, float]]) -> dict[str, str]:
-    """Return names by header of the `QUALITY_HEADERS` that some plan or method has."""
-    measured = {name for quality in qualities for name in quality}
-    return {header: name for name, header in QUALITY_HEADERS.items() if name in measured}
 
 
 def quality_entry(quality: dict[str, float], name: str) -> str:

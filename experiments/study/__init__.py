@@ -1,4 +1,4 @@
-"""The harness of all studies: rows, resume, provenance, tables and intervals.
+"""The harness of all records: rows, resume, provenance, tables and intervals.
 
 A study is one file with three things: a row type, a function that yields what to measure, and
 the tables made from the rows. The rest is done here::
@@ -37,8 +37,8 @@ machine, seeds), ``tables.md``; and prints the tables. Records that are committe
 which writes their tables into the page with the markers ``<!-- caches: begin -->`` and
 ``<!-- caches: end -->``.
 
-Where a study has rows of several types, `jobs` yields jobs of each type. Plans that a job
-lists with its `scorer` are scored together.
+Where a study has rows of several types, `jobs` yields jobs of each type. The record of a
+benchmark is one row in a file of its own (`benchmarks.measuring.BenchmarkRecord`).
 
 - `harness`: base classes of rows, and what measures each once
 - `json_records`: files of JSON lines

@@ -22,7 +22,7 @@ def test_losses_and_agreement_are_those_of_the_scorer(tmp_path):
         Plan.of({"layer01.ffn": "int4", "layer02.attn": "int8"}),
     )
     native = map(partial(window_logits, llm, Plan()), text.tokens)
-    found = compared(native, text.tokens, partial(window_logits, llm, plan))
+    found = compared(native, text.tokens, partial(window_logits, llm, plan), 1)
     rise, agreement = scorer.window_nll(plan) - scorer.window_nll(Plan()), scorer.agreement(plan)
     assert found["window_delta_nll"] == pytest.approx(rise.tolist(), abs=1e-5)
     assert found["kl_divergence_mean"] == pytest.approx(agreement.kl_divergence_mean, abs=1e-6)
