@@ -39,11 +39,11 @@ clients: setup  ## Install eight well-known clients and run them against the ser
 gpu: setup  ## On a CUDA device: run the GPU tests and benchmarks, print their table.
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m gpu --all-cases
 	@for name in $(GPU_BENCHMARKS); do $(RUN) -m benchmarks.$$name device=cuda || exit 1; done
-	@$(RUN) -m benchmarks.harness
+	@$(RUN) -m benchmarks
 
 bench: setup  ## Run all benchmarks and print their table (needs an idle machine).
 	@for name in $(BENCHMARKS); do $(RUN) -m benchmarks.$$name || exit 1; done
-	@$(RUN) -m benchmarks.harness
+	@$(RUN) -m benchmarks
 
 soak: setup  ## Serve 10,000 valid and invalid requests under a changing budget (at most an hour).
 	@OMP_NUM_THREADS=1 RAP_SOAK_REQUESTS=10000 RAP_SOAK_MODEL=smollm2-135m \

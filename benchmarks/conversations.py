@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.harness import Settings, ratios, spread, target, write_record
+from benchmarks.measuring import Settings, ratios, spread, target, write_record
 from experiments.study.console import run_with_settings
 from experiments.study.servers import Server, llama_command, piece, rap_command
 
@@ -216,8 +216,7 @@ def served(settings: ConversationSettings) -> tuple[dict[str, list[float]], list
         for side, mib in idle_mib.items():
             with closing(Server(rap_command(settings.model, "--keep", side))) as server:
                 server.wait_until_ready()
-                process = Path("/proc", str(server.process.pid))
-                mib.append(resident_bytes(process)[1] / 2**20)
+                mib.append(resident_bytes(server.proc)[1] / 2**20)
                 if side == "on" and not read_again:
                     _, read_again = chat(server, settings.model, 0, _CHAT_ANSWER_TOKENS)
     return idle_mib, read_again

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.harness import ModelSettings, open_model, spread, target, write_record
+from benchmarks.measuring import ModelSettings, open_model, spread, target, write_record
 from experiments.study.console import run_with_settings
 from rap_env.memory import MemoryModel
 from rap_env.policies.loading import load_policy

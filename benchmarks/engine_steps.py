@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.harness import Settings, alternate, ratios, spread, target, write_record
+from benchmarks.measuring import Settings, alternate, ratios, spread, target, write_record
 from experiments.llama_cpp import PACKAGE, LlamaCpp, gguf_file, need_llama_cpp
 from experiments.study.console import run_with_settings
 from rap_env.extras import package_versions

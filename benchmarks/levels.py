@@ -15,7 +15,7 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-from benchmarks.harness import (
+from benchmarks.measuring import (
     ModelSettings,
     alternate,
     open_model,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.harness import ModelSettings, open_model, target, write_record
+from benchmarks.measuring import ModelSettings, open_model, target, write_record
 from experiments.config.common import parse_shape
 from experiments.study.console import run_with_settings
 from rap_env.memory import PREFILL_CHUNK_TOKENS, MemoryModel

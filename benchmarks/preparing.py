@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import ModelSettings, target, write_record
+from benchmarks.measuring import ModelSettings, target, write_record
 from experiments.study.console import run_with_settings
 from rap_env.importance.preparation import prepare
 from rap_env.memory import MemoryModel
@@ -51,7 +51,7 @@ class PreparingSettings(ModelSettings):
 
 def main(settings: PreparingSettings) -> None:
     """Prepare, measure, and write the record."""
-    began, began_cpu_s = time.time(), cpu_s()
+    began, began_cpu_s = time.time(), spent_cpu_s()
     costs, path = prepare(
         settings.model,
         device=settings.device,
@@ -62,7 +62,7 @@ def main(settings: PreparingSettings) -> None:
     if path.stat().st_mtime > began:
         taken = {
             "seconds": costs.seconds,
-            "cpu_s": cpu_s() - began_cpu_s,
+            "cpu_s": spent_cpu_s() - began_cpu_s,
             "peak_bytes": most_bytes(),
         }
     llm = load_llm(settings.model, device=settings.device, dtype=settings.dtype, quick_levels=True)
@@ -107,7 +107,7 @@ def main(settings: PreparingSettings) -> None:
     )
 
 
-def cpu_s() -> float:
+def spent_cpu_s() -> float:
     """CPU seconds of this process and of those that it started and that have ended."""
     used = [resource.getrusage(who) for who in _PROCESSES]
     return sum(each.ru_utime + each.ru_stime for each in used)

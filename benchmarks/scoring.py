@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.harness import ModelSettings, open_model, target, write_record
+from benchmarks.measuring import ModelSettings, open_model, target, write_record
 from experiments.study.console import run_with_settings
 from rap_env.importance.gsi_search import gsi
 from rap_env.importance.profiles import GSIProfile

@@ -17,7 +17,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from benchmarks.harness import Settings, target, write_record
+from benchmarks.measuring import Settings, target, write_record
 from experiments.study.console import run_with_settings
 
 TASKS = ("RAPPrune/SmolLM2-Table-v1", *(f"RAPLadder/SmolLM2-Table-v{n}" for n in (1, 2)))

@@ -13,36 +13,36 @@ import inspect
 import io
 import json
 import math
+import re
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
-from importlib import import_module
 from pathlib import Path
-from pkgutil import walk_packages
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 import gymnasium as gym
 import numpy as np
+import pandas as pd
 from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 import rap_env
-from benchmarks.harness import committed_records, targets_table
+from benchmarks.measuring import BenchmarkRecord, committed_records, targets_table
 from benchmarks.step import TASKS as STEP_TASKS
-from experiments import live, studies
+from experiments import live
 from experiments.compare import compare
 from experiments.comparison.result_rows import ResultRow, rows_below
 from experiments.comparison.result_tables import tables_markdown
 from experiments.comparison.summaries import Comparison, Summary, compare_pair
 from experiments.config.program_settings import CompareConfig
-from experiments.studies.equal_process import process_figure
-from experiments.studies.replay.cgroup import measures
-from experiments.studies.replay.conversations import memory_figure
-from experiments.study.harness import RESULTS, ROOT, Published, Study, write_changed, write_pages
+from experiments.studies.equal_process import rows as equal_process
+from experiments.studies.equal_process import study as equal_process_study
+from experiments.studies.replay import cgroup, conversations
+from experiments.studies.replay import study as replay
+from experiments.study.harness import Study
 from experiments.study.plotting import FAINT, INK, Panel, look, panel_figure, save_gif, save_png
 from experiments.study.table_format import columns_table, markdown, percent, seconds
 from experiments.unseen import POLICY, RUNS
@@ -65,6 +65,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"
 IMAGES = ROOT / "docs" / "images"
 ENVIRONMENTS = {
     "environment": ("RAPPrune-v0", "RAPPruneEnv"),
@@ -111,17 +113,30 @@ BESIDE: dict[str, list[Source]] = {
 """A method, and all others that are set beside it where it was measured, by marker."""
 
 
-def found_studies() -> Iterator[tuple[Study, Published]]:
-    """Yield the studies of all modules of `experiments.studies`, with their committed records."""
-    for module in walk_packages(studies.__path__, f"{studies.__name__}."):
-        if not module.name.endswith(".__main__"):
-            for study in vars(import_module(module.name)).values():
-                if isinstance(study, Study):
-                    yield from ((study, published) for published in study.published)
+class Shown(NamedTuple):
+    """Committed records of a study, and the sections of its tables that a page shows."""
+
+    study: Study
+    records: str
+    sections: tuple[str, ...] = ("",)
+
+    @property
+    def rows(self) -> list[Any]:
+        """The records."""
+        return self.study.read(RESULTS / self.records)
 
 
-STUDIES = {published.name: (study, published) for study, published in found_studies()}
-"""Each study with one of its committed records, by the name of their markers."""
+_QUALITY = ("Quality",)
+STUDIES = {
+    "equal_process": Shown(equal_process_study.STUDY, "equal_process"),
+    "replay": Shown(replay.STUDY, "replay/replay", _QUALITY),
+    "replay_ladder": Shown(replay.STUDY, "ladder/replay", _QUALITY),
+    "replay_low_bits": Shown(replay.STUDY, "replay_low_bits/replay", _QUALITY),
+    "conversations": Shown(conversations.STUDY, "conversations"),
+    "cgroup": Shown(cgroup.STUDY, "cgroup"),
+    "cgroup_conversations": Shown(cgroup.STUDY, "cgroup_conversations"),
+}
+"""The studies, by the name of their markers."""
 
 
 @cache
@@ -129,8 +144,7 @@ def full_text(name: str) -> str:
     """All tables of a comparison or study."""
     if name in COMPARISONS:
         return compare(CompareConfig(runs=str(RESULTS / name), format="markdown"))
-    study, published = STUDIES[name]
-    return study.markdown(study.read(published.folder))
+    return STUDIES[name].study.markdown(STUDIES[name].rows)
 
 
 def summary_of(text: str) -> str:
@@ -142,7 +156,9 @@ def shown_text(name: str) -> str:
     """What the page of a comparison or study shows of its tables."""
     if name in COMPARISONS:
         return summary_of(full_text(name))
-    return STUDIES[name][1].shown(full_text(name))
+    first, *sections = full_text(name).partition("\n")[2].split("\n## ")
+    shown = (section for section in sections if section.startswith(STUDIES[name].sections))
+    return "\n### ".join([first, *shown])
 
 
 def beside_text(name: str) -> str:
@@ -249,7 +265,8 @@ def unseen_tried_table() -> str:
         ]
         for row in record["designs"]
     ]
-    return markdown((["Design", *(f"{runs} runs" for runs in RUNS), ""], rows))
+    header = ["Design", *(f"{runs} runs" for runs in RUNS), ""]
+    return markdown(pd.DataFrame(rows, columns=header))
 
 
 UNSEEN_MODELS = 44
@@ -277,7 +294,8 @@ def unseen_table() -> str:
     """Scores on the models that no method was trained or tuned on, a row for each method."""
     names = dict.fromkeys(row["name"] for row in unseen_record()["rows"] if row["part"] == "Test")
     header = ["Method", *(f"{runs} runs" for runs in RUNS)]
-    return markdown((header, [[n, *(unseen_score(n, r) for r in RUNS)] for n in names]))
+    rows = [[name, *(unseen_score(name, runs) for runs in RUNS)] for name in names]
+    return markdown(pd.DataFrame(rows, columns=header))
 
 
 def unseen_models_table() -> str:
@@ -287,7 +305,8 @@ def unseen_models_table() -> str:
         [str(number), *(unseen_score(POLICY, 0, part, number) for part in ("Test", "Train"))]
         for number in sorted(numbers)
     ]
-    return markdown((["Training models", "16 held-out models", "Its own training models"], rows))
+    header = ["Training models", "16 held-out models", "Its own training models"]
+    return markdown(pd.DataFrame(rows, columns=header))
 
 
 def test_scores(task: str) -> dict[str, Floats]:
@@ -299,8 +318,7 @@ def test_scores(task: str) -> dict[str, Floats]:
 @cache
 def readme_numbers() -> dict[str, str]:
     """The numbers within sentences of README.md."""
-    study, published = STUDIES["cgroup"]
-    rap, other = (measures(row) for row in study.read(published.folder)[:2])
+    rap, other = map(cgroup.measures, STUDIES["cgroup"].rows[:2])
     more_tokens = float(other["Tokens a second"]) / float(rap["Tokens a second"]) - 1
     recording = live.recorded(RESULTS / "live")
     assert recording is not None  # committed
@@ -321,15 +339,14 @@ def readme_numbers() -> dict[str, str]:
 
 def process_table() -> str:
     """Loss and speed of both servers in equal memory, in README.md."""
-    study, published = STUDIES["equal_process"]
-    _, lines = study.tables(study.read(published.folder))[0].table
-    systems, columns = ("rap serve", "llama.cpp"), {"loss": 4, "tokens/s": 8}
-    header = ["Memory", *(f"{system}, {what}" for what in columns for system in systems)]
-    rows = [
-        [rap[0], *(line[at].partition(" ")[0] for at in columns.values() for line in (rap, other))]
-        for rap, other in zip(lines[2::2], lines[3::2], strict=True)  # without the largest
-    ]
-    return markdown((header, rows))
+    tables = equal_process.process_tables(STUDIES["equal_process"].rows)
+    lines = tables[0].table[2:]  # without the largest
+    rap, other = (lines[start::2].reset_index() for start in (0, 1))
+    columns = {"Memory": rap["Limit"]}
+    for what, column in {"loss": "ΔNLL", "tokens/s": "Answer"}.items():
+        for system, own in {"rap serve": rap, "llama.cpp": other}.items():
+            columns[f"{system}, {what}"] = own[column].str.partition(" ")[0]
+    return markdown(pd.DataFrame(columns))
 
 
 def methods_table() -> str:
@@ -359,8 +376,7 @@ def random_steps(env: gym.Env[Any, Any], seed: int) -> int:
 @cache
 def task_row(name: str) -> list[str]:
     """A pinned task: its spaces, speed, and the least ΔNLL of a published method."""
-    record = RESULTS / "benchmarks" / "step-cpu.json"
-    speeds = json.loads(record.read_text(encoding="utf-8"))["measured"]["steps_per_s"]
+    (speeds,) = (r.measured["steps_per_s"] for r in committed_records() if r.benchmark == "step")
     env = gym.make(name)
     lengths = [random_steps(env, seed) for seed in range(_EPISODES)]
     low, middle, high = np.percentile(lengths, [5, 50, 95])
@@ -390,7 +406,7 @@ def to_beat(name: str) -> str:
 def tasks_table(names: Sequence[str]) -> str:
     """Pinned tasks, a row each."""
     header = ["Task", "Observation", "Actions", "Steps of an episode", "Steps a second", "To beat"]
-    return markdown((header, [*map(task_row, names)]))
+    return markdown(pd.DataFrame(map(task_row, names), columns=header))
 
 
 LOW_BITS = "RAPLadder/SmolLM2-LowBits-Table-v0"
@@ -398,15 +414,15 @@ LOW_BITS = "RAPLadder/SmolLM2-LowBits-Table-v0"
 
 def preparing_table() -> str:
     """What plans of prepared models lose, a row for each plan."""
-    records = [r for r in committed_records() if r["benchmark"].startswith("preparing")]
-    lines = [(record, plan) for record in records for plan in record["measured"]["plans"]]
+    records = [r for r in committed_records() if r.benchmark.startswith("preparing")]
+    lines = [(record, plan) for record in records for plan in record.measured["plans"]]
 
-    def rise(kind: str, line: tuple[dict[str, Any], dict[str, Any]]) -> str:
+    def rise(kind: str, line: tuple[BenchmarkRecord, dict[str, Any]]) -> str:
         return f"{line[1]['delta_nll'][kind]:.3f}"
 
-    columns: dict[str, Callable[[tuple[dict[str, Any], dict[str, Any]]], str]] = {
-        "Model": lambda line: line[0]["measured"]["model"],
-        "Levels": lambda line: line[0]["measured"]["levels"],
+    columns: dict[str, Callable[[tuple[BenchmarkRecord, dict[str, Any]]], str]] = {
+        "Model": lambda line: line[0].measured["model"],
+        "Levels": lambda line: line[0].measured["levels"],
         "Budget": lambda line: f"{line[1]['budget_mib']:,.0f} MiB",
         "Predicted": lambda line: f"{line[1]['predicted']:.3f}",
         **{kind.capitalize(): partial(rise, kind) for kind in ("articles", "code", "chat")},
@@ -416,13 +432,13 @@ def preparing_table() -> str:
 
 def speed_table() -> str:
     """The targets of all benchmarks but those of what prepared models lose."""
-    records = [r for r in committed_records() if not r["benchmark"].startswith("preparing")]
+    records = [r for r in committed_records() if not r.benchmark.startswith("preparing")]
     return targets_table(records)
 
 
 def preparing_times() -> str:
     """What preparing took where the cache was empty, a row for each model and kind of levels."""
-    records = [r["measured"] for r in committed_records() if r["benchmark"].startswith("preparing")]
+    records = [r.measured for r in committed_records() if r.benchmark.startswith("preparing")]
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "Model": lambda made: made["model"],
         "Levels": lambda made: made["levels"],
@@ -435,21 +451,24 @@ def preparing_times() -> str:
 def bounds_table() -> str:
     """What a table with bounds predicts, beside what plans lose, by method and training seed."""
     scorer = pinned_task("RAPLadder/SmolLM2-Table-v2").make().unwrapped.context.scorer
-    plans = defaultdict[tuple[str, int], list[tuple[float, float, bool]]](list)
-    for row in Source("tight_bounds_seeds").rows:
-        by_table, is_new = scorer.nll(row.plan) - scorer.dense_nll, scorer.is_predicted(row.plan)
-        plans[row.method, row.depends_on["seed"]].append((by_table, row.delta_nll, is_new))
-    cells = list[list[str]]()
-    for (method, seed), values in plans.items():
-        new = [value for value in values if value[-1]]
-        cell = [look(method).label, str(seed), str(len(new))]
-        for of in (new, values):
-            by_table, measured, _ = np.mean(of, axis=0)
-            cell += [f"{by_table:.3f}", f"{measured:.3f}", percent(by_table / measured - 1)]
-        cells.append(cell)
-    compared = ["Predicted", "Measured", "Difference"]
-    header = ["Method", "Seed", "New plans", *compared, *(f"{name}, all" for name in compared)]
-    return markdown((header, cells))
+    plans = pd.DataFrame(
+        {
+            "Method": look(row.method).label,
+            "Seed": str(row.depends_on["seed"]),
+            "is_new": scorer.is_predicted(row.plan),
+            "Predicted": scorer.nll(row.plan) - scorer.dense_nll,
+            "Measured": row.delta_nll,
+        }
+        for row in Source("tight_bounds_seeds").rows
+    )
+    new = plans[plans["is_new"]].groupby(["Method", "Seed"], sort=False)
+    parts = [new.size().astype(str).rename("New plans")]
+    for of, end in ((new, ""), (plans.groupby(["Method", "Seed"], sort=False), ", all")):
+        means = of[["Predicted", "Measured"]].mean()
+        shown = means.map("{:.3f}".format)
+        shown["Difference"] = (means["Predicted"] / means["Measured"] - 1).map(percent)
+        parts.append(shown.add_suffix(end))
+    return markdown(pd.concat(parts, axis="columns").reset_index())
 
 
 _EPISODES = 40  # with random actions, for the lengths of episodes
@@ -549,6 +568,35 @@ TABLES: dict[str, Callable[[], str | None]] = {
 name."""
 
 
+_MARKED = re.compile(r"(<!-- (\w+): begin -->\n).*?(<!-- \2: end -->)", re.DOTALL)
+_NUMBER = re.compile(r"<!--(\w+)-->[^<]*<!---->")
+_INTERVAL = re.compile(r"(\[[-+]?\d+\.\d+), ([-+]?\d+\.\d+\])")
+
+
+def marked_pages() -> list[Path]:
+    """README.md and the pages that have markers."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+    return [page for page in pages if _MARKED.search(page.read_text(encoding="utf-8"))]
+
+
+def with_tables(page: str) -> str:
+    """The text of a page with new tables and numbers; no interval is broken into two lines."""
+
+    def filled(match: re.Match[str]) -> str:
+        begin, name, end = match.groups()
+        table = _INTERVAL.sub("\\1,\u00a0\\2", (TABLES[name]() or "").strip())
+        return f"{begin}\n{table}\n\n{end}"
+
+    page = _MARKED.sub(filled, page)
+    return _NUMBER.sub(lambda match: f"<!--{match[1]}-->{readme_numbers()[match[1]]}<!---->", page)
+
+
+def write_changed(path: Path, text: str) -> None:
+    """Write a file only if its text changed, so that Sphinx rebuilds no more than it must."""
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
+
+
 def write_all(docs: Path) -> None:
     """Write every generated file that is not committed.
 
@@ -598,13 +646,13 @@ def command_reference() -> str:
 
 def main() -> None:
     """Write the committed tables and the pictures."""
-    write_pages(TABLES, readme_numbers)
+    for page in marked_pages():
+        write_changed(page, with_tables(page.read_text(encoding="utf-8")))
     save_png(decision_cost(), IMAGES / "decision_cost.png")
-    figures = {"conversations": ("kept_bytes", memory_figure)}
-    figures["equal_process"] = ("equal_process", process_figure)
+    figures = {"conversations": ("kept_bytes", conversations.memory_figure)}
+    figures["equal_process"] = ("equal_process", equal_process.process_figure)
     for name, (image, draw) in figures.items():
-        study, published = STUDIES[name]
-        save_png(draw(study.read(published.folder)), IMAGES / f"{image}.png")
+        save_png(draw(STUDIES[name].rows), IMAGES / f"{image}.png")
     save_gif(episode()[0], IMAGES / "episode.gif")
 
 

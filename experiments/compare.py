@@ -61,7 +61,7 @@ def as_markdown(comparisons: Sequence[Records], *, captions: bool = False) -> st
         if records.runs:
             title, table = records.title(records.runs[0]), markdown(learning_table(records.runs))
             parts.append(f"# {title}: training\n\n{table}\n{LEARNING_CAPTION}\n")
-            if swept := swept_table(records.runs):
+            if (swept := swept_table(records.runs)) is not None:
                 parts.append(f"# {title}: what varies\n\n{markdown(swept)}")
     return "\n".join(parts).rstrip()
 

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from experiments.config import Config
-from experiments.config.common import TasksConfig, TextConfig
+from experiments.config.common import Cell, TasksConfig, TextConfig
 from experiments.config.program_settings import EvaluateConfig
 from experiments.study.console import ExperimentError
-from experiments.study.json_records import Cell
 from rap_env.context.base import ContextConfig, PruningContext
 from rap_env.context.opening import open_context
-from rap_env.errors import ArtifactError
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
-from rap_env.memory import MemoryModel
-from rap_env.policies.base import Policy
-from rap_env.policies.loading import load_policy, make_method
-from rap_env.policies.registry import methods
 from rap_env.request import Request
 from rap_env.scoring.corpus import CorpusConfig, ensure_disjoint
 from rap_env.scoring.score_table import table_path
@@ -31,9 +24,6 @@ if TYPE_CHECKING:
     from rap_env.scoring.lm_eval_tasks import TaskConfig
     from rap_env.scoring.scorer import PlanScorer
 
-log = logging.getLogger(__name__)
-
-_PACKAGED = ("frontier", "knapsack")  # policies that the package has for the default model
 GSI_FILE = "gsi.json"
 FRONTIER_FILE = "frontier.json"
 
@@ -136,34 +126,6 @@ def held_out_scorer(
     ensure_disjoint(context.corpus, corpus)
     make = AgreementScorer if compare else PlanScorer
     return make(context.llm, corpus, context.store)
-
-
-def measured_on(scorer: PlanScorer) -> dict[str, Any]:
-    """What a row that a scorer measures depends on: the model and the text."""
-    facts = scorer.llm.facts
-    return {
-        "model_fingerprint": facts.fingerprint,
-        "dtype": facts.dtype,
-        "weights": facts.weights,
-        "report_text": scorer.corpus.provenance,
-        "report_sha256": scorer.corpus.sha256,
-    }
-
-
-def named_policy(name: str, context: PruningContext, memory: MemoryModel) -> Policy | None:
-    """The policy of a name: a baseline that searches on the calibration text, or a packaged one.
-
-    None if the packaged one is of another model.
-    """
-    if name in methods() and name not in _PACKAGED:
-        return make_method(name, context)
-    try:
-        return load_policy(name, memory)
-    except ArtifactError as error:
-        if name not in _PACKAGED:
-            raise
-        log.warning("Without the packaged policy %s: %s", name, error)
-        return None
 
 
 def task_config(tasks: TasksConfig) -> TaskConfig:

@@ -27,8 +27,8 @@ from experiments.contexts import (
 )
 from experiments.launch import launch
 from experiments.study.console import ExperimentError
-from experiments.study.harness import Job, measured
-from experiments.study.json_records import delta_nll_fields, request_field, set_aside, trim_metrics
+from experiments.study.harness import Job, delta_nll_fields, measured, set_aside
+from experiments.study.json_records import trim_metrics
 from experiments.study.loggers import Loggers, open_loggers
 from experiments.study.run_folder import RunFolder
 from experiments.study.statistics import kept_above_chance
@@ -224,7 +224,10 @@ class Evaluator:
         return ResultRow(
             method=method.name,
             seed=method.seed,
-            request=request_field((request.batch_size, request.seq_len_tokens)),
+            request={
+                "batch_size": request.batch_size,
+                "seq_len_tokens": request.seq_len_tokens,
+            },
             budget_fraction=cell.cell[2],
             budget_bytes=request.budget_bytes,
             peak_bytes=peak_bytes,

@@ -15,7 +15,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from experiments.score_model import (
 from experiments.study.console import ExperimentError, say
 from experiments.study.json_records import read_records
 from experiments.study.run_folder import RunFolder
-from experiments.study.table_format import plain
+from experiments.study.table_format import columns_table, plain
 from rap_env.context.base import PruningContext
 from rap_env.importance.plan_table import PlanTable
 from rap_env.ladder.items import Ladder
@@ -82,16 +82,19 @@ def export_scores(config: Config, folder: Path) -> Path:
 def shown(fidelity: Fidelity) -> str:
     """Return the agreement on held-out plans as a text table."""
 
-    def row(group: FidelityRow) -> list[str]:
-        numbers = (group.spearman, group.mean_error, group.median_relative_error)
-        shapes = zip(numbers, (".4f", ".3f", ".1%"), strict=True)
-        texts = ("-" if number is None else format(number, shape) for number, shape in shapes)
-        return [group.removed, f"{group.masks:,}", *texts]
+    def share(value: float | None, shape: str) -> str:
+        return "-" if value is None else format(value, shape)
 
-    header = ["removed", "masks", "rank correlation", "mean error (nats)", "relative error"]
+    columns: dict[str, Callable[[FidelityRow], str]] = {
+        "removed": lambda group: group.removed,
+        "masks": lambda group: f"{group.masks:,}",
+        "rank correlation": lambda group: share(group.spearman, ".4f"),
+        "mean error (nats)": lambda group: share(group.mean_error, ".3f"),
+        "relative error": lambda group: share(group.median_relative_error, ".1%"),
+    }
     held_out = fidelity.rows[0].masks
     title = f"Fidelity on {held_out:,} masks held out, fitted to {fidelity.fitted:,} others"
-    return f"{title}\n{plain((header, list(map(row, fidelity.rows))))}"
+    return f"{title}\n{plain(columns_table(fidelity.rows, columns))}"
 
 
 def recorded_scores(folders: Folders, context: PruningContext) -> dict[Plan, float]:

@@ -1,4 +1,4 @@
-"""llama.cpp through its bindings: logits, and quantised files.
+"""llama.cpp: logits through its bindings, and files that its programs make.
 
 It needs the package `PACKAGE`, which is no dependency of the project, and neither torch nor
 transformers.
@@ -6,10 +6,9 @@ transformers.
 
 from __future__ import annotations
 
-import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,19 +28,9 @@ VERSION = "0.11739"
 CACHE_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "q4_0": 2}
 """``ggml_type`` of each format of a cache."""
 
-FILE_TYPES = {"Q2_K": 10, "Q3_K_M": 12, "IQ4_NL": 25, "IQ2_M": 29, "Q2_0": 41}
-"""``llama_ftype`` of each kind of quantised file."""
-
-AS_SHIPPED, WITH_EMBEDDINGS = "as shipped", "+embeddings"
-"""The model's own file, and the end of kinds whose embeddings have few bits too."""
-
-FILE_KINDS = (AS_SHIPPED, *FILE_TYPES, *(f"{kind}{WITH_EMBEDDINGS}" for kind in FILE_TYPES))
-"""Kinds of files that llama.cpp's quantiser makes."""
-
 SHIPPED = "shipped"
 """The type of the model's own file in a `FileKind`."""
 
-_TENSOR_TYPES = re.compile(r"- type\s+(\S+):\s+(\d+) tensors")
 _BATCH_TOKENS = 256
 _MAPPED = 1
 
@@ -92,9 +81,6 @@ class LlamaCpp:
         tokens: Tokens of each.
         threads: Threads of llama.cpp.
 
-    Attributes:
-        tensor_types: Number of tensors of each type in the file.
-
     Raises:
         ExperimentError: The file cannot be loaded, or the context cannot be made.
     """
@@ -103,8 +89,7 @@ class LlamaCpp:
         from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
 
         self._ffi, self._lib = get_ffi(), get_lib()
-        self.tensor_types: dict[str, int] = {}
-        self._log = self._ffi.callback("ggml_log_callback", self._logged)
+        self._log = self._ffi.callback("ggml_log_callback", lambda _level, _text, _data: None)
         self._lib.llama_log_set(self._log, self._ffi.NULL)
         self._lib.llama_backend_init()
         model = self._lib.llama_model_default_params()
@@ -128,28 +113,21 @@ class LlamaCpp:
             self._lib.llama_model_get_vocab(self._model)
         )
 
-    @property
-    def model_bytes(self) -> int:
-        """Bytes of the model's tensors."""
-        return int(self._lib.llama_model_size(self._model))
-
-    def logits(
-        self, window: npt.NDArray[np.int32]
-    ) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]]:
-        """Run a window without context before it.
+    def logits(self, window: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        """Logits of a window's positions but the last, without context before it.
 
         Args:
-            window: Token ids, (T,); tokens 1 to T - 1 are predicted.
+            window: Token ids, (T,).
 
-        Yields:
-            Logits of some positions, (N, V), and the tokens that they predict, (N,).
+        Returns:
+            Logits, (T - 1, V).
         """
         self.clear()
-        for start in range(0, len(window), _BATCH_TOKENS):
-            part = window[start : start + _BATCH_TOKENS]
-            logits = self.decode(part, start, all_logits=True)
-            targets = window[start + 1 : start + 1 + len(part)]
-            yield logits[: len(targets)].copy(), targets  # the engine uses its buffer again
+        parts = [
+            self.decode(window[start : start + _BATCH_TOKENS], start, all_logits=True).copy()
+            for start in range(0, len(window), _BATCH_TOKENS)
+        ]  # copies, since the engine uses its buffer again
+        return np.concatenate(parts)[:-1]
 
     def close(self) -> None:
         """Free the context and the model."""
@@ -203,48 +181,6 @@ class LlamaCpp:
             yield batch
         finally:
             self._lib.llama_batch_free(batch)
-
-    def _logged(self, _level: int, text: Any, _data: Any) -> None:
-        """Keep the number of tensors of a type from a line of the log."""
-        line = self._ffi.string(text).decode(errors="replace")
-        for kind, tensors in _TENSOR_TYPES.findall(line):
-            self.tensor_types[kind] = int(tensors)
-
-
-def write_quantised_file(
-    source: Path, out: Path, kind: str, importance: Mapping[str, list[float]]
-) -> None:
-    """Write a GGUF file with llama.cpp's quantiser.
-
-    Args:
-        source: The GGUF file to quantise again.
-        out: The file to write.
-        kind: One of `FILE_KINDS`. With embeddings, all matrices get the type of this kind or,
-            where their rows do not allow it, the one that llama.cpp takes instead; else
-            llama.cpp's mix.
-        importance: llama.cpp's importance matrix: mean square of each input, by tensor.
-
-    Raises:
-        ExperimentError: llama.cpp cannot write such a file.
-    """
-    from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
-
-    ffi, lib = get_ffi(), get_lib()
-    kept_alive = [
-        (ffi.new("char[]", name.encode()), ffi.new("float[]", values), len(values))
-        for name, values in importance.items()
-    ]
-    entries = ffi.new("struct llama_model_imatrix_data[]", len(kept_alive) + 1)
-    for entry, (name, values, size) in zip(entries, kept_alive, strict=False):
-        entry.name, entry.data, entry.size = name, values, size
-    settings = ffi.new("llama_model_quantize_params *", lib.llama_model_quantize_default_params())
-    settings.ftype = FILE_TYPES[kind.removesuffix(WITH_EMBEDDINGS)]
-    settings.nthread, settings.allow_requantize = 1, True
-    settings.pure, settings.imatrix = kind.endswith(WITH_EMBEDDINGS), entries
-    silent = ffi.callback("ggml_log_callback", lambda _level, _text, _data: None)
-    lib.llama_log_set(silent, ffi.NULL)  # it logs several lines for each tensor
-    if lib.llama_model_quantize(str(source).encode(), str(out).encode(), settings):
-        raise ExperimentError(f"llama.cpp cannot write {source} as {kind}.")
 
 
 class FileKind(NamedTuple):

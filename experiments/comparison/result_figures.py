@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments.comparison.run_records import Records, TrainingRun
 from experiments.comparison.summaries import Comparison
-from experiments.study.json_records import Shape
+from experiments.config.common import Shape
 from experiments.study.plotting import (
     INK,
     Draw,

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.study.json_records import CellRecord, record_files
+from experiments.config.common import Cell, Shape
+from experiments.study.harness import DeltaNLLRecord
+from experiments.study.json_records import record_files
 from rap_env.plan import Plan
 
 QUALITY = (
@@ -20,13 +22,15 @@ QUALITY = (
 """Fields of a row that compare its plan with the native model, besides ΔNLL."""
 
 
-@dataclass(frozen=True)
-class ResultRow(CellRecord):
+@dataclass(frozen=True, kw_only=True)
+class ResultRow(DeltaNLLRecord):
     """Result of one method and seed at one cell: a line of ``results.jsonl``.
 
-    For the other fields see `CellRecord`.
-
     Attributes:
+        request: ``{"batch_size": int, "seq_len_tokens": int}``.
+        budget_fraction: Budget as a fraction of the native model's peak bytes.
+        budget_bytes: The budget itself.
+        peak_bytes: Peak bytes of the plan under the request.
         method: Name of the baseline, or of the trained agent's run without its seed.
         seed: Seed of the agent or of the random baseline; None where nothing is drawn.
         fits: Whether the peak is within the budget.
@@ -56,6 +60,10 @@ class ResultRow(CellRecord):
         accuracy_above_chance_ci_high: Upper end.
     """
 
+    request: dict[str, int]
+    budget_fraction: float
+    budget_bytes: int
+    peak_bytes: int
     method: str
     seed: int | None
     fits: bool
@@ -80,6 +88,16 @@ class ResultRow(CellRecord):
     file = "results.jsonl"
     record_name = "A result record"
     identity = ("method", "seed", "cell")
+
+    @property
+    def shape(self) -> Shape:
+        """Batch size and sequence length in tokens."""
+        return self.request["batch_size"], self.request["seq_len_tokens"]
+
+    @property
+    def cell(self) -> Cell:
+        """Batch size, sequence length in tokens and budget fraction."""
+        return (*self.shape, self.budget_fraction)
 
     @property
     def plan(self) -> Plan:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+
+import pandas as pd
 
 from experiments.comparison.result_rows import ResultRow
 from experiments.comparison.summaries import (
     REFERENCE,
     Comparison,
+    PairwiseComparison,
     Summary,
     pairwise_comparisons,
 )
-from experiments.study.json_records import Cell
+from experiments.config.common import Cell, Shape
 from experiments.study.plotting import look
 from experiments.study.statistics import bootstrap_mean, mean_of_known, paired_ratio
 from experiments.study.table_format import (
-    Table,
     TitledTable,
     columns_table,
     crossed_table,
@@ -39,7 +41,7 @@ COUNTS_CAPTION = (
 HOLM_CAPTION = "By Holm: the same counts if all pairs are tested together at a level of 5 %."
 
 
-def summary_table(comparison: Comparison) -> Table:
+def summary_table(comparison: Comparison) -> pd.DataFrame:
     """Return ΔNLL, accuracy (if measured), cost and fit of each method over all cells."""
     columns: dict[str, Callable[[Summary], str]] = {
         "Method": lambda s: s.label,
@@ -74,17 +76,12 @@ QUALITY_CAPTION = (
 )
 
 
-def quality_table(comparison: Comparison) -> Table | None:
+def quality_table(comparison: Comparison) -> pd.DataFrame | None:
     """Return what separates the plans of each method from the native model; None if unmeasured."""
-    columns = quality_columns(s.quality for s in comparison.summaries)
     lines = {s.label: s.quality for s in comparison.summaries}
+    measured = set().union(*lines.values())
+    columns = {header: name for name, header in QUALITY_HEADERS.items() if name in measured}
     return crossed_table("Method", lines, columns, quality_entry) if columns else None
-
-
-def quality_columns(qualities: Iterable[dict[str, float]]) -> dict[str, str]:
-    """Return names by header of the `QUALITY_HEADERS` that some plan or method has."""
-    measured = {name for quality in qualities for name in quality}
-    return {header: name for name, header in QUALITY_HEADERS.items() if name in measured}
 
 
 def quality_entry(quality: dict[str, float], name: str) -> str:
@@ -99,7 +96,7 @@ def quality_entry(quality: dict[str, float], name: str) -> str:
     return f"{percent(quality[name])} [{low:.1f}, {high:.1f}]"
 
 
-def costs_table(comparison: Comparison) -> Table:
+def costs_table(comparison: Comparison) -> pd.DataFrame:
     """Return the cost of each method before any request."""
     columns: dict[str, Callable[[Summary], str]] = {
         "Method": lambda s: look(s.method).label,
@@ -109,7 +106,7 @@ def costs_table(comparison: Comparison) -> Table:
     return columns_table(comparison.summaries, columns)
 
 
-def delta_nll_table(comparison: Comparison, shape: tuple[int, int]) -> Table:
+def delta_nll_table(comparison: Comparison, shape: Shape) -> pd.DataFrame:
     """Return ΔNLL in nats/token for one request: methods as rows, budgets as columns."""
 
     def entry(method: str, cell: Cell) -> str:
@@ -128,7 +125,7 @@ def delta_nll_table(comparison: Comparison, shape: tuple[int, int]) -> Table:
     )
 
 
-def accuracy_table(comparison: Comparison) -> Table | None:
+def accuracy_table(comparison: Comparison) -> pd.DataFrame | None:
     """Return the accuracies of each task over the grid, native first, chance last; None without.
 
     Tasks have a column for ``acc`` and, if it was measured, one for ``acc_norm``. The mean is
@@ -155,7 +152,8 @@ def accuracy_table(comparison: Comparison) -> Table | None:
         guesses = [chance[task] for task, _ in columns]
         whole = mean_of_known(chance[task] for task in tasks)
         rows.append(["Guessing", *map(percent, guesses), percent(whole)])
-    return ["Method", *names, "mean acc" if normed else "mean"], rows
+    header = ["Method", *names, "mean acc" if normed else "mean"]
+    return pd.DataFrame(rows, columns=header)
 
 
 def _mean_accuracy(rows: Sequence[ResultRow], task: str, metric: str) -> float | None:
@@ -171,24 +169,23 @@ def _budget(comparison: Comparison, cell: Cell) -> str:
     return f"{percent(cell[2], 0)} ({mebibytes(row.budget_bytes)})"
 
 
-def difference_table(comparison: Comparison, method: str) -> Table:
+def difference_table(comparison: Comparison, method: str) -> pd.DataFrame:
     """Return the ΔNLL of a method minus that of each other, paired over windows."""
-    header = ["Compared with", "Difference in ΔNLL (nats/token)", "Relative",
-              "Better / even / worse", "By Holm", "Verdict"]  # fmt: skip
-    return header, [
-        [
-            look(pair.other).label, signed(pair.difference),
-            relative_words(pair.relative), str(pair.cells), str(pair.corrected),
-            pair.verdict if pair.other_fits else f"{pair.verdict}*",
-        ]
-        for pair in pairwise_comparisons(comparison, method)
-    ]  # fmt: skip
+    columns: dict[str, Callable[[PairwiseComparison], str]] = {
+        "Compared with": lambda pair: look(pair.other).label,
+        "Difference in ΔNLL (nats/token)": lambda pair: signed(pair.difference),
+        "Relative": lambda pair: relative_words(pair.relative),
+        "Better / even / worse": lambda pair: str(pair.cells),
+        "By Holm": lambda pair: str(pair.corrected),
+        "Verdict": lambda pair: pair.verdict if pair.other_fits else f"{pair.verdict}*",
+    }
+    return columns_table(pairwise_comparisons(comparison, method), columns)
 
 
 def comparison_document(comparison: Comparison) -> list[TitledTable]:
     """Return all tables of a comparison."""
     tables = [TitledTable(summary_table(comparison))]
-    if quality := quality_table(comparison):
+    if (quality := quality_table(comparison)) is not None:
         title = "Distance from the native model"
         tables.append(TitledTable(quality, title, QUALITY_CAPTION))
     methods = [summary.method for summary in comparison.summaries]
@@ -201,7 +198,7 @@ def comparison_document(comparison: Comparison) -> list[TitledTable]:
     for shape in comparison.shapes:
         title = f"ΔNLL (nats/token), {shape_words(shape)} tokens"
         tables.append(TitledTable(delta_nll_table(comparison, shape), title))
-    if accuracy := accuracy_table(comparison):
+    if (accuracy := accuracy_table(comparison)) is not None:
         tables.append(TitledTable(accuracy, "Accuracy of each task, mean over the grid"))
     return [*tables, TitledTable(costs_table(comparison), "Costs before any request")]
 
@@ -239,7 +236,7 @@ def _tight_columns(comparison: Comparison) -> dict[str, list[Cell]]:
     return {**{name: cells for name, cells in columns.items() if cells}, "All": comparison.cells}
 
 
-def target_table(comparison: Comparison) -> Table:
+def target_table(comparison: Comparison) -> pd.DataFrame:
     """Return mean ΔNLL by request, and by the ΔNLL that budgets stand for."""
     return crossed_table(
         "Method",
@@ -249,7 +246,7 @@ def target_table(comparison: Comparison) -> Table:
     )
 
 
-def ratio_table(comparison: Comparison, other: str) -> Table:
+def ratio_table(comparison: Comparison, other: str) -> pd.DataFrame:
     """Return ΔNLL divided by that of another method, by request and by target."""
 
     def entry(method: str, cells: list[Cell]) -> str:

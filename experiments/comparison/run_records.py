@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from experiments.comparison.result_rows import ResultRow
 from experiments.comparison.summaries import Comparison, check_equal
@@ -21,7 +22,7 @@ from experiments.study.json_records import read_records, record_files
 from experiments.study.plotting import short_label
 from experiments.study.run_folder import RunFolder
 from experiments.study.statistics import mean_of_known
-from experiments.study.table_format import Table, columns_table, seconds
+from experiments.study.table_format import columns_table, seconds
 
 _EQUAL = ("model_fingerprint", "dtype", "calibration_sha256", "report_sha256")
 """What the rows of a comparison depend on alike."""
@@ -200,7 +201,7 @@ def training_dirs(root: Path, *, finished: bool = False) -> list[Path]:
     return [path for path in folders if "finished" in (RunFolder(path).read() or {})]
 
 
-def learning_table(runs: Sequence[TrainingRun]) -> Table:
+def learning_table(runs: Sequence[TrainingRun]) -> pd.DataFrame:
     """Return objective, final ΔNLL and cost of the training runs of each method, over seeds."""
 
     def count(runs: Sequence[TrainingRun], key: str) -> str:
@@ -229,7 +230,7 @@ def learning_table(runs: Sequence[TrainingRun]) -> Table:
     return columns_table(by_objective(runs), columns)
 
 
-def swept_table(runs: Sequence[TrainingRun]) -> Table | None:
+def swept_table(runs: Sequence[TrainingRun]) -> pd.DataFrame | None:
     """Return the objective and the whole values of what varies between methods, best first.
 
     Returns:
@@ -246,7 +247,8 @@ def swept_table(runs: Sequence[TrainingRun]) -> Table | None:
         label = short_label(agent.get("label") or agent.get("name") or runs[0].method)
         values = [str(runs[0].swept.get(key, "-")) for key in keys]
         rows.append([*values, label, _objective(runs)])
-    return [*[key.rpartition(".")[2] for key in keys], "Trained", "Objective"], rows
+    header = [*(key.rpartition(".")[2] for key in keys), "Trained", "Objective"]
+    return pd.DataFrame(rows, columns=header)
 
 
 def by_objective(runs: Iterable[TrainingRun]) -> list[list[TrainingRun]]:

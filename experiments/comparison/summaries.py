@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from experiments.comparison.result_rows import QUALITY, ResultRow
-from experiments.study.json_records import Cell
+from experiments.config.common import Cell, Shape
 from experiments.study.plotting import look, rank
 from experiments.study.statistics import (
     Estimate,
@@ -107,7 +107,7 @@ class Comparison:
         return [method for method in self.methods if look(method).learned or method in trained]
 
     @cached_property
-    def shapes(self) -> list[tuple[int, int]]:
+    def shapes(self) -> list[Shape]:
         """Batch sizes and lengths, in ascending order of tokens."""
         return sorted({row.shape for row in self.rows}, key=lambda s: (s[0] * s[1], s))
 
@@ -125,7 +125,7 @@ class Comparison:
         """Budget fractions, from loose to tight."""
         return sorted({row.budget_fraction for row in self.rows}, reverse=True)
 
-    def budgets_of(self, shape: tuple[int, int]) -> list[float]:
+    def budgets_of(self, shape: Shape) -> list[float]:
         """Budget fractions of one request, from loose to tight."""
         return sorted({r.budget_fraction for r in self.rows if r.shape == shape}, reverse=True)
 

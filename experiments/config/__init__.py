@@ -53,7 +53,6 @@ class Config:
     logger: programs.LoggerConfig = field(default_factory=programs.LoggerConfig)
     evaluate: programs.EvaluateConfig = field(default_factory=programs.EvaluateConfig)
     tight_grid: programs.TightGridConfig = field(default_factory=programs.TightGridConfig)
-    equal_bytes: studies.EqualBytesConfig = field(default_factory=studies.EqualBytesConfig)
     budget: studies.BudgetConfig = field(default_factory=studies.BudgetConfig)
     replay: studies.ReplayConfig = field(default_factory=studies.ReplayConfig)
     conversations: studies.ConversationsConfig = field(default_factory=studies.ConversationsConfig)

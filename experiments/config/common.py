@@ -11,6 +11,12 @@ from experiments.study.console import ExperimentError
 from rap_env.importance.profiles import GSI_METHODS
 from rap_env.specs import setting
 
+Shape = tuple[int, int]
+"""Batch size and sequence length in tokens."""
+
+Cell = tuple[int, int, float]
+"""Batch size, sequence length in tokens, budget as a fraction of the native peak."""
+
 _SHAPE = re.compile(r"(\d+)x(\d+)")
 _PINNED = re.compile(r"(\d+x\d+)@(\d+)(?:~(\d*\.?\d+))?")
 
@@ -23,7 +29,7 @@ def _match(pattern: re.Pattern[str], text: str, what: str) -> re.Match[str]:
     return match
 
 
-def parse_shape(text: str) -> tuple[int, int]:
+def parse_shape(text: str) -> Shape:
     """Parse ``"8x2048"`` into (8, 2048).
 
     Raises:
@@ -44,7 +50,7 @@ class Pinned:
             unknown.
     """
 
-    shape: tuple[int, int]
+    shape: Shape
     budget_bytes: int
     target_delta_nll: float | None = None
 

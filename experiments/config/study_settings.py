@@ -1,4 +1,4 @@
-"""Settings of the studies: levels at equal bytes, the replay."""
+"""Settings of the studies."""
 
 from __future__ import annotations
 
@@ -6,21 +6,9 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from experiments.config.common import TextConfig, parse_shape
-from experiments.llama_cpp import FILE_KINDS, FileKind
+from experiments.llama_cpp import FileKind
 from rap_env.serving.settings import parse_bytes
 from rap_env.specs import setting
-
-
-@dataclass
-class EqualBytesConfig:
-    """What ``experiments.studies.equal_bytes`` compares on ``evaluate.text``."""
-
-    request: str = setting("1x128", parse=parse_shape)
-    """Batch size x sequence length in tokens at which the knapsack chooses its plans."""
-    knapsack: str = "knapsack"
-    """Policy over all levels: what `rap_env.load_policy` takes."""
-    llama_cpp_files: list[str] = setting([], choices=FILE_KINDS)
-    """Kinds of files that are made with llama.cpp's quantiser."""
 
 
 @dataclass

@@ -1,118 +1,135 @@
-"""The harness that runs, resumes, publishes and reads a study; see `experiments.study`.
-
-A page of the documentation has the lines ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->``;
-the tables of that name stand between them.
-"""
+"""The harness of all records: rows, what measures each of them once, and a study of them."""
 
 from __future__ import annotations
 
-import re
+import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from experiments.config import Config
 from experiments.study.console import say
-from experiments.study.json_records import Record, RowFile, row_key, write_text
+from experiments.study.json_records import append_record, read_records, write_records, write_text
 from experiments.study.run_folder import RunFolder, git_state
+from experiments.study.statistics import Estimate, bootstrap_mean
 from experiments.study.table_format import TitledTable, document, rendered
+from rap_env.artifacts import digest
+from rap_env.errors import ArtifactError
 from rap_env.models.progress import progress_bar
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "results"
-"""Folder of the committed records."""
-
-Text = Callable[[], str]
-"""Makes the text between the markers of a name."""
-
-_MARKED = re.compile(r"(<!-- (\w+): begin -->\n).*?(<!-- \2: end -->)", re.DOTALL)
-_NUMBER = re.compile(r"<!--(\w+)-->[^<]*<!---->")
-_INTERVAL = re.compile(r"(\[[-+]?\d+\.\d+), ([-+]?\d+\.\d+\])")
+logger = logging.getLogger(__name__)
 
 
-def untitled(text: str) -> str:
-    """Return a text without its title."""
-    return text.partition("\n")[2]
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """Base of rows, each of which is stored as one JSON object a line.
 
-
-def below(text: str) -> str:
-    """Return a text without its title, below a page's second level."""
-    return untitled(text).replace("\n## ", "\n### ")
-
-
-def sections(*titles: str) -> Callable[[str], str]:
-    """Return what shows a text as `below` does, with only those sections that have some titles."""
-
-    def shown(text: str) -> str:
-        first, *others = below(text).split("\n### ")
-        return "\n### ".join([first, *(other for other in others if other.startswith(titles))])
-
-    return shown
-
-
-@dataclass(frozen=True)
-class Published:
-    """Committed records of a study, and what the documentation shows of them.
+    A field with a plain default may be left out; other keys must all be there.
 
     Attributes:
-        name: Name of the markers in a page, and of the page with all tables
-            (``docs/results/details/NAME.md``).
-        records: The folder of the records, below ``results/``.
-        shown: Makes what stands between the markers from all tables, in Markdown with the
-            study's title: `untitled` or `below`, for example.
+        provenance: ``{"depends_on": hashes and settings, "git": commit}``, and what else
+            describes how the row was made.
+        file: Name of the file of such rows in a run folder.
+        record_name: What error messages call a record, at the start of a sentence.
+        identity: Fields and properties that tell the rows of a file apart.
     """
 
-    name: str
-    records: str
-    shown: Callable[[str], str] = below
+    file: ClassVar[str] = ""
+    record_name: ClassVar[str] = "A record"
+    identity: ClassVar[tuple[str, ...]]
+
+    provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def folder(self) -> Path:
-        """The folder of the records."""
-        return RESULTS / self.records
+    def key(self) -> str:
+        """Identifies a result: a resumed run does not compute a row with the same key again."""
+        return row_key((getattr(self, name) for name in self.identity), self.depends_on)
+
+    @property
+    def depends_on(self) -> dict[str, Any]:
+        """Hashes and settings that the row depends on."""
+        return dict(self.provenance.get("depends_on", {}))
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Self:
+        """Restore what `dataclasses.asdict` made of a record.
+
+        Raises:
+            ArtifactError: Keys are missing or unknown.
+        """
+        known = fields(cls)
+        required = {f.name for f in known if f.default is MISSING}
+        wrong = sorted((required - record.keys()) | (record.keys() - {f.name for f in known}))
+        if wrong:
+            raise ArtifactError(
+                f"{cls.record_name} has missing or unknown keys: {', '.join(wrong)}; it was "
+                "written by another version, so run the program again in a new run folder."
+            )
+        return cls(**record)
+
+    @classmethod
+    def read(cls, path: Path) -> list[Self]:
+        """Read all records of a file, or of `file` in a folder; none if there is no file.
+
+        Raises:
+            ArtifactError: The file or one of its records is damaged.
+        """
+        path = path / cls.file if path.is_dir() and cls.file else path
+        return [cls.from_record(record) for record in read_records(path)]
 
 
-def marked_pages() -> list[Path]:
-    """Return README.md and the pages of the documentation that have markers."""
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
-    return [page for page in pages if _MARKED.search(page.read_text(encoding="utf-8"))]
-
-
-def with_tables(
-    page: str, texts: Mapping[str, Text], numbers: Callable[[], Mapping[str, str]] = dict
-) -> str:
-    """Return the text of a page with new tables; no interval is broken into two lines.
+def row_key(identity: Iterable[Any], depends_on: Mapping[str, Any]) -> str:
+    """Return the key of a row before it is computed.
 
     Args:
-        page: The text of the page.
-        texts: What stands between markers, by their name. Other markers keep what they have.
-        numbers: Makes what stands within sentences, between ``<!--NAME-->`` and ``<!---->``.
+        identity: What `Record.identity` names.
+        depends_on: See `Record.depends_on`.
+    """
+    return digest([*identity, depends_on])
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaNLLRecord(Record):
+    """A record of the ΔNLL of one plan: its NLL minus that of the native model on the same windows.
+
+    Attributes:
+        delta_nll: Mean ΔNLL over the windows of the report text, on which nothing is
+            searched, nats per token.
+        delta_nll_ci_low: Lower end of its 95 % interval over windows.
+        delta_nll_ci_high: Upper end.
+        window_delta_nll: ΔNLL of each window of the report text, (windows,).
     """
 
-    def filled(match: re.Match[str]) -> str:
-        begin, name, end = match.groups()
-        if name not in texts:
-            return match[0]
-        table = _INTERVAL.sub("\\1,\u00a0\\2", texts[name]().strip())
-        return f"{begin}\n{table}\n\n{end}"
+    delta_nll: float
+    delta_nll_ci_low: float
+    delta_nll_ci_high: float
+    window_delta_nll: list[float]
 
-    page = _MARKED.sub(filled, page)
-    return _NUMBER.sub(lambda match: f"<!--{match[1]}-->{numbers()[match[1]]}<!---->", page)
-
-
-def write_pages(texts: Mapping[str, Text], numbers: Callable[[], Mapping[str, str]] = dict) -> None:
-    """Write tables and numbers into all pages that have markers of their names."""
-    for page in marked_pages():
-        write_changed(page, with_tables(page.read_text(encoding="utf-8"), texts, numbers))
+    @property
+    def estimate(self) -> Estimate:
+        """ΔNLL with its interval."""
+        return Estimate(self.delta_nll, self.delta_nll_ci_low, self.delta_nll_ci_high)
 
 
-def write_changed(path: Path, text: str) -> None:
-    """Write a file only if its text changed, so that Sphinx rebuilds no more than it must."""
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
-        path.write_text(text, encoding="utf-8")
+def delta_nll_fields(windows: npt.ArrayLike) -> dict[str, Any]:
+    """Return the fields of `DeltaNLLRecord`.
+
+    Args:
+        windows: ΔNLL on each window of the text, nats per token, (windows,).
+    """
+    mean = bootstrap_mean(windows)
+    return {
+        "delta_nll": mean.mean,
+        "delta_nll_ci_low": mean.low,
+        "delta_nll_ci_high": mean.high,
+        "window_delta_nll": np.asarray(windows, dtype=float).tolist(),
+    }
 
 
 RowT = TypeVar("RowT", bound=Record)
@@ -140,16 +157,54 @@ class Job(Generic[RowT]):
     @cached_property
     def key(self) -> str:
         """The key that the row will have."""
-        return row_key(*self.identity, {"depends_on": self.depends_on})
+        return row_key(self.identity, self.depends_on)
 
-    def row(self, git: Mapping[str, Any] | None) -> RowT:
-        """Measure the row, with its provenance.
 
-        Args:
-            git: State of the checkout, of `git_state`.
-        """
-        provenance = {"depends_on": dict(self.depends_on), "git": git, **self.facts}
-        return replace(self.make(), provenance=provenance)
+def measured(jobs: Sequence[Job[Any]], folder: Path, name: str, progress: bool) -> list[Any]:
+    """Return the rows of all jobs, in their order; rows that the folder lacks are measured.
+
+    Args:
+        jobs: The jobs.
+        folder: The run folder.
+        name: Name of the study, for the progress bar.
+        progress: Whether to show progress.
+
+    Raises:
+        ArtifactError: A file or one of its rows is damaged.
+        StorageFullError: The disk is full; earlier rows are intact.
+    """
+    files = {kind: kind.read(folder / kind.file) for kind in {job.row_type for job in jobs}}
+    rows = {(kind, row.key): row for kind, known in files.items() for row in known}
+    missing = [job for job in jobs if (job.row_type, job.key) not in rows]
+    if missing:
+        say(f"{name}: {len(missing)} of {len(jobs)} rows are to be measured.")
+    git, done = git_state(), len(jobs) - len(missing)
+    with progress_bar(progress, total=len(jobs), initial=done, desc=name, unit="row") as bar:
+        for job in missing:
+            provenance = {"depends_on": dict(job.depends_on), "git": git, **job.facts}
+            row = rows[job.row_type, job.key] = replace(job.make(), provenance=provenance)
+            append_record(folder / job.row_type.file, asdict(row))
+            bar.update()
+    return [rows[job.row_type, job.key] for job in jobs]
+
+
+def set_aside(path: Path, row_type: type[RowT], keys: Collection[str]) -> None:
+    """Keep the rows with some keys in a file, and move all others to ``NAME.other.jsonl``.
+
+    Rows that belong to it again return from there.
+    """
+    aside = path.with_suffix(f".other{path.suffix}")
+    rows = {row.key: row for row in [*row_type.read(aside), *row_type.read(path)]}
+    others = [asdict(row) for key, row in rows.items() if key not in keys]
+    if others:
+        write_records(aside, others)
+        logger.info(
+            "%d rows of methods, texts or budgets that are not evaluated now are kept in %s, and "
+            "return from there.",
+            len(others),
+            aside,
+        )
+    write_records(path, [asdict(row) for key, row in rows.items() if key in keys])
 
 
 @dataclass(frozen=True)
@@ -165,8 +220,6 @@ class Study:
         tables: Makes the tables from the rows.
         words: What the tables say, in a sentence or two above them; empty for nothing.
         frozen: Sections of the settings that must not change when a run resumes.
-        published: Its committed records, with the markers in the documentation that its
-            tables stand between. A run in the folder of such records writes them there.
     """
 
     name: str
@@ -176,10 +229,9 @@ class Study:
     tables: Callable[[list[Any]], Sequence[TitledTable]]
     words: Callable[[list[Any]], str] = lambda rows: ""
     frozen: tuple[str, ...] = ("model",)
-    published: Sequence[Published] = ()
 
     def run(self, config: Config, folder: Path) -> Path:
-        """Measure the rows that the folder lacks, then write the tables, and print them.
+        """Measure the rows that the folder lacks, then write ``tables.md`` and print the tables.
 
         Returns:
             The run folder.
@@ -192,7 +244,9 @@ class Study:
         run.start(config, frozen=self.frozen)
         rows = measured(list(self.jobs(config, folder)), folder, self.name, config.progress)
         run.finish(started, rows=len(rows))
-        self.publish(rows, folder)
+        text = self.markdown(rows)
+        write_text(folder / "tables.md", text)
+        say(rendered(text))
         say(f"{len(rows)} records are in {folder}.")
         return folder
 
@@ -200,38 +254,8 @@ class Study:
         """Return all rows in a folder, which need not have any."""
         return [row for kind in self.row_types for row in kind.read(folder / kind.file)]
 
-    def publish(self, rows: list[Any], folder: Path) -> None:
-        """Write ``tables.md`` into a folder, and print the tables."""
-        text = self.markdown(rows)
-        write_text(folder / "tables.md", text)
-        say(rendered(text))
-        for published in self.published:
-            if published.folder == folder.resolve():
-                write_pages({published.name: partial(published.shown, text)})
-
     def markdown(self, rows: list[Any]) -> str:
         """Return title, words and all tables in Markdown."""
         tables = document(self.tables(rows), captions=True)
         parts = [f"# {self.title}", self.words(rows), tables]
         return "\n\n".join(filter(None, parts))
-
-
-def measured(jobs: Sequence[Job[Any]], folder: Path, name: str, progress: bool) -> list[Any]:
-    """Return the rows of all jobs, in their order; rows that the folder lacks are measured.
-
-    Args:
-        jobs: The jobs.
-        folder: The run folder.
-        name: Name of the study, for the progress bar.
-        progress: Whether to show progress.
-    """
-    files = {kind: RowFile(folder / kind.file, kind) for kind in {job.row_type for job in jobs}}
-    missing = [job for job in jobs if not files[job.row_type].has(job.key)]
-    if missing:
-        say(f"{name}: {len(missing)} of {len(jobs)} rows are to be measured.")
-    git, done = git_state(), len(jobs) - len(missing)
-    with progress_bar(progress, total=len(jobs), initial=done, desc=name, unit="row") as bar:
-        for job in missing:
-            files[job.row_type].get(job.key, partial(job.row, git))
-            bar.update()
-    return [files[job.row_type][job.key] for job in jobs]

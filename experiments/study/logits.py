@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from experiments.llama_cpp import LlamaCpp
-from experiments.study.json_records import delta_nll_fields
+from experiments.study.harness import delta_nll_fields
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.plan import Plan
@@ -31,7 +31,7 @@ def compared(
     native_logits: Iterable[torch.Tensor],
     windows: torch.Tensor,
     logits: Callable[[torch.Tensor], torch.Tensor],
-    parts: int = 1,
+    parts: int,
 ) -> dict[str, Any]:
     """The fields of a row from a method's logits.
 
@@ -55,5 +55,4 @@ def compared(
 
 def logits_of(engine: LlamaCpp, window: torch.Tensor) -> torch.Tensor:
     """The same as `window_logits` in llama.cpp."""
-    parts = [part for part, _ in engine.logits(window.numpy().astype(np.int32))]
-    return torch.from_numpy(np.concatenate(parts))
+    return torch.from_numpy(engine.logits(window.numpy().astype(np.int32)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import re
 import subprocess
@@ -26,20 +27,21 @@ PACKAGES = (
     "lm-eval", "hydra-core", "wandb", "tensorboard", "matplotlib",
 )  # fmt: skip
 
+_INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16")
+
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
 _LONGEST_NAME = 200  # file systems allow 255, of which agent and seed need some
 _HASH_DIGITS = 8
 
 
-def provenance(seeds: dict[str, int]) -> dict[str, Any]:
-    """Return versions, machine, commit and seeds as plain values for a record."""
+def provenance() -> dict[str, Any]:
+    """Return versions, machine and commit as plain values for a record."""
     return {
         "python": platform.python_version(),
         "packages": package_versions(PACKAGES),
         "machine": machine_facts(),
         "git": git_state(),
-        "seeds": seeds,
     }
 
 
@@ -82,7 +84,7 @@ class RunFolder:
         record = self.read() or {"stage": config.stage, "starts": [], "seconds": 0.0}
         seeds = {"run": config.seed, "calibration": config.calibration.seed,
                  "report_text": config.evaluate.text.seed}  # fmt: skip
-        record.update(facts, provenance=provenance(seeds))
+        record.update(facts, provenance={**provenance(), "seeds": seeds})
         record["starts"].append(datetime.now(UTC).isoformat(timespec="seconds"))
         write_text(self.path / "run.json", json.dumps(record, indent=1))
         return record
@@ -141,8 +143,14 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def machine_facts() -> dict[str, Any]:
     """System and processor; with torch loaded, its number of threads and the GPUs."""
-    cpu = cpuinfo().get("model name") or platform.processor() or platform.machine()
-    machine: dict[str, Any] = {"system": platform.system(), "cpu": cpu}
+    facts = cpuinfo()
+    flags = facts.get("flags", "").split()
+    machine: dict[str, Any] = {
+        "system": platform.system(),
+        "cpu": facts.get("model name") or platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "instruction_sets": [name for name in _INSTRUCTION_SETS if name in flags],
+    }
     if "torch" in sys.modules:  # recording provenance must not load torch
         torch = sys.modules["torch"]
         machine["threads"] = torch.get_num_threads()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -57,6 +59,16 @@ class Server:
         line = [*command, "--port", str(port)]
         self._start = partial(subprocess.Popen, line, stdout=log, stderr=log)
         self.process = self._start()
+
+    @property
+    def proc(self) -> Path:
+        """Where the kernel reports on the process."""
+        return Path("/proc", str(self.process.pid))
+
+    def cpu_s(self) -> float:
+        """Seconds of CPU time that the process has taken."""
+        numbers = (self.proc / "stat").read_text().rpartition(")")[2].split()
+        return (int(numbers[11]) + int(numbers[12])) / os.sysconf("SC_CLK_TCK")
 
     def start_again(self) -> None:
         """Start it again if it has ended."""

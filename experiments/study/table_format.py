@@ -8,6 +8,8 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
+import pandas as pd
+
 from experiments.study.statistics import Estimate
 
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -15,20 +17,17 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 
 TERMINAL_COLUMNS = 100
 
-Table = tuple[list[str], list[list[str]]]
-"""Header and rows."""
-
 
 class TitledTable(NamedTuple):
     """A table with its place in a document.
 
     Attributes:
-        table: Header and rows.
+        table: Its cells are texts.
         title: Heading; empty for none.
         caption: Meaning of its numbers; empty for none. Markdown has it only if asked to.
     """
 
-    table: Table
+    table: pd.DataFrame
     title: str = ""
     caption: str = ""
 
@@ -37,14 +36,17 @@ LineT = TypeVar("LineT")
 ColumnT = TypeVar("ColumnT")
 
 
-def columns_table(lines: Iterable[LineT], columns: Mapping[str, Callable[[LineT], str]]) -> Table:
+def columns_table(
+    lines: Iterable[LineT], columns: Mapping[str, Callable[[LineT], str]]
+) -> pd.DataFrame:
     """Return a table with a row for each line.
 
     Args:
         lines: What the rows are made from.
         columns: What each column shows of a line, by the column's header.
     """
-    return list(columns), [[show(line) for show in columns.values()] for line in lines]
+    rows = [[show(line) for show in columns.values()] for line in lines]
+    return pd.DataFrame(rows, columns=[*columns], dtype=str)
 
 
 def crossed_table(
@@ -52,7 +54,7 @@ def crossed_table(
     lines: Mapping[str, LineT],
     columns: Mapping[str, ColumnT],
     entry: Callable[[LineT, ColumnT], str],
-) -> Table:
+) -> pd.DataFrame:
     """Return a table with an entry for each pair of line and column.
 
     Args:
@@ -61,11 +63,8 @@ def crossed_table(
         columns: The columns by their header.
         entry: Formats an entry.
     """
-    rows = [
-        [name, *(entry(line, column) for column in columns.values())]
-        for name, line in lines.items()
-    ]
-    return [corner, *columns], rows
+    rows = [[name, *(entry(line, of) for of in columns.values())] for name, line in lines.items()]
+    return pd.DataFrame(rows, columns=[corner, *columns], dtype=str)
 
 
 def document(tables: Iterable[TitledTable], *, captions: bool = False) -> str:
@@ -78,25 +77,27 @@ def document(tables: Iterable[TitledTable], *, captions: bool = False) -> str:
     return "\n".join(parts)
 
 
-def markdown(table: Table, left: int = 1) -> str:
-    """Format a table as Markdown; the `left` first columns are left-aligned, others right."""
-    header, rows = table
-    rule = [":---"] * left + ["---:"] * (len(header) - left)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *rows]) + "\n"
+def markdown(table: pd.DataFrame, left: int = 1) -> str:
+    """Format a table as Markdown; the `left` first columns are left-aligned, others right.
+
+    Unlike `pandas.DataFrame.to_markdown` it pads no cells, so that a new number changes one line.
+    """
+    rule = [":---"] * left + ["---:"] * (len(table.columns) - left)
+    lines = [[*table.columns], rule, *table.to_numpy().tolist()]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
-def plain(table: Table) -> str:
+def plain(table: pd.DataFrame) -> str:
     """Format a table as aligned text."""
-    header, rows = table
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [[*table.columns], *table.to_numpy().tolist()]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
 
-    def line(cells: Sequence[str]) -> str:
-        first = cells[0].ljust(widths[0])
-        rest = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-        return "  ".join([first, *rest]).rstrip()
+    def aligned(cells: Sequence[str]) -> str:
+        padded = [f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)]
+        return "  ".join([cells[0].ljust(widths[0]), *padded[1:]]).rstrip()
 
-    rule = "  ".join("-" * width for width in widths)
-    return "\n".join([line(header), rule, *map(line, rows)])
+    return "\n".join(map(aligned, lines))
 
 
 def rendered(text: str) -> str:
@@ -105,7 +106,7 @@ def rendered(text: str) -> str:
     for is_table, lines in itertools.groupby(text.splitlines(), lambda line: line[:1] == "|"):
         if is_table:
             header, _, *rows = [line[2:-2].split(" | ") for line in lines]
-            shown.append(plain((header, rows)))
+            shown.append(plain(pd.DataFrame(rows, columns=header)))
             continue
         for line in lines:
             title = re.sub(r"^# (.*)", r"== \1 ==", line)

@@ -2,10 +2,8 @@
 
 import importlib
 import json
-import os
 import pkgutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -173,7 +171,7 @@ class FakeServer:
 
     def __init__(self, command):
         self.command, self.chats, self.is_open = command, [], True
-        self.process = SimpleNamespace(pid=os.getpid())
+        self.proc = Path("/proc/self")
 
     def wait_until_ready(self):
         pass

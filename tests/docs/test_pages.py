@@ -60,15 +60,13 @@ def test_the_site_builds_without_warnings(tmp_path):
 
 
 def test_committed_tables_are_those_of_the_records():
-    code = f"""
-import generate, re, sys
-sys.path.insert(0, {str(ROOT)!r})  # after the import, as `python docs/generate.py`
-from experiments.study.harness import marked_pages, with_tables
+    code = """
+import generate, re
 names = set()
-for page in marked_pages():
+for page in generate.marked_pages():
     text = page.read_text(encoding="utf-8")
     names |= set(re.findall("<!-- (.*): begin -->", text))
-    stale = with_tables(text, generate.TABLES, generate.readme_numbers) != text
+    stale = generate.with_tables(text) != text
     print("tables of", page.name, "stale" if stale else "fresh")
 assert names == generate.TABLES.keys(), names ^ generate.TABLES.keys()
 """

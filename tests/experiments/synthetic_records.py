@@ -5,6 +5,7 @@ know what a report has to say about them. They are no measurements.
 """
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def make_rows(agent_seeds: int = 1) -> list[ResultRow]:
 def write_root(root: Path, agent_seeds: int = 1) -> Path:
     """A comparison's folder as the stages leave it."""
     for row in make_rows(agent_seeds):
-        append_record(root / "evaluate" / "results.jsonl", row.to_record(), durable=False)
+        append_record(root / "evaluate" / "results.jsonl", asdict(row), durable=False)
     _write_run(root / "evaluate", rows=90)
     for seed in range(agent_seeds):
         folder = root / "train" / f"maskable_ppo-s{seed}"

@@ -1,5 +1,6 @@
 """Comparison of run folders: separate groups, and pure output."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 def write_rows(folder, rows, model="some-model"):
     for row in rows:
-        append_record(folder / "evaluate" / "results.jsonl", row.to_record(), durable=False)
+        append_record(folder / "evaluate" / "results.jsonl", asdict(row), durable=False)
     settings = {"model": {"name": model}}
     (folder / "evaluate" / "config.yaml").write_text(yaml.safe_dump(settings))
 
@@ -83,12 +84,12 @@ def test_folders_are_found_at_any_depth_and_each_file_is_read_once(pair):
 def test_the_same_row_in_two_folders_of_a_comparison_counts_once(tmp_path):
     row = make_row("gsi", (1, 128), 0.9)
     for label in ("a", "b"):
-        append_record(tmp_path / "x/evaluate" / label / "results.jsonl", row.to_record())
+        append_record(tmp_path / "x/evaluate" / label / "results.jsonl", asdict(row))
     (summary,) = named(tmp_path)["x"].comparison.summaries
     assert summary.rows == 1
     assert summary.delta_nll.mean == pytest.approx(row.delta_nll)
     other = make_row("gsi", (1, 128), 0.9, levels={"layer00.attn": "removed"})
-    append_record(tmp_path / "x/evaluate/c/results.jsonl", other.to_record())
+    append_record(tmp_path / "x/evaluate/c/results.jsonl", asdict(other))
     with pytest.raises(ArtifactError, match="gsi .* have different plans"):
         compare(CompareConfig(runs=str(tmp_path)))
 

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -181,33 +182,26 @@ def test_a_misspelt_key_or_wrong_type_is_named(override, named):
 
 
 @pytest.mark.parametrize(
-    ("override", "sentence"),
+    ("override", "named"),
     [
-        (
-            "agent.total_timesteps=0",
-            "agent.total_timesteps must be a whole number of at least 1, not 0",
-        ),
-        (
-            "calibration.windows=0",
-            "calibration.windows must be a whole number of at least 1, not 0",
-        ),
-        ("evaluate.budgets=[1.2]", "evaluate.budgets must be above 0 and at most 1, not 1.2"),
-        ("evaluate.budgets=[]", "evaluate.budgets needs at least one entry"),
-        ("tight_grid.losses=[]", "tight_grid.losses must have at least one entry"),
-        ("tight_grid.requests=[]", "tight_grid.requests must have at least one entry"),
-        ("evaluate.requests=[8by16]", "evaluate.requests: A request is BATCHxTOKENS, such as"),
-        ("evaluate.best_of=[]", "evaluate.best_of must have at least one entry"),
-        ("replay.timing=wal", "Unknown replay.timing 'wal'; known are 'cpu', 'wall'. Did you mean"),
-        ("replay.token_scale=.nan", "replay.token_scale must be above 0, not nan"),
-        ("importance.method=gis", "Did you mean 'gsi'?"),
-        ("name=a/b", "name must be one folder name"),
-        ("threads=0", "threads must be a whole number of at least 1, or null, not 0"),
+        ("agent.total_timesteps=0", "agent.total_timesteps"),
+        ("calibration.windows=0", "calibration.windows"),
+        ("evaluate.budgets=[1.2]", "evaluate.budgets"),
+        ("evaluate.budgets=[]", "evaluate.budgets"),
+        ("tight_grid.losses=[]", "tight_grid.losses"),
+        ("tight_grid.requests=[]", "tight_grid.requests"),
+        ("evaluate.requests=[8by16]", "evaluate.requests"),
+        ("evaluate.best_of=[]", "evaluate.best_of"),
+        ("replay.timing=wal", "'wall'"),
+        ("replay.token_scale=.nan", "replay.token_scale"),
+        ("importance.method=gis", "'gsi'"),
+        ("name=a/b", "folder name"),
+        ("threads=0", "threads"),
     ],
 )
-def test_an_impossible_value_is_named(override, sentence):
-    with pytest.raises(RapError) as caught:
+def test_an_impossible_value_is_named(override, named):
+    with pytest.raises(RapError, match=re.escape(named)):
         as_config(with_values(composed_node(), override))
-    assert sentence in str(caught.value)
 
 
 def test_shapes_are_read():

@@ -18,7 +18,7 @@ def test_the_help_shows_the_values_that_the_command_gives():
 
 @pytest.mark.parametrize(
     ("program", "wrong"),
-    [("experiments.explorer", "x"), ("tools.self_written_texts", "x"), ("tools.tiny_models", "x"),
+    [("experiments.explorer", "x"), ("tools.tiny_models", "x"),
      ("tools.bounded_table", "smollm2")],
 )  # fmt: skip
 def test_programs_without_settings_write_nothing_when_asked_for_help(program, wrong):
@@ -29,16 +29,10 @@ def test_programs_without_settings_write_nothing_when_asked_for_help(program, wr
         assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("setting", "expected"),
-    [("agent.total_timestep=1", "Key 'total_timestep' not in 'AgentConfig'"),
-     ("agent=ppp", "Available options in 'agent':\n\tdqn\n"),
-     ("seed=x", "Value 'x' of type 'str' could not be converted to Integer")],
-)  # fmt: skip
-def test_a_mistake_is_named_without_a_traceback(setting, expected):
-    done = run_python("-m", "experiments.train", setting, cwd=Path(__file__).parents[2])
+def test_a_mistake_is_named_without_a_traceback():
+    done = run_python("-m", "experiments.train", "agent=ppp", cwd=Path(__file__).parents[2])
     assert done.returncode == 2
     assert done.stderr.startswith("Error: ")
-    assert expected in done.stderr
+    assert "Available options in 'agent':\n\tdqn\n" in done.stderr
     assert "--help lists the settings" in done.stderr
     assert "Traceback" not in done.stderr

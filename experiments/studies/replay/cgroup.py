@@ -28,12 +28,12 @@ from typing import Any
 
 import httpx
 import numpy as np
+import pandas as pd
 
 from experiments.config import Config
 from experiments.launch import launch
 from experiments.study.console import ExperimentError
-from experiments.study.harness import Job, Published, Study, untitled
-from experiments.study.json_records import Record
+from experiments.study.harness import Job, Record, Study
 from experiments.study.servers import Server, end_process, llama_command, piece, rap_command
 from experiments.study.table_format import TitledTable, percent
 
@@ -142,10 +142,8 @@ def measures(trial: TrialRow) -> dict[str, str]:
 
 def trial_tables(rows: Sequence[TrialRow]) -> list[TitledTable]:
     """What each server did, a column for each."""
-    columns = [measures(row) for row in rows]
-    names = dict.fromkeys(name for column in columns for name in column)
-    lines = [[name, *(column.get(name, "-") for column in columns)] for name in names]
-    return [TitledTable((["", *(SYSTEMS[row.system] for row in rows)], lines))]
+    table = pd.DataFrame({SYSTEMS[row.system]: measures(row) for row in rows}).fillna("-")
+    return [TitledTable(table.rename_axis("").reset_index())]
 
 
 @contextlib.contextmanager
@@ -319,10 +317,6 @@ STUDY = Study(
     trial_jobs,
     trial_tables,
     frozen=("model", "cgroup.minutes", "cgroup.turns"),
-    published=[
-        Published("cgroup", "cgroup", untitled),
-        Published("cgroup_conversations", "cgroup_conversations", untitled),
-    ],
 )
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 from experiments.config import Config
@@ -21,8 +22,7 @@ from experiments.config.study_settings import ReplayConfig
 from experiments.contexts import load_model, load_text
 from experiments.studies.replay.serving import SystemRun, check_system, system_policy
 from experiments.studies.replay.workload import ReplayRequest, cotenant_budget, make_requests
-from experiments.study.harness import Job, Published, Study, sections
-from experiments.study.json_records import Record
+from experiments.study.harness import Job, Record, Study
 from experiments.study.statistics import bootstrap_mean
 from experiments.study.table_format import TitledTable, mebibytes, percent, seconds
 from rap_env.context.opening import open_store
@@ -324,7 +324,7 @@ def replay_tables(rows: Sequence[ReplayRow]) -> list[TitledTable]:
     for title, columns in TABLES.items():
         header = ["System", *(name for name, _ in columns)]
         lines = [[row.label, *(show(row) for _, show in columns)] for row in rows]
-        tables.append(TitledTable((header, lines), title))
+        tables.append(TitledTable(pd.DataFrame(lines, columns=header), title))
     return tables
 
 
@@ -351,12 +351,4 @@ STUDY = Study(
         *("model", "budget", "seed"),
         *(f"replay.{field.name}" for field in fields(ReplayConfig) if field.name != "systems"),
     ),
-    published=[
-        Published(name, records, sections("Quality"))
-        for name, records in (
-            ("replay", "replay/replay"),
-            ("replay_ladder", "ladder/replay"),
-            ("replay_low_bits", "replay_low_bits/replay"),
-        )
-    ],
 )

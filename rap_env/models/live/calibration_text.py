@@ -35,7 +35,7 @@ TINY_TEXT = TEXTS / "tiny.json"
 """The text that the levels of all tiny models are made with."""
 
 SELF_WRITTEN = TEXTS / "self_written.jsonl"
-"""Chats and articles that the default model wrote (``tools/self_written_texts.py``)."""
+"""Chats and articles that the default model wrote, by a program in commit 9cb9fee4."""
 
 PROSE = TEXTS / "prose.txt"
 """Articles that were written for this package."""

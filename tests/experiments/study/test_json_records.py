@@ -1,17 +1,12 @@
 """Records survive kills, and damage is detected."""
 
-import json
+from dataclasses import asdict, replace
 
 import pytest
 
 from experiments.comparison.result_rows import ResultRow
-from experiments.study.json_records import (
-    append_record,
-    read_records,
-    row_key,
-    trim_metrics,
-    write_records,
-)
+from experiments.study.harness import row_key
+from experiments.study.json_records import append_record, read_records, trim_metrics, write_records
 from rap_env.errors import ArtifactError
 from tests.experiments.synthetic_records import make_row
 
@@ -55,7 +50,7 @@ def test_metrics_after_a_checkpoint_are_removed_on_resume(tmp_path):
 
 
 def test_a_row_of_another_schema_names_the_keys():
-    record = make_row("gsi", (1, 128), 0.9).to_record()
+    record = asdict(make_row("gsi", (1, 128), 0.9))
     del record["delta_nll"]
     record["speed"] = 1
     with pytest.raises(ArtifactError, match="missing or unknown keys: delta_nll, speed"):
@@ -66,19 +61,19 @@ def test_the_row_key_depends_on_all_inputs():
     row = make_row("gsi", (1, 128), 0.9)
 
     def key(**changes):
-        values = {"method": "gsi", "seed": None, "cell": row.cell}
-        return row_key(*{**values, "provenance": row.provenance, **changes}.values())
+        depends_on = changes.pop("depends_on", row.depends_on)
+        values = {"method": "gsi", "seed": None, "cell": row.cell, **changes}
+        return row_key(values.values(), depends_on)
 
-    other = json.loads(json.dumps(row.provenance))
-    other["depends_on"]["report_sha256"] = "c" * 64
+    other = {**row.depends_on, "report_sha256": "c" * 64}
     assert key() == row.key
     keys = {
         key(),
         key(seed=1),
         key(method="ppo"),
         key(cell=(1, 128, 0.8)),
-        key(provenance=other),
+        key(depends_on=other),
     }
     assert len(keys) == 5
-    unrelated = {**row.provenance, "commit": "abc"}
-    assert key(provenance=unrelated) == key()
+    unrelated = replace(row, provenance={**row.provenance, "commit": "abc"})
+    assert unrelated.key == key()

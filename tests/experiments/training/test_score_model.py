@@ -21,7 +21,6 @@ from experiments.study.console import ExperimentError
 from experiments.study.json_records import read_records
 from experiments.study.run_folder import RunFolder
 from experiments.train import train
-from rap_env.errors import ArtifactError
 from rap_env.scoring.score_table import ScoreTable
 from tests.experiments.tiny_study import tiny_study
 
@@ -99,12 +98,3 @@ def test_rounds_refuse_a_frontier_that_was_measured_on_other_text(config):
     other = replace(config, calibration=replace(config.calibration, seed=1))
     with pytest.raises(ExperimentError, match=r"frontier\.json was measured on other text"):
         train(other, folder_of(config, "other-s0"))
-
-
-def test_rounds_need_a_frontier(config):
-    alone = replace(config, name="alone", frontier=FrontierConfig(), warm_start=WarmStartConfig(),
-                    reward={"name": "perplexity"})  # fmt: skip
-    with pytest.raises(
-        ArtifactError, match=r"There is no frontier artifact .*frontier\.evaluations"
-    ):
-        train(alone, folder_of(alone))

@@ -34,9 +34,9 @@ def test_a_table_has_a_column_for_each_server():
     answers = [answer(0.0, (s / 10 for s in range(5, 100)), 95), answer(11.8, [11.9, 14.9], 2)]
     trial = TrialRow("rap", 0, [*answers, answer(3.0, [], error="503")], 0.25)
     (table,) = STUDY.tables([trial, TrialRow("transformers", 3, [answer(0.0, [], 0, "503")], 0.1)])
-    header, lines = table.table
-    assert header == ["", "rap serve", "transformers serve, bfloat16"]
-    values = {name: columns for name, *columns in lines}
+    assert [*table.table] == ["", "rap serve", "transformers serve, bfloat16"]
+    values = {name: columns for name, *columns in table.table.to_numpy().tolist()}
+    assert list(values) == list(cgroup.measures(trial))
     assert values["Requests failed"] == ["1", "1"]
     assert values["Processes killed, and started again"] == ["0", "3"]
     assert values["Tokens a second"] == ["6.5", "0.0"]  # 97 in a quarter of a minute

@@ -1,10 +1,9 @@
-import json
 import sys
 from dataclasses import dataclass
 
 import pytest
 
-from benchmarks.harness import (
+from benchmarks.measuring import (
     Settings,
     alternate,
     committed_records,
@@ -82,13 +81,14 @@ def test_a_record_states_how_the_numbers_were_measured_and_makes_the_rows_of_its
     fast = target("times as fast", 2.4, 2.6, 2.5, at_least=2.2, against="naive loop")
     slow, settings = target("seconds", 4.0, at_most=3.0), _Settings(results_dir=str(tmp_path))
     write_record("toy", settings, [fast, slow], step_s=spread([3.0, 1.0, 2.0]))
-    record = json.loads((tmp_path / "toy-cpu.json").read_text())
-    assert record["settings"] == {"repeats": 5, "threads": None, "batch_size": 3}
-    assert record["measured"]["step_s"] == {"median": 2, "low": 1, "high": 3, "repeats": 3}
-    assert {"cpu", "cores", "instruction_sets"} <= record["machine"].keys()
-    assert {"python", "torch", "transformers", "gymnasium", "rap_env"} <= record["versions"].keys()
-    assert {"commit", "dirty", "date"} <= record.keys()
-    record["machine"] = {"cpu": "Toy", "threads": 2}
+    (record,) = committed_records(tmp_path)
+    assert record.settings == {"repeats": 5, "threads": None, "batch_size": 3}
+    assert record.measured["step_s"] == {"median": 2, "low": 1, "high": 3, "repeats": 3}
+    made = record.provenance
+    assert {"cpu", "cores", "instruction_sets"} <= made["machine"].keys()
+    assert {"torch", "transformers", "gymnasium", "rap-env"} <= made["packages"].keys()
+    assert {"python", "git"} <= made.keys()
+    made["machine"] = {"cpu": "Toy", "threads": 2}
     assert targets_table([record]).splitlines()[2:] == [
         "| `toy` | times as fast | naive loop | 2.5 [2.4, 2.6] | ≥ 2.2 | yes | Toy, 2 threads |",
         "| `toy` | seconds | - | 4 | ≤ 3 | no | Toy, 2 threads |",

@@ -1,24 +1,16 @@
-"""``python -m experiments.studies.equal_process``: `rap serve` and llama.cpp in equal memory.
-
-Both serve one GGUF file, each in a process of its own whose resident memory is limited. `rap
-serve` gets the limit; of llama.cpp's files and caches the best one takes part whose server was
-within it. Files are made by llama.cpp's own programs, with an importance matrix of the file
-itself. All are compared with the weights of the file in float32, on the same windows.
-"""
+"""Measures `rap serve` and llama.cpp's server in equal memory."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import mmap
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx
 import numpy as np
@@ -27,15 +19,23 @@ import transformers
 
 from experiments.config import Config
 from experiments.contexts import load_text
-from experiments.launch import launch
 from experiments.llama_cpp import FileKind, LlamaCpp, gguf_file, make_file, need_llama_cpp
+from experiments.studies.equal_process.rows import (
+    LEAST,
+    LLAMA,
+    RAP,
+    RESTARTED,
+    FallingRow,
+    ProcessRow,
+    RejectedRow,
+    best_file,
+    bytes_of,
+    process_tables,
+)
 from experiments.study.console import ExperimentError
-from experiments.study.harness import Job, Published, Study
-from experiments.study.json_records import DeltaNLLRecord, Record
+from experiments.study.harness import Job, Study
 from experiments.study.logits import compared, logits_of, window_logits
-from experiments.study.plotting import INK, Panel, panel_figure
 from experiments.study.servers import Server, llama_command, piece, rap_command
-from experiments.study.table_format import TitledTable, mebibytes, percent, precise
 from rap_env.artifacts import atomic_write, digest
 from rap_env.models.device import resident_bytes
 from rap_env.models.files.loading import load_llm
@@ -43,119 +43,10 @@ from rap_env.models.live.calibration_text import calibration_windows
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.paths import cache_dir
 from rap_env.plan import Plan
-from rap_env.serving.settings import parse_bytes
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-RAP, LLAMA = "rap serve", "llama.cpp"
-RESTARTED, LEAST = "llama.cpp, started again", "llama.cpp, least file"
-"""Ways to serve within a limit that falls, beside `RAP`: the best file for each limit, and the
-file for the least limit at all of them."""
-COLOURS = {RAP: "#F0001C", RESTARTED: "#2F78B9", LEAST: "#8D9299"}
 
 _PARTS = 8  # of a window, for intervals
 _SAMPLE_S = 0.1
 _SPARE_TOKENS = 64  # an answer's text may be encoded in more tokens than it was generated in
-
-CAPTION = (
-    "Peak: most resident memory of the whole process, its start included; mapped: pages of files "
-    "in it, which the system may take back. ΔNLL (with a 95 % interval over eighths of the text), "
-    "KL divergence and the share of tokens with the same most likely one are over the weights of "
-    "the file in float32. Prompt, answer: tokens per second of the process's CPU time with one "
-    "thread, one server after the other. llama.cpp's files: `once`: with one copy of the "
-    "vocabulary, the finer of the two; after `/` the type of the vocabulary, then that of the "
-    "cache. A dash: every request is rejected."
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProcessRow(DeltaNLLRecord):
-    """A server, and how its model differs from the weights of the file in float32.
-
-    Attributes:
-        system: `RAP` or `LLAMA`.
-        name: The limit of `RAP` as in the settings, or file and cache as in `FileKind`.
-        peak_bytes: Peak resident memory of the process.
-        mapped_bytes: Pages of files in its resident memory at the end.
-        kl_divergence_mean: As in `rap_env.scoring.native_agreement.NativeAgreement`.
-        kl_divergence_p99: See there.
-        same_top_token_share: See there.
-        levels: Levels of the plan with which `rap serve` answered, by item.
-        beside: For `RAP` the name of llama.cpp's best row within its limit, which answered
-            the same prompt just before.
-        speeds: For `RAP` and, as `LLAMA`, what was beside it: tokens of the prompt and of the
-            answer per second of the process's CPU time.
-    """
-
-    file = "processes.jsonl"
-    identity = ("system", "name")
-
-    system: str
-    name: str
-    peak_bytes: int
-    mapped_bytes: int
-    kl_divergence_mean: float
-    kl_divergence_p99: float
-    same_top_token_share: float
-    levels: dict[str, str] = field(default_factory=dict)
-    beside: str = ""
-    speeds: dict[str, list[float]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RejectedRow(Record):
-    """A limit within which `rap serve` starts, but rejects the request.
-
-    Attributes:
-        limit: As in the settings.
-        reason: The error that the server reports.
-    """
-
-    file = "rejected.jsonl"
-    identity = ("limit",)
-
-    limit: str
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class FallingRow(Record):
-    """One answer while the limit falls and returns.
-
-    Times are CPU seconds of the servers since it was asked for, so that other work on the
-    machine has no effect.
-
-    Attributes:
-        system: `RAP`, `RESTARTED` or `LEAST`.
-        step_s: How long each limit holds.
-        limits: The limits one after the other, as in the settings.
-        served: What served at each limit, as `ProcessRow.name`.
-        memory: Time and resident bytes of the process, in samples.
-        times_s: When each token came.
-        ready_s: CPU seconds that each start under way took until the server was ready.
-    """
-
-    file = "falling.jsonl"
-    identity = ("system",)
-
-    system: str
-    step_s: float
-    limits: list[str]
-    served: list[str]
-    memory: list[list[float]]
-    times_s: list[float]
-    ready_s: list[float]
-
-    @property
-    def label(self) -> str:
-        """What served, the number of tokens, and the longest time without one."""
-        pause_s = np.diff(self.times_s).max()
-        return f"{self.system}: {len(self.times_s)} tokens, longest pause {pause_s:.1f} s"
-
-
-bytes_of: Callable[[str], int] = partial(parse_bytes, "A limit")
 
 
 class Measuring:
@@ -289,10 +180,10 @@ class Measuring:
         self, server: Server, prompt: torch.Tensor, tokens: int
     ) -> tuple[list[float], dict[str, Any]]:
         """Tokens per CPU second of prompt and answer, and what its events said last."""
-        begin_s, times_s, said = cpu_s(server), list[float](), dict[str, Any]()
+        begin_s, times_s, said = server.cpu_s(), list[float](), dict[str, Any]()
         for event in server.stream("completions", completion(prompt.tolist(), tokens)):
             if piece(event) or times_s:
-                times_s.append(cpu_s(server))
+                times_s.append(server.cpu_s())
             said |= event
         first_s, *_, last_s = times_s
         return [len(prompt) / (first_s - begin_s), (tokens - 1) / (last_s - first_s)], said
@@ -330,7 +221,7 @@ class FallingRun:
 
     def use(self, server: Server) -> None:
         """Go on with a server that is ready; the start of the first one takes no time."""
-        ready_s, is_first = cpu_s(server), not self._asking.is_alive()
+        ready_s, is_first = server.cpu_s(), not self._asking.is_alive()
         self._serving = server, -ready_s if is_first else self._last_s
         if is_first:
             self._asking.start()
@@ -339,7 +230,7 @@ class FallingRun:
 
     def sample(self, until_s: float) -> None:
         """Sample the memory of the server's process until a time, or the end of the answer."""
-        process = process_folder(self._serving[0])
+        process = self._serving[0].proc
         while self._now_s() < until_s and self._asking.is_alive():
             self.memory.append([self._now_s(), resident_bytes(process)[1]])
             time.sleep(_SAMPLE_S)
@@ -351,7 +242,7 @@ class FallingRun:
     def _now_s(self) -> float:
         server, earlier_s = self._serving
         with contextlib.suppress(OSError):  # it has ended
-            self._last_s = round(earlier_s + cpu_s(server), 2)
+            self._last_s = round(earlier_s + server.cpu_s(), 2)
         return self._last_s
 
     def _ask(self) -> None:
@@ -366,23 +257,11 @@ class FallingRun:
                 time.sleep(_SAMPLE_S)
 
 
-def process_folder(server: Server) -> Path:
-    """Where the kernel reports on a server's process."""
-    return Path("/proc", str(server.process.pid))
-
-
-def cpu_s(server: Server) -> float:
-    """Seconds of CPU time that a server's process has taken."""
-    numbers = (process_folder(server) / "stat").read_text().rpartition(")")[2].split()
-    return (int(numbers[11]) + int(numbers[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def memory_of(server: Server) -> dict[str, Any]:
     """Peak and mapped bytes of a server's process, as in `ProcessRow`."""
-    process = process_folder(server)
-    mapped_pages = int((process / "statm").read_text().split()[2])
-    peak_bytes, mapped_bytes = resident_bytes(process)[0], mapped_pages * mmap.PAGESIZE
-    return {"peak_bytes": peak_bytes, "mapped_bytes": mapped_bytes}
+    mapped_pages = int((server.proc / "statm").read_text().split()[2])
+    peak_bytes, _ = resident_bytes(server.proc)
+    return {"peak_bytes": peak_bytes, "mapped_bytes": mapped_pages * mmap.PAGESIZE}
 
 
 def plan_of(summary: str) -> Plan:
@@ -395,22 +274,6 @@ def plan_of(summary: str) -> Plan:
         items = [f"layer{number:02d}.{kind}" for number in numbers] or [kind]
         levels |= dict.fromkeys(items, level)
     return Plan.of(levels)
-
-
-def best_file(rows: Sequence[ProcessRow], limit_bytes: int) -> ProcessRow:
-    """llama.cpp's row with the least KL divergence whose process was within a limit.
-
-    Args:
-        rows: All rows.
-        limit_bytes: The limit.
-
-    Raises:
-        ExperimentError: None was.
-    """
-    files = [row for row in rows if row.system == LLAMA and row.peak_bytes <= limit_bytes]
-    if not files:
-        raise ExperimentError(f"No file of llama.cpp was measured within {limit_bytes} bytes.")
-    return min(files, key=lambda row: row.kl_divergence_mean)
 
 
 def write_logits(source: Path, windows: torch.Tensor, out: Path) -> None:
@@ -447,65 +310,6 @@ def process_jobs(config: Config, folder: Path) -> Iterator[Job[Any]]:
         yield Job(FallingRow, (system,), schedule, partial(measuring.falling_row, system))
 
 
-def process_tables(rows: Sequence[Record]) -> list[TitledTable]:
-    """Both servers at each limit."""
-    processes = [row for row in rows if isinstance(row, ProcessRow)]
-    lines = list[list[str]]()
-    of_rap = [row for row in processes if row.system == RAP]
-    for row in sorted(of_rap, key=lambda row: -bytes_of(row.name)):
-        beside = next(file for file in processes if file.name == row.beside)
-        server = f"{LLAMA}: {beside.name}"
-        lines.append([row.name, RAP, *process_cells(row), *speed_cells(row, RAP)])
-        lines.append(["", server, *process_cells(beside), *speed_cells(row, LLAMA)])
-    for rejected in (row for row in rows if isinstance(row, RejectedRow)):
-        best = best_file(processes, bytes_of(rejected.limit))
-        lines.append([rejected.limit, RAP, *["-"] * 7])
-        lines.append(["", f"{LLAMA}: {best.name}", *process_cells(best), "-", "-"])
-    quality = ("ΔNLL", "KL", "Same top token")
-    header = ["Limit", "Server", "Peak", "Mapped", *quality, "Prompt", "Answer"]
-    return [TitledTable((header, lines), "", CAPTION)]
-
-
-def process_cells(row: ProcessRow) -> list[str]:
-    """Peak, mapped pages and quality of a server."""
-    return [
-        mebibytes(row.peak_bytes),
-        mebibytes(row.mapped_bytes),
-        precise(row.estimate),
-        f"{row.kl_divergence_mean:.4f}",
-        percent(row.same_top_token_share),
-    ]
-
-
-def speed_cells(row: ProcessRow, system: str) -> list[str]:
-    """Speeds of one of the servers at a limit."""
-    return [f"{speed:.1f}" for speed in row.speeds[system]]
-
-
-def process_figure(rows: Sequence[Record]) -> Figure:
-    """Draw tokens and memory while the limit falls and returns."""
-    falling = [row for row in rows if isinstance(row, FallingRow)]
-
-    def draw_tokens(axis: Axes) -> None:
-        for row in falling:
-            tokens = np.arange(len(row.times_s))
-            axis.plot(row.times_s, tokens, color=COLOURS[row.system], label=row.label)
-
-    def draw_memory(axis: Axes) -> None:
-        for row in falling:
-            times_s, resident = np.array(row.memory).T
-            axis.plot(times_s, resident / 2**20, color=COLOURS[row.system])
-        edges = falling[0].step_s * np.arange(len(falling[0].limits) + 1)
-        limits = np.array([bytes_of(limit) for limit in falling[0].limits]) / 2**20
-        axis.step(edges, [*limits, limits[-1]], where="post", color=INK, linestyle=":")
-
-    panels = [
-        Panel(draw_tokens, "Tokens of one answer", "CPU seconds", "tokens"),
-        Panel(draw_memory, "Memory within the limit (dotted)", "CPU seconds", "resident, MiB"),
-    ]
-    return panel_figure(panels, height=3.4, legend=1, sharex=True)
-
-
 STUDY = Study(
     "equal_process",
     "Beside llama.cpp in equal memory",
@@ -513,8 +317,4 @@ STUDY = Study(
     process_jobs,
     process_tables,
     frozen=("model", "evaluate.text"),
-    published=[Published("equal_process", "equal_process")],
 )
-
-if __name__ == "__main__":
-    launch(STUDY.name, STUDY.run)

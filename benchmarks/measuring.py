@@ -1,38 +1,29 @@
-"""The harness of all benchmarks: settings, measurements in turn, records.
-
-``python -m benchmarks.harness`` prints the table of all records.
-"""
+"""What all benchmarks share: settings, measurements in turn, records and their table."""
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import json
-import os
-import platform
 import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.study.harness import Record
 from experiments.study.json_records import write_text
-from experiments.study.run_folder import cpuinfo, git_state, machine_facts
+from experiments.study.run_folder import provenance
 from experiments.study.table_format import columns_table, markdown
-from rap_env.extras import package_versions
 
 if TYPE_CHECKING:
     from rap_env.models.live.elastic import ElasticLLM
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "benchmarks"
 """Folder of the committed records."""
-
-_PACKAGES = ("torch", "transformers", "gymnasium", "numpy", "rap-env")
-_INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16")
 
 
 @dataclass
@@ -147,75 +138,86 @@ def target(
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkRecord(Record):
+    """What a benchmark measured on a device: the file ``NAME-cpu.json`` or ``NAME-cuda.json``.
+
+    Attributes:
+        benchmark: Name of the benchmark.
+        device: Device that was measured, such as ``"cpu"`` or ``"cuda:0"``.
+        date: When the measurements ended.
+        settings: Its settings.
+        targets: What `target` returned.
+        measured: All other measurements; plain values, with units in the names.
+    """
+
+    record_name = "A benchmark's record"
+
+    benchmark: str
+    device: str
+    date: str
+    settings: dict[str, Any]
+    targets: list[dict[str, Any]]
+    measured: dict[str, Any]
+
+    @property
+    def processor(self) -> str:
+        """The GPU, or the CPU with its number of threads."""
+        machine = self.provenance["machine"]
+        if self.device.startswith("cuda"):
+            return str(machine.get("gpu", self.device))
+        threads = machine.get("threads")
+        shown = f", {threads} thread{'' if threads == 1 else 's'}" if threads else ""
+        name = re.sub(r"\((R|TM)\)| Processor| CPU", "", machine["cpu"])
+        return f"{name}{shown}"
+
+
 def write_record(
     name: str,
     settings: Settings,
-    targets: Sequence[Mapping[str, Any]],
+    targets: Sequence[dict[str, Any]],
     *,
     device: str = "cpu",
     **measured: Any,
 ) -> None:
-    """Write one benchmark's record as JSON and print its targets.
+    """Write the record of a benchmark into the folder of its settings, and print its targets.
 
-    Args:
-        name: Name of the benchmark; the file is ``NAME-cpu.json`` or ``NAME-cuda.json``.
-        settings: Its settings.
-        targets: What `target` returned.
-        device: Device that was measured, such as ``"cpu"`` or ``"cuda:0"``.
-        **measured: All other measurements; plain values, with units in the names.
+    For the arguments see `BenchmarkRecord`.
     """
-    settings_used = dataclasses.asdict(settings)
-    path = Path(settings_used.pop("results_dir"), f"{name}-{device.partition(':')[0]}.json")
-    packages = {name.replace("-", "_"): v for name, v in package_versions(_PACKAGES).items()}
-    flags = cpuinfo().get("flags", "").split()
-    record = {
-        "benchmark": name,
-        "device": device,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        **(git_state() or {"commit": None, "dirty": None}),
-        "machine": {
-            **machine_facts(),
-            "cores": os.cpu_count(),
-            "instruction_sets": [name for name in _INSTRUCTION_SETS if name in flags],
-        },
-        "versions": {"python": platform.python_version(), **packages},
-        "settings": settings_used,
-        "targets": targets,
-        "measured": measured,
-    }
-    write_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    used = asdict(settings)
+    path = Path(used.pop("results_dir"), f"{name}-{device.partition(':')[0]}.json")
+    record = BenchmarkRecord(
+        benchmark=name,
+        device=device,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        provenance=provenance(),
+        settings=used,
+        targets=list(targets),
+        measured=measured,
+    )
+    write_text(path, json.dumps(asdict(record), indent=1, allow_nan=False) + "\n")
     sys.stdout.write(f"{targets_table([record])}\nRecord: {path}\n")
 
 
-def committed_records(folder: Path = RESULTS) -> list[dict[str, Any]]:
+def committed_records(folder: Path = RESULTS) -> list[BenchmarkRecord]:
     """All records of a folder, in order of their names."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    texts = (path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.json")))
+    return [BenchmarkRecord.from_record(json.loads(text)) for text in texts]
 
 
-def targets_table(records: Iterable[Mapping[str, Any]]) -> str:
+def targets_table(records: Iterable[BenchmarkRecord]) -> str:
     """A Markdown table with a row for each target: median [lowest, highest] and its bounds."""
-    lines = [(record, row) for record in records for row in record["targets"]]
-    columns: dict[str, Callable[[tuple[Mapping[str, Any], Mapping[str, Any]]], str]] = {
-        "Benchmark": lambda line: f"`{line[0]['benchmark']}`",
+    lines = [(record, row) for record in records for row in record.targets]
+    columns: dict[str, Callable[[tuple[BenchmarkRecord, Mapping[str, Any]]], str]] = {
+        "Benchmark": lambda line: f"`{line[0].benchmark}`",
         "What": lambda line: line[1]["what"],
         "Against": lambda line: line[1]["against"] or "-",
         "Reached": lambda line: _reached(line[1]),
         "Target": lambda line: _bound(line[1]),
         "Met": lambda line: "yes" if line[1]["met"] else "no",
-        "Device": lambda line: _processor(line[0]),
+        "Device": lambda line: line[0].processor,
     }
     return markdown(columns_table(lines, columns), left=3)
-
-
-def _processor(record: Mapping[str, Any]) -> str:
-    """The GPU, or the CPU with its number of threads."""
-    machine = record["machine"]
-    if record["device"].startswith("cuda"):
-        return str(machine.get("gpu", record["device"]))
-    threads = machine.get("threads")
-    shown = f", {threads} thread{'' if threads == 1 else 's'}" if threads else ""
-    name = re.sub(r"\((R|TM)\)| Processor| CPU", "", machine["cpu"])
-    return f"{name}{shown}"
 
 
 def _reached(row: Mapping[str, Any]) -> str:
@@ -232,7 +234,3 @@ def _short(value: float) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return f"{value:,}"
-
-
-if __name__ == "__main__":
-    print(targets_table(committed_records()))
