@@ -131,26 +131,27 @@ def main(part: str, seeds: str, models: str, path: Path) -> None:
         for runs in RUNS if most else RUNS[:1]:
             record.evaluate(policy, {"name": POLICY, "part": part, "runs": runs, **own}, facts)
         record.evaluate(policy, {"name": POLICY, "part": "Train", "runs": 0, **own}, facts)
-        if most and not seed:
-            parts = {
-                "Regression": variant(unseen.Predicted, critics=critics),
-                "Actor alone": variant(unseen.Corrected, actors=actors),
-            }
-            for name, runs in itertools.product(parts, RUNS):
-                record.evaluate(parts[name], {"name": name, "part": part, "runs": runs})
+        parts = {
+            "Regression": variant(unseen.Predicted, critics=critics),
+            "Actor alone": variant(unseen.Corrected, actors=actors),
+        }
+        for name, runs in itertools.product(parts, RUNS if most else ()):
+            record.evaluate(parts[name], {"name": name, "part": part, "runs": runs, "seed": seed})
+
+
+def tuned_uniform(record: Record) -> type[unseen.Uniform]:
+    """The best of `UNIFORM` on the training models."""
+
+    def score(given: Mapping[str, Any]) -> float:
+        key = {"name": "Uniform", "part": "Train", "runs": 0, **given}
+        return record.evaluate(variant(unseen.Uniform, **given), key)
+
+    return variant(unseen.Uniform, **min(UNIFORM, key=score))
 
 
 def baselines(record: Record, part: str) -> None:
     """Evaluate what is not trained."""
-    tuned = {
-        json.dumps(given): record.evaluate(
-            variant(unseen.Uniform, **given),
-            {"name": "Uniform", "part": "Train", "runs": 0, **given},
-        )
-        for given in UNIFORM
-    }
-    uniform = variant(unseen.Uniform, **json.loads(min(tuned, key=tuned.__getitem__)))
-    for name, method in {"Uniform": uniform, "Knapsack": "knapsack"}.items():
+    for name, method in {"Uniform": tuned_uniform(record), "Knapsack": "knapsack"}.items():
         record.evaluate(method, {"name": name, "part": part, "runs": 0})
     with_runs = {
         "Noisy orders": unseen.NoisyOrders,

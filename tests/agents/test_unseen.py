@@ -95,7 +95,7 @@ def test_networks_predict_losses_of_plans(benches):
         bench.search(np.random.default_rng(0), noisy=8, rounds=2, offspring=4)
     (network,) = unseen.predictors(benches, count=1, updates=300, seed=0)
     bench = benches[0]
-    seen = unseen.plan_observations(bench.observer, bench.known)
+    seen = unseen.plan_observations(bench, bench.known)
     with torch.no_grad():
         predicted = network.eval()(seen)[1].numpy()
     assert np.corrcoef(predicted, unseen.log_losses(bench.losses))[0, 1] > 0.8
