@@ -16,7 +16,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +35,7 @@ from rap_env.ladder.features import (
     SHOWN_LEVELS,
     EveryLevel,
 )
-from rap_env.ladder.items import Counts
+from rap_env.ladder.items import Counts, Ladder
 from rap_env.ladder.observation import Observation, ObservationEncoder
 from rap_env.plan import Plan
 from rap_env.policies.method import Basis, CountingScorer, Method
@@ -111,18 +111,13 @@ class Bench:
     @classmethod
     def of(cls, env: PruningEnv) -> Self:
         """A model with the requests of its episodes, which its workload lists; plans are run."""
-        scorer, ladder = env.context.scorer, env.ladder
-
-        def run(positions: Counts) -> Floats:
-            plans = [ladder.plan(row) for row in positions.tolist()]
-            return np.array(scorer.nll_many(plans)) - scorer.dense_nll
-
-        return cls(env.encoder, cast(GridSampler, env.sampler).requests, run)
+        scorer, requests = env.context.scorer, cast(GridSampler, env.sampler).requests
+        return cls(env.encoder, requests, partial(run, env.ladder, scorer, scorer.dense_nll))
 
     def observed(self, which: Counts, positions: Counts) -> Tensors:
         """What networks see of plans for requests: removal in the columns that it always has."""
         seen = tensors(self.observer.observe(which, positions))
-        columns = seen["ladder"][..., _LEVELS:].unflatten(2, (SHOWN_LEVELS, 2))  # a view
+        columns = seen["ladder"][..., _LEVELS:].view(*seen["ladder"].shape[:2], SHOWN_LEVELS, 2)
         for item, last in self.removals:
             columns[:, item, _REMOVED_AT - 1] = columns[:, item, last - 1]
             columns[:, item, last - 1] = 0
@@ -243,6 +238,11 @@ class Bench:
         for _ in range(rounds):
             which = every.repeat(offspring)
             self.measure(self.mutated(which, self.best(which, most=3), rng))
+
+
+def run(ladder: Ladder, scorer: Any, dense_nll: float, positions: Counts) -> Floats:
+    """Losses of plans that a scorer runs, nats per token, (n,)."""
+    return np.array(scorer.nll_many([*map(ladder.plan, positions.tolist())])) - dense_nll
 
 
 def log_prices(seen: Observation) -> Floats:
@@ -465,11 +465,9 @@ class Tries(Method):
         self._encoder = make_encoder(self.context, **spec)
 
     def _choose(self, request: Request, scores: CountingScorer) -> Plan:
-        def run(positions: Counts) -> Floats:
-            plans = [*map(self.ladder.plan, positions.tolist())]
-            return np.array(scores.nll_many(plans)) - self.context.scorer.dense_nll
-
-        bench = Bench(self._encoder, [request], run)
+        dense_nll = self.context.scorer.dense_nll if self.max_evaluations > 1 else 0.0
+        losses_of = partial(run, self.ladder, scores, dense_nll)
+        bench = Bench(self._encoder, [request], losses_of)
         return self.ladder.plan(self._plan(bench, self.random(request)).tolist())
 
     def _plan(self, bench: Bench, rng: np.random.Generator) -> Counts:
@@ -488,9 +486,6 @@ class Tries(Method):
     def _requests(self) -> Counts:
         """The request once for each plan."""
         return np.zeros(self.max_evaluations, np.int64)
-
-
-TriesT = TypeVar("TriesT", bound=Tries)
 
 
 class NoisyOrders(Tries):
@@ -657,6 +652,6 @@ def posterior(bench: Bench, priors: Bench, positions: Counts) -> Floats:
     return np.asarray(expected + shared(positions) @ np.linalg.solve(gram, beyond - beyond.mean()))
 
 
-def variant(kind: type[TriesT], **attributes: Any) -> type[TriesT]:
+def variant(kind: type[Tries], **attributes: Any) -> type[Tries]:
     """A method with other attributes, as `rap_env.evaluate` takes it."""
     return type(kind.__name__, (kind,), attributes)

@@ -6,17 +6,13 @@ come from the mean of the least loss at smaller and the greatest at larger budge
 """
 
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
 import numpy as np
 
 from rap_env.envs.across import RAPAcrossEnv
-from rap_env.envs.base import PruningEnv
 from rap_env.leaderboard import unseen
-from rap_env.leaderboard.tasks import Floats
-from rap_env.plan import Plan
 from rap_env.policies.loading import make_method
 from rap_env.request import Request
 
@@ -24,29 +20,18 @@ GRID = 200
 """Budgets that are tried, from the native peak down to the least possible one."""
 
 
-def budgets_of(env: PruningEnv, losses_of: Callable[[Sequence[Plan]], Floats]) -> list[int]:
-    """The budgets of a model in bytes, from the largest down.
-
-    Args:
-        env: An environment of the model.
-        losses_of: Gives the losses of plans, nats per token: measures or predicts them.
-    """
+def budgets_of(model: str) -> list[int]:
+    """The budgets of a model in bytes, from the largest down."""
+    env = RAPAcrossEnv([model], **unseen.ARGUMENTS).envs[0]
     order = make_method("cost_per_byte", env.context, env.encoder.ladder_bytes)
     costs = env.encoder.ladder_bytes.costs(*unseen.SHAPE)
     budgets = np.linspace(costs.dense_peak_bytes - 1, costs.least_peak_bytes, GRID).astype(int)
     plans = [order.choose(Request(*unseen.SHAPE, budget)) for budget in budgets.tolist()]
-    losses = losses_of(plans)
+    losses = np.array(env.context.scorer.nll_many(plans)) - env.context.scorer.dense_nll
     most = np.maximum.accumulate(losses)
     least = np.minimum.accumulate(losses[::-1])[::-1]
     places = [int(np.argmax((most + least) / 2 >= loss)) for loss in unseen.ORDER_LOSSES]
     return budgets[places].tolist()
-
-
-def measured_budgets(model: str) -> list[int]:
-    """The budgets of a model of the tasks, whose plans are run."""
-    env = RAPAcrossEnv([model], **unseen.ARGUMENTS).envs[0]
-    scorer = env.context.scorer
-    return budgets_of(env, lambda plans: np.array(scorer.nll_many(plans)) - scorer.dense_nll)
 
 
 @click.command(help=__doc__)
@@ -55,7 +40,7 @@ def main() -> None:
     path = Path(unseen.__file__).with_name("unseen.json")
     fixed = json.loads(path.read_text(encoding="utf-8"))
     for models in fixed["budgets_bytes"].values():
-        models |= {model: measured_budgets(model) for model in models}
+        models |= {model: budgets_of(model) for model in models}
     path.write_text(json.dumps(fixed, indent=1) + "\n", encoding="utf-8")
 
 

@@ -10,7 +10,7 @@ from rap_env.errors import InvalidRequestError, UnknownNameError
 from rap_env.leaderboard import unseen
 from rap_env.leaderboard.unseen import PARTS, ModelResult, UnseenEvaluation
 from rap_env.reward import ceiling_nll
-from tools.unseen_budgets import measured_budgets
+from tools.unseen_budgets import budgets_of
 
 TUNE = "RAPLadder/Unseen-Tune-v1"
 
@@ -55,7 +55,7 @@ def test_every_model_has_five_budgets_and_the_episodes_have_those_between():
         _, info = env.reset(seed=seed)
         budgets = PARTS[TUNE][info["model"]]
         assert budgets[-1] <= info["request"]["budget_bytes"] <= budgets[0]
-    assert measured_budgets("tiny-even") == PARTS[TUNE]["tiny-even"]
+    assert budgets_of("tiny-even") == PARTS[TUNE]["tiny-even"]
 
 
 def test_the_order_has_a_score_of_one_as_a_method_and_as_a_function():
