@@ -78,7 +78,7 @@ class Bench:
         log_costs: Logs of the costs of the levels below the native one, (N, W).
         lowest: The positions of the lowest levels, (N,).
         removals: The items whose removal is at another position than networks know, and it.
-        constant_bytes: Bytes of the first request beside those, as soon as an item is lowered.
+        constant_bytes: Most bytes of the first request beside those if an item is lowered.
     """
 
     def __init__(
@@ -105,8 +105,9 @@ class Bench:
             for number, item in enumerate(self.ladder.items)
             if "removed" in item.levels[:_REMOVED_AT]
         ]
-        (peak,) = of_shape.peaks(np.ones((1, len(self.ladder)), np.int64))
-        self.constant_bytes = int(peak - self.sizes[:, 1].sum())
+        alone = np.eye(len(self.ladder), dtype=np.int64)
+        own_bytes = self.sizes[np.arange(len(alone)), alone].sum(axis=1)
+        self.constant_bytes = int((of_shape.peaks(alone) - own_bytes).max())
 
     @classmethod
     def of(cls, env: PruningEnv) -> Self:

@@ -45,11 +45,9 @@ from experiments.studies.replay.cgroup import measures
 from experiments.studies.replay.conversations import memory_figure
 from experiments.study.harness import RESULTS, ROOT, Published, Study, write_changed, write_pages
 from experiments.study.plotting import FAINT, INK, Panel, look, panel_figure, save_gif, save_png
-from experiments.study.statistics import paired_ratio
 from experiments.study.table_format import columns_table, markdown, percent, seconds
 from experiments.unseen import POLICY, RUNS, generalisation
 from experiments.unseen import Record as UnseenRecord
-from experiments.unseen_real import ORDER
 from rap_env.cli import cli
 from rap_env.ladder.features import ITEM_FEATURES
 from rap_env.leaderboard.entries import (
@@ -267,23 +265,6 @@ def unseen_table() -> str:
     names = dict.fromkeys(row["name"] for row in unseen().body["rows"])
     rows = [[n, *(str(unseen().estimate(n, runs) or "-") for runs in RUNS)] for n in names]
     return markdown((["Method", *(f"{runs} runs" for runs in RUNS)], rows))
-
-
-def unseen_real_table() -> str:
-    """What plans lose on models that the networks never saw, over what the order loses."""
-    record = json.loads((RESULTS / "unseen" / "real.json").read_text("utf-8"))
-    cells = defaultdict[str, dict[str, str]](dict)
-    for model, made in record.items():
-        losses = defaultdict[str, list[Any]](list)
-        for row in made["rows"]:
-            losses[row["name"]].append(np.mean(row["delta_nll"], axis=0))
-        order = losses[ORDER][0]
-        cells[f"{ORDER}, nats per token"][model] = f"{order.mean():.3f}"
-        for name in [name for name in losses if name != ORDER]:
-            ratio = paired_ratio([np.mean(losses[name], axis=0)], [order])
-            cells[name][model] = str(ratio)
-    rows = [[name, *(own.get(model, "-") for model in record)] for name, own in cells.items()]
-    return markdown((["Method", *record], rows))
 
 
 def test_scores(task: str) -> dict[str, Floats]:
@@ -518,7 +499,6 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "table_tasks": partial(tasks_table, LISTED_TASKS),
     "bounds": bounds_table,
     "unseen": unseen_table,
-    "unseen_real": unseen_real_table,
     "preparing": preparing_table,
     "preparing_times": preparing_times,
     **{name: partial(shown_text, name) for name in (*COMPARISONS, *STUDIES)},

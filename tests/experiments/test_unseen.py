@@ -6,8 +6,15 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from experiments.unseen import MODELS, POLICY, RECORD, RUNS, Record, generalisation
-from experiments.unseen_real import requests_of
+from experiments.unseen import (
+    MODELS,
+    POLICY,
+    RECORD,
+    RUNS,
+    Record,
+    generalisation,
+    requests_of,
+)
 from rap_env.leaderboard.unseen import ORDER_LOSSES
 from rap_env.policies.loading import make_method
 from rap_env.policies.method import Basis
