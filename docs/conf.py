@@ -28,6 +28,7 @@ myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]  # included tables begin below the page's first level
 autodoc_member_order = "bysource"
 autodoc_class_signature = "mixed"
+autodoc_default_options = {"members": True}
 napoleon_use_rtype = False
 napoleon_use_ivar = True
 

@@ -13,7 +13,6 @@ import inspect
 import io
 import json
 import math
-import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -74,8 +73,6 @@ ENVIRONMENTS = {
 }
 """The page of each environment, with its name and class."""
 
-_MOST_INTERVALS = 8  # columns of a table in which each number has its interval
-
 
 class Source(NamedTuple):
     """Rows of a folder of ``results/``: all, or those of a method, under another name."""
@@ -92,31 +89,25 @@ class Source(NamedTuple):
         return [replace(row, method=self.shown_as or row.method) for row in own]
 
 
-_OTHERS = "low_bits", "tight_low_bits", "tight_gemma", "low_bits_gemma", "tight_outside"
-COMPARISONS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(_OTHERS, ()),
-    "tight": ("ΔNLL divided by that of Uniform",),
-    "learning": ("ΔNLL of RAP policy minus each other method, paired",),
-}
-"""Folders of ``results/`` with a comparison, and beginnings of the titles of the tables that a
-page shows beside the summary."""
+COMPARISONS = (
+    "tight", "low_bits", "tight_low_bits", "tight_gemma", "low_bits_gemma", "tight_outside",
+    "learning",
+)  # fmt: skip
+"""Folders of ``results/`` with a comparison, whose summary a page shows."""
 
-_RANKED, _RANKED_GEMMA = (
-    Source(folder, "rap", "rap-best of 8") for folder in ("tight_ranked", "tight_ranked_gemma")
-)
+DETAILS = {"cgroup_conversations", "low_bits_gemma"}
+"""Comparisons and studies whose tables stand on pages of their own alone."""
+
 _GREEDY = "greedy_per_byte"
 SEARCHES = {
     "tight_greedy": Source("tight_greedy", _GREEDY),
     "tight_evolutionary": Source("tight_searches", "evolutionary"),
     "tight_beam": Source("tight_searches", "beam"),
 }
-"""Searches for one request of `tight`, by marker."""
+"""Searches for one request of `tight`, by name."""
 
 BESIDE: dict[str, list[Source]] = {
-    "tight_ranked": [_RANKED, Source("tight")],
-    "tight_ranked_gemma": [_RANKED_GEMMA, Source("tight_gemma")],
-    "tight_outside_greedy": [Source("tight_outside_greedy", _GREEDY), Source("tight_outside")],
-    **{name: [search, Source("tight"), _RANKED] for name, search in SEARCHES.items()},
+    "tight_ranked": [Source("tight_ranked", "rap", "rap-best of 8"), Source("tight")],
 }
 """A method, and all others that are set beside it where it was measured, by marker."""
 
@@ -143,25 +134,15 @@ def full_text(name: str) -> str:
     return study.markdown(study.read(published.folder))
 
 
-def shown_tables(text: str, titles: tuple[str, ...]) -> str:
-    """The summary of a comparison, and those tables whose titles begin in one of some ways."""
-    summary, *sections = text.split("\n## ")
-    shown = [section for section in sections if section.startswith(titles)]
-    bold = [f"**{section.strip()}".replace("\n", "**\n", 1) for section in shown]
-    return "\n\n".join([summary.partition("\n")[2].strip(), *map(narrowed, bold)]) + "\n"
-
-
-def narrowed(text: str) -> str:
-    """Tables of many columns without the intervals of all but the last one, which fit no page."""
-    if text.count("|", 0, text.find("\n", text.find("|"))) <= _MOST_INTERVALS:
-        return text
-    return re.sub(r" \[[^]|]*\](?= \|.)", "", text)
+def summary_of(text: str) -> str:
+    """The first table of a comparison."""
+    return text.partition("\n## ")[0].partition("\n")[2].strip() + "\n"
 
 
 def shown_text(name: str) -> str:
     """What the page of a comparison or study shows of its tables."""
     if name in COMPARISONS:
-        return shown_tables(full_text(name), COMPARISONS[name])
+        return summary_of(full_text(name))
     return STUDIES[name][1].shown(full_text(name))
 
 
@@ -171,8 +152,7 @@ def beside_text(name: str) -> str:
     rows, cells = first.rows, {row.cell for row in first.rows}
     for source in others:
         rows += [row for row in source.rows if row.cell in cells and row.method != "dense"]
-    titles = (f"ΔNLL of {look(first.shown_as).label} minus",) if first.shown_as else ()
-    return shown_tables(tables_markdown(Comparison(rows)), titles)
+    return summary_of(tables_markdown(Comparison(rows)))
 
 
 def greyed(text: str) -> str:
@@ -186,8 +166,9 @@ def leaderboard_table(comparison: str) -> str:
     An entry whose plans were not all measured has no rank: it comes last.
     """
     names = ", ".join(f"`{task.name}`" for task in tasks_of(comparison))
-    entries, by_table = published_entries(comparison), table_values(comparison)
-    nested = nested_shares(comparison)
+    published = published_entries(comparison)
+    entries = [entry for entry in published if entry.origin["method"] not in UNCHOSEN]
+    by_table, nested = table_values(comparison), nested_shares(comparison)
 
     def measured(entry: Entry, split: str) -> float:
         return float(entry.scores(split).mean()) if entry.measured_on(split) else math.inf
@@ -226,7 +207,11 @@ def leaderboard_table(comparison: str) -> str:
     )
 
 
-LEADERBOARDS = dict.fromkeys(task.comparison for task in pinned_tasks().values())
+def leaderboards(*models: str) -> str:
+    """The published entries of the tasks on some models."""
+    names = dict.fromkeys(task.comparison for task in pinned_tasks().values())
+    return "\n".join(leaderboard_table(name) for name in names if name.startswith(models))
+
 
 METHODS = {
     "rap": "a trained network, no run of the model",
@@ -339,14 +324,10 @@ def task_row(name: str) -> list[str]:
     """A pinned task: its spaces, speed, and the least ΔNLL of a published method."""
     record = RESULTS / "benchmarks" / "step-cpu.json"
     speeds = json.loads(record.read_text(encoding="utf-8"))["measured"]["steps_per_s"]
-    env = pinned_task(name).make()
+    env = gym.make(name)
     lengths = [random_steps(env, seed) for seed in range(_EPISODES)]
     low, middle, high = np.percentile(lengths, [5, 50, 95])
     seen = [f"`{key}` {box.shape}" for key, box in env.observation_space.items() if key != MASK]
-    scores = {of: float(each.mean()) for of, each in test_scores(name).items()}
-    entries = published_entries(pinned_task(name).comparison)
-    unchosen = {entry.name for entry in entries if entry.origin["method"] in UNCHOSEN}
-    best = min(scores.keys() - unchosen, key=scores.__getitem__, default=None)
     speed = speeds.get(f"{name}, 1024")
     return [
         f"`{name}`",
@@ -354,8 +335,19 @@ def task_row(name: str) -> list[str]:
         str(env.action_space.n),
         f"{middle:.0f} ({low:.0f} to {high:.0f})",
         f"{round(speed, -3):,.0f}" if speed else "-",
-        "-" if best is None else f"{scores[best]:.3f} ({best})",
+        to_beat(name),
     ]
+
+
+def to_beat(name: str) -> str:
+    """The least published loss on a task, and the method that has it."""
+    if name == UNSEEN:
+        return f"{unseen_score(POLICY, 0).split()[0]} of the order's ({POLICY})"
+    entries = published_entries(pinned_task(name).comparison)
+    unchosen = {entry.name for entry in entries if entry.origin["method"] in UNCHOSEN}
+    scores = {of: float(each.mean()) for of, each in test_scores(name).items()}
+    best = min(scores.keys() - unchosen, key=scores.__getitem__, default=None)
+    return "-" if best is None else f"{scores[best]:.3f} ({best})"
 
 
 def tasks_table(names: Sequence[str]) -> str:
@@ -383,6 +375,12 @@ def preparing_table() -> str:
         **{kind.capitalize(): partial(rise, kind) for kind in ("articles", "code", "chat")},
     }
     return markdown(columns_table(lines, columns), left=2)
+
+
+def speed_table() -> str:
+    """The targets of all benchmarks but those of what prepared models lose."""
+    records = [r for r in committed_records() if not r["benchmark"].startswith("preparing")]
+    return targets_table(records)
 
 
 def preparing_times() -> str:
@@ -419,12 +417,13 @@ def bounds_table() -> str:
 
 _EPISODES = 40  # with random actions, for the lengths of episodes
 MASK = "action_mask"
+UNSEEN = "RAPLadder/Unseen-Tune-v1"
 README_TASKS = (
+    UNSEEN,
     "RAPLadder/SmolLM2-Table-v2",
     LOW_BITS,
     "RAPLadder/Gemma3-270M-Table-v1",
     STEP_TASKS[0],
-    "RAPLadder/Tiny-v0",
 )
 LISTED_TASKS = [name for name in pinned_tasks() if "-Table-" in name or "Tiny" in name]
 
@@ -478,7 +477,7 @@ def decision_cost() -> Figure:
 @cache
 def episode() -> tuple[list[Image.Image], float]:
     """Pictures of an episode in the greedy order, one after each third action, and its ΔNLL."""
-    env = gym.make(README_TASKS[0], render_mode="rgb_array")
+    env = gym.make(README_TASKS[1], render_mode="rgb_array")
     request = {"batch_size": 8, "seq_len_tokens": 2048, "budget_fraction": 0.25}
     observation, _ = env.reset(seed=0, options={"request": request})
     images, over = [env.render()], False
@@ -501,11 +500,11 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "unseen": unseen_table,
     "preparing": preparing_table,
     "preparing_times": preparing_times,
-    **{name: partial(shown_text, name) for name in (*COMPARISONS, *STUDIES)},
+    **{name: partial(shown_text, name) for name in {*COMPARISONS, *STUDIES} - DETAILS},
     **{name: partial(beside_text, name) for name in BESIDE},
-    "entries": lambda: "\n".join(map(leaderboard_table, LEADERBOARDS)),
+    "entries": lambda: leaderboards("SmolLM2", "Gemma3"),
     **{p: partial(inspect.getdoc, getattr(rap_env, c)) for p, (_, c) in ENVIRONMENTS.items()},
-    "benchmarks": lambda: targets_table(committed_records()),
+    "benchmarks": speed_table,
 }
 """What stands between ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->`` of a page, by
 name."""
@@ -520,9 +519,10 @@ def write_all(docs: Path) -> None:
     folder, details = docs / "_generated", docs / "results" / "details"
     for new in (folder, details):
         new.mkdir(exist_ok=True)
-    for name in (*COMPARISONS, *STUDIES):
-        text = f"---\norphan: true\n---\n\n{full_text(name).strip()}\n"
-        write_changed(details / f"{name}.md", text)
+    pages = {name: full_text(name) for name in (*COMPARISONS, *STUDIES)}
+    pages["tiny_entries"] = f"# Entries on tiny models\n\n{leaderboards('Tiny')}"
+    for name, text in pages.items():
+        write_changed(details / f"{name}.md", f"---\norphan: true\n---\n\n{text.strip()}\n")
     write_changed(folder / "commands.md", command_reference())
     write_changed(folder / "request_fields.md", request_fields())
 

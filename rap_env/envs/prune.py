@@ -9,24 +9,21 @@ class RAPPruneEnv(PruningEnv):
     """Remove blocks of a real language model until a request fits its memory budget.
 
     ## Description
-    A decoder-only language model with L layers has 2L blocks: each layer has an attention
-    block (`attn`) and a feed-forward block (`ffn`). A request has a batch size, a sequence
-    length and a budget in bytes that is too small for the native model with its KV cache. The
-    agent removes one block after another until the rest fits the budget. Its goal is to lose
-    as little quality as possible. Quality is measured by running the real model. Which kind
-    of block frees more bytes depends on the request: FFN blocks hold most of the weights,
-    while the KV cache belongs to the attention blocks and grows with batch size times
-    sequence length. The problem is that of "RAP: Runtime-Adaptive Pruning" (arXiv
-    2505.17138).
+    A decoder-only language model with L layers has 2L blocks: each layer has an attention block
+    (`attn`) and a feed-forward block (`ffn`). A request has a batch size, a sequence length and a
+    budget in bytes that is too small for the native model with its KV cache. The agent removes
+    blocks until the rest fits, and should lose as little quality as possible, which is measured by
+    running the real model. FFN blocks hold most of the weights; the KV cache belongs to the
+    attention blocks and grows with batch size times sequence length. The problem is that of "RAP:
+    Runtime-Adaptive Pruning" (arXiv 2505.17138).
 
-    Terms: the *native peak* is the number of bytes that the native model, from which nothing
-    is removed, needs for the request. A *plan* says which blocks are removed. Its NLL is the
-    mean negative log-likelihood of the calibration text, in nats per token, and its *ΔNLL*
-    its NLL minus the native model's; `info` calls it `loss`.
+    The *native peak* is what the native model, from which nothing is removed, needs for the request
+    in bytes. A *plan* says which blocks are removed. Its NLL is the mean negative log-likelihood of
+    the calibration text, in nats per token; its *ΔNLL*, which `info` calls `loss`, is that minus
+    the native model's.
 
     ## Observation Space
-    A `Dict`. All numbers are finite. `gymnasium.wrappers.FlattenObservation` turns it into
-    one vector.
+    A `Dict` of finite numbers; `gymnasium.wrappers.FlattenObservation` makes one vector of it.
 
     `request`: `Box(0, 1, (5,), float32)`
 
@@ -38,8 +35,8 @@ class RAPPruneEnv(PruningEnv):
     | 3 | bytes over the budget, as a share of the native peak | 0 (the request fits) | 1 |
     | 4 | KV cache of the native model, as a share of the native peak | 0 | 1 |
 
-    `blocks`: `Box(0, 1, (2L, 7), float32)`. Row `2 * layer` is the layer's attention block,
-    row `2 * layer + 1` its FFN block.
+    `blocks`: `Box(0, 1, (2L, 7), float32)`. Row `2 * layer` is the layer's attention block, row `2
+    * layer + 1` its FFN block.
 
     | Index | Observation | Min | Max |
     |-------|-------------|-----|-----|
@@ -51,109 +48,90 @@ class RAPPruneEnv(PruningEnv):
     | [:, 5] | position in the GSI order | 0 (removed first) | 1 (removed last) |
     | [:, 6] | ΔNLL added by its removal in the GSI order, as x / (1 + x) | 0 | 1 |
 
-    `action_mask`: `MultiBinary(2L)`, int8
-
-    | Index | Observation | Min | Max |
-    |-------|-------------|-----|-----|
-    | [i] | block i may be removed | 0 (already removed) | 1 |
-
-    An episode is over at the latest when every block is removed. The mask of that last
-    observation is all ones, so that an agent can mask its logits there too: with next-step
-    autoreset it still chooses an action, which is ignored.
+    `action_mask`: `MultiBinary(2L)`, int8, 1 for each block that may be removed. An episode is over
+    at the latest when every block is removed. The mask of that last observation is all ones, so
+    that an agent can mask its logits there too: with next-step autoreset it still chooses an
+    action, which is ignored.
 
     ## Action Space
-    `Discrete(2L)`: the index of the block to remove next. An action on a block that is
-    already removed is *invalid*: it changes nothing and costs `invalid_action_penalty`.
-    `env.get_wrapper_attr("action_masks")()` returns the valid actions as booleans; the method
-    `action_masks()` is that of the environment inside the wrappers of `gymnasium.make`, where
-    sb3-contrib's MaskablePPO finds it.
+    `Discrete(2L)`: the index of the block to remove next. An action on a block that is already
+    removed is *invalid*: it changes nothing and costs `invalid_action_penalty`.
+    `env.get_wrapper_attr("action_masks")()` returns the valid actions as booleans; `action_masks()`
+    is a method of the environment inside the wrappers of `gymnasium.make`, where sb3-contrib's
+    MaskablePPO finds it.
 
     ## Rewards
-    With the default `reward="perplexity"`, the last step pays minus the ΔNLL of the final
-    plan on the calibration text (there is no reward named `nll`). Reasons for this form:
-    - Fitting the budget ends the episode and is not rewarded separately, so no weight between
-      quality and memory has to be chosen: every complete episode meets the budget.
-    - The NLL (the log of perplexity) adds up over steps, and one ruined model does not
-      dominate the other episodes.
-    - Paid at the end (`timing="terminal"`), an episode needs one model evaluation. With
-      `{"name": "perplexity", "timing": "dense"}` each step pays the ΔNLL that it adds. The
-      undiscounted return is the same with less delay, at the cost of one evaluation per step.
-    - A truncated episode pays the ΔNLL of the plan that it reached, unless `over_budget` says
-      otherwise (see below).
-
-    The ΔNLL differs between requests by orders of magnitude. Two settings of this reward keep
-    a learner from learning mainly which requests are hard. Both work with either timing:
+    With the default `reward="perplexity"`, the last step pays minus the ΔNLL of the final plan on
+    the calibration text (there is no reward named `nll`). Fitting the budget ends the episode and
+    is not rewarded, so no weight between quality and memory has to be chosen. Paid at the end
+    (`timing="terminal"`), an episode needs one model evaluation; with `{"name": "perplexity",
+    "timing": "dense"}` each step pays the ΔNLL that it adds, for one evaluation per step and the
+    same undiscounted return. Two settings keep a learner from learning mainly which requests are
+    hard:
     - `scale="log"` (default `"nats"`): minus `log((ΔNLL + log_offset) / log_offset)`, where
-      `log_offset` is 0.05 nats per token by default. Where the ΔNLL is negative, the tangent
-      at 0 is used.
+      `log_offset` is 0.05 nats per token by default. Where the ΔNLL is negative, the tangent at 0
+      is used.
     - `relative_to="gsi"`, `"one_shot"` (that order, followed until the request fits) or
-      `"frontier"` (the best known plan): the last step also pays the baseline's cost at the
-      same request, so that the return is the advantage over the baseline. This needs one more
-      evaluation for each new request. With `scale="log"` the return is a log ratio.
+      `"frontier"` (the best known plan): the last step also pays the baseline's cost at the same
+      request, so that the return is the advantage over the baseline, with `scale="log"` a log
+      ratio. This needs one more evaluation for each new request.
 
-    An episode that fails is paid like any other (`over_budget="measured"`), and its plan may
-    have a lower ΔNLL than a plan that fits. If invalid actions are not masked, failing may
-    therefore pay. With `over_budget="worst"`, as in the pinned tasks, a plan over its budget
-    is worth less than any plan that fits: the ΔNLL of a plan that fits counts as at most C,
-    the logarithm of the vocabulary's size (the NLL of a uniform guess; C is `loss_cap`, if
-    that is less), and a truncated episode as 2 C, in nats or on the log scale. In the same
-    way, accuracy pays -2 then, and recall -2 C. Penalties of invalid actions are paid on top.
+    A truncated episode is paid for the plan that it reached (`over_budget="measured"`), so if
+    invalid actions are not masked, failing may pay. With `over_budget="worst"`, as in the pinned
+    tasks, it is worth less than any plan that fits: the ΔNLL of a plan that fits counts as at most
+    C, the logarithm of the vocabulary's size (or `loss_cap`, if that is less), and a truncated
+    episode as 2 C, in nats or on the log scale; accuracy pays -2 then, and recall -2 C. Penalties
+    of invalid actions are paid on top.
 
-    `"accuracy"` pays the final plan's mean accuracy on `tasks` minus the native model's.
-    `"recall"` pays minus the rise in the NLL that the right choices of `tasks` have among the
-    choices, which is smooth where the accuracy of few documents is coarse; choose tasks of
-    long contexts for it, such as `rap_recall_1024`.
-    `{"name": "combined", "weights": {"perplexity": 1.0, "accuracy": 1.0}}` pays a weighted
-    sum. `loss_cap` (nats per token, none by default) limits what a ruined model can cost.
-    `rap_env.reward` states the range of each term and its value on failure.
+    `"accuracy"` pays the plan's mean accuracy on `tasks` minus the native model's; `"recall"` minus
+    the rise in the NLL that the right choices of `tasks` have among the choices: choose tasks of
+    long contexts for it, such as `rap_recall_1024`. `{"name": "combined", "weights":
+    {"perplexity": 1.0, "accuracy": 1.0}}` pays a weighted sum. `loss_cap` (nats per token, none by
+    default) limits what a ruined model can cost. `rap_env.reward` states the range of each term and
+    its value on failure.
 
     ## Starting State
-    The native model and a request drawn from `workload` that the native model does not fit
-    (up to 100 requests are drawn to find one). `reset(options={"request": ...})` sets the
-    request of the episode: a `Request`, or a dict of `batch_size`, `seq_len_tokens` and
-    either `budget_bytes` or `budget_fraction` (of the native peak). A budget that no plan can
-    meet is raised to the least budget that a plan can meet (`infeasible="clip"`). With
-    `infeasible="error"`, a request with such a budget is drawn again; it is an error if it
-    was given in `options`, or if none of 100 drawn requests can be met.
+    The native model and a request drawn from `workload` that it does not fit (up to 100 are drawn
+    to find one). `reset(options={"request": ...})` sets it: a `Request`, or a dict of `batch_size`,
+    `seq_len_tokens` and `budget_bytes` or `budget_fraction` (of the native peak). A budget that no
+    plan can meet is raised to the least one that can be met (`infeasible="clip"`); with `"error"`,
+    such a request is drawn again, and is an error if it was given in `options`, or if none of 100
+    can be met.
 
     ## Episode End
-    - Termination: the request fits, that is, the peak bytes are at most the budget. This
-      takes at most 2L valid actions.
-    - Truncation: `max_invalid_actions` actions were invalid. This never happens on the first
-      step, since no block is removed before it.
-    - Truncation: `max_steps` steps were taken, if it is given. Such an episode pays as if
-      every block were removed (with `over_budget="worst"`, less than any plan that fits), so
-      that not finishing is never better than finishing; `nll` and `loss` are not measured
-      then. Use it in the place of `max_episode_steps` of `gymnasium.make` and of the wrapper
-      `TimeLimit`: they end an episode before its reward, which makes not finishing the best
-      return. The environment cannot see them; it warns when two episodes in a row are reset
-      after the same number of steps.
+    - Termination: the request fits, that is, the peak bytes are at most the budget. This takes at
+      most 2L valid actions.
+    - Truncation: `max_invalid_actions` actions were invalid, never on the first step.
+    - Truncation: `max_steps` steps were taken, if it is given. Such an episode pays as if every
+      block were removed (with `over_budget="worst"`, less than any plan that fits), and `nll` and
+      `loss` are not measured. Use it in the place of `max_episode_steps` of `gymnasium.make` and of
+      the wrapper `TimeLimit`, which end an episode before its reward and so make not finishing the
+      best return; a warning says so after two episodes of equal length.
 
     ## Information
     `reset` and `step` return a dict without wall-clock times:
     - `removed`: list of the removed blocks' names, which grows along an episode. With
-      `info="arrays"`, int8 array of shape (2L,) with 1 for each removed block: its shape is
-      fixed, for frameworks that stack infos.
+      `info="arrays"`, for frameworks that stack infos, int8 array of shape (2L,) with 1 for each
+      removed block.
     - `peak_bytes`: bytes that the request needs with these blocks removed.
     - `request`: dict of `batch_size`, `seq_len_tokens` and `budget_bytes`.
-    - `nll` and `loss`: NLL and ΔNLL of the plan in nats per token; present at the reset, on
-      the last step, and on each step where the reward measures them (`timing="dense"`).
-    - `baseline_loss`: present on the last step if the reward is `relative_to` a baseline: the
-      ΔNLL of that baseline's plan at the same request.
-    - `predicted`: true; present only if a score table predicted `nll` instead of
-      measuring it.
-    - `reward_terms`: dict of each term's share of the reward by name, `invalid_action`
-      included; they add up to the reward. Empty at the reset.
+    - `nll` and `loss`: NLL and ΔNLL of the plan in nats per token; present at the reset, on the
+      last step, and on each step where the reward measures them (`timing="dense"`).
+    - `baseline_loss`: present on the last step if the reward is `relative_to` a baseline: the ΔNLL
+      of that baseline's plan at the same request.
+    - `predicted`: true; present only if a score table predicted `nll` instead of measuring it.
+    - `reward_terms`: dict of each term's share of the reward by name, `invalid_action` included;
+      they add up to the reward. Empty at the reset.
     - `infeasible`: present only if the budget was clipped: dict with `asked_budget_bytes`.
 
     ## Rendering
-    `render_mode="rgb_array"` draws a row for each layer, as wide as its bytes, beside the
-    bytes against the budget, as an array of shape (640, 960, 3); `"ansi"` returns the same as
-    text. `env.render()` works after any step, also with `gymnasium.wrappers.RecordVideo`.
+    `render_mode="rgb_array"` draws a row for each layer, as wide as its bytes, beside the bytes
+    against the budget, as an array of shape (640, 960, 3); `"ansi"` returns the same as text.
+    `env.render()` works after any step, also with `gymnasium.wrappers.RecordVideo`.
 
     ## Arguments
-    Names, numbers and plain dicts, so that `gymnasium.make` can copy them. An unknown
-    argument raises `UnknownNameError`, which lists the known ones.
+    Names, numbers and plain dicts, so that `gymnasium.make` can copy them. An unknown argument
+    raises `UnknownNameError`, which lists the known ones.
 
     | Argument | Default | Meaning |
     |----------|---------|---------|
@@ -177,12 +155,10 @@ class RAPPruneEnv(PruningEnv):
     | `store` | `"default"` | file of scores; `None` keeps them in memory |
     | `context` | `None` | a `PruningContext`, for direct construction; not for `make` |
 
-    The first environment on a model and text measures the importance (minutes for GSI) and
-    stores it in the user's cache. All environments of a process share one model.
-
-    `copy.deepcopy` and `pickle` keep the episode and the random generator. Copies share the
-    model. A pickle of an environment on a score table holds the table;
-    one of a live model holds its name and settings, and opens it again where it is loaded.
+    The first environment on a model and text measures the importance (minutes for GSI) and stores
+    it in the user's cache. All environments of a process share one model, and so do copies
+    (`copy.deepcopy`). A pickle of an environment on a score table holds the table; one of a live
+    model holds its name and settings, and opens it again where it is loaded.
 
     ## Version History
     - v0: First version. `rap_env.RAPLadderEnv` has items and levels in the place of blocks.
