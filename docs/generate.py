@@ -342,7 +342,7 @@ def task_row(name: str) -> list[str]:
 def to_beat(name: str) -> str:
     """The least published loss on a task, and the method that has it."""
     if name == UNSEEN:
-        return f"{unseen_score(POLICY, 0).split()[0]} of the order's ({POLICY})"
+        return f"{str(unseen().estimate(POLICY, 0)).split()[0]} of the order's ({POLICY})"
     entries = published_entries(pinned_task(name).comparison)
     unchosen = {entry.name for entry in entries if entry.origin["method"] in UNCHOSEN}
     scores = {of: float(each.mean()) for of, each in test_scores(name).items()}
