@@ -35,7 +35,7 @@ from rap_env.ladder.features import (
     SHOWN_LEVELS,
     EveryLevel,
 )
-from rap_env.ladder.items import Counts
+from rap_env.ladder.items import Counts, Ladder
 from rap_env.ladder.observation import Observation, ObservationEncoder
 from rap_env.plan import Plan
 from rap_env.policies.method import Basis, CountingScorer, Method
@@ -43,11 +43,14 @@ from rap_env.request import Request
 from rap_env.workload.sampler import GridSampler
 
 Floats = npt.NDArray[np.float64]
+Tensors = dict[str, torch.Tensor]
 
 LOSS_OFFSET = 0.05
 """Added to losses before their logarithm is taken, nats per token."""
 
 _FREED, _COST = (EveryLevel.features.index(name) for name in ("freed_share", "one_shot_cost"))
+_LEVELS = EveryLevel.features.index("cost1")
+_REMOVED_AT = 3  # the position of removal in the ladders that networks are trained on
 _COST_SCALE = float(np.log1p(COST_CEILING / COST_FLOOR))
 _USEFUL_FLOOR = 1e-4
 _MOST_RAISED = 3  # items of one mutation
@@ -74,7 +77,8 @@ class Bench:
         sizes: Bytes of the levels of each item, infinite where there is none, (N, W + 1).
         log_costs: Logs of the costs of the levels below the native one, (N, W).
         lowest: The positions of the lowest levels, (N,).
-        constant_bytes: Bytes of the first request beside those, as soon as an item is lowered.
+        removals: The items whose removal is at another position than networks know, and it.
+        constant_bytes: Most bytes of the first request beside those if an item is lowered.
     """
 
     def __init__(
@@ -91,25 +95,34 @@ class Bench:
         exists = np.arange(self.ladder.width) < [[len(item.levels)] for item in self.ladder.items]
         most = exists.sum(axis=1).max()
         first = requests[0]
-        sizes = encoder.ladder_bytes.costs(first.batch_size, first.seq_len_tokens).item_bytes
-        self.sizes = np.where(exists, sizes, np.inf)[:, :most]
+        of_shape = encoder.ladder_bytes.costs(first.batch_size, first.seq_len_tokens)
+        self.sizes = np.where(exists, of_shape.item_bytes, np.inf)[:, :most]
         costs = cast(EveryLevel, encoder.importance).one_shot
         self.log_costs = np.log(np.maximum(costs, COST_FLOOR))[:, 1:most]
         self.lowest = exists.sum(axis=1) - 1
-        lowered = np.ones((1, len(self.ladder)), np.int64)
-        peak = self.observer.over_bytes(np.zeros(1, np.int64), lowered) + first.budget_bytes
-        self.constant_bytes = int(peak[0] - self.sizes[:, 1].sum())
+        self.removals = [
+            (number, item.levels.index("removed"))
+            for number, item in enumerate(self.ladder.items)
+            if "removed" in item.levels[:_REMOVED_AT]
+        ]
+        alone = np.eye(len(self.ladder), dtype=np.int64)
+        own_bytes = self.sizes[np.arange(len(alone)), alone].sum(axis=1)
+        self.constant_bytes = int((of_shape.peaks(alone) - own_bytes).max())
 
     @classmethod
     def of(cls, env: PruningEnv) -> Self:
         """A model with the requests of its episodes, which its workload lists; plans are run."""
-        scorer, ladder = env.context.scorer, env.ladder
+        scorer, requests = env.context.scorer, cast(GridSampler, env.sampler).requests
+        return cls(env.encoder, requests, partial(run, env.ladder, scorer, scorer.dense_nll))
 
-        def run(positions: Counts) -> Floats:
-            plans = [ladder.plan(row) for row in positions.tolist()]
-            return np.array(scorer.nll_many(plans)) - scorer.dense_nll
-
-        return cls(env.encoder, cast(GridSampler, env.sampler).requests, run)
+    def observed(self, which: Counts, positions: Counts) -> Tensors:
+        """What networks see of plans for requests: removal in the columns that it always has."""
+        seen = tensors(self.observer.observe(which, positions))
+        columns = seen["ladder"][..., _LEVELS:].view(*seen["ladder"].shape[:2], SHOWN_LEVELS, 2)
+        for item, last in self.removals:
+            columns[:, item, _REMOVED_AT - 1] = columns[:, item, last - 1]
+            columns[:, item, last - 1] = 0
+        return seen
 
     def measure(self, positions: Counts) -> Floats:
         """Losses of plans, nats per token, (n,)."""
@@ -228,6 +241,11 @@ class Bench:
             self.measure(self.mutated(which, self.best(which, most=3), rng))
 
 
+def run(ladder: Ladder, scorer: Any, dense_nll: float, positions: Counts) -> Floats:
+    """Losses of plans that a scorer runs, nats per token, (n,)."""
+    return np.array(scorer.nll_many([*map(ladder.plan, positions.tolist())])) - dense_nll
+
+
 def log_prices(seen: Observation) -> Floats:
     """Logs of the cost of each item's next level per useful byte, (n, N)."""
     rows, over = seen["ladder"], seen["request"][:, [BYTES_OVER]]
@@ -269,7 +287,7 @@ class SetNetwork(nn.Module):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
-    def forward(self, seen: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, seen: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
         """Map observations to numbers of the levels of items, (n, N, SHOWN_LEVELS), and (n,)."""
         rows, request = seen["ladder"], seen["request"]
         if self.training:
@@ -279,20 +297,20 @@ class SetNetwork(nn.Module):
         return self.levels(hidden), self.whole(hidden.mean(dim=1)).squeeze(1)
 
 
-def tensors(observation: Observation) -> dict[str, torch.Tensor]:
+def tensors(observation: Observation) -> Tensors:
     """An observation as float32 tensors."""
     return {k: torch.as_tensor(np.asarray(v, dtype=np.float32)) for k, v in observation.items()}
 
 
-def plan_observations(observer: PlanObserver, positions: Counts) -> dict[str, torch.Tensor]:
+def plan_observations(bench: Bench, positions: Counts) -> Tensors:
     """Observations of plans without a request."""
-    seen = tensors(observer.observe(np.zeros(len(positions), np.int64), positions))
+    seen = bench.observed(np.zeros(len(positions), np.int64), positions)
     return {**seen, "request": torch.zeros_like(seen["request"])}
 
 
 def predicted_logs(networks: Sequence[SetNetwork], bench: Bench, positions: Counts) -> Floats:
     """Logs of losses that networks predict: their mean and one standard deviation, (n,)."""
-    seen = plan_observations(bench.observer, positions)
+    seen = plan_observations(bench, positions)
     with torch.no_grad():
         logs = torch.stack([network.eval()(seen)[1] for network in networks]).numpy()
     return np.asarray(logs.mean(axis=0) + logs.std(axis=0), dtype=np.float64)
@@ -300,15 +318,17 @@ def predicted_logs(networks: Sequence[SetNetwork], bench: Bench, positions: Coun
 
 def corrections(networks: Sequence[SetNetwork], bench: Bench, which: Counts) -> Floats:
     """What networks add on average to the logs of costs for requests of a model, (n, N, W)."""
-    seen = tensors(bench.observer.observe(which, bench.observer.start(len(which))))
+    seen = bench.observed(which, bench.observer.start(len(which)))
     with torch.no_grad():
         means = torch.stack([network.eval()(seen)[0] for network in networks]).mean(dim=0)
+    for item, last in bench.removals:
+        means[:, item, last - 1] = means[:, item, _REMOVED_AT - 1]
     return np.asarray(means[..., : bench.log_costs.shape[1]], dtype=np.float64)
 
 
 def predictors(benches: Sequence[Bench], count: int, updates: int, seed: int) -> list[SetNetwork]:
     """Networks that predict the logs of the losses of plans, from the known ones of models."""
-    data = [(plan_observations(b.observer, b.known), log_losses(b.losses)) for b in benches]
+    data = [(plan_observations(b, b.known), log_losses(b.losses)) for b in benches]
 
     def loss(network: SetNetwork, rng: np.random.Generator) -> torch.Tensor:
         seen, logs = data[rng.integers(len(data))]
@@ -366,7 +386,7 @@ _BEST, _OTHERS = 64, 192
 """Known plans of a request that a network chooses among: the best ones, and others."""
 _LEARNING_RATE = 3e-3
 
-Choices = tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]
+Choices = tuple[Tensors, torch.Tensor, torch.Tensor, torch.Tensor]
 """Of a model: the observations of all requests, (R, ...); some known plans that fit each, (R, C,
 N); the logs of their losses, (R, C); and the logs of the costs of levels, (N, W)."""
 
@@ -378,7 +398,7 @@ def _choices(bench: Bench, rng: np.random.Generator) -> Choices:
         others = rng.permutation(fitting[_BEST:])[:_OTHERS]
         rows.append(np.resize(np.concatenate([fitting[:_BEST], others]), _BEST + _OTHERS))
     chosen = np.stack(rows)
-    seen = tensors(bench.observer.observe(every, bench.observer.start(len(every))))
+    seen = bench.observed(every, bench.observer.start(len(every)))
     logs = log_losses(bench.losses[chosen])
     return seen, torch.from_numpy(bench.known[chosen]), logs, torch.tensor(bench.log_costs).float()
 
@@ -446,11 +466,9 @@ class Tries(Method):
         self._encoder = make_encoder(self.context, **spec)
 
     def _choose(self, request: Request, scores: CountingScorer) -> Plan:
-        def run(positions: Counts) -> Floats:
-            plans = [*map(self.ladder.plan, positions.tolist())]
-            return np.array(scores.nll_many(plans)) - self.context.scorer.dense_nll
-
-        bench = Bench(self._encoder, [request], run)
+        dense_nll = self.context.scorer.dense_nll if self.max_evaluations > 1 else 0.0
+        losses_of = partial(run, self.ladder, scores, dense_nll)
+        bench = Bench(self._encoder, [request], losses_of)
         return self.ladder.plan(self._plan(bench, self.random(request)).tolist())
 
     def _plan(self, bench: Bench, rng: np.random.Generator) -> Counts:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
-import json
 import math
 import re
 import sys
@@ -45,7 +44,8 @@ from experiments.studies.replay import study as replay
 from experiments.study.harness import Study
 from experiments.study.plotting import FAINT, INK, Panel, look, panel_figure, save_gif, save_png
 from experiments.study.table_format import columns_table, markdown, percent, seconds
-from experiments.unseen import POLICY, RUNS
+from experiments.unseen import POLICY, RUNS, generalisation
+from experiments.unseen import Record as UnseenRecord
 from rap_env.cli import cli
 from rap_env.ladder.features import ITEM_FEATURES
 from rap_env.leaderboard.entries import (
@@ -254,59 +254,17 @@ def by_method(folder: str) -> dict[str, Summary]:
     return {summary.method: summary for summary in compared(folder).summaries}
 
 
-def unseen_tried_table() -> str:
-    """Scores of designs on models that were left out of training, which chose among them."""
-    record = json.loads((RESULTS / "unseen" / "tried.json").read_text("utf-8"))
-    rows = [
-        [
-            row["design"],
-            *(str(row["score"].get(str(runs), "-")) for runs in RUNS),
-            row["note"],
-        ]
-        for row in record["designs"]
-    ]
-    header = ["Design", *(f"{runs} runs" for runs in RUNS), ""]
-    return markdown(pd.DataFrame(rows, columns=header))
-
-
-UNSEEN_MODELS = 44
-
-
 @cache
-def unseen_record() -> dict[str, Any]:
+def unseen() -> UnseenRecord:
     """The evaluations on tasks across models, by ``python -m experiments.unseen``."""
-    record: dict[str, Any] = json.loads((RESULTS / "unseen" / "record.json").read_text("utf-8"))
-    return record
-
-
-def unseen_score(name: str, runs: int, part: str = "Test", models: int = UNSEEN_MODELS) -> str:
-    """A method's score with its interval over models, mean over its seeds; - without any."""
-    key = {"name": name, "runs": runs, "part": part}
-    rows = [row for row in unseen_record()["rows"] if key.items() <= row.items()]
-    own = [row for row in rows if row.get("trained_on", models) == models]
-    if not own:
-        return "-"
-    values = [[row["score"], *row["interval"]] for row in own]
-    return "{:.3f} [{:.3f}, {:.3f}]".format(*np.exp(np.log(values).mean(axis=0)))
+    return UnseenRecord(RESULTS / "unseen" / "record.json")
 
 
 def unseen_table() -> str:
     """Scores on the models that no method was trained or tuned on, a row for each method."""
-    names = dict.fromkeys(row["name"] for row in unseen_record()["rows"] if row["part"] == "Test")
-    header = ["Method", *(f"{runs} runs" for runs in RUNS)]
-    rows = [[name, *(unseen_score(name, runs) for runs in RUNS)] for name in names]
-    return markdown(pd.DataFrame(rows, columns=header))
-
-
-def unseen_models_table() -> str:
-    """Scores of the policy without a run, a row for each number of training models."""
-    numbers = {row["trained_on"] for row in unseen_record()["rows"] if "trained_on" in row}
-    rows = [
-        [str(number), *(unseen_score(POLICY, 0, part, number) for part in ("Test", "Train"))]
-        for number in sorted(numbers)
-    ]
-    header = ["Training models", "16 held-out models", "Its own training models"]
-    return markdown(pd.DataFrame(rows, columns=header))
+    names = dict.fromkeys(row["name"] for row in unseen().body["rows"])
+    rows = [[n, *(str(unseen().estimate(n, runs) or "-") for runs in RUNS)] for n in names]
+    return markdown(pd.DataFrame(rows, columns=["Method", *(f"{runs} runs" for runs in RUNS)]))
 
 
 def test_scores(task: str) -> dict[str, Floats]:
@@ -330,10 +288,11 @@ def readme_numbers() -> dict[str, str]:
         "episode": f"{episode()[1]:.2f}",
         "printed": printed.getvalue().strip(),
         "more_tokens": percent(more_tokens, 0),
-        "unseen_policy": unseen_score(POLICY, 0),
-        "unseen_regression": unseen_score("Regression", 0),
-        "unseen_search": unseen_score("Evolution", 64),
-        "unseen_evaluations": str(unseen_record()["test_evaluations"]),
+        "unseen_policy": str(unseen().estimate(POLICY, 0)),
+        "unseen_regression": str(unseen().estimate("Regression", 0)),
+        "unseen_search": str(unseen().estimate("Evolution", 64)),
+        "unseen_seeds": unseen().by_seed(POLICY),
+        "unseen_evaluations": str(unseen().body["test_evaluations"]),
     }
 
 
@@ -395,7 +354,7 @@ def task_row(name: str) -> list[str]:
 def to_beat(name: str) -> str:
     """The least published loss on a task, and the method that has it."""
     if name == UNSEEN:
-        return f"{unseen_score(POLICY, 0).split()[0]} of the order's ({POLICY})"
+        return f"{str(unseen().estimate(POLICY, 0)).split()[0]} of the order's ({POLICY})"
     entries = published_entries(pinned_task(name).comparison)
     unchosen = {entry.name for entry in entries if entry.origin["method"] in UNCHOSEN}
     scores = {of: float(each.mean()) for of, each in test_scores(name).items()}
@@ -554,8 +513,6 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "table_tasks": partial(tasks_table, LISTED_TASKS),
     "bounds": bounds_table,
     "unseen": unseen_table,
-    "unseen_models": unseen_models_table,
-    "unseen_tried": unseen_tried_table,
     "preparing": preparing_table,
     "preparing_times": preparing_times,
     **{name: partial(shown_text, name) for name in {*COMPARISONS, *STUDIES} - DETAILS},
@@ -653,6 +610,7 @@ def main() -> None:
     figures["equal_process"] = ("equal_process", equal_process.process_figure)
     for name, (image, draw) in figures.items():
         save_png(draw(STUDIES[name].rows), IMAGES / f"{image}.png")
+    save_png(generalisation(unseen()), IMAGES / "unseen_models.png")
     save_gif(episode()[0], IMAGES / "episode.gif")
 
 

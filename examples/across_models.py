@@ -12,7 +12,6 @@ makes hard and easy requests count alike.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
@@ -58,17 +57,7 @@ def train(seed: int, steps: int = STEPS) -> MaskablePPO:
     return model.learn(steps) if steps else model
 
 
-def acting(model: MaskablePPO) -> Callable[[dict], int]:
-    """What a trained agent does at an observation of any model of the tasks."""
-
-    def act(observation: dict) -> int:
-        masks = observation["action_mask"].astype(bool)
-        return int(model.predict(observation, deterministic=True, action_masks=masks)[0])
-
-    return act
-
-
 if __name__ == "__main__":
     for seed in map(int, sys.argv[1:] or ["0"]):
-        policy = acting(train(seed))
-        print(rap_env.evaluate(policy, JUDGED_ON, "test", name=f"PPO, seed {seed}"), end="\n\n")
+        agent = train(seed)
+        print(rap_env.evaluate(agent, JUDGED_ON, "test", name=f"PPO, seed {seed}"), end="\n\n")

@@ -125,26 +125,15 @@ def evaluate_unseen(
 
     whole_number("runs", runs, least=0)
     across: Any = gymnasium.make(task, disable_env_checker=True).unwrapped
-    pairs = zip(across.envs, PARTS[task].values(), strict=True)
-    results = [
-        _result(
-            policy,
-            env,
-            [Request(*SHAPE, size) for size in budgets],
-            across.padded,
-            split,
-            seed,
-            runs,
-        )
-        for env, budgets in pairs
-    ]
+    pairs, given = zip(across.envs, PARTS[task].values(), strict=True), (split, seed, runs)
+    results = [_result(policy, env, sizes, across.padded, *given) for env, sizes in pairs]
     return UnseenEvaluation(name, task, split, runs, tuple(results))
 
 
 def _result(
     policy: Any,
     env: Any,
-    requests: Sequence[Request],
+    budgets_bytes: Sequence[int],
     padded: Callable[[Any], Any],
     split: str,
     seed: int,
@@ -159,6 +148,7 @@ def _result(
     from rap_env.scoring.scorer import PlanScorer
 
     scorer, memory = env.context.scorer, env.memory
+    requests = [Request(*SHAPE, size) for size in budgets_bytes]
     report = scorer
     if split == "test":
         text = CorpusConfig(**_FIXED["test_text"])

@@ -7,8 +7,12 @@ import torch
 
 from agents import unseen
 from agents.unseen import Bench
+from rap_env.ladder.features import EveryLevel
+from rap_env.ladder.items import Ladder
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.leaderboard.unseen import arguments_of
 from rap_env.policies.loading import make_method
+from rap_env.request import Request
 
 TUNE = "RAPLadder/Unseen-Tune-v1"
 
@@ -95,10 +99,34 @@ def test_networks_predict_losses_of_plans(benches):
         bench.search(np.random.default_rng(0), noisy=8, rounds=2, offspring=4)
     (network,) = unseen.predictors(benches, count=1, updates=300, seed=0)
     bench = benches[0]
-    seen = unseen.plan_observations(bench.observer, bench.known)
+    seen = unseen.plan_observations(bench, bench.known)
     with torch.no_grad():
         predicted = network.eval()(seen)[1].numpy()
     assert np.corrcoef(predicted, unseen.log_losses(bench.losses))[0, 1] > 0.8
+
+
+def test_networks_see_removal_where_they_learned_it_whatever_levels_there_are(envs):
+    context = envs[0].context
+    levels = {"weights": ["removed"], "embeddings": ["int4-compact"]}
+    ladder_bytes = LadderBytes(context.memory, Ladder.of(context.memory.facts, levels))
+    policy = unseen.variant(unseen.Corrected, actors=unseen.new_networks(1, 0))
+    policy = policy((context, ladder_bytes, 0, "tight"))
+    costs = ladder_bytes.costs(1, 64)
+    budget = (costs.dense_peak_bytes + costs.least_peak_bytes) // 2
+    request = Request(1, 64, budget)
+    bench = Bench(policy._encoder, [request], lambda rows: np.zeros(len(rows)))
+    which, native = np.zeros(1, np.int64), bench.observer.start(1)
+    shown, seen = bench.observed(which, native), bench.observer.observe(which, native)
+    one, three = (EveryLevel.features.index(f"cost{n}") for n in (1, 3))
+    rows, block = shown["ladder"][0].numpy(), 0
+    assert rows[block, three] == pytest.approx(seen["ladder"][0, block, one])
+    assert rows[block, one] == 0 < rows[-1, one]  # the last item is the embeddings
+    networks = unseen.new_networks(1, 0)
+    with torch.no_grad():
+        networks[0].levels.bias[:] = torch.arange(5.0)
+    means = unseen.corrections(networks, bench, which)
+    assert means[0, [block, -1], 0].tolist() == [2, 0]
+    assert context.memory.peak_bytes(policy.choose(request), request) <= budget
 
 
 @pytest.mark.parametrize("runs", [1, 8])

@@ -56,11 +56,10 @@ def test_sb3_maskable_ppo():
 def test_across_models():
     module = example("across_models")
     before, after = (
-        rap_env.evaluate(module.acting(module.train(0, steps)), module.JUDGED_ON[0], name="across")
+        rap_env.evaluate(module.train(0, steps), module.JUDGED_ON, name="across").score
         for steps in (0, 24_576)
     )
-    assert after.mean_delta_nll < 0.9 * before.mean_delta_nll
-    assert all(cell.fits for cell in after.cells)
+    assert after < 0.9 * before
 
 
 @pytest.mark.slow
