@@ -121,15 +121,17 @@ def test_options_of_the_command_exist():
 
 
 @pytest.mark.parametrize(
-    ("page", "budget_mib", "words"),
+    ("page", "batch", "budget_mib", "words"),
     [
-        ("quickstart.md", 128, "128 MiB loses {:.2f} nats"),
-        ("out_of_memory.md", 200, "save 273 MiB for {:.3f} nats"),
+        ("quickstart.md", 8, 128, "128 MiB loses {:.2f} nats"),
+        ("out_of_memory.md", 8, 200, "save 273 MiB for {:.3f} nats"),
+        ("server.md", 1, 110, "110 MiB lose {:.2f}"),
+        ("server.md", 1, 90, "90 MiB {:.2f} nats"),
     ],
 )
-def test_plans_lose_what_pages_say(page, budget_mib, words, tmp_path, monkeypatch):
+def test_plans_lose_what_pages_say(page, batch, budget_mib, words, tmp_path, monkeypatch):
     monkeypatch.setenv("RAP_CACHE_DIR", str(tmp_path))  # costs of the package alone
     policy = load_policy("knapsack", MemoryModel(default_facts("native")))
-    plan = policy.choose(Request(8, 2048, budget_mib * 2**20))
+    plan = policy.choose(Request(batch, 2048, budget_mib * 2**20))
     text = " ".join((ROOT / "docs" / page).read_text(encoding="utf-8").split())
     assert words.format(policy.delta_nll(plan, 2048)) in text
