@@ -17,7 +17,7 @@ from agents.networks import ActorCriticHeads, DuelingHeads, Rows
 from agents.trained_policy import fitting_policy
 from rap_env.context.base import make_encoder
 from rap_env.errors import ArtifactError
-from rap_env.policies.network import Floats, NetworkWeights
+from rap_env.policies.network import Float32s, NetworkWeights
 from rap_env.policies.network_policy import PolicyFile
 from rap_env.version import __version__
 
@@ -94,5 +94,5 @@ def network_weights(policy: BasePolicy, without: tuple[str, ...] = ()) -> Networ
     )
 
 
-def _array(tensor: torch.Tensor) -> Floats:
+def _array(tensor: torch.Tensor) -> Float32s:
     return tensor.detach().cpu().float().numpy().copy()

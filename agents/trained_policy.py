@@ -84,9 +84,9 @@ class PlanObserver:
             ``request`` (n, R), ``ladder`` (n, N, F) and ``action_mask`` (n, N), all float32.
         """
         peaks = self._costs.peaks(positions, which)
-        dense_peaks = self._costs.dense_peak_bytes[which]
+        native_peaks = self._costs.native_peak_bytes[which]
         request = self._requests[which]
-        request[:, BYTES_OVER] = bytes_over(peaks, self._budget_bytes[which], dense_peaks)
+        request[:, BYTES_OVER] = bytes_over(peaks, self._budget_bytes[which], native_peaks)
         rows, valid = self._encoder.encode_plans(self._costs, positions, which)
         mask = valid.astype(np.float32)
         return {"request": request, self._encoder.key: rows, "action_mask": mask}

@@ -101,7 +101,7 @@ def main(settings: PreparingSettings) -> None:
         model=llm.name,
         levels=levels,
         taken=taken,
-        native_peak_bytes=MemoryModel(llm.facts).dense_peak_bytes(1, settings.tokens),
+        native_peak_bytes=MemoryModel(llm.facts).native_peak_bytes(1, settings.tokens),
         native_nll=native,
         plans=rows,
     )

@@ -15,7 +15,7 @@ import numpy as np
 
 import rap_env
 from rap_env.context.base import costs_of
-from rap_env.importance.orders import Step, by_level, greedy_order
+from rap_env.importance.orders import LoweringStep, by_level, greedy_order
 from rap_env.plan import Plan
 from rap_env.policies.method import Basis, CountingScorer, Method
 from rap_env.workload import make_sampler
@@ -39,14 +39,14 @@ class FixedList(Method):
         costs = costs_of(self.context, self.ladder)
         self.setup_evaluations = costs.evaluations
         lists = [greedy_order(costs, self.ladder_bytes, shape=shape).steps for shape in SHAPES]
-        self.steps: Sequence[Step] = min(lists, key=self.mean_nll)
+        self.steps: Sequence[LoweringStep] = min(lists, key=self.mean_nll)
 
-    def mean_nll(self, steps: Sequence[Step]) -> float:
+    def mean_nll(self, steps: Sequence[LoweringStep]) -> float:
         """Mean NLL of the plans of a list at the training requests, nats per token."""
         plans = [self.plan(steps, request) for request in self.requests]
         return float(np.mean(self.context.scorer.nll_many(plans)))
 
-    def plan(self, steps: Sequence[Step], request: rap_env.Request) -> Plan:
+    def plan(self, steps: Sequence[LoweringStep], request: rap_env.Request) -> Plan:
         """The plan at which a list fits a request."""
         return self.costs(request).lower_until_fits(steps, request.budget_bytes)
 

@@ -163,7 +163,7 @@ def evaluation_cells(grid: EvaluateConfig, ladder_bytes: LadderBytes) -> list[Ev
             cells.append(EvaluationCell((*shape, fraction), request))
     for pinned in grid.pinned_cells:
         request = Request(*pinned.shape, budget_bytes=pinned.budget_bytes)
-        place = (*pinned.shape, pinned.budget_bytes / memory.dense_peak_bytes(*pinned.shape))
+        place = (*pinned.shape, pinned.budget_bytes / memory.native_peak_bytes(*pinned.shape))
         target = pinned.target_delta_nll
         cells.append(EvaluationCell(place, request, target_delta_nll=target))
     for cell in cells:

@@ -100,7 +100,7 @@ class Explorer:
             "batches": batches,
             "lengths": lengths,
             "budgets": budgets,
-            "natives": [self.memory.dense_peak_bytes(*shape) for shape in shapes],
+            "natives": [self.memory.native_peak_bytes(*shape) for shape in shapes],
             "tight": _TIGHT_BUDGETS - 1,
             "levels": [[name, LEVEL_COLOURS[name]] for name in self.levels],
             "methods": [[look(m).label, look(m).colour, what] for m, what in METHODS.items()],
@@ -115,7 +115,7 @@ class Explorer:
         """
         known = self.context.frontier.on(self.ladder_bytes.ladder)
         peaks = known.peak_bytes(self.ladder_bytes.costs(*shape))
-        native = self.memory.dense_peak_bytes(*shape)
+        native = self.memory.native_peak_bytes(*shape)
         lowest = peaks[[not plan.removed for plan in known.plans]].min()
         least = peaks[known.delta_nll < _DEEPEST_DELTA_NLL].min()
         tight = np.linspace(least, lowest, _TIGHT_BUDGETS)

@@ -275,7 +275,7 @@ def draw_requests(config: Config, context: PruningContext, count: int, *key: int
     for _ in range(100 * count):
         request = sampler.sample(rng)
         costs = ladder_bytes.costs(request.batch_size, request.seq_len_tokens)
-        if costs.least_peak_bytes <= request.budget_bytes < costs.dense_peak_bytes:
+        if costs.least_peak_bytes <= request.budget_bytes < costs.native_peak_bytes:
             requests.append(request)
         if len(requests) == count:
             break

@@ -183,7 +183,7 @@ def choose(
 
     request = Request(batch, seq, parse_bytes("--budget", budget))
     memory = _memory_of(model, device, dtype, weights)
-    too_large = memory.dense_peak_bytes(batch, seq) > request.budget_bytes
+    too_large = memory.native_peak_bytes(batch, seq) > request.budget_bytes
     may_prepare = (prepare, policy, weights) == ("on", "knapsack", "native")
     if may_prepare and too_large and lacks_costs(memory):
         from rap_env.importance.preparation import prepare as prepare_model
@@ -206,7 +206,7 @@ def choose(
         "levels": plan.levels,
         "fits": parts.peak <= request.budget_bytes,
         "peak_bytes": parts.peak,
-        "native_peak_bytes": memory.dense_peak_bytes(batch, seq),
+        "native_peak_bytes": memory.native_peak_bytes(batch, seq),
         "bytes": parts.as_dict(),
         "delta_nll": rise,
         "delta_nll_source": source,

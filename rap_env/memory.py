@@ -194,7 +194,7 @@ class MemoryModel:
                 break
         return plan
 
-    def dense_peak_bytes(self, batch_size: int, seq_len_tokens: int) -> int:
+    def native_peak_bytes(self, batch_size: int, seq_len_tokens: int) -> int:
         """Peak bytes of the unpruned model.
 
         Raises:

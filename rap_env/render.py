@@ -82,7 +82,7 @@ class Scene:
     @property
     def budget_words(self) -> str:
         """The budget in words."""
-        native = self.memory.dense_peak_bytes(self.request.batch_size, self.request.seq_len_tokens)
+        native = self.memory.native_peak_bytes(self.request.batch_size, self.request.seq_len_tokens)
         budget = self.request.budget_bytes
         return f"{human_bytes(budget)}, {budget / native:.0%} of the native peak"
 
@@ -155,7 +155,7 @@ def render_ansi(scene: Scene) -> str:
             symbols = ("." if 2 * n in plan.removed else _cache_symbol(plan, n) for n in layers)
             lines.append("cache    " + "".join(symbols))
     peak, budget = scene.memory.peak_bytes(plan, scene.request), scene.request.budget_bytes
-    dense = scene.memory.dense_peak_bytes(scene.request.batch_size, scene.request.seq_len_tokens)
+    dense = scene.memory.native_peak_bytes(scene.request.batch_size, scene.request.seq_len_tokens)
     bar = ["=" if n < round(width * peak / max(dense, budget)) else " " for n in range(width)]
     bar[min(width - 1, round(width * budget / max(dense, budget)))] = "|"
     lines += [
@@ -246,7 +246,7 @@ def _block(
 def _draw_bar(draw: ImageDraw.ImageDraw, scene: Scene) -> None:
     """Draw the bytes by what they hold, stacked along a bar on which the budget is marked."""
     left, right = _PANEL
-    dense = scene.memory.dense_peak_bytes(scene.request.batch_size, scene.request.seq_len_tokens)
+    dense = scene.memory.native_peak_bytes(scene.request.batch_size, scene.request.seq_len_tokens)
     scale = (right - left) / max(dense, scene.request.budget_bytes)
     y0, y1, x = 250, 292, float(left)
     draw.rectangle((left, y0, left + scale * dense, y1), "#f5f7fa", _FAINT)

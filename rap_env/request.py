@@ -11,7 +11,7 @@ from rap_env.errors import InvalidRequestError
 class DensePeak(Protocol):
     """Byte arithmetic of a dense model, such as `rap_env.MemoryModel`."""
 
-    def dense_peak_bytes(self, batch_size: int, seq_len_tokens: int) -> int:
+    def native_peak_bytes(self, batch_size: int, seq_len_tokens: int) -> int:
         """Peak bytes of the unpruned model."""
 
 
@@ -50,7 +50,7 @@ class Request:
         """
         if not 0 < fraction < float("inf"):
             raise InvalidRequestError(f"The budget fraction must be above 0, not {fraction!r}.")
-        dense = memory.dense_peak_bytes(batch_size, seq_len_tokens)
+        dense = memory.native_peak_bytes(batch_size, seq_len_tokens)
         return cls(batch_size, seq_len_tokens, max(1, int(fraction * dense)))
 
 

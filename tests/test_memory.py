@@ -79,7 +79,7 @@ def test_no_mask_needs_less_than_the_least_or_more_than_dense(
 ) -> None:
     request = Request(*shape, budget_bytes=1)
     peak = MEMORY.peak_bytes(mask, request)
-    assert MEMORY.peak_bytes_without_blocks(request) <= peak <= MEMORY.dense_peak_bytes(*shape)
+    assert MEMORY.peak_bytes_without_blocks(request) <= peak <= MEMORY.native_peak_bytes(*shape)
 
 
 @given(SHAPES, MASKS)
@@ -141,7 +141,7 @@ def test_a_batch_beyond_64_bit_arithmetic_is_rejected() -> None:
             MEMORY.peak_bytes(Plan(), Request(batch_size, 10, 1))
     request = Request(MAX_BATCH_SIZE, 4096, 1)
     peak = MEMORY.peak_bytes(Plan(), request)
-    assert peak == MEMORY.dense_peak_bytes(MAX_BATCH_SIZE, 4096) > 0
+    assert peak == MEMORY.native_peak_bytes(MAX_BATCH_SIZE, 4096) > 0
 
 
 def test_a_mask_of_another_model_is_rejected() -> None:
@@ -163,7 +163,7 @@ def test_a_budget_below_every_mask_is_rejected_with_the_least() -> None:
 @given(SHAPES, st.floats(0.01, 2.0))
 def test_a_budget_as_a_fraction_of_the_dense_peak(shape: tuple[int, int], fraction: float) -> None:
     request = Request.at_fraction(MEMORY, *shape, fraction)
-    dense = MEMORY.dense_peak_bytes(*shape)
+    dense = MEMORY.native_peak_bytes(*shape)
     assert request.budget_bytes == max(1, int(fraction * dense))
     assert (request.batch_size, request.seq_len_tokens) == shape
 
@@ -177,4 +177,4 @@ def test_an_invalid_budget_fraction_is_rejected(fraction: float) -> None:
 @given(SHAPES)
 def test_the_parts_add_up_to_the_dense_peak(shape: tuple[int, int]) -> None:
     parts = MEMORY.breakdown(Plan(), Request(*shape, budget_bytes=1))
-    assert sum(vars(parts).values()) == parts.peak == MEMORY.dense_peak_bytes(*shape)
+    assert sum(vars(parts).values()) == parts.peak == MEMORY.native_peak_bytes(*shape)

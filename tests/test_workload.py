@@ -31,7 +31,7 @@ def test_every_sampler_works_by_name_and_depends_on_the_generator_alone(memory, 
     assert first == second
     for request in first:
         memory.check(request.batch_size, request.seq_len_tokens)
-        assert request.budget_bytes < memory.dense_peak_bytes(
+        assert request.budget_bytes < memory.native_peak_bytes(
             request.batch_size, request.seq_len_tokens
         )
     if name != "fixed":
@@ -50,7 +50,7 @@ def test_tight_draws_budgets_around_the_lowest_levels(memory):
     for request in seen:
         assert 64 <= request.seq_len_tokens <= 1024
         peak_bytes = small.peak_bytes(lowered, request)
-        native = small.dense_peak_bytes(request.batch_size, request.seq_len_tokens)
+        native = small.native_peak_bytes(request.batch_size, request.seq_len_tokens)
         assert request.budget_bytes < native
         if 1.2 * peak_bytes < native:
             shares.append(request.budget_bytes / peak_bytes)
@@ -100,7 +100,7 @@ def test_traffic_follows_the_trace_in_stated_ranges(memory, name, table):
         )
     assert {request.batch_size for request in seen} == {1, 2, 4}
     shares = [
-        request.budget_bytes / memory.dense_peak_bytes(request.batch_size, request.seq_len_tokens)
+        request.budget_bytes / memory.native_peak_bytes(request.batch_size, request.seq_len_tokens)
         for request in seen
     ]
     assert 0.499 < min(shares) < 0.51

@@ -25,7 +25,7 @@ def budgets_of(model: str) -> list[int]:
     env = RAPAcrossEnv([model], **unseen.ARGUMENTS).envs[0]
     order = make_method("cost_per_byte", env.context, env.encoder.ladder_bytes)
     costs = env.encoder.ladder_bytes.costs(*unseen.SHAPE)
-    budgets = np.linspace(costs.dense_peak_bytes - 1, costs.least_peak_bytes, GRID).astype(int)
+    budgets = np.linspace(costs.native_peak_bytes - 1, costs.least_peak_bytes, GRID).astype(int)
     plans = [order.choose(Request(*unseen.SHAPE, budget)) for budget in budgets.tolist()]
     losses = np.array(env.context.scorer.nll_many(plans)) - env.context.scorer.dense_nll
     most = np.maximum.accumulate(losses)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from rap_env.errors import ArtifactError
 from rap_env.importance.level_costs import LevelCosts
-from rap_env.importance.orders import LadderOrder, Step, check_ladder, greedy_order
+from rap_env.importance.orders import LadderOrder, LoweringStep, check_ladder, greedy_order
 from rap_env.importance.plan_table import PlanTable
 from rap_env.importance.profiles import GSI_METHODS, GSIProfile, OneShotProfile
 from rap_env.ladder.features import EveryLevel, ImportanceFeatures, ItemImportance
@@ -203,7 +203,7 @@ def costs_of(context: PruningContext, ladder: Ladder) -> LevelCosts:
 
 def method_order(
     context: PruningContext, ladder_bytes: LadderBytes, importance: str
-) -> tuple[Sequence[Step], int]:
+) -> tuple[Sequence[LoweringStep], int]:
     """The steps of an order that a method follows, and the evaluations that it needed.
 
     If the ladder only removes, it is the order of the rise in NLL alone, one-shot or by GSI

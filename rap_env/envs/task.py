@@ -89,12 +89,12 @@ class EpisodeStart:
     @property
     def fits(self) -> bool:
         """Whether the unchanged model fits the request, so that there is nothing to do."""
-        return self.costs.dense_peak_bytes <= self.request.budget_bytes
+        return self.costs.native_peak_bytes <= self.request.budget_bytes
 
     @property
     def is_pointless(self) -> bool:
         """Whether the unchanged model fits, or the lowest levels need no fewer bytes than it."""
-        return self.fits or self.costs.least_peak_bytes >= self.costs.dense_peak_bytes
+        return self.fits or self.costs.least_peak_bytes >= self.costs.native_peak_bytes
 
     @property
     def feasible(self) -> bool:
@@ -328,7 +328,7 @@ class PruningTask:
         if start.fits:
             return (
                 f"The {self._unchanged} model already fits {start.request} (it needs "
-                f"{start.costs.dense_peak_bytes:,} bytes), so there is nothing to {self._verb}; "
+                f"{start.costs.native_peak_bytes:,} bytes), so there is nothing to {self._verb}; "
                 "give a smaller budget."
             )
         return (
@@ -385,7 +385,7 @@ class PruningTask:
 
     def _useless(self, costs: StackedCosts, budgets: Counts) -> Flags:
         """Requests for which there is nothing to do, or that cannot be met, (n,)."""
-        least, dense = costs.least_peak_bytes, costs.dense_peak_bytes
+        least, dense = costs.least_peak_bytes, costs.native_peak_bytes
         useless = (dense <= budgets) | (least >= dense)
         return useless if self._infeasible == "clip" else useless | (least > budgets)
 

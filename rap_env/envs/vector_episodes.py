@@ -295,7 +295,7 @@ class _Requests:
         numbers = self.numbers = np.zeros((_COSTS_ROWS + len(_Row), num_envs), dtype=np.int64)
         self.costs = StackedCosts(encoder.ladder_bytes.tables, numbers[:_COSTS_ROWS])
         # So that no share of a native peak is infinite before the first start.
-        self.costs.dense_peak_bytes[:] = 1
+        self.costs.native_peak_bytes[:] = 1
         self.budgets, self.asked = numbers[_Row.BUDGET], numbers[_Row.ASKED]
         self.peak_bytes, self.own_bytes = numbers[_Row.PEAK_BYTES], numbers[_Row.OWN_BYTES]
         self.codes, self.steps = numbers[_Row.CODES], numbers[_Row.STEPS]
@@ -371,7 +371,7 @@ class _Requests:
         self._show_bytes_over()
 
     def _show_bytes_over(self) -> None:
-        over = bytes_over(self.peak_bytes, self.budgets, self.costs.dense_peak_bytes)
+        over = bytes_over(self.peak_bytes, self.budgets, self.costs.native_peak_bytes)
         self.seen["request"][:, BYTES_OVER] = over
 
 

@@ -24,7 +24,7 @@ REFERENCE_SHAPE = 4, 1024
 """Batch size and tokens at which an order weighs costs against bytes; fewer tokens for
 shorter models."""
 
-Step = tuple[int, int]
+LoweringStep = tuple[int, int]
 """The number of an item, and the position of the level that it gets."""
 
 Floats = npt.NDArray[np.float64]
@@ -46,7 +46,7 @@ class LadderOrder:
 
     ladder: Ladder
     one_shot: Floats
-    steps: tuple[Step, ...]
+    steps: tuple[LoweringStep, ...]
     rises: tuple[float, ...]
 
     @property
@@ -94,7 +94,7 @@ class PricedState(LadderState):
             best = min(best, self.step_rise(item, lower) / freed) if freed > 0 else best
         return best
 
-    def steps(self, item: int) -> list[tuple[Step, float]]:
+    def steps(self, item: int) -> list[tuple[LoweringStep, float]]:
         """The steps of lowering an item with its companions, with their predicted ΔNLL."""
         return [
             ((n, self._next(n)), max(0.0, self._change(self._rises, n, self._next(n))))
@@ -161,7 +161,7 @@ def greedy_order(
     return LadderOrder(ladder, one_shot, steps, tuple(max(0.0, rise) for rise in rises))
 
 
-def by_level(steps: Iterable[Step]) -> list[Step]:
+def by_level(steps: Iterable[LoweringStep]) -> list[LoweringStep]:
     """An order of steps in which those of each item go from its highest level down.
 
     Each item keeps the places that its steps have.
@@ -171,11 +171,11 @@ def by_level(steps: Iterable[Step]) -> list[Step]:
     return [next(own[item]) for item, _ in steps]
 
 
-def _measured_steps(state: PricedState, profile: GSIProfile) -> list[tuple[Step, float]]:
+def _measured_steps(state: PricedState, profile: GSIProfile) -> list[tuple[LoweringStep, float]]:
     """The steps of a GSI order with their measured ΔNLL; takes them."""
     ladder = state.costs.ladder
     check_ladder(profile, ladder)
-    ordered, before = list[tuple[Step, float]](), profile.dense_nll
+    ordered, before = list[tuple[LoweringStep, float]](), profile.dense_nll
     for name, nll in zip(profile.order, profile.nll_after, strict=True):
         item = ladder.numbers[name]
         steps = state.steps(item)

@@ -45,7 +45,7 @@ _LEVEL_FEATURES = (
 COST_FLOOR, COST_CEILING = 1e-4, 10.0
 """Costs in nats per token that are observed as about 0 and as 1, on a log scale between."""
 
-Floats = npt.NDArray[np.float32]
+Float32s = npt.NDArray[np.float32]
 Columns = Mapping[str, npt.ArrayLike]
 """The columns of each item at each level by name, (items, W), or (items, 1) for all
 levels."""
@@ -201,17 +201,17 @@ IMPORTANCE_TYPES: dict[str, type[Importance]] = {
 """By the entry of an observation that shows it: the layout of observations."""
 
 
-def bytes_over(peak_bytes: Any, budget_bytes: Any, dense_peak_bytes: Any) -> Any:
+def bytes_over(peak_bytes: Any, budget_bytes: Any, native_peak_bytes: Any) -> Any:
     """Bytes above the budget as a share of the native peak, in [0, 1]; numbers or arrays.
 
     Products with conditions take both, and are faster than NumPy's functions for a number.
     """
     over_bytes = peak_bytes - budget_bytes
-    share = over_bytes * (over_bytes > 0) / dense_peak_bytes
+    share = over_bytes * (over_bytes > 0) / native_peak_bytes
     return share * (share < 1) + (share >= 1)
 
 
-def squash(delta_nll: npt.ArrayLike) -> Floats:
+def squash(delta_nll: npt.ArrayLike) -> Float32s:
     """Map ΔNLL values in nats per token onto [0, 1): x / (1 + x), and 0 below 0.
 
     Infinity gives 1.
@@ -220,7 +220,7 @@ def squash(delta_nll: npt.ArrayLike) -> Floats:
     return np.asarray(1.0 - 1.0 / (1.0 + positive), dtype=np.float32)
 
 
-def log_cost(cost: npt.NDArray[np.float64]) -> Floats:
+def log_cost(cost: npt.NDArray[np.float64]) -> Float32s:
     """Map costs in nats per token onto [0, 1] on a log scale; 0 where a cost is not above 0.
 
     The costs of levels span five decades. x / (1 + x) would show all cheap levels as 0.

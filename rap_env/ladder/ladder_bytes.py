@@ -102,17 +102,17 @@ class LadderBytes:
         caches *= batch_sizes[:, None]
         kv_bytes, workspace = caches @ self._kept_caches, memory.workspaces(*shapes)
         attention = memory.attention_workspaces(*shapes)
-        dense_peak_bytes = self._fixed_bytes + kv_bytes + workspace
+        native_peak_bytes = self._fixed_bytes + kv_bytes + workspace
         if self._base.caches:
-            dense_peak_bytes = dense_peak_bytes + attention
+            native_peak_bytes = native_peak_bytes + attention
         kinds = self._kinds_of(caches)
         numbers = np.zeros((len(ShapeRow), len(batch_sizes)), dtype=np.int64)
         numbers[ShapeRow.BATCH_SIZE] = batch_sizes
         numbers[ShapeRow.SEQ_LEN_TOKENS] = seq_lens_tokens
-        numbers[ShapeRow.DENSE_PEAK_BYTES] = dense_peak_bytes
+        numbers[ShapeRow.NATIVE_PEAK_BYTES] = native_peak_bytes
         numbers[ShapeRow.KV_CACHE_BYTES] = kv_bytes
         native_bytes = self._native_bytes + caches @ self._native_caches
-        numbers[ShapeRow.CONSTANT_BYTES] = dense_peak_bytes - native_bytes
+        numbers[ShapeRow.CONSTANT_BYTES] = native_peak_bytes - native_bytes
         if self._all_ffn:
             numbers[ShapeRow.LAST_FFN_BYTES] = workspace - memory.workspaces(*shapes, False)
         if len(self._caches):
@@ -191,7 +191,7 @@ class LadderBytes:
         numbers = own.numbers[:, 0].tolist()
         costs = LadderCosts(
             self.ladder,
-            dense_peak_bytes=numbers[ShapeRow.DENSE_PEAK_BYTES],
+            native_peak_bytes=numbers[ShapeRow.NATIVE_PEAK_BYTES],
             kv_cache_bytes=numbers[ShapeRow.KV_CACHE_BYTES],
             constant_bytes=numbers[ShapeRow.CONSTANT_BYTES],
             shared=SharedBytes(*numbers[SHARED_ROWS]),

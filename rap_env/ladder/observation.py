@@ -20,7 +20,7 @@ from rap_env.ladder.features import (
     BYTES_OVER,
     MAX_BATCH_LOG2,
     REQUEST_FEATURES,
-    Floats,
+    Float32s,
     Importance,
     bytes_over,
 )
@@ -71,7 +71,7 @@ class ObservationEncoder:
             "action_mask": np.zeros(len(ladder), np.int8),
         }
         self.row_type = np.dtype((np.void, 4 * len(self.features)))
-        self._fixed: list[Floats] = []
+        self._fixed: list[Float32s] = []
         self._all_fixed = np.zeros(0, dtype=self.row_type)
 
     @cached_property
@@ -100,7 +100,7 @@ class ObservationEncoder:
         """What makes it for a context: arguments of `make_encoder` there, as JSON values."""
         return {"layout": self.key, **self.ladder.spec}
 
-    def fixed_rows(self, kind: int) -> Floats:
+    def fixed_rows(self, kind: int) -> Float32s:
         """The rows of each item at each level without the bytes freed, (items, W, F), read-only.
 
         `kind` is the place of the request's steps in those of the tables.
@@ -141,14 +141,14 @@ class ObservationEncoder:
         valid = costs.tables.next_level.take(places) >= 0
         encoded = self._all_fixed.take(places)
         freed_bytes = costs.freed_bytes(items, levels, places, counterparts, shape)
-        shares = np.maximum(0, freed_bytes) / costs.dense_peak_bytes[shape]
+        shares = np.maximum(0, freed_bytes) / costs.native_peak_bytes[shape]
         floats = encoded.view(np.float32).reshape(*levels.shape, len(self.features))
         floats[..., self.freed] = shares
         return encoded, valid
 
     def encode_plans(
         self, costs: StackedCosts, positions: Counts, shape: Counts | int = 0
-    ) -> tuple[Floats, npt.NDArray[np.int8]]:
+    ) -> tuple[Float32s, npt.NDArray[np.int8]]:
         """The rows and the action masks of plans, (n, items, F) and (n, items).
 
         Args:
@@ -164,7 +164,7 @@ class ObservationEncoder:
 
     def show_together(
         self,
-        rows: Floats,
+        rows: Float32s,
         costs: StackedCosts,
         positions: Counts,
         shape: Counts | int,
@@ -186,11 +186,11 @@ class ObservationEncoder:
                 positions.reshape(-1, len(self.ladder)), shape
             )
             of_plans = shape[plans] if isinstance(shape, np.ndarray) else shape
-            shares = np.maximum(0, freed) / costs.dense_peak_bytes[of_plans]
+            shares = np.maximum(0, freed) / costs.native_peak_bytes[of_plans]
             where = plans if at is None else at[plans]
             rows.reshape(-1, *rows.shape[-2:])[where, items, self.freed] = shares
 
-    def request(self, costs: StackedCosts, budget_bytes: Counts) -> Floats:
+    def request(self, costs: StackedCosts, budget_bytes: Counts) -> Float32s:
         """What is observed of requests whatever the plan, (s, 5).
 
         Args:
@@ -198,11 +198,11 @@ class ObservationEncoder:
             budget_bytes: Their budgets, (s,).
         """
         seen = np.zeros((len(budget_bytes), len(REQUEST_FEATURES)), dtype=np.float32)
-        dense_peak_bytes, longest = costs.dense_peak_bytes, max(2, self.memory.facts.max_positions)
+        longest = max(2, self.memory.facts.max_positions)
         seen[:, _BATCH_SIZE] = np.minimum(1.0, np.log2(costs.batch_sizes) / MAX_BATCH_LOG2)
         seen[:, _SEQ_LEN] = np.minimum(1.0, np.log2(costs.seq_lens_tokens) / np.log2(longest))
-        seen[:, _KV_SHARE] = costs.kv_cache_bytes / dense_peak_bytes
-        seen[:, BUDGET] = np.minimum(1.0, budget_bytes / dense_peak_bytes)
+        seen[:, _KV_SHARE] = costs.kv_cache_bytes / costs.native_peak_bytes
+        seen[:, BUDGET] = np.minimum(1.0, budget_bytes / costs.native_peak_bytes)
         return seen
 
     def build(self, request: Request, plan: Plan) -> Observation:
@@ -249,7 +249,7 @@ class ObservedState:
         }
         self._encoder, self._steps = encoder, costs.steps
         self._fixed_rows = encoder.fixed_rows(int(costs.stacked.kinds[0]))
-        self._budget_bytes, self._dense_peak_bytes = request.budget_bytes, costs.dense_peak_bytes
+        self._budget_bytes, self._native_peak_bytes = request.budget_bytes, costs.native_peak_bytes
         self._rows, self._valid, self._request = rows, valid, seen[0]
         self._show_bytes_over()
 
@@ -283,7 +283,7 @@ class ObservedState:
         self._valid[item] = valid = self._steps.nexts[item][position] >= 0
         if valid:
             freed_bytes = max(0, self.state.freed_bytes(item))
-            row[self._encoder.freed] = freed_bytes / self._dense_peak_bytes
+            row[self._encoder.freed] = freed_bytes / self._native_peak_bytes
 
     def _show_all(self) -> None:
         costs, positions = self.state.costs.stacked, np.array(self.state.positions)
@@ -291,4 +291,4 @@ class ObservedState:
 
     def _show_bytes_over(self) -> None:
         peak_bytes, budget_bytes = self.state.peak_bytes, self._budget_bytes
-        self._request[BYTES_OVER] = bytes_over(peak_bytes, budget_bytes, self._dense_peak_bytes)
+        self._request[BYTES_OVER] = bytes_over(peak_bytes, budget_bytes, self._native_peak_bytes)

@@ -57,7 +57,7 @@ class LadderCosts:
 
     Attributes:
         ladder: The items.
-        dense_peak_bytes: Peak bytes of the native model.
+        native_peak_bytes: Peak bytes of the native model.
         kv_cache_bytes: Bytes of its KV cache.
         constant_bytes: Bytes that do not depend on any level.
         shared: Bytes that depend on several levels.
@@ -67,7 +67,7 @@ class LadderCosts:
     """
 
     ladder: Ladder
-    dense_peak_bytes: int
+    native_peak_bytes: int
     kv_cache_bytes: int
     constant_bytes: int
     shared: SharedBytes
@@ -86,7 +86,7 @@ class LadderCosts:
         tables = LevelTables(self.ladder, self.item_bytes)
         tables.add(self.steps)
         numbers = np.zeros((len(ShapeRow), 1), dtype=np.int64)
-        numbers[ShapeRow.DENSE_PEAK_BYTES] = self.dense_peak_bytes
+        numbers[ShapeRow.NATIVE_PEAK_BYTES] = self.native_peak_bytes
         numbers[ShapeRow.KV_CACHE_BYTES] = self.kv_cache_bytes
         numbers[ShapeRow.CONSTANT_BYTES] = self.constant_bytes
         numbers[SHARED_ROWS, 0] = self.shared
@@ -170,7 +170,7 @@ class LadderState:
         self._sizes, self._steps, self._item_sharers = costs.sizes, costs.steps, ladder.sharers
         if positions is None:
             self.positions, self._sharers = [0] * len(ladder), ladder.native_sharers
-            self.peak_bytes = costs.dense_peak_bytes
+            self.peak_bytes = costs.native_peak_bytes
         else:
             self.positions, self._sharers = list(positions), ladder.count_sharers(positions)
             self.peak_bytes = int(costs.peaks(np.array(positions)))
@@ -332,7 +332,7 @@ class ShapeRow(IntEnum):
 
     BATCH_SIZE = 0
     SEQ_LEN_TOKENS = 1
-    DENSE_PEAK_BYTES = 2
+    NATIVE_PEAK_BYTES = 2
     KV_CACHE_BYTES = 3
     CONSTANT_BYTES = 4
     LAST_FFN_BYTES = 5
@@ -369,14 +369,14 @@ class StackedCosts:
         numbers: As the argument.
         batch_sizes: The batch size of each shape, (s,).
         seq_lens_tokens: The tokens of a sequence, (s,).
-        dense_peak_bytes: Peak bytes of the native model, (s,).
+        native_peak_bytes: Peak bytes of the native model, (s,).
         kv_cache_bytes: Bytes of its KV cache, (s,).
         kinds: The place of the shape's steps in those of the tables, (s,).
     """
 
     batch_sizes: Counts
     seq_lens_tokens: Counts
-    dense_peak_bytes: Counts
+    native_peak_bytes: Counts
     kv_cache_bytes: Counts
     kinds: Counts
 
@@ -387,7 +387,7 @@ class StackedCosts:
         self._at = np.arange(shape[0]) * shape[1]
         self.batch_sizes = numbers[ShapeRow.BATCH_SIZE]
         self.seq_lens_tokens = numbers[ShapeRow.SEQ_LEN_TOKENS]
-        self.dense_peak_bytes = numbers[ShapeRow.DENSE_PEAK_BYTES]
+        self.native_peak_bytes = numbers[ShapeRow.NATIVE_PEAK_BYTES]
         self.kv_cache_bytes = numbers[ShapeRow.KV_CACHE_BYTES]
         self._constant_bytes = numbers[ShapeRow.CONSTANT_BYTES]
         self.kinds = numbers[ShapeRow.STEPS]

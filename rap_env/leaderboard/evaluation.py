@@ -360,7 +360,7 @@ def _cells(policy: Any, env: Any, losses: TaskLosses, split: str, seed: int) -> 
         scored, began = _scored(policy)[0], time.perf_counter()
         plan, truncated = decide(env, request, seed + number)
         decision_s = time.perf_counter() - began
-        native_bytes = memory.dense_peak_bytes(request.batch_size, request.seq_len_tokens)
+        native_bytes = memory.native_peak_bytes(request.batch_size, request.seq_len_tokens)
         cell = CellResult(
             request=request,
             plan=plan,

@@ -132,7 +132,7 @@ class KnapsackPolicy(Policy):
 
     def _choose(self, request: Request) -> Plan:
         costs = self._bytes.costs(request.batch_size, request.seq_len_tokens)
-        if costs.dense_peak_bytes <= request.budget_bytes:
+        if costs.native_peak_bytes <= request.budget_bytes:
             return Plan()
         problems = self._problems_of(request.batch_size, request.seq_len_tokens)
         plans = [

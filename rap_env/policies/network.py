@@ -23,7 +23,7 @@ from rap_env.plan import Plan
 from rap_env.policies.network_rows import MOST_SPREADS, OVER_FLOOR, ROWS, SPREAD_FLOOR, RowSpec
 from rap_env.request import Request
 
-Floats = npt.NDArray[np.float32]
+Float32s = npt.NDArray[np.float32]
 
 
 _ONE, _OVER_FLOOR = np.float32(1.0), np.float32(OVER_FLOOR)
@@ -53,13 +53,13 @@ class NetworkWeights:
             such ablation or kind of rows.
     """
 
-    first_weight: Floats
-    first_bias: Floats
-    second_weight: Floats
-    second_bias: Floats
-    last_weight: Floats
-    linear_weight: Floats
-    vectors: Floats
+    first_weight: Float32s
+    first_bias: Float32s
+    second_weight: Float32s
+    second_bias: Float32s
+    last_weight: Float32s
+    linear_weight: Float32s
+    vectors: Float32s
     rows: str
     without: tuple[str, ...] = ()
 
@@ -85,7 +85,7 @@ class NetworkWeights:
         """V, the width of a row's vector."""
         return int(self.vectors.shape[1]) if self.vectors.ndim == 2 else 0
 
-    def arrays(self) -> dict[str, Floats]:
+    def arrays(self) -> dict[str, Float32s]:
         """The arrays by name."""
         names = [entry.name for entry in fields(self)]
         return {name: vars(self)[name] for name in names if name not in ("rows", "without")}
@@ -104,7 +104,7 @@ class _UpperLayers:
         # Minus infinity for the linear path, which has no activation.
         self._floor = np.append(np.zeros(hidden, np.float32), np.float32(-np.inf))
 
-    def scores(self, hidden: Floats) -> Floats:
+    def scores(self, hidden: Float32s) -> Float32s:
         """The scores, (N,), of first-layer sums, (N, H + 1), which are changed."""
         np.maximum(hidden, self._floor, out=hidden)
         hidden = hidden @ self._second
@@ -191,17 +191,17 @@ class PolicyNetwork:
             InvalidRequestError: The model cannot serve the request.
         """
         costs = self.encoder.ladder_bytes.costs(request.batch_size, request.seq_len_tokens)
-        budget, dense_peak = request.budget_bytes, costs.dense_peak_bytes
-        if dense_peak <= budget:
+        budget, native_peak = request.budget_bytes, costs.native_peak_bytes
+        if native_peak <= budget:
             return Plan()
         state = _Pass(self, request)
         levels = state.levels
         while levels.peak_bytes > budget and state.num_valid:
-            state.lower(state.best_row(bytes_over(levels.peak_bytes, budget, dense_peak)))
+            state.lower(state.best_row(bytes_over(levels.peak_bytes, budget, native_peak)))
         return levels.plan
 
 
-def _level_sums(spec: RowSpec, native: Floats, lowest: Floats, vectors: Floats) -> Floats:
+def _level_sums(spec: RowSpec, native: Float32s, lowest: Float32s, vectors: Float32s) -> Float32s:
     """What the parts of a row that sum levels are per level of each row, and if it is the lowest.
 
     Args:
@@ -239,8 +239,8 @@ class _Pass:
         fixed[BYTES_OVER] = 0.0  # comes with each pass
         self._request = fixed @ network.request
         count = len(network.encoder.ladder)
-        self._inputs: Floats = np.zeros((len(network.varying), count), dtype=np.float32)
-        self._levels: Floats = np.zeros(2 * count + 1, dtype=np.float32)
+        self._inputs: Float32s = np.zeros((len(network.varying), count), dtype=np.float32)
+        self._levels: Float32s = np.zeros(2 * count + 1, dtype=np.float32)
         self._level, self._lowest = self._levels[:count], self._levels[count:-1]
         self._take(slice(None))
         self._sum_levels()
@@ -302,7 +302,7 @@ class _Pass:
         self._by_level = self._levels[:-1] @ network.levels @ network.level_weights
 
 
-def _standardise(values: Floats, counted: Floats, left: np.float32, out: Floats) -> Floats:
+def _standardise(values: Float32s, counted: Float32s, left: np.float32, out: Float32s) -> Float32s:
     """Write clipped deviations from the mean over some columns, in units of their spread.
 
     Args:

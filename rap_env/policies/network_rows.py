@@ -26,7 +26,7 @@ from rap_env.ladder.features import (
 )
 from rap_env.ladder.items import ITEM_KINDS
 
-Floats = npt.NDArray[np.float32]
+Float32s = npt.NDArray[np.float32]
 Numbers = npt.NDArray[np.int64]
 
 _HIDES = {
@@ -62,13 +62,13 @@ _NEAR_ITEMS = tuple((step, kind) for step in (-1, 0, 1) for kind in ("attn", "ff
 """The neighbours of an item: offsets of layers, and kinds of items in them."""
 
 
-def _near_blocks(rows: Floats) -> Numbers:
+def _near_blocks(rows: Float32s) -> Numbers:
     """The blocks before and after each block."""
     near = np.arange(len(rows))[:, None] + np.array(_NEAR_BLOCKS)
     return np.where((near >= 0) & (near < len(rows)), near, -1)
 
 
-def _near_items(rows: Floats) -> Numbers:
+def _near_items(rows: Float32s) -> Numbers:
     """The items of each item's layer and of the adjacent ones.
 
     Items are told apart by their kinds and depths; if either is hidden, all 0, no item has
@@ -122,7 +122,7 @@ class RowSpec:
     useful_floor: float
     level_flag: str
     kind_flags: tuple[str, ...]
-    neighbours: Callable[[Floats], Numbers]
+    neighbours: Callable[[Float32s], Numbers]
     num_neighbours: int
     near_kept: bool
     means: bool
@@ -179,7 +179,7 @@ class RowSpec:
         """Number of columns of a row, W."""
         return int(self.columns(vectors)["lowered_vectors"].stop)
 
-    def shown(self, without: Collection[str]) -> tuple[Floats, Floats]:
+    def shown(self, without: Collection[str]) -> tuple[Float32s, Float32s]:
         """1 for features, and for prices, that a network sees; 0 for those that ablations hide."""
         hidden = {column for name in without for column in _HIDES[name]}
         features, prices = (

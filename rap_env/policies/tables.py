@@ -71,7 +71,7 @@ class TablePolicy(Policy):
 
     def _choose(self, request: Request) -> Plan:
         costs = self._bytes.costs(request.batch_size, request.seq_len_tokens)
-        if costs.dense_peak_bytes <= request.budget_bytes:
+        if costs.native_peak_bytes <= request.budget_bytes:
             return Plan()
         best = self._known.best(costs, request.budget_bytes)
         if best is not None:

@@ -90,7 +90,7 @@ def prepare_before(settings: ServerSettings) -> None:
         return
     from rap_env.serving.served_model import SHORT_TOKENS  # it imports torch
 
-    native_bytes = memory.dense_peak_bytes(1, min(SHORT_TOKENS, memory.facts.max_positions))
+    native_bytes = memory.native_peak_bytes(1, min(SHORT_TOKENS, memory.facts.max_positions))
     if settings.process_bytes is not None:
         from rap_env.models.device import resident_bytes
 

@@ -196,7 +196,7 @@ class TightSampler(RequestSampler):
         length = np.array([round(math.exp(log)) for _, log in draws])
         ladder_bytes, positions = self._lowered
         costs = ladder_bytes.stacked(batch, length)
-        most = costs.dense_peak_bytes - 1
+        most = costs.native_peak_bytes - 1
         lowered = costs.peaks(positions, np.arange(len(batch)))
         low, high = (
             np.minimum(np.rint(share * lowered).astype(np.int64), most).tolist()

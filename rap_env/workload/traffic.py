@@ -208,7 +208,7 @@ class TrafficSampler(RequestSampler):
         lengths = np.minimum(self.lengths(draws), self.memory.facts.max_positions)
         batch_sizes = 1 << exponents.astype(np.int64)
         costs = mask_bytes(self.memory).stacked(batch_sizes, lengths)
-        budgets = fractions * costs.dense_peak_bytes
+        budgets = fractions * costs.native_peak_bytes
         return batch_sizes, lengths, np.maximum(1, budgets.astype(np.int64))
 
     def sample_ahead(self, rng: np.random.Generator, count: int) -> tuple[Counts, Counts, Counts]:

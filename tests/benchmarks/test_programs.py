@@ -77,7 +77,7 @@ def test_the_decisions_of_a_policy_are_timed(folder, measured, tmp_path, monkeyp
 
 def test_what_plans_of_a_prepared_model_lose_is_measured(folder, measured, tmp_path, monkeypatch):
     monkeypatch.setenv("RAP_CACHE_DIR", str(tmp_path / "cache"))
-    native = MemoryModel(load_llm(folder, weights="native").facts).dense_peak_bytes(1, 16)
+    native = MemoryModel(load_llm(folder, weights="native").facts).native_peak_bytes(1, 16)
     records = measured(
         preparing, preparing.PreparingSettings, model=str(folder), tokens=16, windows=1,
         window_tokens=16, budgets_mib=[native / 2**20, 0.8 * native / 2**20],

@@ -28,7 +28,7 @@ def test_options_do_not_disturb_the_workload(context):
 
 
 def test_requests_that_fit_the_dense_model_are_drawn_again(context):
-    small, large = (context.memory.dense_peak_bytes(1, n) for n in (8, 64))
+    small, large = (context.memory.native_peak_bytes(1, n) for n in (8, 64))
     budget = (small + large) // 2
     grid = {"name": "grid", "batch_sizes": [1], "seq_lens_tokens": [8, 64]}
     env = make(context, workload={**grid, "budget_bytes": [budget]})

@@ -50,7 +50,7 @@ def requests(ladder_bytes, count=24):
     for _ in range(count):
         batch, tokens = int(rng.choice([1, 4])), int(rng.integers(20, 400))
         costs = ladder_bytes.costs(batch, tokens)
-        low, high = costs.least_peak_bytes, costs.dense_peak_bytes
+        low, high = costs.least_peak_bytes, costs.native_peak_bytes
         found.append(Request(batch, tokens, int(rng.integers(low, high))))
     return found
 

@@ -144,7 +144,7 @@ def test_the_knapsack_uses_the_costs_from_then_on(ready):
     llm = load_llm(folder, dtype="float32")
     policy = load_policy("knapsack", llm)
     memory = MemoryModel(llm)
-    request = Request(1, 32, int(0.5 * memory.dense_peak_bytes(1, 32)))
+    request = Request(1, 32, int(0.5 * memory.native_peak_bytes(1, 32)))
     plan = policy.choose(request)
     assert memory.peak_bytes(plan, request) <= request.budget_bytes
     assert policy.delta_nll(plan) == pytest.approx(costs.delta_nll(plan))

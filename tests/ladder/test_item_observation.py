@@ -37,7 +37,7 @@ def test_columns_of_the_next_level(builder):
     plan = {"layer00.cache": "int8", "layer01.ffn": "int8"}
     request, seen = of(builder, plan)
     memory, ladder = builder.ladder_bytes.memory, builder.ladder
-    native = memory.dense_peak_bytes(2, 2000)
+    native = memory.native_peak_bytes(2, 2000)
     known = builder.importance
     for name, position in (("layer00.cache", 1), ("layer01.ffn", 1), ("layer02.ffn", 0)):
         number = ladder.numbers[name]
@@ -57,7 +57,7 @@ def test_columns_of_the_next_level(builder):
 
 def test_removing_attention_frees_the_cache_at_its_level(builder):
     memory = builder.ladder_bytes.memory
-    native = memory.dense_peak_bytes(2, 2000)
+    native = memory.native_peak_bytes(2, 2000)
     column = COLUMN["freed_share"]
     for level in ("int8", "int4"):
         plan = {"layer00.attn": "int4", "layer00.cache": level, "layer01.cache": "int8"}
@@ -115,7 +115,7 @@ def test_freed_bytes_can_count_all_caches_that_take_a_level_together():
             after = state.preview(item)
             freed = state.peak_bytes - after.peak_bytes
             freed += after.shared_bytes - costs.shared.of(state._sharers)
-            assert seen["ladder"][item, column] == pytest.approx(freed / costs.dense_peak_bytes)
+            assert seen["ladder"][item, column] == pytest.approx(freed / costs.native_peak_bytes)
         assert (seen["ladder"][caches, column] > single["ladder"][caches, column]).any()
         single["ladder"][caches, column] = seen["ladder"][caches, column]
         assert (seen["ladder"] == single["ladder"]).all()

@@ -79,7 +79,7 @@ def test_all_masks_have_the_bytes_of_the_memory_model(name, shape):
     peaks = [memory.peak_bytes(mask, request) for mask in masks]
     assert costs.peaks(positions).tolist() == peaks
     assert [costs.state(row).peak_bytes for row in positions.tolist()] == peaks
-    assert costs.dense_peak_bytes == memory.dense_peak_bytes(*shape)
+    assert costs.native_peak_bytes == memory.native_peak_bytes(*shape)
     assert costs.kv_cache_bytes == memory.breakdown(Plan(), request).kv_cache
     assert costs.least_peak_bytes == memory.peak_bytes_without_blocks(request)
     assert freed_bytes(costs.stacked, positions[0]) == memory.freed_bytes(request).tolist()
@@ -122,7 +122,7 @@ def test_an_order_is_followed_until_the_request_fits():
     ]
     peaks = []
     for fraction in (1.0, 0.9, 0.6, 0.3, 0.0):
-        budget = int(fraction * costs.dense_peak_bytes)
+        budget = int(fraction * costs.native_peak_bytes)
         plan = costs.lower_until_fits(steps, budget)
         peaks.append(memory.peak_bytes(plan, Request(4, 300, 1)))
         assert peaks[-1] <= budget or fraction == 0.0
@@ -143,7 +143,7 @@ def test_stacked_costs_have_the_bytes_and_moves_of_single_states(name, together)
     )
     for rows in (shapes[:2], shapes[2:]):
         stacked.put(rows, made_bytes.stacked(*np.array(SHAPES)[rows].T))
-    assert stacked.dense_peak_bytes.tolist() == [memory.dense_peak_bytes(*s) for s in SHAPES]
+    assert stacked.native_peak_bytes.tolist() == [memory.native_peak_bytes(*s) for s in SHAPES]
     assert stacked.least_peak_bytes.tolist() == [entry.least_peak_bytes for entry in costs]
     start = ladder.positions(Plan.of({"layer01.cache": "int8"}))
     states = [entry.state(start if row else None) for row, entry in enumerate(costs)]

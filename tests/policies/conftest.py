@@ -38,7 +38,7 @@ def between(ladder_bytes):
 
     def make(shape: tuple[int, int], share: float) -> Request:
         costs = ladder_bytes.costs(*shape)
-        least, most = costs.least_peak_bytes, costs.dense_peak_bytes
+        least, most = costs.least_peak_bytes, costs.native_peak_bytes
         return Request(*shape, budget_bytes=int(least + share * (most - least)))
 
     return make

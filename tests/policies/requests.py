@@ -8,7 +8,7 @@ SHAPES = ((1, 100), (16, 500))
 
 def needing(context, bytes_over, seq_len_tokens=1):
     """A short request that is over its budget by so many bytes."""
-    dense = context.memory.dense_peak_bytes(1, seq_len_tokens)
+    dense = context.memory.native_peak_bytes(1, seq_len_tokens)
     return Request(1, seq_len_tokens, dense - bytes_over)
 
 

@@ -130,7 +130,7 @@ def test_ties_prefer_less_lowering():
     known = costs(made)
     free = {item: dict.fromkeys(levels, 0.0) for item, levels in known.costs.items()}
     policy = KnapsackPolicy(MemoryModel(made), replace(known, costs=free))
-    native = policy.memory.dense_peak_bytes(1, 700)
+    native = policy.memory.native_peak_bytes(1, 700)
     assert policy.choose(Request(1, 700, native)) == Plan()
     assert len(policy.choose(Request(1, 700, native - 1)).levels) == 1
 

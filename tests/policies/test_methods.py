@@ -121,7 +121,7 @@ def test_one_shot_per_byte_follows_the_price_of_the_request():
     # 0.04 nats for 3,000 bytes are cheaper than 0.016 for 1,004 bytes, but not for 5,000.
     context = SyntheticContext([0.5, 4.0, 0.02, 0.30, 0.016, 0.04, 0.03, 0.20])
     assert chosen("one_shot_per_byte", context, needing(context, 100)) == ("layer02.ffn",)
-    long = Request(1, 1000, context.memory.dense_peak_bytes(1, 1000) - 100)  # its cache counts
+    long = Request(1, 1000, context.memory.native_peak_bytes(1, 1000) - 100)  # its cache counts
     assert chosen("one_shot_per_byte", context, long) == ("layer02.attn",)
     harmless = SyntheticContext([0.5, 4.0, 0.02, -0.1, 0.016, 0.04, 0.03, -0.2])
     assert chosen("one_shot_per_byte", harmless, needing(harmless, 100)) == ("layer03.ffn",)

@@ -149,7 +149,7 @@ def test_it_removes_blocks_only_where_int8_caches_do_not_suffice(levelled, basel
     assert plan.removed
     assert {level.name for _, level in plan.caches} == {"int8"}
     assert levelled.peak_bytes(plan, tight) <= tight.budget_bytes
-    assert baseline.choose(Request(*shape, levelled.dense_peak_bytes(*shape))) == Plan()
+    assert baseline.choose(Request(*shape, levelled.native_peak_bytes(*shape))) == Plan()
     assert baseline.evaluations == 0
 
 

@@ -158,7 +158,7 @@ def test_a_floor_that_falls_preempts_nothing_and_more_is_served_than_with_a_fixe
             layers=2, policy=policy, max_delta_nll=0.1, most_delta_nll=most, hold_s=0.2
         )
         memory, shape = MemoryModel(harness.llm), BatchShape(4, 30)
-        harness.budget_bytes = int(memory.dense_peak_bytes(2, 30))
+        harness.budget_bytes = int(memory.native_peak_bytes(2, 30))
         engine = harness.engine(max_batch_size=8)
         handles = [engine.submit(prompt(10, n), greedy(20)) for n in range(10)]
         harness.run(engine)

@@ -217,7 +217,7 @@ def test_a_limit_in_which_nothing_fits_refuses_at_once_and_says_why(tokenizer):
     policy = knapsack_of(MemoryModel(llm))
     settings = ServerSettings(model_name="tiny", model_memory="1GiB", max_delta_nll=0.0)
     stack = build_stack(settings, llm=llm, policy=policy, meter=TensorMeter(llm))
-    little = MemoryModel(llm).dense_peak_bytes(1, 1) // 2
+    little = MemoryModel(llm).native_peak_bytes(1, 1) // 2
     with BackgroundServer(stack.app) as server:
         stack.limit.set(little)
         reason = httpx.get(f"{server.url}/readyz").json()["reason"]

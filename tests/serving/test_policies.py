@@ -80,7 +80,7 @@ def refusal(response, code="insufficient_quality"):
 
 def test_a_fixed_budget_in_which_nothing_fits_above_the_floor_is_refused_at_the_start(tokenizer):
     llm = tiny_llm(layers=3, tokenizer=tokenizer)
-    budget = MemoryModel(llm).dense_peak_bytes(1, 1) // 2
+    budget = MemoryModel(llm).native_peak_bytes(1, 1) // 2
     given = {"llm": llm, "policy": knapsack_of(MemoryModel(llm)), "meter": TensorMeter(llm)}
     assert build_stack(ServerSettings(model_memory=budget, max_delta_nll=None), **given).app
     with pytest.raises(

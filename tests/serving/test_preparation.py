@@ -96,7 +96,7 @@ def test_it_is_not_prepared_where_that_is_off_or_gains_nothing(served, changed):
 
 
 def test_a_model_that_does_not_fit_is_prepared_before_it_serves(folder):
-    native = MemoryModel(load_llm(folder, dtype="float32")).dense_peak_bytes(1, 32)
+    native = MemoryModel(load_llm(folder, dtype="float32")).native_peak_bytes(1, 32)
     fits = ServerSettings(model=str(folder), dtype="float32", model_memory=2 * native)
     prepare_before(fits)
     assert prepared_costs(load_llm(folder, dtype="float32", quick_levels=True)) is None

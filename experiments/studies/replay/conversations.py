@@ -102,7 +102,7 @@ def conversation_jobs(config: Config, folder: Path) -> Iterator[Job[Conversation
         loads[TRACE] = prefix_requests(replay, text, config.seed)
     loads[FALLING] = loads[DRAWN]
     for workload, (requests, all_tokens) in loads.items():
-        least = memory.dense_peak_bytes(1, max(turn.all_tokens for turn in requests))
+        least = memory.native_peak_bytes(1, max(turn.all_tokens for turn in requests))
         held = settings.held_share * all_tokens * sum(memory.facts.kv_bytes_per_token)
         limits, times_s, systems = [least + round(held)], [0.0], list(SYSTEMS)
         if workload == FALLING:

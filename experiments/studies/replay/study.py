@@ -137,7 +137,7 @@ def replay_jobs(config: Config, folder: Path) -> Iterator[Job[ReplayRow]]:
         check_system(name)
     llm = load_model(config)
     memory, judge = MemoryModel(llm), OutputJudge(llm)
-    reference_bytes = memory.dense_peak_bytes(*parse_shape(settings.reference))
+    reference_bytes = memory.native_peak_bytes(*parse_shape(settings.reference))
     budget = cotenant_budget(config.budget, reference_bytes)
     requests, load = make_requests(config, llm)
     depends_on = {

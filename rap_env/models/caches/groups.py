@@ -42,17 +42,17 @@ Groups = tuple[torch.Tensor, ...]
 """Keys' codes, scale and zero, then those of values; only those that the level has."""
 
 
-class Part(NamedTuple):
+class PackedPart(NamedTuple):
     """The keys or the values of some groups."""
 
     codes: torch.Tensor
     scale: torch.Tensor | None = None
     zero: torch.Tensor | None = None
 
-    def narrow(self, start: int, end: int) -> Part:
+    def narrow(self, start: int, end: int) -> PackedPart:
         """The groups from `start` to `end`, dimension 2; views."""
         cut = [None if t is None else t[:, :, start:end] for t in self[1:]]
-        return Part(self.codes[:, :, start:end], *cut)
+        return PackedPart(self.codes[:, :, start:end], *cut)
 
 
 _PIECE_VALUES = 2**18
@@ -108,10 +108,10 @@ def _restored(
     return codes
 
 
-def parts(groups: Groups) -> tuple[Part, Part]:
+def parts(groups: Groups) -> tuple[PackedPart, PackedPart]:
     """The keys and the values of some groups."""
     half = len(groups) // 2
-    return Part(*groups[:half]), Part(*groups[half:])
+    return PackedPart(*groups[:half]), PackedPart(*groups[half:])
 
 
 def codes_of(bits: int, packed: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

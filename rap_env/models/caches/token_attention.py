@@ -16,7 +16,7 @@ from rap_env.levels import ATTENTION_WORKSPACE_BYTES, GROUP_TOKENS, channel_grou
 from rap_env.models.caches.grouped_cache import GroupedLayer
 from rap_env.models.caches.groups import (
     PIECE_VALUES,
-    Part,
+    PackedPart,
     Step,
     capped,
     codes_of,
@@ -133,14 +133,14 @@ class TokenAttention:
         for start in range(0, self.layer.capacity, count):
             yield start, min(start + count, self.layer.capacity)
 
-    def _stretch(self, keys: Part, values: Part, mask: torch.Tensor | None) -> None:
+    def _stretch(self, keys: PackedPart, values: PackedPart, mask: torch.Tensor | None) -> None:
         """Merge the attention to some groups; codes are unpacked in smaller pieces."""
         batch, heads, each, size = self.query.shape
         count = keys.codes.shape[2]
         scores = self.query.new_empty(batch, heads, each, count, GROUP_TOKENS)
         keys, values = (
             # Operations on mixed dtypes are slow.
-            Part(t.codes, *(None if s is None else s.float() for s in t[1:]))
+            PackedPart(t.codes, *(None if s is None else s.float() for s in t[1:]))
             for t in (keys, values)
         )
         for part in (keys, values):
@@ -171,7 +171,7 @@ class TokenAttention:
             added = flat @ zero.transpose(-1, -2)  # (B, K, R, C)
             split(self.output, -1, self.channels, -1).add_(added[..., None])
 
-    def _score(self, keys: Part, out: torch.Tensor) -> None:
+    def _score(self, keys: PackedPart, out: torch.Tensor) -> None:
         """Scores of the codes of a piece, into (B, K, R, P, 32)."""
         batch, heads, each, size = self.query.shape
         codes = self._codes(keys.codes)  # (B, K, P, 32, D)
@@ -185,7 +185,7 @@ class TokenAttention:
         )
         out.copy_(scores.view(batch, heads, -1, each, GROUP_TOKENS).transpose(2, 3))
 
-    def _add_values(self, values: Part, weights: torch.Tensor) -> None:
+    def _add_values(self, values: PackedPart, weights: torch.Tensor) -> None:
         """Add the values of a piece with weights (B, K, R, P, 32)."""
         codes = self._codes(values.codes).flatten(2, 3)  # (B, K, tokens, D)
         if values.scale is None:

@@ -63,7 +63,7 @@ def test_cells_are_checked_against_the_ladder(config):
     assert [cell.target_delta_nll for cell in cells] == [0.5, 1.0, 0.5, 1.0]
     assert [cell.request.budget_bytes for cell in cells] == [40000, 30000, 90000, 75000]
     for cell in cells:
-        dense = context.memory.dense_peak_bytes(*cell.cell[:2])
+        dense = context.memory.native_peak_bytes(*cell.cell[:2])
         assert cell.cell[2] == cell.request.budget_bytes / dense
     least = ladder_bytes.costs(1, 16).least_peak_bytes
     tight = replace(config.evaluate, pinned=[f"1x16@{least}"])

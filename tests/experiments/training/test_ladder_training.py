@@ -62,7 +62,7 @@ def test_the_section_env_makes_the_environment_and_feasible_requests(config):
     ladder_bytes = make_ladder_bytes(config, context)
     for request in draw_requests(config, context, 20, 5):
         costs = ladder_bytes.costs(request.batch_size, request.seq_len_tokens)
-        assert costs.least_peak_bytes <= request.budget_bytes < costs.dense_peak_bytes
+        assert costs.least_peak_bytes <= request.budget_bytes < costs.native_peak_bytes
 
 
 @pytest.mark.parametrize("teacher", ["one_shot", "knapsack", "greedy"])

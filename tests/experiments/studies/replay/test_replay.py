@@ -135,7 +135,7 @@ def test_the_loss_of_plans_is_the_scorers(config, llm):
 def test_what_a_run_counts_is_what_its_intervals_and_handles_add_up_to(config, llm):
     requests, _ = make_requests(config, llm)
     memory = MemoryModel(llm)
-    budget = cotenant_budget(config.budget, memory.dense_peak_bytes(*REFERENCE))
+    budget = cotenant_budget(config.budget, memory.native_peak_bytes(*REFERENCE))
     run = SystemRun(config.replay, llm, requests, budget)
     stats = run.serve(system_policy("dense", llm))
     assert len(run.handles) == len(requests)
