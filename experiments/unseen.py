@@ -227,7 +227,7 @@ def baselines(record: Record, part: str, runs: Sequence[int]) -> None:
 def requests_of(basis: Basis) -> list[Request]:
     """Requests with the largest budgets at which the order's costs add up to `ORDER_LOSSES`."""
     order, costs = make_method("cost_per_byte", *basis), basis.ladder_bytes.costs(*SHAPE)
-    sizes = np.linspace(costs.dense_peak_bytes - 1, costs.least_peak_bytes, 100).astype(int)
+    sizes = np.linspace(costs.native_peak_bytes - 1, costs.least_peak_bytes, 100).astype(int)
     requests = [Request(*SHAPE, size) for size in sizes.tolist()]
     of_level = basis.context.level_costs(basis.ladder_bytes.ladder)
     sums = np.array([of_level.delta_nll(order.choose(request)) for request in requests])
