@@ -112,7 +112,7 @@ def test_networks_see_removal_where_they_learned_it_whatever_levels_there_are(en
     policy = unseen.variant(unseen.Corrected, actors=unseen.new_networks(1, 0))
     policy = policy((context, ladder_bytes, 0, "tight"))
     costs = ladder_bytes.costs(1, 64)
-    budget = (costs.dense_peak_bytes + costs.least_peak_bytes) // 2
+    budget = (costs.native_peak_bytes + costs.least_peak_bytes) // 2
     request = Request(1, 64, budget)
     bench = Bench(policy._encoder, [request], lambda rows: np.zeros(len(rows)))
     which, native = np.zeros(1, np.int64), bench.observer.start(1)
