@@ -35,8 +35,8 @@ class RAPPruneEnv(PruningEnv):
     | 3 | bytes over the budget, as a share of the native peak | 0 (the request fits) | 1 |
     | 4 | KV cache of the native model, as a share of the native peak | 0 | 1 |
 
-    `blocks`: `Box(0, 1, (2L, 7), float32)`. Row `2 * layer` is the layer's attention block, row `2
-    * layer + 1` its FFN block.
+    `blocks`: `Box(0, 1, (2L, 7), float32)`. Row `2 * layer` is attention,
+    row `2 * layer + 1` the layer's FFN block.
 
     | Index | Observation | Min | Max |
     |-------|-------------|-----|-----|
