@@ -44,8 +44,9 @@ from experiments.studies.replay.cgroup import measures
 from experiments.studies.replay.conversations import memory_figure
 from experiments.study.harness import RESULTS, ROOT, Published, Study, write_changed, write_pages
 from experiments.study.plotting import FAINT, INK, Panel, look, panel_figure, save_gif, save_png
+from experiments.study.statistics import paired_ratio
 from experiments.study.table_format import columns_table, markdown, percent, seconds
-from experiments.unseen import POLICY, RUNS, generalisation
+from experiments.unseen import ORDER, POLICY, RUNS, generalisation
 from experiments.unseen import Record as UnseenRecord
 from rap_env.cli import cli
 from rap_env.ladder.features import ITEM_FEATURES
@@ -250,6 +251,19 @@ def unseen_table() -> str:
     names = dict.fromkeys(row["name"] for row in unseen().body["rows"])
     rows = [[n, *(str(unseen().estimate(n, runs) or "-") for runs in RUNS)] for n in names]
     return markdown((["Method", *(f"{runs} runs" for runs in RUNS)], rows))
+
+
+def unseen_real_table() -> str:
+    """What plans lose on real models that no network saw, over what those of the order lose."""
+    cells = defaultdict[str, dict[str, str]](dict)
+    for model, made in unseen().body["real"].items():
+        losses = {name: np.mean(of["delta_nll"], axis=0) for name, of in made["methods"].items()}
+        for name, own in losses.items():
+            cells[name][model] = str(paired_ratio([own], [losses[ORDER]]))
+        cells[ORDER][model] = f"{losses[ORDER].mean():.3f} nats"
+    models = [*unseen().body["real"]]
+    rows = [[name, *(own.get(model, "-") for model in models)] for name, own in cells.items()]
+    return markdown((["Method", *models], rows))
 
 
 def test_scores(task: str) -> dict[str, Floats]:
@@ -498,6 +512,7 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "table_tasks": partial(tasks_table, LISTED_TASKS),
     "bounds": bounds_table,
     "unseen": unseen_table,
+    "unseen_real": unseen_real_table,
     "preparing": preparing_table,
     "preparing_times": preparing_times,
     **{name: partial(shown_text, name) for name in {*COMPARISONS, *STUDIES} - DETAILS},
