@@ -14,6 +14,7 @@ import io
 import math
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -43,8 +44,9 @@ from experiments.studies.replay import cgroup, conversations
 from experiments.studies.replay import study as replay
 from experiments.study.harness import Study
 from experiments.study.plotting import FAINT, INK, Panel, look, panel_figure, save_gif, save_png
+from experiments.study.statistics import paired_ratio
 from experiments.study.table_format import columns_table, markdown, percent, seconds
-from experiments.unseen import POLICY, RUNS, generalisation
+from experiments.unseen import ORDER, POLICY, RUNS, generalisation
 from experiments.unseen import Record as UnseenRecord
 from rap_env.cli import cli
 from rap_env.ladder.features import ITEM_FEATURES
@@ -157,7 +159,9 @@ def shown_text(name: str) -> str:
     if name in COMPARISONS:
         return summary_of(full_text(name))
     first, *sections = full_text(name).partition("\n")[2].split("\n## ")
-    shown = (section for section in sections if section.startswith(STUDIES[name].sections))
+    shown = [section for section in sections if section.startswith(STUDIES[name].sections)]
+    if len(shown) == 1:  # needs no heading
+        return first + shown[0].partition("\n")[2]
     return "\n### ".join([first, *shown])
 
 
@@ -267,6 +271,19 @@ def unseen_table() -> str:
     return markdown(pd.DataFrame(rows, columns=["Method", *(f"{runs} runs" for runs in RUNS)]))
 
 
+def unseen_real_table() -> str:
+    """What plans lose on real models that no network saw, over what those of the order lose."""
+    cells = defaultdict[str, dict[str, str]](dict)
+    for model, made in unseen().body["real"].items():
+        losses = {name: np.mean(of["delta_nll"], axis=0) for name, of in made["methods"].items()}
+        for name, own in losses.items():
+            cells[name][model] = str(paired_ratio([own], [losses[ORDER]]))
+        cells[ORDER][model] = f"{losses[ORDER].mean():.3f} nats"
+    models = [*unseen().body["real"]]
+    rows = [[name, *(own.get(model, "-") for model in models)] for name, own in cells.items()]
+    return markdown(pd.DataFrame(rows, columns=["Method", *models]))
+
+
 def test_scores(task: str) -> dict[str, Floats]:
     """What entries that were measured on a task's test text score at each request, by name."""
     entries = published_entries(pinned_task(task).comparison)
@@ -372,9 +389,9 @@ LOW_BITS = "RAPLadder/SmolLM2-LowBits-Table-v0"
 
 
 def preparing_table() -> str:
-    """What plans of prepared models lose, a row for each plan."""
+    """What plans of prepared models lose, a row for each plan that lowers anything."""
     records = [r for r in committed_records() if r.benchmark.startswith("preparing")]
-    lines = [(record, plan) for record in records for plan in record.measured["plans"]]
+    lines = [(r, plan) for r in records for plan in r.measured["plans"] if plan["predicted"]]
 
     def rise(kind: str, line: tuple[BenchmarkRecord, dict[str, Any]]) -> str:
         return f"{line[1]['delta_nll'][kind]:.3f}"
@@ -513,6 +530,7 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "table_tasks": partial(tasks_table, LISTED_TASKS),
     "bounds": bounds_table,
     "unseen": unseen_table,
+    "unseen_real": unseen_real_table,
     "preparing": preparing_table,
     "preparing_times": preparing_times,
     **{name: partial(shown_text, name) for name in {*COMPARISONS, *STUDIES} - DETAILS},

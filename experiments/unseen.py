@@ -236,14 +236,14 @@ def requests_of(basis: Basis) -> list[Request]:
 
 def methods_of(basis: Basis, task: str | None, record: Record, seed: int) -> dict[str, Any]:
     """The methods that are judged on a real model, by name."""
-    made = {"Knapsack": "knapsack", ORDER: "cost_per_byte"}
+    made = {ORDER: "cost_per_byte", "Knapsack": "knapsack"}
     methods: dict[str, Any] = {name: make_method(of, *basis) for name, of in made.items()}
+    methods["Uniform"] = tuned_uniform(record)(basis)
     actors, critics, _ = trained(MODELS, seed)
     policy = variant(unseen.ActorCritic, actors=actors, critics=critics)
     methods[POLICY] = policy(basis)
     methods["Actor alone"] = variant(unseen.Corrected, actors=actors)(basis)
     methods["Regression"] = variant(unseen.Predicted, critics=critics)(basis)
-    methods["Uniform"] = tuned_uniform(record)(basis)
     if task is not None:
         table: Any = gymnasium.make(task).unwrapped
         known = Basis(table.context, table.encoder.ladder_bytes)
@@ -263,7 +263,7 @@ def results(model: str, record: Record, seed: int, text: CorpusConfig) -> dict[s
     requests = requests_of(basis)
     llm = shared_llm(model, device="cpu", dtype="bfloat16", weights="native")
     scorer = PlanScorer(llm, load_corpus(text, llm), open_store("default"))
-    made: dict[str, Any] = {"budgets_bytes": [request.budget_bytes for request in requests]}
+    made = {}
     for name, method in methods_of(basis, task, record, seed).items():
         plans = [method.choose(request) for request in requests]
         scorer.nll_many(plans)
@@ -271,7 +271,8 @@ def results(model: str, record: Record, seed: int, text: CorpusConfig) -> dict[s
         log.info("%s, %s: %s", model, name, np.mean(rises, axis=1).round(3))
         levels = [dict(plan.levels) for plan in plans]
         made[name] = {"plans": levels, "delta_nll": np.round(rises, 5).tolist()}
-    return made
+    budgets_bytes = [request.budget_bytes for request in requests]
+    return {"budgets_bytes": budgets_bytes, "text": scorer.corpus.sha256, "methods": made}
 
 
 def generalisation(record: Record) -> Figure:
