@@ -46,8 +46,7 @@ from experiments.study.harness import Study
 from experiments.study.plotting import FAINT, INK, Panel, look, panel_figure, save_gif, save_png
 from experiments.study.statistics import paired_ratio
 from experiments.study.table_format import columns_table, markdown, percent, seconds
-from experiments.unseen import ORDER, POLICY, RUNS, generalisation
-from experiments.unseen import Record as UnseenRecord
+from experiments.unseen import ORDER, POLICY, RUNS, UnseenRecord, generalisation
 from rap_env.cli import cli
 from rap_env.ladder.features import ITEM_FEATURES
 from rap_env.leaderboard.entries import (
@@ -59,6 +58,7 @@ from rap_env.leaderboard.entries import (
     table_values,
 )
 from rap_env.leaderboard.tasks import pinned_task, pinned_tasks, tasks_of
+from rap_env.plan import Plan
 from rap_env.scoring.fidelity import Floats, spearman
 from rap_env.serving.responses_api import ResponsesRequest
 from rap_env.serving.schemas import ChatCompletionRequest, CompletionRequest
@@ -108,11 +108,6 @@ SEARCHES = {
     "tight_beam": Source("tight_searches", "beam"),
 }
 """Searches for one request of `tight`, by name."""
-
-BESIDE: dict[str, list[Source]] = {
-    "tight_ranked": [Source("tight_ranked", "rap", "rap-best of 8"), Source("tight")],
-}
-"""A method, and all others that are set beside it where it was measured, by marker."""
 
 
 class Shown(NamedTuple):
@@ -165,12 +160,11 @@ def shown_text(name: str) -> str:
     return "\n### ".join([first, *shown])
 
 
-def beside_text(name: str) -> str:
-    """A method of `BESIDE` and all others where it was measured."""
-    first, *others = BESIDE[name]
-    rows, cells = first.rows, {row.cell for row in first.rows}
-    for source in others:
-        rows += [row for row in source.rows if row.cell in cells and row.method != "dense"]
+def ranked_text() -> str:
+    """The policy's best plan of eight, and all other methods at the same requests."""
+    rows = Source("tight_ranked", "rap", "rap-best of 8").rows
+    cells = {row.cell for row in rows}
+    rows += [row for row in Source("tight").rows if row.cell in cells and row.method != "dense"]
     return summary_of(tables_markdown(Comparison(rows)))
 
 
@@ -391,7 +385,9 @@ LOW_BITS = "RAPLadder/SmolLM2-LowBits-Table-v0"
 def preparing_table() -> str:
     """What plans of prepared models lose, a row for each plan that lowers anything."""
     records = [r for r in committed_records() if r.benchmark.startswith("preparing")]
-    lines = [(r, plan) for r in records for plan in r.measured["plans"] if plan["predicted"]]
+    lines = [
+        (r, plan) for r in records for plan in r.measured["plans"] if Plan.from_json(plan["plan"])
+    ]
 
     def rise(kind: str, line: tuple[BenchmarkRecord, dict[str, Any]]) -> str:
         return f"{line[1]['delta_nll'][kind]:.3f}"
@@ -534,7 +530,7 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "preparing": preparing_table,
     "preparing_times": preparing_times,
     **{name: partial(shown_text, name) for name in {*COMPARISONS, *STUDIES} - DETAILS},
-    **{name: partial(beside_text, name) for name in BESIDE},
+    "tight_ranked": ranked_text,
     "entries": lambda: leaderboards("SmolLM2", "Gemma3"),
     **{p: partial(inspect.getdoc, getattr(rap_env, c)) for p, (_, c) in ENVIRONMENTS.items()},
     "benchmarks": speed_table,

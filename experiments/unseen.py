@@ -29,6 +29,7 @@ import torch
 import rap_env
 from agents import unseen
 from agents.unseen import Bench, SetNetwork, variant
+from experiments.study.json_records import read_json, write_text
 from experiments.study.plotting import FAINT, Panel, draw_series, look, panel_figure
 from experiments.study.statistics import Estimate
 from rap_env.context.opening import open_store
@@ -75,14 +76,13 @@ OF_TABLES = "uniform", "frontier", "score_model"
 """Methods that choose among or from measured plans of a model."""
 
 
-class Record:
+class UnseenRecord:
     """The results so far, in a file; what is in it is not evaluated again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.body: dict[str, Any] = {"test_evaluations": 0, "rows": [], "real": {}}
-        if path.exists():
-            self.body = json.loads(path.read_text(encoding="utf-8"))
+        known = read_json(path, made_by="python -m experiments.unseen")
+        self.body: dict[str, Any] = known or {"test_evaluations": 0, "rows": [], "real": {}}
 
     def rows(self, **key: Any) -> list[dict[str, Any]]:
         """The rows with some entries."""
@@ -136,9 +136,8 @@ class Record:
         return float(result.score)
 
     def save(self) -> None:
-        """Write the file."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.body) + "\n", encoding="utf-8")
+        """Write the file; after a kill it is the old or the new one."""
+        write_text(self.path, json.dumps(self.body) + "\n")
 
 
 def trained(models: int, seed: int) -> tuple[list[SetNetwork], list[SetNetwork], dict[str, Any]]:
@@ -176,7 +175,7 @@ def main(part: str, seeds: str, models: str, numbers: str, text: str) -> None:
     """Train, evaluate, and write the record."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
-    record, runs = Record(RECORD), [*map(int, numbers.split(","))]
+    record, runs = UnseenRecord(RECORD), [*map(int, numbers.split(","))]
     if part == "Real":
         config = CorpusConfig(text, 8, 256, seed=1, field="page", role="report")
         for model in [model for model in REAL if model not in record.body["real"]]:
@@ -200,7 +199,7 @@ def main(part: str, seeds: str, models: str, numbers: str, text: str) -> None:
                 record.evaluate(parts[name], own)
 
 
-def tuned_uniform(record: Record) -> type[unseen.Tries]:
+def tuned_uniform(record: UnseenRecord) -> type[unseen.Tries]:
     """The best of `UNIFORM` on the training models."""
 
     def score(given: Mapping[str, Any]) -> float:
@@ -210,7 +209,7 @@ def tuned_uniform(record: Record) -> type[unseen.Tries]:
     return variant(unseen.Uniform, **min(UNIFORM, key=score))
 
 
-def baselines(record: Record, part: str, runs: Sequence[int]) -> None:
+def baselines(record: UnseenRecord, part: str, runs: Sequence[int]) -> None:
     """Evaluate what is not trained."""
     for name, method in {"Uniform": tuned_uniform(record), "Knapsack": "knapsack"}.items():
         record.evaluate(method, {"name": name, "part": part, "runs": 0})
@@ -234,7 +233,7 @@ def requests_of(basis: Basis) -> list[Request]:
     return [requests[int(np.argmax(sums >= loss))] for loss in ORDER_LOSSES]
 
 
-def methods_of(basis: Basis, task: str | None, record: Record, seed: int) -> dict[str, Any]:
+def methods_of(basis: Basis, task: str | None, record: UnseenRecord, seed: int) -> dict[str, Any]:
     """The methods that are judged on a real model, by name."""
     made = {ORDER: "cost_per_byte", "Knapsack": "knapsack"}
     methods: dict[str, Any] = {name: make_method(of, *basis) for name, of in made.items()}
@@ -251,7 +250,7 @@ def methods_of(basis: Basis, task: str | None, record: Record, seed: int) -> dic
     return methods
 
 
-def results(model: str, record: Record, seed: int, text: CorpusConfig) -> dict[str, Any]:
+def results(model: str, record: UnseenRecord, seed: int, text: CorpusConfig) -> dict[str, Any]:
     """Budgets, and plans of all methods with what they lose on windows of a real model's text."""
     costs_of, task = REAL[model]
     lowered = ["int8", "int4" if task else "int4-compact"]
@@ -263,11 +262,11 @@ def results(model: str, record: Record, seed: int, text: CorpusConfig) -> dict[s
     requests = requests_of(basis)
     llm = shared_llm(model, device="cpu", dtype="bfloat16", weights="native")
     scorer = PlanScorer(llm, load_corpus(text, llm), open_store("default"))
-    made = {}
+    native, made = scorer.window_nll(Plan()), {}
     for name, method in methods_of(basis, task, record, seed).items():
         plans = [method.choose(request) for request in requests]
         scorer.nll_many(plans)
-        rises = [scorer.window_nll(plan) - scorer.window_nll(Plan()) for plan in plans]
+        rises = [scorer.window_nll(plan) - native for plan in plans]
         log.info("%s, %s: %s", model, name, np.mean(rises, axis=1).round(3))
         levels = [dict(plan.levels) for plan in plans]
         made[name] = {"plans": levels, "delta_nll": np.round(rises, 5).tolist()}
@@ -275,7 +274,7 @@ def results(model: str, record: Record, seed: int, text: CorpusConfig) -> dict[s
     return {"budgets_bytes": budgets_bytes, "text": scorer.corpus.sha256, "methods": made}
 
 
-def generalisation(record: Record) -> Figure:
+def generalisation(record: UnseenRecord) -> Figure:
     """Draw the score of the policy without a run against the number of training models."""
     numbers = sorted({row["trained_on"] for row in record.rows(name=POLICY)})
 

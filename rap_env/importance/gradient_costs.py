@@ -259,12 +259,6 @@ def joint_plans(
     return plans
 
 
-def has_cache_window(plan: Plan) -> bool:
-    """Whether a plan lets a cache hold a window of tokens only."""
-    caches = (level for item, level in plan.levels.items() if is_cache(item))
-    return any(CacheLevel.of(level).window_tokens for level in caches)
-
-
 def scaled_costs(costs: Costs, measured: Mapping[Scaled, tuple[Plan, float]]) -> Costs:
     """Costs that add up to what the joint plans lose.
 
@@ -355,8 +349,9 @@ def all_plan_nlls(
     def do(number: int) -> dict[str, Any]:
         plan = plans[number]
         left_out = None
-        if chats is not None and plan.levels:
-            left_out = windows if has_cache_window(plan) else chats
+        if chats is not None and plan:
+            shortens = any(level.window_tokens for _, level in plan.caches)
+            left_out = windows if shortens else chats
         nlls: list[float | None] = []
         for text in texts:
             nlls += [None] * len(text) if text is left_out else plan_nlls(forward, text, plan)
@@ -396,7 +391,7 @@ def fitted_costs(
         levels: The levels of each item, as of `item_levels`.
         text: The text.
         measure: Gives the NLL of plans on each window that plans are measured on, nats per
-            token; the native plan is first and has all of them.
+            token; those of the text are first. The first plan is the native one, and has all.
         kinds: The kind of text of each of these windows; empty for one kind.
         most_bits: As for `joint_plans`.
     """
@@ -411,7 +406,7 @@ def fitted_costs(
     return LevelCosts(
         num_layers=facts.num_layers,
         window_tokens=window_tokens,
-        native_nll=fmean(native),
+        native_nll=fmean(native[: len(text.tokens)]),
         costs=scaled_costs(costs, measured),
         joint={plan.to_json(): rise for plan, rise in measured.values()},
         evaluations=evaluations,

@@ -11,7 +11,7 @@ from experiments.unseen import (
     POLICY,
     RECORD,
     RUNS,
-    Record,
+    UnseenRecord,
     generalisation,
     requests_of,
 )
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def record():
-    return Record(ROOT / RECORD)
+    return UnseenRecord(ROOT / RECORD)
 
 
 def test_an_estimate_is_the_mean_over_seeds_with_an_interval_over_models(record):
