@@ -181,6 +181,7 @@ def _layer_costs(
         states.append(forward.run(step, states[-1]))
     gradients = [*torch.autograd.grad(states[-1], states[:-1], gradient), gradient]
     states = [entered.detach() for entered in states]
+    forward.release()  # a level's widened weights take as much again
     for number, step in enumerate(layer):
         entered, output, slope = states[number], states[number + 1], gradients[number + 1]
         names = [block_name(index) for index in step]

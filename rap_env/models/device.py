@@ -275,7 +275,7 @@ def in_float32(dtype: torch.dtype) -> AbstractContextManager[object]:
     another dtype, nothing is changed.
     """
     changes = dtype == torch.bfloat16 and emulated()
-    return _Float32Products() if changes else contextlib.nullcontext()
+    return _Products(linear, dtype) if changes else contextlib.nullcontext()
 
 
 def linear(
@@ -296,7 +296,28 @@ def linear(
     return product.view(*states.shape[:-1], out_features)
 
 
-class _Float32Products(TorchFunctionMode):
+def in_bfloat16() -> AbstractContextManager[object]:
+    """Multiply float32 states of linear layers in bfloat16 in a ``with`` block.
+
+    Results are float32 again, and gradients pass. Weights may be of either dtype.
+    """
+    return _Products(_bfloat16_linear, torch.float32)
+
+
+def _bfloat16_linear(
+    states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    product = functional.linear(states.bfloat16(), weight.bfloat16()).to(states.dtype)
+    return product if bias is None else product + bias
+
+
+class _Products(TorchFunctionMode):
+    """Linear layers with another product, for states of a dtype."""
+
+    def __init__(self, product: Callable[..., torch.Tensor], dtype: torch.dtype) -> None:
+        super().__init__()
+        self._product, self._dtype = product, dtype
+
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -306,10 +327,10 @@ class _Float32Products(TorchFunctionMode):
     ) -> Any:
         named = dict(kwargs or {})
         if func is functional.linear:
-            return linear(*args, **named)
-        if func is torch.addmm and not named and uses_float32(args[1].device, args[1].dtype):
+            return self._product(*args, **named)
+        if func is torch.addmm and not named and args[1].dtype == self._dtype:
             bias, states, weight = args  # GPT-2's Conv1D
-            return linear(states, weight.T, bias)
+            return self._product(states, weight.T, bias)
         return func(*args, **named)
 
 

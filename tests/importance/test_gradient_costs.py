@@ -15,7 +15,7 @@ from rap_env.importance.gradient_costs import (
 )
 from rap_env.models.live.head_parts import head_nll
 from rap_env.models.live.partial_forward import PartialForward
-from rap_env.plan import Plan, block_name, cache_name
+from rap_env.plan import Plan, block_name, cache_name, is_cache
 from tests.tiny import VOCAB_SIZE, each_family, tiny_llm
 
 TOKENS = torch.arange(40)[None] * 7 % VOCAB_SIZE
@@ -60,6 +60,21 @@ def test_costs_are_those_of_gradients_of_the_whole_model(family):
             change = (lowered - states[number + 1]).double()
             expected = 0.5 * float((change * gradient.double()).sum(-1).square().sum())
             assert costs.sums[block][level] == pytest.approx(expected, rel=1e-3, abs=1e-12), level
+
+
+@each_family("family")
+def test_costs_of_bfloat16_products_are_near_those_of_float32(family):
+    llm = tiny_llm(family)
+    levels = item_levels(llm.facts, ("int4", "int2"), TOKENS.shape[1])
+    exact, short = (
+        window_costs(PartialForward(llm, widen=True, gradients=True, short=short), TOKENS, levels)
+        for short in (False, True)
+    )
+    assert short.nll == pytest.approx(exact.nll, rel=5e-3)
+    assert short.nll != exact.nll
+    for item, sums in exact.sums.items():
+        if not is_cache(item):
+            assert short.sums[item]["int4"] == pytest.approx(sums["int4"], rel=0.2), item
 
 
 @each_family("family")

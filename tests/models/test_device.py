@@ -205,6 +205,22 @@ def test_gradients_are_those_of_the_float32_product(on_a_cpu):
     assert torch.equal(states.grad, (ones @ weight.detach().float()).bfloat16())
 
 
+@pytest.mark.parametrize("transposed", [False, True], ids=["Linear", "GPT-2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_float32_states_are_multiplied_in_bfloat16(transposed, dtype):
+    layer = (Conv1D(40, 48) if transposed else torch.nn.Linear(48, 40)).to(dtype)
+    weight = layer.weight.T if transposed else layer.weight
+    states = torch.randn(3, 20, 48).requires_grad_()
+    with device.in_bfloat16():
+        actual = layer(states)
+        actual.sum().backward()
+    assert actual.dtype == states.grad.dtype == torch.float32
+    expected = (states.bfloat16() @ weight.bfloat16().T).float() + layer.bias
+    torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-2)
+    slope = weight.detach().bfloat16().float().sum(0).expand_as(states)
+    torch.testing.assert_close(states.grad, slope, rtol=1e-2, atol=1e-2)
+
+
 def test_scores_of_both_ways_agree_and_are_kept_apart(on_a_cpu):
     llm = ElasticLLM(tiny_model(dtype=torch.bfloat16), None, name="tiny")
     masks = [Plan(), Plan.removing(1), Plan.removing(0, 3)]

@@ -42,22 +42,26 @@ class WidenedWeights:
     Scores must not depend on how much memory there is. So a module whose widened weights are
     not kept is widened for each call, and its own kernels are not used in the ``with`` block.
 
+    Args:
+        dtype: Of the widened weights; None for the model's own.
+
     Attributes:
         max_bytes: Most bytes of widened weights that are kept, besides heads. The first ones
             are kept: modules run in turn, so replacing the oldest would free each before its
             next use.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
         self.max_bytes = WIDENED_BYTES
+        self._dtype = dtype
         self._kept: weakref.WeakKeyDictionary[PackedModule, nn.Module] = weakref.WeakKeyDictionary()
 
     @classmethod
-    def of(cls, model: nn.Module) -> WidenedWeights:
+    def of(cls, model: nn.Module, dtype: torch.dtype | None = None) -> WidenedWeights:
         """The widened weights of a model, which all that use it at the same time share."""
-        weights = _shared.get(id(model))
+        weights = _shared.get((id(model), dtype))
         if weights is None:
-            weights = _shared[id(model)] = cls()
+            weights = _shared[id(model), dtype] = cls(dtype)
         return weights
 
     @property
@@ -96,7 +100,7 @@ class WidenedWeights:
     def _wide(self, module: PackedModule, *, keep: bool = False) -> nn.Module:
         if module in self._kept:
             return self._kept[module]
-        wide = module.widened()
+        wide = module.widened(self._dtype)
         if keep or self.held_bytes + _weight_bytes(wide) <= self.max_bytes:
             self._kept[module] = wide
         return wide
@@ -106,7 +110,8 @@ def _weight_bytes(module: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters())
 
 
-_shared: weakref.WeakValueDictionary[int, WidenedWeights] = weakref.WeakValueDictionary()
+_shared: weakref.WeakValueDictionary[tuple[int, torch.dtype | None], WidenedWeights]
+_shared = weakref.WeakValueDictionary()
 
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -139,6 +144,8 @@ class PartialForward:
         gradients: Whether gradients pass through all steps to states that require them. Needs
             `widen`: packed kernels have none.
         whole: Whether only `hidden` and `logits` are used, which a lean model has too.
+        short: Whether a float32 model multiplies states and weights in bfloat16, to be faster.
+            Needs `widen`.
 
     Attributes:
         adapter: The family adapter of the model.
@@ -155,11 +162,14 @@ class PartialForward:
         widen: bool = False,
         gradients: bool = False,
         whole: bool = False,
+        short: bool = False,
     ) -> None:
         if not whole:
             reject_lean(llm.model, "run in steps")
         self._llm, self.adapter, self.model = llm, llm.adapter, llm.model
-        self._widened = WidenedWeights.of(llm.model) if widen else None
+        dtype = torch.bfloat16 if short else None
+        self._widened = WidenedWeights.of(llm.model, dtype) if widen else None
+        self._short = short
         self._mode = torch.enable_grad if gradients else torch.inference_mode
         self._decoder = self.adapter.decoder(llm.model)
         self._layers = list(self.adapter.layers(llm.model))
@@ -201,7 +211,7 @@ class PartialForward:
             return state
         args, kwargs = self._calls_for(state)[layer]
         wide = self._wide(self._layers[layer])
-        with self._llm.applied(inside), wide, device.in_float32(self._llm.dtype):
+        with self._llm.applied(inside), wide, self._multiplying():
             output = self._layers[layer](state, *args, **kwargs)
         left: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return left
@@ -223,7 +233,7 @@ class PartialForward:
 
         Contiguous rows, not (B, T, H): torch multiplies a slice of a batch at half the speed.
         """
-        with device.in_float32(self._llm.dtype):
+        with self._multiplying():
             logits: torch.Tensor = self.head(hidden)
         return self.adapter.cap_logits(logits)
 
@@ -261,7 +271,7 @@ class PartialForward:
 
     def hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The decoder's output under the applied plan, (B, T) -> (B, T, H)."""
-        with self._llm.exclusive(), self._wide(self._decoder), device.in_float32(self._llm.dtype):
+        with self._llm.exclusive(), self._wide(self._decoder), self._multiplying():
             output = self._decoder(input_ids=input_ids.to(self._llm.device), use_cache=False)
         hidden: torch.Tensor = output.last_hidden_state
         return hidden
@@ -270,6 +280,9 @@ class PartialForward:
         """Free the widened weights that are kept."""
         if self._widened is not None:
             self._widened.clear()
+
+    def _multiplying(self) -> AbstractContextManager[object]:
+        return device.in_bfloat16() if self._short else device.in_float32(self._llm.dtype)
 
     def _wide(self, module: nn.Module) -> AbstractContextManager[None]:
         if self._widened is None:

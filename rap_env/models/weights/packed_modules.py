@@ -62,8 +62,12 @@ class PackedModule(nn.Module):
             for part, tensor in matrix.tensors.items()
         }
 
-    def widened(self) -> nn.Module:
-        """An unquantised module with the same weights, in memory of its own."""
+    def widened(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """An unquantised module with the same weights, in memory of its own.
+
+        Args:
+            dtype: Of the weights; None for that of the module which it replaces.
+        """
         raise NotImplementedError
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
@@ -102,10 +106,10 @@ class PackedLinear(PackedModule):
         bias = self._parameters["bias"]  # an attribute takes ten times as long
         return output if bias is None else output.add_(bias)
 
-    def widened(self) -> nn.Linear:
+    def widened(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """A linear layer with the same weights, in memory of its own, and the same bias."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = _fixed(self.matrices["weight"].widened(self.dtype))
+        linear.weight = _fixed(self.matrices["weight"].widened(dtype or self.dtype))
         linear.register_parameter("bias", self.bias)
         return linear.eval()
 
@@ -134,11 +138,11 @@ class PackedEmbedding(PackedModule):
         scale = self.embed_scale
         return output if scale is None else output * scale.to(self.dtype)
 
-    def widened(self) -> nn.Embedding:
+    def widened(self, dtype: torch.dtype | None = None) -> nn.Embedding:
         """Embeddings with the same rows, in memory of their own."""
-        rows = self.matrices["weight"].widened(self.dtype)
+        rows = self.matrices["weight"].widened(dtype or self.dtype)
         if self.embed_scale is not None:
-            rows = rows * self.embed_scale.to(self.dtype)
+            rows = rows * self.embed_scale.to(rows.dtype)
         wide: nn.Embedding = nn.Embedding.from_pretrained(rows)  # type: ignore[no-untyped-call]
         return wide
 
@@ -176,11 +180,11 @@ class PackedExperts(PackedModule):
                 for name in self._full:
                     child._parameters[name] = None
 
-    def widened(self) -> nn.Module:
+    def widened(self, dtype: torch.dtype | None = None) -> nn.Module:
         """A module of the original class with the same weights, in memory of its own."""
         wide = _without(self._child[0], self._full)
         for name, shape in self._full.items():
-            weight = self.matrices[name].widened(self.dtype).view(shape)
+            weight = self.matrices[name].widened(dtype or self.dtype).view(shape)
             wide._parameters[name] = _fixed(weight)
         return wide
 
