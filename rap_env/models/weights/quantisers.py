@@ -216,13 +216,14 @@ def searched(
     # A range of no more steps than there are begins at the least weight.
     zero = torch.where(steps <= grid.largest, low + grid.middle * scale, centre)
     tried = []
+    codes, products = (weights.new_empty(len(steps), *weights.shape) for _ in range(2))
     for _ in range(_REFITS + 1):
         scale, stored = grid.rounded(scale, zero + mean)
         zero = stored - mean
         inverse = nonzero(scale).reciprocal()
-        codes = torch.addcmul((-zero * inverse)[:, :, None], weights, inverse[:, :, None])
+        torch.addcmul((-zero * inverse)[:, :, None], weights, inverse[:, :, None], out=codes)
         grid.nearest_(codes)  # (widths, groups, n, rows)
-        product = (codes * shared).sum(dim=2)
+        product = torch.mul(codes, shared, out=products).sum(dim=2)
         mean_code = _shared_sum(share, codes)
         mean_square = _shared_sum(share, codes.square_())
         cross = 2 * (zero * mean_code - product)
