@@ -172,7 +172,7 @@ class PackedExperts(PackedModule):
                 self._full.items(), torch.split(buffer, sizes), strict=True
             ):
                 matrix = self.matrices[name]
-                matrix.widen(wide.view(matrix.shape))
+                matrix.widen_all(wide.view(matrix.shape))
                 child._parameters[name] = _fixed(wide.view(shape))
             try:
                 return child(*args, **kwargs)

@@ -141,8 +141,13 @@ class PackedMatrix:
         """All weights in a new tensor (out, in)."""
         with torch.inference_mode(False):
             out = torch.empty(self.shape, dtype=dtype, device=self.device)
-            self.widen(out)
+            self.widen_all(out)
         return out
+
+    def widen_all(self, out: torch.Tensor) -> None:
+        """Write all weights (out, in), some rows at a time, which stay in the CPU's cache."""
+        for first in range(0, self.shape[0], piece_rows(self.shape)):
+            self.widen(out[first : first + piece_rows(self.shape)], first)
 
     def rows(self, indices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The weights of single rows, as an embedding looks them up: (...) to (..., in)."""

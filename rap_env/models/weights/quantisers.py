@@ -175,11 +175,12 @@ def _grouped(
     for first in range(0, len(columns), whole):  # the last group may be short
         some = columns[first : first + whole]
         groups = some.view(-1, min(size, len(some)), some.shape[1])
+        parts = torch.split(groups, _GROUPS)
         if importance is None:
-            yield groups, groups.new_ones(groups.shape[1])
+            yield from ((part, groups.new_ones(groups.shape[1])) for part in parts)
             continue
         factors = importance[first : first + whole].view(groups.shape[:2])
-        yield from zip(torch.split(groups, _GROUPS), torch.split(factors, _GROUPS), strict=True)
+        yield from zip(parts, torch.split(factors, _GROUPS), strict=True)
 
 
 def nonzero(scale: torch.Tensor) -> torch.Tensor:
