@@ -40,6 +40,8 @@ class PreparingSettings(ModelSettings):
 
     thorough: bool = False
     """Whether levels are made by GPTQ."""
+    memory_mib: float | None = None
+    """Most resident memory of preparing, as ``rap prepare --memory``; null for no limit."""
     budgets_mib: list[float] = field(default_factory=lambda: [110.0, 100.0, 90.0, 80.0])
     tokens: int = 1024
     """Tokens of the request, whose batch size is 1."""
@@ -57,6 +59,7 @@ def main(settings: PreparingSettings) -> None:
         device=settings.device,
         dtype=settings.dtype,
         thorough=settings.thorough,
+        memory_bytes=None if settings.memory_mib is None else round(settings.memory_mib * 2**20),
     )
     taken = None
     if path.stat().st_mtime > began:
@@ -70,6 +73,7 @@ def main(settings: PreparingSettings) -> None:
     scorers = text_scorers(settings, llm)
     native = {kind: scorer.nll(Plan()) for kind, scorer in scorers.items()}
     levels, rows = "thorough" if settings.thorough else "quick", list[dict[str, Any]]()
+    limit = "" if settings.memory_mib is None else f"_within_{settings.memory_mib:.0f}_mib"
     for budget_mib in settings.budgets_mib:
         request = Request(1, settings.tokens, round(budget_mib * 2**20))
         plan = policy.choose(request)
@@ -94,7 +98,7 @@ def main(settings: PreparingSettings) -> None:
         if max(row["delta_nll"].values()) >= _NOTICED
     ]
     write_record(
-        f"preparing_{levels}_{llm.name}",
+        f"preparing_{levels}_{llm.name}{limit}",
         settings,
         targets,
         device=str(llm.device),

@@ -410,14 +410,22 @@ def speed_table() -> str:
 
 def preparing_times() -> str:
     """What preparing took where the cache was empty, a row for each model and kind of levels."""
-    records = [r.measured for r in committed_records() if r.benchmark.startswith("preparing")]
-    columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        "Model": lambda made: made["model"],
-        "Levels": lambda made: made["levels"],
-        "CPU minutes": lambda made: f"{made['taken']['cpu_s'] / 60:.1f}",
-        "Most resident memory": lambda made: f"{made['taken']['peak_bytes'] / 2**20:,.0f} MiB",
+    records = [r for r in committed_records() if r.measured.get("taken") is not None]
+
+    def option(record: BenchmarkRecord) -> str:
+        limit_mib = record.settings.get("memory_mib")
+        return "" if limit_mib is None else f"`--memory {limit_mib:.0f}MiB`"
+
+    columns: dict[str, Callable[[BenchmarkRecord], str]] = {
+        "Model": lambda record: record.measured["model"],
+        "Levels": lambda record: record.measured["levels"],
+        "Option": option,
+        "CPU minutes": lambda record: f"{record.measured['taken']['cpu_s'] / 60:.1f}",
+        "Most resident memory": lambda record: (
+            f"{record.measured['taken']['peak_bytes'] / 2**20:,.0f} MiB"
+        ),
     }
-    return markdown(columns_table([made for made in records if made.get("taken")], columns), left=2)
+    return markdown(columns_table(records, columns), left=3)
 
 
 def bounds_table() -> str:
