@@ -61,7 +61,7 @@ UNIFORM = [{"ffn": ffn, "depth": depth} for ffn in (0.0, 100.0) for depth in (1,
 def benches(task: str, models: int | None = None) -> list[Bench]:
     """Each model of a task, or the first ones, with the requests of its episodes."""
     across: Any = gymnasium.make(task, every_level=True, disable_env_checker=True).unwrapped
-    return [Bench.of(env) for env in across.envs[:models]]
+    return [Bench.of(across.env_of(model)) for model in across.models[:models]]
 
 
 REAL = {

@@ -22,7 +22,7 @@ GRID = 200
 
 def budgets_of(model: str) -> list[int]:
     """The budgets of a model in bytes, from the largest down."""
-    env = RAPAcrossEnv([model], **unseen.ARGUMENTS).envs[0]
+    env = RAPAcrossEnv([model], **unseen.ARGUMENTS).env_of(model)
     order = make_method("cost_per_byte", env.context, env.encoder.ladder_bytes)
     costs = env.encoder.ladder_bytes.costs(*unseen.SHAPE)
     budgets = np.linspace(costs.native_peak_bytes - 1, costs.least_peak_bytes, GRID).astype(int)

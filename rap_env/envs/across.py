@@ -42,7 +42,8 @@ class RAPAcrossEnv(gym.Env[Observation, np.int64]):
     | `workloads` | `{}` | workloads of some models, by name, in the place of `workload` |
 
     Further arguments are those of `RAPLadder-v0`, for each model. `info` has the name of the
-    drawn one as `model`. Options of `reset` are those of `RAPLadder-v0`.
+    drawn one as `model`. Options of `reset` are those of `RAPLadder-v0`. With `items`, only the
+    first model is prepared at once, and each other one when it is first drawn.
 
     ## Version History
     - v0: First version.
@@ -59,17 +60,24 @@ class RAPAcrossEnv(gym.Env[Observation, np.int64]):
         render_mode: str | None = None,
         **arguments: Any,
     ) -> None:
-        self.envs = [
-            RAPLadderEnv(model, render_mode=render_mode, **given)
-            for model, given in _arguments(models, workloads, arguments).items()
-        ]
-        self.items = _rows(items, self.envs)
-        for env in self.envs:
-            env.num_actions = self.items
-        self.render_mode = render_mode
-        self.observation_space = _space(self.envs[0].encoder, self.items)  # type: ignore[assignment]
+        self._given = _arguments(models, workloads, arguments)
+        self.models, self.render_mode = [*self._given], render_mode
+        self._made: dict[str, RAPLadderEnv] = {}
+        if items is None:
+            items = max(len(RAPLadderEnv(m, **given).ladder) for m, given in self._given.items())
+        self.items = items
+        encoder = self.env_of(self.models[0]).encoder
+        self.observation_space = _space(encoder, self.items)  # type: ignore[assignment]
         self.action_space = gym.spaces.Discrete(self.items)
         self._drawn: PruningEnv | None = None
+
+    def env_of(self, model: str) -> RAPLadderEnv:
+        """The environment of one of the models, which is prepared when it is first needed."""
+        if model not in self._made:
+            env = RAPLadderEnv(model, render_mode=self.render_mode, **self._given[model])
+            env.num_actions = whole_number("items", self.items, least=len(env.ladder))
+            self._made[model] = env
+        return self._made[model]
 
     @property
     def drawn(self) -> PruningEnv:
@@ -91,7 +99,7 @@ class RAPAcrossEnv(gym.Env[Observation, np.int64]):
     ) -> tuple[Observation, dict[str, Any]]:
         """Draw a model and start an episode; errors are those of `RAPLadder-v0`."""
         super().reset(seed=seed)
-        self._drawn = self.envs[self.np_random.integers(len(self.envs))]
+        self._drawn = self.env_of(self.models[self.np_random.integers(len(self.models))])
         drawn_seed = int(self.np_random.integers(2**31))
         observation, info = self._drawn.reset(seed=drawn_seed, options=options)
         return self.padded(observation), {**info, "model": self._drawn.memory.facts.name}
@@ -155,7 +163,8 @@ class RAPAcrossVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64]
             )
             for rows, (model, given) in zip(self.rows, each.items(), strict=True)
         ]
-        self.items = _rows(items, self.parts)
+        most = max(len(part.ladder) for part in self.parts)
+        self.items = most if items is None else whole_number("items", items, least=most)
         for part in self.parts:
             part.num_actions = self.items
         self.metadata = self.parts[0].metadata
@@ -250,12 +259,6 @@ def _arguments(
         model: {**arguments, "workload": own[model]} if model in own else {**arguments}
         for model in models
     }
-
-
-def _rows(items: int | None, envs: Sequence[Any]) -> int:
-    """The rows of observations: those given, or as many as the largest ladder has."""
-    most = max(len(env.ladder) for env in envs)
-    return most if items is None else whole_number("items", items, least=most)
 
 
 def _space(encoder: ObservationEncoder, items: int) -> gym.spaces.Dict:

@@ -125,8 +125,10 @@ def evaluate_unseen(
 
     whole_number("runs", runs, least=0)
     across: Any = gymnasium.make(task, disable_env_checker=True).unwrapped
-    pairs, given = zip(across.envs, PARTS[task].values(), strict=True), (split, seed, runs)
-    results = [_result(policy, env, sizes, across.padded, *given) for env, sizes in pairs]
+    results = [
+        _result(policy, across.env_of(model), sizes, across.padded, split, seed, runs)
+        for model, sizes in PARTS[task].items()
+    ]
     return UnseenEvaluation(name, task, split, runs, tuple(results))
 
 

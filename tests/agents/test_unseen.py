@@ -27,7 +27,8 @@ def module_cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def envs():
     arguments = {**arguments_of(TUNE), "models": ["tiny-even", "zoo-41"], "every_level": True}
-    return gym.make("RAPAcross-v0", **arguments, disable_env_checker=True).unwrapped.envs
+    across = gym.make("RAPAcross-v0", **arguments, disable_env_checker=True).unwrapped
+    return [across.env_of(model) for model in across.models]
 
 
 @pytest.fixture

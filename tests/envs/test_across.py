@@ -117,8 +117,18 @@ def test_actions_past_the_items_of_the_drawn_model_are_invalid(across):
 def test_it_needs_a_reset_and_enough_rows():
     with pytest.raises(ResetNeeded):
         gym.make("RAPAcross-v0", models=MODELS, **ARGUMENTS).unwrapped.step(0)
-    with pytest.raises(InvalidRequestError, match="items must be a whole number of at least 13"):
+    with pytest.raises(InvalidRequestError, match="items must be a whole number of at least 9"):
         gym.make("RAPAcross-v0", models=MODELS, items=3, **ARGUMENTS)
+
+
+def test_with_a_number_of_rows_a_model_is_prepared_when_it_is_first_drawn():
+    models = ["tiny-wide", "tiny-nowhere"]
+    env = gym.make("RAPAcross-v0", models=models, items=15, **ARGUMENTS)
+    assert env.reset(seed=1)[1]["model"] == "tiny-wide"
+    with pytest.raises(UnknownNameError, match="tiny-nowhere"):
+        env.reset(seed=0)
+    with pytest.raises(UnknownNameError, match="tiny-nowhere"):
+        gym.make("RAPAcross-v0", models=models, **ARGUMENTS)
 
 
 def test_a_model_may_have_a_workload_of_its_own():
