@@ -7,11 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rap_env.errors import (
-    InfeasibleBudgetError,
-    InvalidRequestError,
-    UnknownNameError,
-)
+from rap_env.errors import InfeasibleBudgetError, InvalidRequestError, UnknownNameError
 from rap_env.ladder.ladder_bytes import mask_bytes
 from rap_env.memory import MAX_BATCH_SIZE, PREFILL_CHUNK_TOKENS, MemoryModel
 from rap_env.model_facts import ModelFacts

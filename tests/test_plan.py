@@ -162,12 +162,7 @@ MASKS = st.builds(Plan, st.frozensets(INDICES, max_size=20))
     ],
 )
 def test_invalid_blocks_are_rejected(wrong: Any) -> None:
-    for use in (
-        block_index,
-        Plan.removing,
-        Plan().without,
-        lambda block: Plan([block]),
-    ):
+    for use in (block_index, Plan.removing, Plan().without, lambda block: Plan([block])):
         with pytest.raises(UnknownNameError, match=r"Unknown block .* written layerNN\.attn or"):
             use(wrong)
 

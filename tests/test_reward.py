@@ -7,11 +7,7 @@ import torch
 
 from rap_env.errors import InvalidRequestError, UnknownNameError
 from rap_env.plan import Plan
-from rap_env.reward import (
-    PerplexityReward,
-    StepOutcome,
-    make_reward,
-)
+from rap_env.reward import PerplexityReward, StepOutcome, make_reward
 from rap_env.scoring.scorer import PlanScorer
 from tests.tiny import VOCAB_SIZE, tiny_llm
 

@@ -7,14 +7,7 @@ from rap_env.errors import InvalidRequestError
 from rap_env.ladder.features import ITEM_FEATURES
 from rap_env.plan import Plan
 from rap_env.request import Request
-from tests.envs.playing import (
-    DENSE_TIMING,
-    LEVELS,
-    long_request,
-    make,
-    make_ladder,
-    play,
-)
+from tests.envs.playing import DENSE_TIMING, LEVELS, long_request, make, make_ladder, play
 
 SAME = ("peak_bytes", "request", "reward_terms", "nll")
 

@@ -49,10 +49,7 @@ def exported(config):
 def test_a_table_with_levels_runs_the_environment_of_levels(config, exported):
     calibration = own_text(3, 48)
     levels = replace(
-        config,
-        name="levels",
-        calibration=calibration,
-        export=ExportConfig(levels=True),
+        config, name="levels", calibration=calibration, export=ExportConfig(levels=True)
     )
     profile(replace(levels, stage="profile"), levels.stage_dir("profile"))
     table = ScoreTable.load(path := export_scores(levels, levels.stage_dir("export_scores")))

@@ -80,11 +80,7 @@ def test_an_explicit_ladder_has_what_it_names():
 @pytest.mark.parametrize(
     ("levels", "error", "message"),
     [
-        (
-            "everything",
-            UnknownNameError,
-            "ladder 'everything'; known .* 'four-bits'",
-        ),
+        ("everything", UnknownNameError, "ladder 'everything'; known .* 'four-bits'"),
         ({"cache": ["int8"]}, UnknownNameError, "setting of levels: 'cache'.*mean 'caches'"),
         ({"weights": ["int5"]}, UnknownNameError, "level of weights 'int5'"),
         ({"embeddings": ["removed"]}, UnknownNameError, "level of embeddings 'removed'"),

@@ -5,9 +5,7 @@ import re
 
 import pytest
 
-from rap_env.errors import (
-    MemorySourceError,
-)
+from rap_env.errors import MemorySourceError
 from rap_env.plan import Plan
 from rap_env.policies.loading import StaticPolicy
 from rap_env.runtime.memory_estimator import EMPTY_BATCH, BatchShape, PassSize

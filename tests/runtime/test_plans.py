@@ -11,12 +11,7 @@ from rap_env.policies.loading import OrderPolicy
 from rap_env.policies.uniform import uniform_plans
 from rap_env.request import Request
 from rap_env.runtime.memory_estimator import BatchShape, MemoryEstimator
-from tests.runtime.harness import (
-    ORDER,
-    Harness,
-    prompt,
-    serve_while_the_budget_jumps,
-)
+from tests.runtime.harness import ORDER, Harness, prompt, serve_while_the_budget_jumps
 from tests.tiny import tiny_llm
 
 LONG = BatchShape(3, 60)

@@ -7,12 +7,7 @@ import torch
 
 from rap_env.artifacts import digest
 from rap_env.envs.ladder import RAPLadderEnv
-from rap_env.errors import (
-    CorpusError,
-    InvalidRequestError,
-    NonFiniteScoreError,
-    UnknownNameError,
-)
+from rap_env.errors import CorpusError, InvalidRequestError, NonFiniteScoreError, UnknownNameError
 from rap_env.models.files.pruned_checkpoint import save_pruned
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward

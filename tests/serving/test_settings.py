@@ -7,10 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from rap_env.artifacts import save_artifact
-from rap_env.errors import (
-    RapError,
-    ServingSettingsError,
-)
+from rap_env.errors import RapError, ServingSettingsError
 from rap_env.memory import MemoryModel
 from rap_env.models.weights.residency import RESIDENCIES
 from rap_env.policies.loading import load_policy

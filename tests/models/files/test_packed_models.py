@@ -13,14 +13,7 @@ from rap_env.models.live.elastic import ElasticLLM
 from rap_env.paths import cache_dir
 from rap_env.plan import Plan
 from rap_env.request import Request
-from tests.models.states import (
-    logits,
-    opened,
-    saved,
-    saved_packed,
-    tensor_bytes,
-    weights_hash,
-)
+from tests.models.states import logits, opened, saved, saved_packed, tensor_bytes, weights_hash
 from tests.tiny import DISTINCT_FAMILIES, FAMILIES, LAYERS, each_family
 
 REQUEST = Request(1, 8, 1)
