@@ -168,9 +168,3 @@ def test_a_budget_as_a_fraction_of_the_dense_peak(shape: tuple[int, int], fracti
 def test_an_invalid_budget_fraction_is_rejected(fraction: float) -> None:
     with pytest.raises(InvalidRequestError, match="budget fraction must be above 0, not"):
         Request.at_fraction(MEMORY, 1, 1, fraction)
-
-
-@given(SHAPES)
-def test_the_parts_add_up_to_the_dense_peak(shape: tuple[int, int]) -> None:
-    parts = MEMORY.breakdown(Plan(), Request(*shape, budget_bytes=1))
-    assert sum(vars(parts).values()) == parts.peak == MEMORY.native_peak_bytes(*shape)

@@ -84,10 +84,6 @@ def request_at(context, fraction: float = 0.8) -> Request:
     return Request.at_fraction(context.memory, *LONG.values(), fraction)
 
 
-def long_request(context, fraction: float = 0.6) -> Request:
-    return Request.at_fraction(context.memory, *LONG_CACHES.values(), fraction)
-
-
 def play(env, seed: int, masked: bool = False) -> list[tuple[Any, ...]]:
     """One episode of random actions: what `reset` and each `step` returned."""
     env.action_space.seed(seed)

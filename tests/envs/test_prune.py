@@ -42,17 +42,6 @@ class TestEpisode:
         assert len(steps) > 1
         assert context.scorer.evaluations - before == 1
 
-    def test_an_invalid_action_changes_nothing_and_costs(self, context):
-        env = make(context, invalid_action_penalty=0.25)
-        env.reset(seed=0, options={"request": request_at(context, 0.7)})
-        seen, *_ = env.step(1)
-        again, reward, terminated, truncated, info = env.step(np.int64(1))
-        assert data_equivalence(seen, again)
-        assert (reward, terminated, truncated) == (-0.25, False, False)
-        assert info["reward_terms"]["invalid_action"] == -0.25
-        assert info["removed"] == ["layer00.ffn"]
-        assert env.action_masks().tolist() == [True, False, True, True, True, True]
-
     @pytest.mark.parametrize("action", [np.array(2), np.array([2]), [2], np.uint8(2)])
     def test_an_array_of_one_integer_is_an_action(self, context, action):
         env = make(context)

@@ -80,17 +80,6 @@ def test_the_newest_request_is_preempted_and_continues_from_its_tokens():
     assert second.token_ids[: len(kept)] == kept
 
 
-def test_a_request_waits_while_no_mask_fits_it_with_the_running_batch():
-    harness = Harness(guard_order=())
-    harness.budget_bytes = harness.need(Plan(), BatchShape(1, 30))
-    engine = harness.engine()
-    handles = [engine.submit(prompt(10, n), greedy(20)) for n in range(2)]
-    harness.run(engine)
-    assert max(record.rows for record in harness.records) == 1
-    assert handles[1].first_token_s >= handles[0].ended_s
-    assert [handle.preemptions for handle in handles] == [0, 0]
-
-
 def test_a_queued_request_that_can_no_longer_fit_is_rejected(harness, engine):
     handle = engine.submit(prompt(5), greedy(20))
     harness.budget_bytes = harness.controller.monitor.max_budget_bytes = 1000

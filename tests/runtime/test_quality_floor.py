@@ -40,21 +40,6 @@ def worst(policy, handles) -> float:
     return max(policy.delta_nll(p, handle.final_tokens) for handle in handles for p in handle.plans)
 
 
-def test_a_plan_is_applied_only_above_the_floor(policy):
-    floored, free = (Harness(policy=policy, max_delta_nll=floor) for floor in (2.0, None))
-    top, least = (floored.need(plan, SHAPE) for plan in (NATIVE, floored.everything))
-    outcomes = set()
-    for budget in range(top, least, (least - top) // 12):
-        floored.budget_bytes = free.budget_bytes = budget
-        admitted = floored.admit(SHAPE)
-        assert free.admit(SHAPE)
-        assert admitted == (policy.delta_nll(free.llm.plan, 40) <= 2.0)
-        if admitted:
-            assert floored.llm.plan == free.llm.plan
-        outcomes.add(admitted)
-    assert outcomes == {True, False}
-
-
 def served(policy, floor):
     """An engine's answers while its budget jumps between what is plenty and almost nothing."""
     harness = Harness(policy=policy, max_delta_nll=floor, hold_s=0.3)

@@ -275,13 +275,6 @@ def test_a_preflight_is_answered_before_keys_are_asked_for(tokenizer, tmp_path):
             assert response.headers["access-control-allow-origin"] == origin
 
 
-def test_models_are_listed(server):
-    listed = httpx.get(f"{server.url}/v1/models").json()
-    assert listed["object"] == "list"
-    assert [(m["id"], m["object"]) for m in listed["data"]] == [("tiny", "model")]
-    assert httpx.get(f"{server.url}/v1/models/tiny").json() == listed["data"][0]
-
-
 def test_other_paths_and_methods_are_errors_of_the_same_shape(server):
     assert "/v1/images" in error_of(post(server, {}, "images"), 404)["message"]
     error_of(httpx.get(f"{server.url}/v1/chat/completions"), 405)
