@@ -38,12 +38,6 @@ def test_given_hyperparameters_override_the_defaults(name, context):
     assert model.batch_size == (32 if "ppo" in name else 64)
 
 
-def test_config_round_trips_through_a_dict():
-    settings = {"without": ["request"]}
-    config = AgentConfig("ppo", 500, 2, 7, {"n_steps": 16}, policy_settings=settings)
-    assert AgentConfig(**config.as_dict()) == config
-
-
 class CountsInvalid(BaseCallback):
     """Counts the actions on blocks that were already removed."""
 

@@ -19,7 +19,6 @@ NUM_ENVS = 5
 MODES = list(AutoresetMode)
 DENSE_TIMING = {"name": "perplexity", "timing": "dense"}
 LONG = {"batch_size": 8, "seq_len_tokens": 64}  # its budgets need attention blocks removed
-LONG_CACHES = {"batch_size": 16, "seq_len_tokens": 500}  # its cache is most of its bytes
 USUAL = {"workload": "grid", "infeasible": "clip"}  # a tiny model's workspace is large
 LEVELS = {
     "weights": ["int8", "int4", "removed"],

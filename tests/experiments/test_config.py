@@ -14,11 +14,8 @@ from omegaconf.errors import MissingMandatoryValue
 
 from agents.algorithms import ALGORITHMS
 from experiments.config import as_config
-from experiments.config.common import parse_shape
-from experiments.config.program_settings import EvaluateConfig
 from experiments.contexts import context_config
 from experiments.launch import CHOICES_FILE, CONF_DIR, register, register_program
-from experiments.study.console import ExperimentError
 from experiments.study.run_folder import run_label
 from experiments.train import agent_config
 from rap_env.errors import RapError
@@ -202,13 +199,6 @@ def test_a_misspelt_key_or_wrong_type_is_named(override, named):
 def test_an_impossible_value_is_named(override, named):
     with pytest.raises(RapError, match=re.escape(named)):
         as_config(with_values(composed_node(), override))
-
-
-def test_shapes_are_read():
-    assert parse_shape("8x2048") == (8, 2048)
-    assert EvaluateConfig(requests=["1x128", "16 x 4096"]).shapes == [(1, 128), (16, 4096)]
-    with pytest.raises(ExperimentError, match="BATCHxTOKENS"):
-        parse_shape("8")
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,9 @@ from experiments.comparison.run_records import TABLE_FILE
 from experiments.config.common import ImportanceConfig, ModelConfig
 from experiments.config.program_settings import EvaluateConfig, ExportConfig, FrontierConfig
 from experiments.contexts import build_context
-from experiments.evaluate import decision_scores, evaluate
+from experiments.evaluate import evaluate
 from experiments.export_scores import export_scores, recorded_scores
 from experiments.profile import profile
-from experiments.study.json_records import read_records
 from experiments.study.run_folder import RunFolder
 from experiments.train import train
 from rap_env.errors import RapError
@@ -130,21 +129,6 @@ def test_recorded_scores_are_not_measured_again(config, exported, tmp_path):
     none = replace(fresh, export=ExportConfig(records=[str(tmp_path)]))
     with pytest.raises(RapError, match="has no recorded scores"):
         export_scores(none, tmp_path / "none")
-
-
-def test_an_agent_trains_on_a_table(config, exported):
-    table = replace(
-        config, stage="train", name="on_table",
-        model=ModelConfig(name=f"score_table:{exported}", device="auto", dtype="auto"),
-    )  # fmt: skip
-    folder = table.stage_dir("train") / "maskable_ppo-s0"
-    train(table, folder)
-    losses = [record["episode/delta_nll"] for record in read_records(folder / "metrics.jsonl")
-              if "episode/delta_nll" in record]  # fmt: skip
-    assert losses
-    scores = ScoreTable.load(exported).scores
-    assert list(decision_scores(folder)(list(scores))) == list(scores.values()), "ranks samples"
-    assert RunFolder(folder).read()["evaluations"] == len(scores), "what the table has cost"
 
 
 def test_stages_that_need_the_model_reject_a_table(config, exported, tmp_path):

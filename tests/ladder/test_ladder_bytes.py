@@ -140,13 +140,6 @@ def test_stacked_costs_have_the_bytes_and_moves_of_single_states(name, together)
         assert after.tolist() == [state.positions for state in states]
 
 
-def test_requests_whose_caches_skip_the_same_levels_share_their_steps():
-    made = MADE["packed"]
-    found = LadderBytes(MemoryModel(made), Ladder.of(made))
-    assert found.costs(2, 2000).steps is found.costs(3, 2100).steps
-    assert found.costs(2, 2000).steps is not found.costs(2, 100).steps  # no window hides anything
-
-
 def test_costs_are_cached_read_only_and_checked():
     made = MADE["packed"]
     found = LadderBytes(MemoryModel(made), Ladder.of(made))

@@ -82,13 +82,6 @@ def test_all_places_are_filled_and_a_second_address_replaces_the_first(copy):
     assert {name for name in second if second[name] == without[name]} == set()
 
 
-def test_every_place_is_in_a_file(copy):
-    run(copy, FIRST)
-    filled = "".join(texts(copy).values())
-    for place in set_address.PLACES:
-        assert f"address: {place}" in filled or f'"id": "{place}"' in filled, place
-
-
 def test_an_address_of_another_host_is_rejected_and_changes_nothing(copy):
     before = texts(copy)
     done = run(copy, "https://example.com/rap")

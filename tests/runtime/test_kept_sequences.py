@@ -98,12 +98,6 @@ class TestBeginnings:
         assert handle.kept_tokens == 50
         assert handle.token_ids == alone(harness.llm, longer, 8)
 
-    def test_the_same_prompt_again_runs_its_last_token(self):
-        harness, engine = conversing()
-        first = answer(harness, engine, prompt(64))
-        again = answer(harness, engine, prompt(64))
-        assert (again.kept_tokens, again.token_ids) == (63, first.token_ids)
-
     def test_answers_at_one_time_share_one_prompt(self):
         harness, engine = conversing()
         handles = [engine.submit(prompt(70), greedy(8)) for _ in range(4)]
@@ -123,19 +117,6 @@ class TestBeginnings:
 
 
 class TestWhoseTheyAre:
-    def test_an_owner_finds_only_what_is_its_own(self):
-        harness, engine = conversing()
-        answer(harness, engine, prompt(40), owner="a")
-        assert answer(harness, engine, prompt(40), owner="b").kept_tokens == 0
-        assert answer(harness, engine, prompt(40)).kept_tokens == 0
-        assert answer(harness, engine, prompt(40), owner="a").kept_tokens == 39
-
-    def test_nothing_is_kept_where_that_is_switched_off(self):
-        harness, engine = conversing(keep=False)
-        answer(harness, engine, prompt(40))
-        assert kept_bytes(harness) == 0
-        assert answer(harness, engine, prompt(40)).kept_tokens == 0
-
     def test_a_prompt_that_was_cancelled_or_failed_while_it_was_read_leaves_nothing(self):
         harness, engine = conversing()
         handle = engine.submit(prompt(60), greedy(4))

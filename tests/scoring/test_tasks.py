@@ -21,7 +21,6 @@ from tests.tiny import FAMILIES, randomise, tiny_config, tiny_llm, tiny_tokenize
 pytest.importorskip("lm_eval")
 
 from rap_env import PlanLM
-from rap_env.scoring import plan_lm
 from rap_env.scoring.lm_eval_tasks import TaskConfig
 from rap_env.scoring.plan_lm import likelihoods, make_batches
 from rap_env.scoring.tasks import TaskResult, TaskScorer
@@ -174,15 +173,6 @@ def test_a_long_context_loses_tokens_on_the_left_and_equal_inputs_run_once():
     assert likelihoods(partial, cut)[0, 0] == pytest.approx(likelihoods(partial, short)[0, 0])
 
 
-def test_smaller_batches_do_not_change_scores(llm, monkeypatch):
-    config = TaskConfig(("rap_minimal_pairs",), limit=6)
-    wide = TaskScorer(llm, config).results(SOME)["rap_minimal_pairs"]
-    monkeypatch.setattr(plan_lm, "BATCH_TOKENS", 90)
-    monkeypatch.setattr(plan_lm, "HEAD_TOKENS", 7)
-    narrow = TaskScorer(llm, config).results(SOME)["rap_minimal_pairs"]
-    assert narrow.metrics == wide.metrics
-
-
 def numbered(count: int) -> list[dict]:
     """Rows of hellaswag with different texts."""
     return [{**ROWS["hellaswag"], "ctx_a": f"a {number} b."} for number in range(count)]
@@ -229,16 +219,6 @@ def test_tasks_without_likelihoods_of_answers_are_rejected_before_anything_loads
     with pytest.raises(UnknownNameError, match="'wikitext'.*scored by loglikelihood_rolling"):
         TaskScorer(llm, TaskConfig(("wikitext",)))
     lm_eval_tasks.check_scorable(["piqa", "rap_choice", "blimp_causative"])
-
-
-@pytest.mark.slow
-def test_a_task_in_no_known_folder_is_found_among_all():
-    assert "truthfulqa_mc1" not in lm_eval_tasks.TASK_FOLDERS
-    lm_eval_tasks.check_scorable(["truthfulqa_mc1"])
-    with pytest.raises(UnknownNameError, match="likelihood task 'triviaqa'"):
-        lm_eval_tasks.check_scorable(["triviaqa"])
-    with pytest.raises(UnknownNameError, match="no-such-task"):
-        lm_eval_tasks.check_scorable(["no-such-task"])
 
 
 def test_groups_and_tags_stand_for_their_tasks(tmp_path, llm, monkeypatch):

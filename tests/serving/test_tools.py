@@ -225,15 +225,6 @@ def test_a_loop_of_call_result_and_answer(live, stream):
     assert call["function"]["arguments"] in text
 
 
-def test_one_named_function_is_called(live):
-    _, client = live
-    named = {"type": "function", "function": {"name": "b"}}
-    ask = {"tools": [tool(), tool("b")], "tool_choice": named, "max_tokens": 300}
-    (choice,) = chat(client, **ask).choices
-    assert [call.function.name for call in choice.message.tool_calls] == ["b"]
-    assert choice.finish_reason == "tool_calls"
-
-
 def test_the_loop_of_the_page_runs_calls_until_there_is_an_answer():
     page = (Path(__file__).parents[2] / "docs" / "server.md").read_text(encoding="utf-8")
     code, tools = (

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from rap_env.errors import UnsupportedModelError
-from rap_env.ladder.items import Ladder
 from rap_env.memory import MemoryModel
 from rap_env.models.live import calibration
 from rap_env.models.live.calibration import calibrate
@@ -90,15 +89,6 @@ def test_without_a_text_they_do_not_exist() -> None:
     with pytest.raises(UnsupportedModelError, match=r"at int3 so far: .* call .*calibrate\(llm"):
         llm.apply(Plan.of({"layer00.ffn": "int3"}))
     assert llm.plan == Plan()
-
-
-@EVERY
-def test_the_ladder_has_them_in_place_of_int4(name: str) -> None:
-    item_levels = {item.levels for item in Ladder.of(tiny_llm(name).facts, "all").items}
-    weights = ("native", "int8", "int4-compact", "int3", "int2", "removed")
-    assert {weights, weights[:4]} <= item_levels
-    narrow = {item.levels for item in Ladder.of(tiny_llm().facts, "all").items}
-    assert narrow == {item.levels for item in Ladder.of(tiny_llm().facts, "four-bits").items}
 
 
 @pytest.mark.parametrize("level", ["int3", "int2"])

@@ -9,7 +9,6 @@ import pytest
 from experiments.config import Config
 from experiments.config.common import ModelConfig, TextConfig
 from experiments.config.study_settings import ConversationsConfig, ReplayConfig
-from experiments.studies.replay import conversations as study
 from experiments.studies.replay.conversations import (
     DRAWN,
     FALLING,
@@ -261,10 +260,3 @@ def test_the_table_has_a_row_for_each_system(rows, folder):
     assert [*fewer[:2]] == ["-", "0.0 %"]
     assert float(fewer[2].split()[0]) > 0
     assert "Kept as it was read" in (folder / "tables.md").read_text()
-
-
-def test_a_finished_run_measures_nothing_again(config, folder, monkeypatch):
-    before = (folder / "conversations.jsonl").read_bytes()
-    monkeypatch.setattr(study, "served", lambda *_: pytest.fail("measured again"))
-    STUDY.run(config, folder)
-    assert (folder / "conversations.jsonl").read_bytes() == before

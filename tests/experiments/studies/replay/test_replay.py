@@ -170,16 +170,6 @@ def test_references_are_the_native_models_greedy_continuations(config, llm):
         assert judge.same(request, judge.reference(request)) == request.new_tokens
 
 
-def test_a_finished_system_is_not_run_again_and_other_settings_are_rejected(config, folder):
-    before = (folder / "replay.jsonl").read_bytes()
-    fewer = replace(config, replay=replace(config.replay, systems=["uniform_native_int4", "dense"]))
-    STUDY.run(fewer, folder)
-    assert (folder / "replay.jsonl").read_bytes() == before
-    changed = replace(config, replay=replace(config.replay, every=2))
-    with pytest.raises(ExperimentError, match=r"replay\.every: 1 -> 2"):
-        STUDY.run(changed, folder)
-
-
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
