@@ -45,9 +45,7 @@ def test_a_truncated_artifact_is_rejected(data: Any, tmp_path: Path) -> None:
     content = (tmp_path / "a.json").read_bytes()
     kept = data.draw(st.integers(0, len(content) - 2))  # the last byte is a line break
     (tmp_path / "a.json").write_bytes(content[:kept])
-    with pytest.raises(
-        ArtifactError, match=r"a\.json is truncated .*; delete it and create it again"
-    ):
+    with pytest.raises(ArtifactError, match="truncated .*; delete it"):
         load_artifact(tmp_path / "a.json", "thing", 3)
 
 

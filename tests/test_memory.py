@@ -110,9 +110,7 @@ def test_sizes_beyond_32_bits_are_exact() -> None:
     [("batch_size", 0), ("seq_len_tokens", -1), ("budget_bytes", 1.5), ("batch_size", True)],
 )
 def test_an_empty_request_is_rejected(field: str, value: Any) -> None:
-    with pytest.raises(
-        InvalidRequestError, match=f"{field} must be a whole number of at least 1, not {value}"
-    ):
+    with pytest.raises(InvalidRequestError, match=f"{field} must be .* not {value}"):
         replace(REQUEST, **{field: value})
 
 
@@ -123,9 +121,7 @@ def test_numpy_integers_make_a_plain_request() -> None:
 
 
 def test_a_length_beyond_the_models_positions_is_rejected() -> None:
-    with pytest.raises(
-        InvalidRequestError, match=r"from 1 to 4096 tokens \(the positions of made-up\), not 4097"
-    ):
+    with pytest.raises(InvalidRequestError, match="from 1 to 4096 tokens"):
         MEMORY.peak_bytes(Plan(), Request(1, 4097, 1))
     with pytest.raises(InvalidRequestError, match="batch size must be from 1 to .*, not 0"):
         MEMORY.check(0, 10)

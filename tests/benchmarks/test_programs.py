@@ -14,8 +14,9 @@ from benchmarks.memory import measured_peak
 from rap_env.memory import MemoryModel
 from rap_env.models.device import resident_bytes
 from rap_env.models.files.loading import load_llm
+from tests.models.states import saved
 from tests.policies import made_ladder
-from tests.tiny import tiny_llm, tiny_model, tiny_tokenizer
+from tests.tiny import tiny_llm
 
 CPU = torch.device("cpu")
 KIB = 1024
@@ -24,10 +25,7 @@ LAYERS = 4
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_model("llama_tied", layers=LAYERS).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return saved(tmp_path_factory.mktemp("tiny"), "llama_tied", torch.float32, layers=LAYERS)
 
 
 @pytest.fixture(autouse=True)

@@ -112,9 +112,7 @@ def test_a_table_has_the_costs_and_the_order_of_the_live_model(live, table, tmp_
     with pytest.raises(ArtifactError, match="no costs of caches at level int2, only of native"):
         context.level_costs(ladder_of(context, ["int2"]))
     bare = TableContext(replace(table, levels=None), "t", importance="one_shot")
-    with pytest.raises(
-        ArtifactError, match="has no costs of levels; choose another policy, pass importance='none'"
-    ):
+    with pytest.raises(ArtifactError, match="has no costs of levels"):
         bare.level_costs(ladder_of(bare))
     with pytest.raises(ArtifactError, match="no GSI over items; pass importance='one_shot'"):
         item_order(context, bytes_of(live), "gsi")

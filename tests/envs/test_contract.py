@@ -13,7 +13,7 @@ import rap_env
 from rap_env.errors import UnknownNameError
 from rap_env.plan import Plan
 from tests.envs.playing import DENSE_TIMING, assert_same, play
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.models.states import saved
 
 
 @pytest.mark.parametrize("workload", ["fixed", "grid", "azure-conv"])
@@ -54,9 +54,7 @@ SETTINGS = {
 @pytest.fixture
 def settings(tmp_path):
     """Arguments of an environment on a tiny model in a folder."""
-    tiny_model(layers=2).save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    return {**SETTINGS, "model": str(tmp_path / "model")}
+    return {**SETTINGS, "model": str(saved(tmp_path / "model", dtype=torch.float32))}
 
 
 def six_steps(envs) -> list:

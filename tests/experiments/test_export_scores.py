@@ -139,9 +139,7 @@ def test_stages_that_need_the_model_reject_a_table(config, exported, tmp_path):
         ("export_scores", export_scores),
     ):
         settings = replace(config, stage=stage, name="refused", model=model)
-        with pytest.raises(
-            RapError, match=f"experiments.{stage} needs a live model.*Set model.name"
-        ):
+        with pytest.raises(RapError, match=f"experiments.{stage} needs a live model"):
             run(settings, tmp_path / stage)
     other = replace(config, stage="train", model=replace(model, dtype="bfloat16"))
     with pytest.raises(RapError, match="measured with dtype='float32'"):

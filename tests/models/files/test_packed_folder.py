@@ -268,9 +268,7 @@ def test_an_unquantised_folder_is_what_transformers_would_write(family, lonely, 
 
 def test_tensors_of_other_shapes_are_rejected(lonely: Path, tmp_path: Path) -> None:
     write_gpt2(tmp_path / "gpt2.gguf", positions=8)  # transformers expects 1,024
-    with pytest.raises(
-        UnsupportedModelError, match=r"'transformer\.wpe\.weight' has shape \(8, 64\)"
-    ):
+    with pytest.raises(UnsupportedModelError, match="wpe.* has shape"):
         converted_gguf(tmp_path / "gpt2.gguf", packed=True)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from experiments.config import Config
 from experiments.config.common import ModelConfig, TextConfig
@@ -21,8 +22,8 @@ from experiments.studies.replay.workload import draw_conversations, prefix_reque
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
 from rap_env.workload.traffic import TraceError
+from tests.models.states import saved
 from tests.policies.test_knapsack import costs
-from tests.tiny import tiny_model, tiny_tokenizer
 
 TEXT = 3 + np.random.default_rng(0).permutation(4000)
 SETTINGS = ConversationsConfig(
@@ -161,9 +162,7 @@ def test_a_malformed_trace_is_reported(traced, trace, named):
 
 @pytest.fixture(scope="module")
 def config(base):
-    model = tiny_model(layers=3, positions=256)
-    model.save_pretrained(base / "model")
-    tiny_tokenizer().save_pretrained(base / "model")
+    saved(base / "model", dtype=torch.float32, layers=3, positions=256)
     rng = np.random.default_rng(0)
     (base / "story.txt").write_text("".join(rng.choice(list("abcdefghij ,."), 2400)))
     (base / "trace.csv").write_text(TRACE_ROWS)

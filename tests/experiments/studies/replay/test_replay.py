@@ -28,8 +28,8 @@ from rap_env.request import Request
 from rap_env.runtime.memory_meter import TensorMeter
 from rap_env.scoring.scorer import PlanScorer
 from rap_env.workload.traffic import AZURE_CONV, TraceError
+from tests.models.states import saved
 from tests.policies import made_policies
-from tests.tiny import tiny_model, tiny_tokenizer
 
 LAYERS = 4
 REFERENCE = (3, 30)
@@ -40,8 +40,7 @@ SYSTEMS = ["dense", "uniform_native_int4"]
 @pytest.fixture(scope="module")
 def config(base):
     """Settings for a random model: 24 requests in 6 s, and a budget that falls to 0.36."""
-    tiny_model(layers=LAYERS).save_pretrained(base / "model")
-    tiny_tokenizer().save_pretrained(base / "model")
+    saved(base / "model", dtype=torch.float32, layers=LAYERS)
     rng = np.random.default_rng(0)
     (base / "story.txt").write_text("".join(rng.choice(list("abcdefghij ,."), 2400)))
     lines = [f"2023-11-16 18:00:{n / 4:09.6f},{8 + 7 * n % 23},{3 + n % 6}" for n in range(24)]
