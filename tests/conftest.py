@@ -29,6 +29,13 @@ def own_cache(caches, monkeypatch):
         monkeypatch.setenv("RAP_CACHE_DIR", next(caches))
 
 
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory):
+    """A cache of all workers, in which what the package's tiny models need is made once."""
+    folder = tmp_path_factory.getbasetemp()
+    return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "tiny-models"
+
+
 def pytest_collection_finish() -> None:
     """Leave all modules out of later garbage collections."""
     gc.freeze()
