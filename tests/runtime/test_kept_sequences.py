@@ -143,20 +143,6 @@ class TestRoom:
         # As with models of which lowering a block takes less than a pass.
         monkeypatch.setattr("rap_env.runtime.memory_estimator._LOWERING_BLOCKS", 0)
 
-    def test_what_is_kept_counts_as_used_and_goes_at_once_when_the_budget_falls(self):
-        harness, engine = conversing(guard_order=())
-        answer(harness, engine, prompt(100))
-        kept = kept_bytes(harness)
-        used = harness.meter.used_bytes()
-        assert used == harness.llm.held_bytes.total > kept > 0
-        harness.budget_bytes = harness.need(Plan(), BatchShape()) + kept // 2
-        engine.step()
-        assert 0 < kept_bytes(harness) <= kept // 2
-        assert harness.llm.plan == Plan()  # nothing that runs was lowered
-        harness.budget_bytes = harness.need(Plan(), BatchShape())
-        engine.step()
-        assert kept_bytes(harness) == 0
-
     def test_what_was_used_least_recently_goes_first(self):
         harness, engine = conversing(guard_order=())
         for number in range(3):
@@ -181,33 +167,6 @@ class TestRoom:
         # What was read after it knows that.
         plans = {plan for node in engine._scheduler._kept._order for plan in node.plans}
         assert Plan.uniform(3, caches="int8") in plans
-
-    @pytest.mark.parametrize("runs", [True, False])
-    def test_while_a_request_decodes_a_request_waits_for_lowering(self, runs, monkeypatch):
-        """Here enough for a block at a time: a request waits for it, and nothing that runs does."""
-        monkeypatch.setattr("rap_env.runtime.kept_sequences._LOWERING_S", 0.0)
-        harness, engine = conversing(policy=predicting(), guard_order=(), keep_delta_nll=1.5)
-        answer(harness, engine, prompt(96), 1)
-        room = int(0.6 * kept_bytes(harness))
-        if runs:
-            running = engine.submit(prompt(10, 2), greedy(100))
-            while len(running.token_ids) < 2:
-                engine.step()
-        turns = [[*prompt(96), *prompt(9, n)] for n in (1, 3)]
-        batch = engine._scheduler.batch
-        sequence = TokenSequence(RequestHandle((*turns[0],), greedy(4), 0.0))
-        harness.budget_bytes = harness.need(Plan(), batch.shape_with(sequence, 105, 16)) + room
-        handles = [engine.submit(turn, greedy(4)) for turn in turns[:1]]
-        lowered = [0]
-        while handles[0].admitted_s is None:
-            before = len(running.token_ids) if runs else 0
-            engine.step()
-            levels = [node.block.levels for node in engine._scheduler._kept._order]
-            lowered.append(sum(level != Plan() for level in levels))
-            assert not runs or len(running.token_ids) > before
-        assert handles[0].kept_tokens == 96
-        assert handles[0].kept_levels["int8"] >= 64
-        assert lowered[:3] == ([0, 1, 2] if runs else [0, 2])
 
     def test_a_prompt_is_kept_between_the_tokens_of_others(self, monkeypatch):
         """Here enough for a block at a time; a request that begins alike waits for all of it."""
@@ -293,13 +252,6 @@ class TestRoom:
         assert handle.kept_tokens == 0
         assert handle.token_ids == alone(harness.llm, prompt(40), 8)
         assert answer(harness, engine, prompt(40)).kept_tokens == 39  # what was read anew
-
-    def test_a_request_with_a_floor_of_its_own_uses_nothing_below_it(self):
-        harness, engine, _ = lowering(1.5)
-        history = [*prompt(96), *prompt(9, 1)]
-        handle = answer(harness, engine, history, max_delta_nll=0.0)
-        assert handle.kept_tokens == 32  # which was not lowered
-        assert handle.kept_levels == {"native": 32}
 
 
 class TestFiles:
@@ -717,14 +669,3 @@ def test_a_file_that_cannot_be_read_is_logged_and_the_request_is_read_again(monk
     harness.run(engine)
     assert "Input/output error" in caplog.text
     assert second.token_ids == alone(harness.llm, prompt(38, 1), 16)
-
-
-def test_files_of_a_cancelled_request_are_freed():
-    harness, engine, (_, second) = squeezed()
-    kept = engine._scheduler._kept
-    assert any(node.block.file is not None for node in kept._order)
-    second.cancel()
-    steps(engine, 2)
-    assert not any(node.block.file is not None for node in kept._order)
-    harness.run(engine)
-    assert harness.llm.held_bytes.kv_cache == 0
