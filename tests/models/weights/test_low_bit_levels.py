@@ -15,7 +15,7 @@ from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS
 from rap_env.models.weights.residency import Residency
 from rap_env.plan import Plan, block_name
 from rap_env.request import Request
-from tests.models.states import apply_to, logits, opened, saved, tensor_bytes, weights_hash
+from tests.models.states import apply_to, logits, opened, saved, weights_hash
 from tests.models.weights.test_weight_levels import replace_by_widened
 from tests.tiny import LAYERS, VOCAB_SIZE, WIDE_FAMILIES, tiny_llm, tiny_model
 
@@ -36,20 +36,6 @@ def made(llm: ElasticLLM) -> ElasticLLM:
     """A model that makes its levels at their first use."""
     llm.calibrator = lambda model: calibrate(model, WINDOWS)
     return llm
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@EVERY
-def test_predicted_bytes_are_those_of_the_tensors(name: str, dtype: torch.dtype) -> None:
-    llm = made(tiny_llm(name, dtype=dtype))
-    memory, seen = MemoryModel(llm), []
-    for plan in (Plan(), *UNIFORM.values(), MIXED):
-        llm.apply(plan)
-        parts = memory.breakdown(plan, REQUEST)
-        assert tensor_bytes(llm.model) == parts.weights + parts.embeddings, str(plan)
-        seen.append(parts.weights + parts.embeddings)
-    assert seen == sorted(seen[:-1], reverse=True) + seen[-1:]
-    assert len(set(seen)) == len(seen)
 
 
 @pytest.mark.engine_feature("here", "Levels of weights", "int8, int4, int3, int2")
