@@ -3,10 +3,8 @@
 import itertools
 import json
 import random
-import re
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import openai
@@ -191,33 +189,6 @@ def test_a_loop_of_call_result_and_answer(live):
     assert text.startswith('tools: [{"type": "function", "function": {"name": "weather"')
     assert "tool weather: 12 degrees\nassistant: " in text
     assert call.function.arguments in text
-
-
-def test_the_loop_of_the_page_runs_calls_until_there_is_an_answer():
-    page = (Path(__file__).parents[2] / "docs" / "server.md").read_text(encoding="utf-8")
-    code, tools = (
-        re.findall(rf"^```{language}\n(.*?)^```$", page.partition("## Tools")[2], re.M | re.S)[0]
-        for language in ("python", "json")
-    )
-    names: dict = {}
-    exec(code, names)
-    tokenizer = tool_tokenizer("tagged")
-    engine = FakeEngine(tokenizer, written("tagged", ROME))
-    engine.max_seq_len_tokens = 4096
-    asked = []
-
-    def weather(city):
-        asked.append(city)
-        engine.tokens = tokenizer.encode("It is warm.")
-        return {"degrees": 25}
-
-    tools = json.loads(tools)
-    del tools[0]["function"]["strict"]  # the fake engine would draw its tokens from the grammar
-    with served(engine, tokenizer) as server, client_of(server) as client:
-        answer = names["ask"](client, "tiny", "Rome?", tools, {"weather": weather})
-    assert (answer, asked) == ("It is warm.", ["Rome"])
-    prompt = tokenizer.decode(engine.handles[-1].prompt_ids)
-    assert prompt.endswith('tool weather: {"degrees": 25}\nassistant: ')
 
 
 class Weather(BaseModel):
