@@ -8,9 +8,21 @@ import zlib
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # before any import
 os.environ.pop("RAP_CACHE_DIR", None)
 
+import hypothesis
 import pytest
 
 AGENTS = ("ppo", "maskable_ppo", "dqn", "masked_dqn")
+
+hypothesis.settings.register_profile(
+    "untimed",
+    deadline=None,
+    suppress_health_check=[
+        hypothesis.HealthCheck.too_slow,
+        hypothesis.HealthCheck.data_too_large,
+        hypothesis.HealthCheck.function_scoped_fixture,
+    ],
+)
+hypothesis.settings.load_profile("untimed")
 
 gc.disable()  # until all tests are collected: what an import makes, stays
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rap_env.artifacts import (
@@ -26,19 +26,17 @@ VALUES = st.recursive(
     FINITE, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=10
 )
 BODIES = st.dictionaries(st.text(), VALUES)
-same_folder = settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40
-)
+few_examples = settings(max_examples=40)
 
 
-@same_folder
+@few_examples
 @given(body=BODIES)
 def test_an_artifact_round_trips(body: dict[str, Any], tmp_path: Path) -> None:
     save_artifact(tmp_path / "a.json", "thing", 3, body)
     assert load_artifact(tmp_path / "a.json", "thing", 3) == body
 
 
-@same_folder
+@few_examples
 @given(data=st.data())
 def test_a_truncated_artifact_is_rejected(data: Any, tmp_path: Path) -> None:
     save_artifact(tmp_path / "a.json", "thing", 3, {"order": ["layer00.attn"], "nll": [1.5, 2.0]})
@@ -49,7 +47,7 @@ def test_a_truncated_artifact_is_rejected(data: Any, tmp_path: Path) -> None:
         load_artifact(tmp_path / "a.json", "thing", 3)
 
 
-@same_folder
+@few_examples
 @given(data=st.data())
 def test_every_altered_byte_is_detected(data: Any, tmp_path: Path) -> None:
     body = {"order": ["layer00.attn"], "nll": [1.5, 2.0]}
@@ -96,7 +94,7 @@ def test_nan_is_not_saved_and_the_old_file_is_kept(tmp_path: Path) -> None:
     assert load_artifact(tmp_path / "a.json", "thing", 1) == {"nll": 1.0}
 
 
-@settings(deadline=None, max_examples=40)
+@few_examples
 @given(value=BODIES)
 def test_equal_values_have_equal_digests(value: dict[str, Any]) -> None:
     shuffled = dict(reversed(value.items()))
