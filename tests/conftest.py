@@ -8,9 +8,21 @@ import zlib
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # before any import
 os.environ.pop("RAP_CACHE_DIR", None)
 
+import hypothesis
 import pytest
 
 AGENTS = ("ppo", "maskable_ppo", "dqn", "masked_dqn")
+
+hypothesis.settings.register_profile(
+    "untimed",
+    deadline=None,
+    suppress_health_check=[
+        hypothesis.HealthCheck.too_slow,
+        hypothesis.HealthCheck.data_too_large,
+        hypothesis.HealthCheck.function_scoped_fixture,
+    ],
+)
+hypothesis.settings.load_profile("untimed")
 
 gc.disable()  # until all tests are collected: what an import makes, stays
 
@@ -27,6 +39,13 @@ def own_cache(caches, monkeypatch):
     """A separate cache folder for each test, unless a fixture has set one for all of a module."""
     if "RAP_CACHE_DIR" not in os.environ:
         monkeypatch.setenv("RAP_CACHE_DIR", next(caches))
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory):
+    """A cache of all workers, in which what the package's tiny models need is made once."""
+    folder = tmp_path_factory.getbasetemp()
+    return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "tiny-models"
 
 
 def pytest_collection_finish() -> None:

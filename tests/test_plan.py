@@ -64,15 +64,6 @@ def test_a_removed_attention_block_has_no_cache() -> None:
     }
 
 
-def test_a_mask_is_a_plan() -> None:
-    plan = Plan.removing(5)
-    assert plan.is_mask
-    assert plan.removed == {5}
-    assert not PLAN.is_mask
-    assert not Plan()
-    assert PLAN
-
-
 def test_the_same_level_everywhere() -> None:
     plan = Plan.uniform(3, weights="int4", caches="int8", embeddings="int8").without(0)
     assert set(plan.levels) == set(item_names(3)) - {"layer00.cache"}
@@ -162,12 +153,7 @@ MASKS = st.builds(Plan, st.frozensets(INDICES, max_size=20))
     ],
 )
 def test_invalid_blocks_are_rejected(wrong: Any) -> None:
-    for use in (
-        block_index,
-        Plan.removing,
-        Plan().without,
-        lambda block: Plan([block]),
-    ):
+    for use in (block_index, Plan.removing, Plan().without, lambda block: Plan([block])):
         with pytest.raises(UnknownNameError, match=r"Unknown block .* written layerNN\.attn or"):
             use(wrong)
 

@@ -140,9 +140,7 @@ DISTINCT_FAMILIES = (
 
 
 def each_family(
-    argument: str,
-    families: Sequence[str] = FAMILIES,
-    **choices: Sequence[Any] | Mapping[str, Any],
+    argument: str, families: Sequence[str] = FAMILIES, **choices: Sequence[Any] | Mapping[str, Any]
 ) -> pytest.MarkDecorator:
     """Parametrise a test by family and by other choices, without their whole product.
 

@@ -7,7 +7,6 @@ from agents.algorithms import ALGORITHMS
 from agents.export import export_policy, network_weights
 from agents.trained_policy import TrainedPolicy
 from rap_env.errors import ArtifactError
-from rap_env.plan import Plan
 from rap_env.policies.loading import load_policy
 from rap_env.policies.network import PolicyNetwork
 from rap_env.policies.network_policy import NetworkPolicy, PolicyFile
@@ -94,17 +93,6 @@ def test_the_file_records_ladder_and_provenance(runs, tmp_path):
     assert file.weights.without == ("one_shot",)
     assert file.ladder == ladder.spec
     assert file.items == {item.name: list(item.levels) for item in ladder.items}
-
-
-@pytest.mark.parametrize("runs", ["levels"], indirect=True)
-def test_it_predicts_what_the_order_over_items_added(runs):
-    context, _, folders = runs
-    policy = NetworkPolicy(context.memory, export_policy(folders["plain"], context))
-    reached, numbers = encoder_of(context).importance.reached, policy.ladder.numbers
-    assert policy.delta_nll(Plan()) == 0
-    plan = Plan.of({"layer01.ffn": "int8", "embeddings": "int8"})
-    expected = reached[numbers["layer01.ffn"], 1] + reached[numbers["embeddings"], 1]
-    assert policy.delta_nll(plan) == pytest.approx(expected)
 
 
 def test_a_policy_is_exported_for_another_model_where_it_transfers(runs):

@@ -11,9 +11,8 @@ from rap_env.errors import UnknownNameError
 from rap_env.ladder.ladder_bytes import mask_bytes
 from rap_env.ladder.observation import ObservationEncoder
 from rap_env.plan import Plan
-from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.request import Request
-from tests.agents.ladders import LadderContext, encoder_of
+from tests.agents.ladders import encoder_of
 from tests.agents.policies import encoder_for, lowers, requests_for, untrained
 from tests.agents.synthetic import ONE_OF_EACH_KIND
 
@@ -66,21 +65,6 @@ def test_the_policy_matches_its_teacher(any_context, name):
     policy = TrainedPolicy(model.policy, builder)
     assert [policy.choose(each.request) for each in shown] == [each.plan for each in shown]
     assert agreement > 0.99
-
-
-@pytest.mark.slow
-def test_a_teacher_whose_plans_the_ladder_cannot_reach_is_followed_as_far_as_possible():
-    """The knapsack lowers single caches to int8, which the ladder lowers together."""
-    context = LadderContext()
-    builder, knapsack = encoder_of(context), KnapsackPolicy(context.memory, context.costs)
-    shown = demonstrated(context, [(r, knapsack.choose(r)) for r in requests_for(context)])
-    assert any(len(set(builder.ladder.positions(each.plan)[6:9])) > 1 for each in shown)
-    model = untrained("maskable_ppo", context, block_vectors=8)
-    assert imitate(model, shown, builder, **QUICK) > 0.9
-    policy = TrainedPolicy(model.policy, builder)
-    losses = [context.scorer.loss(policy.choose(each.request)) for each in shown]
-    teacher = [context.scorer.loss(each.plan) for each in shown]
-    assert sum(losses) < 1.5 * sum(teacher)
 
 
 def test_states_are_subsets_of_the_masks_that_leave_something_to_do(builder, teacher):

@@ -60,20 +60,6 @@ def test_a_block_observes_which_neighbours_are_kept(blocks):
     assert near[0] == near[11] == [1, 1, 1, 1]  # beyond the ends all are kept
 
 
-def test_an_item_observes_the_levels_of_its_neighbours(items):
-    rows, numbers = Rows(items.space), items.ladder.numbers
-    near = joined(rows, observed(items, LOWERED))[0][:, rows.columns["neighbours"]]
-    places = {pair: place for place, pair in enumerate(_NEAR_ITEMS)}
-    middle = near[numbers["layer01.attn"]]
-    assert middle[places[-1, "attn"]] == 1  # removed
-    assert middle[places[-1, "cache"]] == 1  # removed with it
-    assert middle[places[0, "ffn"]] == pytest.approx(1 / 3)
-    assert middle[places[1, "cache"]] == pytest.approx(2 / 5)
-    assert not near[numbers["embeddings"]].any()
-    first = near[numbers["layer00.ffn"]]
-    assert not first[[places[-1, kind] for kind in ("attn", "ffn", "cache")]].any()
-
-
 def test_shared_features_are_mean_levels_and_shares_of_lowest_levels(blocks, items):
     rows = Rows(blocks.space)
     removed = joined(rows, without_blocks(blocks, 0, 2, 3))[0][:, rows.columns["mean_level"]]

@@ -79,17 +79,6 @@ def test_right_actions_lead_to_the_target_and_nowhere_else(together):
         assert steps == distance
 
 
-def test_levels_that_caches_take_together_are_right_if_one_cache_needs_them():
-    builder = encoder_of(("int8", "int4"))
-    observer = PlanObserver(builder, requests_of(builder))
-    target = target_of(builder, {"layer01.cache": "int4", "layer00.attn": "removed"})[None]
-    which, state = np.zeros(1, dtype=np.int64), observer.start(1)
-    caches = list(builder.ladder.caches)
-    assert observer.right_actions(which, state, target)[0, caches].all()
-    alone = target_of(builder, {"layer00.attn": "removed"})[None]
-    assert not observer.right_actions(which, state, alone)[0, caches].any()
-
-
 def test_a_level_that_the_request_skips_is_not_on_the_way():
     builder = encoder_of()
     observer = PlanObserver(builder, requests_of(builder))

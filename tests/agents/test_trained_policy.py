@@ -13,7 +13,7 @@ from rap_env.plan import Plan
 from rap_env.policies.method import measure_choice
 from rap_env.request import Request
 from tests.agents.ladders import SPEC, LadderContext
-from tests.agents.policies import encoder_for, lowers, requests_for, untrained
+from tests.agents.policies import encoder_for, lowers, untrained
 from tests.agents.synthetic import request_at
 from tests.policies.requests import fits
 
@@ -23,21 +23,6 @@ def trained_policy(name, context, spread=0.5, without=(), **options):
     settings = {"without": list(without)} if without else {}
     model = untrained(name, context, spread, **settings)
     return TrainedPolicy(model.policy, encoder_for(context), **options)
-
-
-@pytest.mark.parametrize("name", ALGORITHMS)
-def test_every_feasible_budget_is_met_without_a_score(any_context, name):
-    trained, known = trained_policy(name, any_context, 0.3), any_context.scorer.known
-    plans = set()
-    for request in requests_for(any_context):
-        plan = trained.choose(request)
-        assert fits(any_context, plan, request)
-        assert trained.choose(request) == plan
-        plans.add(plan)
-    assert len(plans) > 5
-    assert bool(trained.weight_levels) == lowers(any_context)
-    assert not trained.evaluations
-    assert any_context.scorer.known == known
 
 
 @pytest.mark.parametrize("name", ["maskable_ppo", "masked_dqn"])

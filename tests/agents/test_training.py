@@ -106,9 +106,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path, context, file, ca
     assert latest_checkpoint(tmp_path / "checkpoints").step == 256, "it is written anew"
     for folder in sorted((tmp_path / "checkpoints").iterdir()):
         damage(folder / file)
-    with pytest.raises(
-        ArtifactError, match="No checkpoint in .* can be used; delete them, .*alter"
-    ):
+    with pytest.raises(ArtifactError, match="No checkpoint in .* can be used; delete them"):
         train(short(), make_envs(context), tmp_path, progress=False)
     with pytest.raises(ArtifactError, match="No checkpoint in"):
         TrainedPolicy.load(tmp_path, context)
@@ -126,8 +124,6 @@ def test_a_checkpoint_without_its_model_is_damaged(tmp_path, context):
     ("other", "text"),
     [
         ({"name": "ppo"}, "started with name='maskable_ppo' and cannot resume with name='ppo'"),
-        ({"seed": 3}, "started with seed=0 and cannot resume with seed=3"),
-        ({"n_envs": 4}, "started with n_envs=2"),
         ({"hyperparameters": {**SHORT["ppo"], "gamma": 0.9}}, "started with hyperparameters="),
         ({"policy_settings": {"without": ["gsi"]}}, "started with policy_settings=.*without"),
     ],

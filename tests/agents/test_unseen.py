@@ -18,9 +18,9 @@ TUNE = "RAPLadder/Unseen-Tune-v1"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def module_cache(tmp_path_factory):
+def module_cache(tiny_models):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAP_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("RAP_CACHE_DIR", str(tiny_models))
         yield
 
 

@@ -7,7 +7,6 @@ from benchmarks.measuring import (
     Settings,
     alternate,
     committed_records,
-    ratios,
     spread,
     target,
     targets_table,
@@ -67,12 +66,6 @@ def test_sides_take_turns_after_the_warm_up():
     assert "".join(calls) == "AB" + "ABABAB"
     assert {name: len(values) for name, values in seconds.items()} == {"A": 3, "B": 3}
     assert all(value > 0 for side in seconds.values() for value in side)
-
-
-def test_ratios_are_paired():
-    assert ratios([4.0, 2.0, 9.0], [4.0, 2.0, 1.0]) == [1.0, 1.0, 9.0]
-    with pytest.raises(ValueError, match="shorter"):
-        ratios([1.0, 2.0], [1.0])
 
 
 def test_a_record_states_how_the_numbers_were_measured_and_makes_the_rows_of_its_targets(

@@ -14,11 +14,9 @@ from benchmarks.memory import measured_peak
 from rap_env.memory import MemoryModel
 from rap_env.models.device import resident_bytes
 from rap_env.models.files.loading import load_llm
-from rap_env.models.files.pruned_checkpoint import load_pruned, save_pruned
-from rap_env.plan import Plan
-from rap_env.request import Request
+from tests.models.states import saved
 from tests.policies import made_ladder
-from tests.tiny import tiny_llm, tiny_model, tiny_tokenizer
+from tests.tiny import tiny_llm
 
 CPU = torch.device("cpu")
 KIB = 1024
@@ -27,10 +25,7 @@ LAYERS = 4
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_model("llama_tied", layers=LAYERS).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return saved(tmp_path_factory.mktemp("tiny"), "llama_tied", torch.float32, layers=LAYERS)
 
 
 @pytest.fixture(autouse=True)
@@ -106,18 +101,6 @@ def test_steps_of_the_environments_are_timed_beside_cart_pole(measured, monkeypa
 
 
 class TestMemory:
-    @pytest.mark.parametrize("removed", [(), ("layer00.attn", "layer02.ffn")])
-    def test_weights_and_cache_of_a_pruned_model_are_as_predicted(self, removed, tmp_path):
-        llm, plan = tiny_llm("llama_tied", layers=LAYERS), Plan.removing(*removed)
-        request = Request(2, 12, budget_bytes=2**62)
-        predicted = MemoryModel(llm).breakdown(plan, request)
-        pruned = load_pruned(save_pruned(llm, plan, tmp_path / "pruned"))
-        weights, kv_cache, peak = memory.measure(pruned, request)
-        assert weights == predicted.weights + predicted.embeddings
-        assert kv_cache == predicted.kv_cache
-        logits = 2 * llm.facts.vocab_size * 4
-        assert weights + kv_cache + logits <= peak < 2 * (weights + kv_cache)
-
     def test_the_benchmark_writes_a_record(self, folder, measured, monkeypatch):
         monkeypatch.setattr(memory, "REQUESTS", ("1x8", "2x12"))
         records = measured(memory, memory.ModelSettings, model=str(folder), dtype="float32")

@@ -2,7 +2,6 @@
 
 from dataclasses import asdict, replace
 
-import numpy as np
 import pytest
 
 from rap_env.context import live as live_module
@@ -113,37 +112,12 @@ def test_a_table_has_the_costs_and_the_order_of_the_live_model(live, table, tmp_
     with pytest.raises(ArtifactError, match="no costs of caches at level int2, only of native"):
         context.level_costs(ladder_of(context, ["int2"]))
     bare = TableContext(replace(table, levels=None), "t", importance="one_shot")
-    with pytest.raises(
-        ArtifactError, match="has no costs of levels; choose another policy, pass importance='none'"
-    ):
+    with pytest.raises(ArtifactError, match="has no costs of levels"):
         bare.level_costs(ladder_of(bare))
     with pytest.raises(ArtifactError, match="no GSI over items; pass importance='one_shot'"):
         item_order(context, bytes_of(live), "gsi")
     masks = mask_bytes(live.memory)
     assert context.item_gsi(masks).order == live.gsi.order
-
-
-def test_measured_plans_give_the_episodes_of_the_live_model(live, table):
-    env = make_ladder(live, reward=DENSE_TIMING)
-    expected = [play(env, seed) for seed in range(3)]
-    plans = {
-        env.ladder.plan(
-            [
-                len(item.levels) if item.kind == "cache" and level == "removed"
-                else item.levels.index(level)
-                for item, level in zip(env.ladder.items, info["levels"], strict=True)
-            ]
-        )
-        for steps in expected
-        for *_, info in steps
-    }  # fmt: skip
-    scores = {**table.scores, **{plan: live.scorer.nll(plan) for plan in plans if plan}}
-    known = TableContext(replace(table, scores=scores), "t", importance="one_shot")
-    found = [play(make_ladder(known, reward=DENSE_TIMING), seed) for seed in range(3)]
-    for steps, others in zip(found, expected, strict=True):
-        for (seen, *rest), (wanted, *others_rest) in zip(steps, others, strict=True):
-            assert rest == others_rest, "rewards and infos to the last bit"
-            assert all(np.array_equal(seen[key], wanted[key]) for key in wanted)
 
 
 def test_other_plans_are_predicted_and_flagged(live, table):

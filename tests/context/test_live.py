@@ -20,8 +20,9 @@ from rap_env.scoring.corpus import Corpus, CorpusConfig
 from rap_env.scoring.corpus_loading import TEXTS
 from rap_env.scoring.store import ScoreStore
 from tests.envs.tiny_contexts import live_context
+from tests.models.states import saved
 from tests.scoring.test_scorer import tokens
-from tests.tiny import tiny_llm, tiny_model, tiny_tokenizer
+from tests.tiny import tiny_llm
 
 
 def make_live(tmp_path, **settings):
@@ -86,9 +87,7 @@ def test_the_package_has_the_order_of_the_default_settings():
 
 
 def test_one_context_for_each_config(tmp_path):
-    folder = tmp_path / "model"
-    tiny_model().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    folder = saved(tmp_path / "model", dtype=torch.float32)
     text = CorpusConfig(windows=2, window_tokens=8)
     config = ContextConfig(
         model=str(folder), dtype="float32", calibration=text, store=str(tmp_path / "s.sqlite")

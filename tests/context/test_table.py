@@ -55,15 +55,6 @@ def test_the_same_episodes_as_with_the_live_model(live, model, timing):
     assert not any("predicted" in info for *_, info in found)
 
 
-def test_predicted_scores_are_flagged_in_info(shallow):
-    env = gym.make("RAPPrune-v0", model=shallow, importance="one_shot", workload=WORKLOAD)
-    infos = [info for seed in range(6) for *_, info in play(env, seed)]
-    deep = [info for info in infos if "nll" in info and len(info["removed"]) > 2]
-    assert deep
-    assert all(info["predicted"] is True for info in deep)
-    assert not any("predicted" in info for info in infos if info not in deep)
-
-
 def test_operations_that_need_the_model_raise_an_error(live, model):
     context = open_context(ContextConfig(model=model, importance="one_shot"))
     with pytest.raises(ModelNotAvailableError, match="no model, which .*tasks.*give the model"):

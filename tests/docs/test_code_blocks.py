@@ -74,9 +74,13 @@ def each_page(language: str) -> pytest.MarkDecorator:
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
+def environment(tmp_path_factory, tiny_models):
     """Environment variables under which the default model's name loads a tiny random one."""
     base = tmp_path_factory.mktemp("docs")
+    (base / "cache").mkdir()
+    for made in ("calibrated", "importance"):
+        (tiny_models / made).mkdir(parents=True, exist_ok=True)
+        (base / "cache" / made).symlink_to(tiny_models / made)
     variables = {
         **os.environ,
         "RAP_CACHE_DIR": str(base / "cache"),

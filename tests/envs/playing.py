@@ -19,7 +19,6 @@ NUM_ENVS = 5
 MODES = list(AutoresetMode)
 DENSE_TIMING = {"name": "perplexity", "timing": "dense"}
 LONG = {"batch_size": 8, "seq_len_tokens": 64}  # its budgets need attention blocks removed
-LONG_CACHES = {"batch_size": 16, "seq_len_tokens": 500}  # its cache is most of its bytes
 USUAL = {"workload": "grid", "infeasible": "clip"}  # a tiny model's workspace is large
 LEVELS = {
     "weights": ["int8", "int4", "removed"],
@@ -82,10 +81,6 @@ def make_ladder(context, **settings) -> RAPLadderEnv:
 
 def request_at(context, fraction: float = 0.8) -> Request:
     return Request.at_fraction(context.memory, *LONG.values(), fraction)
-
-
-def long_request(context, fraction: float = 0.6) -> Request:
-    return Request.at_fraction(context.memory, *LONG_CACHES.values(), fraction)
 
 
 def play(env, seed: int, masked: bool = False) -> list[tuple[Any, ...]]:

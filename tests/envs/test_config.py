@@ -9,7 +9,7 @@ from rap_env.context.base import ContextConfig
 from rap_env.envs.config import EnvConfig, LadderEnvConfig
 from rap_env.envs.ladder import RAPLadderEnv
 from rap_env.envs.prune import RAPPruneEnv
-from rap_env.errors import InvalidRequestError, RapError, UnknownNameError
+from rap_env.errors import RapError, UnknownNameError
 from rap_env.specs import settings_of
 
 
@@ -86,15 +86,3 @@ def test_v1_loads_native_weights_and_long_windows():
     assert (short.calibration.windows, short.calibration.window_tokens) == (3, 256)
     table = LadderEnvConfig("score_table:t.json").context_config()  # has a text of its own
     assert table.calibration == ContextConfig().calibration
-
-
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        ({"gsi_actions": 0}, InvalidRequestError, "gsi_removals must be .* at least 1"),
-        ({"level": "all"}, UnknownNameError, "'level'; known .* mean 'levels'"),
-    ],
-)
-def test_invalid_settings_of_v1_are_found_before_a_model_loads(settings, error, message):
-    with pytest.raises(error, match=message):
-        RAPLadderEnv("no-such-model", **settings)

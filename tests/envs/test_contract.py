@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import rap_env
 from rap_env.errors import UnknownNameError
 from rap_env.plan import Plan
 from tests.envs.playing import DENSE_TIMING, assert_same, play
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.models.states import saved
 
 
 @pytest.mark.parametrize("workload", ["fixed", "grid", "azure-conv"])
@@ -36,17 +36,6 @@ def test_maskable_ppo_finds_the_masks(task):
     assert agent.rollout_buffer.rewards.min() > -1e5  # no invalid action was taken
 
 
-@pytest.mark.parametrize("version", ["RAPPrune-v0", "RAPLadder-v0"])
-def test_masks_are_found_through_the_wrappers_of_gymnasium(settings, version):
-    env = gym.make(version, **settings)
-    observation, _ = env.reset(seed=0)
-    action = observation["action_mask"].argmax()
-    while env.get_wrapper_attr("action_masks")()[action]:
-        observation, *_ = env.step(action)
-        valid = env.get_wrapper_attr("action_masks")()
-        assert valid.tolist() == (observation["action_mask"] > 0).tolist()
-
-
 def test_random_play_leaves_the_weights_as_they_were(task):
     llm = task.context.llm
     weights = llm.model.state_dict()
@@ -65,9 +54,7 @@ SETTINGS = {
 @pytest.fixture
 def settings(tmp_path):
     """Arguments of an environment on a tiny model in a folder."""
-    tiny_model(layers=2).save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    return {**SETTINGS, "model": str(tmp_path / "model")}
+    return {**SETTINGS, "model": str(saved(tmp_path / "model", dtype=torch.float32))}
 
 
 def six_steps(envs) -> list:
@@ -100,18 +87,3 @@ def test_a_worker_says_that_its_model_is_a_copy(settings, monkeypatch, caplog):
     gym.make("RAPLadder-v0", **settings)
     [message] = [message for message in caplog.messages if "own copy of model" in message]
     assert "leave out vectorization_mode" in message
-
-
-@pytest.mark.slow
-def test_workers_that_load_a_model_each_say_so(settings, capfd):
-    """A server that has imported the libraries once forks the workers."""
-    libraries = ["torch", "transformers.models.llama.modeling_llama", "rap_env.envs.ladder"]
-    multiprocessing.set_forkserver_preload(libraries)
-    served = {"vectorization_mode": "async", "vector_kwargs": {"context": "forkserver"}}
-    envs = gym.make_vec("RAPLadder-v0", 2, **served, **settings)
-    assert isinstance(envs, AsyncVectorEnv)
-    envs.reset(seed=0)
-    envs.close()
-    lines = [line for line in capfd.readouterr().err.splitlines() if "own copy of model" in line]
-    assert len(lines) == 2
-    assert "leave out vectorization_mode" in lines[0]

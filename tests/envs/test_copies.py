@@ -6,6 +6,7 @@ import pickle
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 
 from rap_env.context.table import TableContext
 from tests.envs.playing import (
@@ -18,8 +19,8 @@ from tests.envs.playing import (
     make_ladder,
     reset_finished,
 )
+from tests.models.states import saved
 from tests.scoring.tiny_table import all_masks, table_of
-from tests.tiny import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +106,7 @@ def test_copies_of_vector_environments_continue_identically(table, task, mode):
 
 @pytest.mark.parametrize("version", ["RAPPrune-v0", "RAPLadder-v0"])
 def test_a_live_environment_pickles_as_its_specification(tmp_path, version):
-    tiny_model(layers=2).save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
+    saved(tmp_path, dtype=torch.float32)
     settings = {"workload": "grid", "infeasible": "clip", "importance": "none"}
     env = gym.make(
         version, model=str(tmp_path), calibration={"windows": 1, "window_tokens": 8}, **settings

@@ -82,9 +82,7 @@ def test_make_vec_with_max_episode_steps_pays_too(task):
         assert (rewards < 0).all()
         results.append(rewards.tolist())
     assert results[0] == results[1] == results[2]
-    with pytest.raises(
-        InvalidRequestError, match="max_steps must be .* at least 1, or None, not 0"
-    ):
+    with pytest.raises(InvalidRequestError, match="max_steps must be"):
         task.make_vector(max_steps=0)
 
 

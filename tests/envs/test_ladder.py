@@ -7,14 +7,7 @@ from rap_env.errors import InvalidRequestError
 from rap_env.ladder.features import ITEM_FEATURES
 from rap_env.plan import Plan
 from rap_env.request import Request
-from tests.envs.playing import (
-    DENSE_TIMING,
-    LEVELS,
-    long_request,
-    make,
-    make_ladder,
-    play,
-)
+from tests.envs.playing import DENSE_TIMING, make, make_ladder, play
 
 SAME = ("peak_bytes", "request", "reward_terms", "nll")
 
@@ -72,39 +65,6 @@ class TestEpisode:
             before = plan
         assert steps[-1][2]
         assert env.plan == before
-
-    def test_every_level_is_reached_one_by_one(self, ladder):
-        env = make_ladder(ladder)
-        env.reset(seed=0, options={"request": long_request(ladder, 1e-6)})
-        cache = env.ladder.numbers["layer00.cache"]
-        reached = []
-        while env.action_masks()[cache]:
-            reached.append(env.step(cache)[-1]["levels"][cache])
-        assert reached == LEVELS["caches"]
-        *_, info = env.step(0), env.step(0), env.step(0)
-        assert info[-1]["levels"][0] == info[-1]["levels"][cache] == "removed"
-        assert env.plan.levels == {"layer00.attn": "removed"}
-        _, reward, *_ = env.step(cache)
-        assert reward == -0.1
-
-    def test_levels_that_caches_take_together_need_one_action(self, ladder):
-        env = make_ladder(ladder, together=["int8", "int4"])
-        env.reset(seed=0, options={"request": long_request(ladder, 1e-6)})
-        numbers = env.ladder.numbers
-        caches = [numbers[f"layer{n:02}.cache"] for n in range(3)]
-
-        def lowered(item: str) -> list[str]:
-            levels = env.step(numbers[item])[-1]["levels"]
-            return [levels[n] for n in caches]
-
-        assert lowered("layer01.cache") == ["int8"] * 3
-        assert lowered("layer00.ffn") == ["int8"] * 3
-        for _ in LEVELS["weights"]:
-            levels = lowered("layer00.attn")
-        assert levels == ["removed", "int8", "int8"]
-        assert lowered("layer02.cache") == ["removed", "int4", "int4"]
-        assert lowered("layer01.cache") == ["removed", "int4-window32", "int4"]
-        assert env.action_masks()[caches].tolist() == [False, False, True]
 
     def test_requests_that_no_level_helps_are_rejected(self, ladder):
         env = make_ladder(ladder, levels={"caches": ["int8"]}, importance="none")

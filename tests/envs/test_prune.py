@@ -1,5 +1,3 @@
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -7,31 +5,11 @@ from gymnasium.utils.env_checker import data_equivalence
 
 from rap_env.errors import NonFiniteScoreError
 from rap_env.plan import Plan
-from tests.envs.playing import COUNT, DENSE_TIMING, make, play, request_at
+from tests.envs.playing import DENSE_TIMING, make, play, request_at
 from tests.envs.tiny_contexts import make_context
 
 
 class TestEpisode:
-    @pytest.mark.parametrize("seed", range(10))
-    def test_each_valid_action_removes_a_block_until_the_request_fits(self, context, seed):
-        env = make(context, reward=DENSE_TIMING)
-        (_, start), *steps = play(env, seed, masked=True)
-        budget = start["request"]["budget_bytes"]
-        peaks = [start["peak_bytes"], *(info["peak_bytes"] for *_, info in steps)]
-        assert all(after < before for before, after in itertools.pairwise(peaks))
-        assert [peak <= budget for peak in peaks] == [False] * len(steps) + [True]
-        assert [len(info["removed"]) for *_, info in steps] == list(range(1, len(steps) + 1))
-        assert [terminated for _, _, terminated, _, _ in steps] == [False] * (len(steps) - 1) + [
-            True
-        ]
-        assert not any(truncated for _, _, _, truncated, _ in steps)
-        for seen, _, _, _, info in steps:
-            mask = Plan.removing(*info["removed"])
-            assert env.observation_space.contains(seen)
-            kept = [int(n not in mask.removed) for n in range(COUNT)]
-            assert seen["action_mask"].tolist() == (kept if any(kept) else [1] * COUNT)
-            assert info["nll"] == pytest.approx(context.scorer.nll(mask))
-
     def test_one_evaluation_per_episode_by_default(self):
         context = make_context()
         env = make(context)
@@ -41,17 +19,6 @@ class TestEpisode:
         _, *steps = play(env, 3, masked=True)
         assert len(steps) > 1
         assert context.scorer.evaluations - before == 1
-
-    def test_an_invalid_action_changes_nothing_and_costs(self, context):
-        env = make(context, invalid_action_penalty=0.25)
-        env.reset(seed=0, options={"request": request_at(context, 0.7)})
-        seen, *_ = env.step(1)
-        again, reward, terminated, truncated, info = env.step(np.int64(1))
-        assert data_equivalence(seen, again)
-        assert (reward, terminated, truncated) == (-0.25, False, False)
-        assert info["reward_terms"]["invalid_action"] == -0.25
-        assert info["removed"] == ["layer00.ffn"]
-        assert env.action_masks().tolist() == [True, False, True, True, True, True]
 
     @pytest.mark.parametrize("action", [np.array(2), np.array([2]), [2], np.uint8(2)])
     def test_an_array_of_one_integer_is_an_action(self, context, action):

@@ -3,7 +3,7 @@ import pytest
 from gymnasium.error import ResetNeeded
 
 from rap_env.errors import InfeasibleBudgetError, InvalidRequestError
-from tests.envs.playing import COUNT, LONG, make, make_vector, request_at
+from tests.envs.playing import LONG, make, make_vector, request_at
 
 
 def test_the_workload_draws_and_options_override(context):
@@ -73,20 +73,6 @@ def test_drawn_requests_that_no_mask_can_meet_are_drawn_again(context):
         assert set(infos["request"]["budget_bytes"].tolist()) == {good}
     clipping = make(context, infeasible="clip", workload=workload)
     assert any("infeasible" in clipping.reset(seed=seed)[1] for seed in range(20))
-
-
-def test_an_infeasible_budget_is_clipped_on_demand(context):
-    env = make(context, infeasible="clip")
-    options = {"request": {**LONG, "budget_bytes": 10}}
-    _, info = env.reset(seed=0, options=options)
-    assert info["infeasible"] == {"asked_budget_bytes": 10}
-    assert info["request"]["budget_bytes"] == context.memory.peak_bytes_without_blocks(env.request)
-    infos = [env.step(n)[-1] for n in range(COUNT - 1)]
-    assert all("infeasible" in info for info in infos)
-    _, _, terminated, _, info = env.step(COUNT - 1)
-    assert terminated
-    assert info["peak_bytes"] == env.request.budget_bytes
-    assert "infeasible" not in env.reset(seed=0)[1]
 
 
 @pytest.mark.parametrize("workload", ["azure-conv", "grid", {"name": "tight"}], ids=str)

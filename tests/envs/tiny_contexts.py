@@ -4,13 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from rap_env.context.base import ContextConfig, PruningContext
 from rap_env.context.live import LiveContext
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.scoring.corpus import Corpus
-from tests.tiny import VOCAB_SIZE, randomise, tiny_config, tiny_llm
+from tests.tiny import VOCAB_SIZE, tiny_llm
 
 LAYERS = 3
 
@@ -37,10 +36,5 @@ def make_context(tokenizer: Any = None, *, importance: str = "one_shot") -> Prun
 def make_ladder_context(length: int = 128, **settings: Any) -> LiveContext:
     """A tiny model with a text that is longer than its windows, so that all levels differ."""
     torch.set_num_threads(1)
-    config = tiny_config(layers=LAYERS)
-    config.max_position_embeddings = 512
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    randomise(model)
-    llm = ElasticLLM(model, None, name="tiny-llama")
-    text = tiny_tokens(windows=2, length=length)
+    llm, text = tiny_llm(layers=LAYERS, positions=512), tiny_tokens(windows=2, length=length)
     return live_context(llm, text, **{"importance": "one_shot", **settings})

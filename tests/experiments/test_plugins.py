@@ -12,12 +12,12 @@ from experiments.comparison.result_rows import ResultRow
 from experiments.evaluate import evaluate
 from experiments.launch import launch
 from experiments.train import run_trial
-from rap_env.errors import InvalidRequestError, UnknownNameError
+from rap_env.errors import InvalidRequestError
 from rap_env.memory import MemoryModel
 from rap_env.plugins import PluginError
-from rap_env.policies.loading import check_policy, load_policy, make_method
+from rap_env.policies.loading import load_policy, make_method
 from tests.agents.synthetic import SyntheticContext, facts, request_at
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.models.states import saved
 
 PACKAGE = Path(__file__).parents[1] / "plugin_package"
 METHOD = "rap_example.methods:LargestFirst"
@@ -32,8 +32,7 @@ def package(monkeypatch):
 def compared(tmp_path_factory):
     """A comparison of the package's agent and baseline, made by the programs on a tiny model."""
     base = tmp_path_factory.mktemp("compared")
-    tiny_model().save_pretrained(base / "model")
-    tiny_tokenizer().save_pretrained(base / "model")
+    saved(base / "model", dtype=torch.float32)
     shared = [
         "threads=1", "progress=false", f"runs_dir={base / 'runs'}", f"model.name={base / 'model'}",
         "calibration.windows=1", "calibration.window_tokens=12", "importance=one_shot",
@@ -90,16 +89,6 @@ def test_an_agent_of_a_package_needs_all_its_values():
         AgentConfig(module)
     with pytest.raises(AgentConfigError, match="last_ent_coef must be from 0 to 1, not 2"):
         AgentConfig(module, hyperparameters=values | {"last_ent_coef": 2})
-
-
-def test_unknown_names_list_ours_and_the_form_of_others():
-    memory = MemoryModel(facts())
-    with pytest.raises(UnknownNameError, match=r"'rap-v0'.*Did you mean 'knapsack'.*module:name"):
-        load_policy("knapsak", memory)
-    with pytest.raises(UnknownNameError, match=r"Did you mean 'maskable_ppo'.*module:name"):
-        AgentConfig("maskble_ppo")
-    with pytest.raises(UnknownNameError, match="Did you mean 'one_shot'"):
-        check_policy("one_shoot")
 
 
 def test_what_does_not_fit_is_named():

@@ -53,13 +53,6 @@ def evaluated(trained):
     return trained
 
 
-def test_a_profile_holds_the_importance(profiled):
-    folder = profiled.stage_dir("profile")
-    assert {"gsi.json", "one_shot.json", "config.yaml", "run.json"} <= {
-        path.name for path in folder.iterdir()
-    }
-
-
 def test_a_profile_is_not_measured_twice_nor_mixed(profiled):
     path = profiled.stage_dir("profile") / "one_shot.json"
     before = path.stat().st_mtime_ns

@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from experiments.config import Config
 from experiments.config.common import ImportanceConfig, ModelConfig, TextConfig
 from experiments.config.program_settings import AgentConfig, EnvSettings
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.models.states import saved
 
 WORKLOAD = {"name": "grid", "batch_sizes": [1, 2], "seq_lens_tokens": [16],
             "budget_fractions": [0.9]}  # fmt: skip
@@ -25,8 +27,7 @@ def short_training(steps: int = 64, **hyperparameters: Any) -> AgentConfig:
 
 def tiny_study(base: Path, layers: int = 4, **settings: Any) -> Config:
     """Write a random model into a folder, and return settings for it."""
-    tiny_model(layers=layers).save_pretrained(base / "model")
-    tiny_tokenizer().save_pretrained(base / "model")
+    saved(base / "model", dtype=torch.float32, layers=layers)
     common = {
         "name": "tiny", "runs_dir": str(base / "runs"), "store": str(base / "scores.sqlite"),
         "workload": WORKLOAD, "reward": {"name": "perplexity"}, "progress": False,

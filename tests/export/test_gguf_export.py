@@ -197,9 +197,7 @@ def test_caches_of_several_levels_and_unknown_blocks_are_refused(tmp_path):
 
 def test_other_gguf_architectures_are_refused(tmp_path):
     write_tiny_gguf(tmp_path / "in.gguf", architecture="gemma3")
-    with pytest.raises(
-        UnsupportedModelError, match=r"in\.gguf \(gemma3\) is none; known are llama"
-    ):
+    with pytest.raises(UnsupportedModelError, match="gemma3.* is none; known are llama"):
         GgufModel.of_file(tmp_path / "in.gguf")
 
 

@@ -22,13 +22,7 @@ from tests.tiny import LAYERS, VOCAB_SIZE, tiny_model
 
 TOKENS = torch.randint(3, VOCAB_SIZE, (6, 40), generator=torch.Generator().manual_seed(0))
 LOWERED = Plan.uniform(LAYERS, caches="int4-window32")
-PLANS = [
-    Plan(),
-    Plan.removing(0),
-    Plan.removing(1, 2),
-    LOWERED,
-    LOWERED.without(2),
-]
+PLANS = [Plan(), Plan.removing(0), Plan.removing(1, 2), LOWERED, LOWERED.without(2)]
 
 
 def llm_of(name, device, dtype=torch.float32):

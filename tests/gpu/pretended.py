@@ -22,12 +22,7 @@ MEMORY_BYTES = 2**33
 
 _MARK = "pretended_gpu"
 _aten = torch.ops.aten
-_TAKE_CPU_INDICES = {
-    _aten.index,
-    _aten.index_put,
-    _aten.index_put_,
-    _aten._index_put_impl_,
-}
+_TAKE_CPU_INDICES = {_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_}
 _MOVES = {torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.cpu}
 _READS = {torch.Tensor.numpy, torch.Tensor.__array__}
 _WAITS = {  # what a CUDA tensor's values are read with, which waits for the device

@@ -132,50 +132,51 @@ def test_what_is_built_on_them_gives_what_it_gives_on_the_cpu(name, run):
     np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.fixture
-def on_each_device(tmp_path, monkeypatch):
-    """Run something on the CPU and on the GPU, each with a cache folder of its own."""
-
-    def run(path):
-        actual = []
-        for device in ("cpu", "cuda"):
-            monkeypatch.setenv("RAP_CACHE_DIR", str(tmp_path / device))
-            with pretended_gpu():
-                actual.append(path(device))
-        return actual
-
-    return run
+def calibrated(device, _folder):
+    """Scores with weights that a text has made, the second time from their files."""
+    scores = []
+    for _ in range(2):
+        llm = ElasticLLM(tiny_model("llama", layers=1).to(device), None, name="llama")
+        calibrate(llm, TOKENS[:2])
+        scores.append(PlanScorer(llm, TOKENS).nll(Plan.uniform(1, weights="int4")))
+    return scores
 
 
-def test_int4_weights_of_a_text_are_made_and_read_from_files(on_each_device):
-    def calibrated(device):
-        scores = []
-        for _ in range(2):  # the second time from the files
-            llm = ElasticLLM(tiny_model("llama", layers=1).to(device), None, name="llama")
-            calibrate(llm, TOKENS[:2])
-            scores.append(PlanScorer(llm, TOKENS).nll(Plan.uniform(1, weights="int4")))
-        return scores
-
-    expected, actual = on_each_device(calibrated)
-    np.testing.assert_allclose(actual, expected, rtol=1e-4)
+def own_text(device, _folder):
+    """A text that the model writes; the pretended GPU draws the CPU's random numbers."""
+    return generate_windows(llm_of("llama", device), 2, 8, 0)
 
 
-def test_the_model_writes_its_own_text(on_each_device):
-    expected, actual = on_each_device(
-        lambda device: generate_windows(llm_of("llama", device), 2, 8, 0)
-    )
-    assert actual.tolist() == expected.tolist()  # the pretended GPU draws the CPU's random numbers
+def packed(device, folder):
+    """A packed model that is served."""
+    write_tiny_gguf(folder / "tiny.gguf", kind="Q8_0", hidden=64, ffn=96)
+    llm = load_llm(folder / "tiny.gguf", device=device, dtype="float32")
+    return live(llm, "offload")
 
 
-def test_a_packed_model_is_served(on_each_device, tmp_path):
-    write_tiny_gguf(tmp_path / "tiny.gguf", kind="Q8_0", hidden=64, ffn=96)
+def dropped(device, folder):
+    """Weights that are read again."""
+    tiny_model("llama").save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).to(device)
+    return lowered(ElasticLLM(model, None, name="llama", folder=folder), ["drop"])
 
-    def opened(device):
-        llm = load_llm(tmp_path / "tiny.gguf", device=device, dtype="float32")
-        return live(llm, "offload")
 
-    expected, actual = on_each_device(opened)
-    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+def from_files(device, folder):
+    """Scores of a model that is loaded to the device."""
+    llm = load_llm(saved(folder, dtype=torch.float32), device=device, dtype="float32")
+    assert llm.device == torch.device("cuda:0" if device == "cuda" else "cpu")
+    return scored(llm, 1)
+
+
+@pytest.mark.parametrize("run", [calibrated, own_text, packed, dropped, from_files])
+def test_what_is_in_files_gives_what_it_gives_on_the_cpu(run, tmp_path, monkeypatch):
+    actual = []
+    for device in ("cpu", "cuda"):
+        monkeypatch.setenv("RAP_CACHE_DIR", str(tmp_path / f"cache-{device}"))
+        (tmp_path / device).mkdir()
+        with pretended_gpu():
+            actual.append(np.asarray(run(device, tmp_path / device)))
+    np.testing.assert_allclose(*actual, rtol=1e-4, atol=1e-4)
 
 
 def test_other_processes_get_the_memory_of_blocks_that_are_removed():
@@ -251,26 +252,3 @@ def test_a_model_on_several_devices_is_refused(tmp_path):
     )
     with pytest.raises(UnsupportedModelError, match=r"several devices \(cpu, disk\), but a model"):
         ElasticLLM(model, None, name="offloaded")
-
-
-def test_dropped_weights_are_read_again_to_the_gpu(tmp_path):
-    tiny_model("llama").save_pretrained(tmp_path)
-    actual = []
-    for device in ("cpu", "cuda"):
-        with pretended_gpu():
-            model = AutoModelForCausalLM.from_pretrained(tmp_path).to(device)
-            actual.append(lowered(ElasticLLM(model, None, name="llama", folder=tmp_path), ["drop"]))
-    np.testing.assert_allclose(*actual, rtol=1e-3, atol=1e-3)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return saved(tmp_path_factory.mktemp("model"), dtype=torch.float32)
-
-
-def test_models_from_files_score_as_on_the_cpu(folder):
-    expected = scored(load_llm(folder, device="cpu", dtype="float32"), 1)
-    with pretended_gpu():
-        llm = load_llm(folder, device="cuda", dtype="float32")
-        assert llm.device == GPU
-        np.testing.assert_allclose(scored(llm, None), expected, rtol=1e-4)

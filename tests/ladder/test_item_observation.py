@@ -55,20 +55,6 @@ def test_columns_of_the_next_level(builder):
         assert row[COLUMN["order_cost"]] == pytest.approx(log_cost(added))
 
 
-def test_removing_attention_frees_the_cache_at_its_level(builder):
-    memory = builder.ladder_bytes.memory
-    native = memory.native_peak_bytes(2, 2000)
-    column = COLUMN["freed_share"]
-    for level in ("int8", "int4"):
-        plan = {"layer00.attn": "int4", "layer00.cache": level, "layer01.cache": "int8"}
-        plan |= {"layer01.ffn": "int8"}
-        request, seen = of(builder, plan)
-        gone = Plan.of({**plan, "layer00.attn": "removed"})
-        freed = memory.peak_bytes(Plan.of(plan), request)
-        freed -= memory.peak_bytes(gone, request)
-        assert seen["ladder"][0, column] == pytest.approx(freed / native)
-
-
 def test_items_without_a_lower_level_have_no_next_one(builder):
     _, seen = of(builder, {"layer00.attn": "removed", "embeddings": "int8"})
     ladder = builder.ladder

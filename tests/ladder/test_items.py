@@ -80,20 +80,11 @@ def test_an_explicit_ladder_has_what_it_names():
 @pytest.mark.parametrize(
     ("levels", "error", "message"),
     [
-        (
-            "everything",
-            UnknownNameError,
-            "ladder 'everything'; known .* 'four-bits'",
-        ),
         ({"cache": ["int8"]}, UnknownNameError, "setting of levels: 'cache'.*mean 'caches'"),
         ({"weights": ["int5"]}, UnknownNameError, "level of weights 'int5'"),
         ({"embeddings": ["removed"]}, UnknownNameError, "level of embeddings 'removed'"),
         ({"caches": ["int4-window7"]}, UnknownNameError, "level of a cache 'int4-window7'"),
-        ({"caches": "int8"}, InvalidRequestError, "list of names, not 'int8'"),
-        ({"weights": ["int4", "int8"]}, InvalidRequestError, "most to the least exact"),
         ({"caches": ["int4-window256", "int2"]}, InvalidRequestError, "no longer window"),
-        (5, InvalidRequestError, r"a name \(masks, caches, four-bits, all\) or a dict"),
-        ({}, InvalidRequestError, "nothing to lower"),
     ],
 )
 def test_wrong_levels_are_one_clear_error(levels, error, message):

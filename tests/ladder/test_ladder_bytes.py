@@ -110,26 +110,6 @@ def test_levels_that_need_no_fewer_bytes_are_skipped():
     assert reached(4096) == list(levels[1:])
 
 
-def test_an_order_is_followed_until_the_request_fits():
-    made = MADE["packed"]
-    memory, ladder = MemoryModel(made), Ladder.of(made)
-    costs = LadderBytes(memory, ladder).costs(4, 300)
-    steps = [
-        (item, position)
-        for position in range(1, ladder.width)
-        for item, found in enumerate(ladder.items)
-        if position < len(found.levels)
-    ]
-    peaks = []
-    for fraction in (1.0, 0.9, 0.6, 0.3, 0.0):
-        budget = int(fraction * costs.native_peak_bytes)
-        plan = costs.lower_until_fits(steps, budget)
-        peaks.append(memory.peak_bytes(plan, Request(4, 300, 1)))
-        assert peaks[-1] <= budget or fraction == 0.0
-    assert peaks == sorted(peaks, reverse=True)
-    assert costs.lower_until_fits(steps, 2**40) == Plan()
-
-
 @pytest.mark.parametrize("together", [(), ("int8", "int4", "int4-window256")])
 @pytest.mark.parametrize("name", MADE)
 def test_stacked_costs_have_the_bytes_and_moves_of_single_states(name, together):
@@ -158,13 +138,6 @@ def test_stacked_costs_have_the_bytes_and_moves_of_single_states(name, together)
             if state.is_valid(item):
                 state.lower(item)
         assert after.tolist() == [state.positions for state in states]
-
-
-def test_requests_whose_caches_skip_the_same_levels_share_their_steps():
-    made = MADE["packed"]
-    found = LadderBytes(MemoryModel(made), Ladder.of(made))
-    assert found.costs(2, 2000).steps is found.costs(3, 2100).steps
-    assert found.costs(2, 2000).steps is not found.costs(2, 100).steps  # no window hides anything
 
 
 def test_costs_are_cached_read_only_and_checked():

@@ -16,7 +16,8 @@ TUNE = "RAPLadder/Unseen-Tune-v1"
 
 
 @pytest.fixture(autouse=True)
-def two_models(monkeypatch):
+def two_models(monkeypatch, tiny_models):
+    monkeypatch.setenv("RAP_CACHE_DIR", str(tiny_models))
     some = {model: PARTS[TUNE][model] for model in ("tiny-even", "zoo-41")}
     monkeypatch.setitem(PARTS, TUNE, some)
     monkeypatch.setitem(gym.registry[TUNE].kwargs, "models", ["tiny-even", "zoo-41"])

@@ -32,9 +32,7 @@ def token_by_token(model, input_ids, attention_mask, prompt: int) -> torch.Tenso
 
 
 def gated_logits(
-    llm,
-    tokens: Sequence[Sequence[int]],
-    removed: Mapping[int, Sequence[bool]],
+    llm, tokens: Sequence[Sequence[int]], removed: Mapping[int, Sequence[bool]]
 ) -> torch.Tensor:
     """Logits of all tokens, (B, T, V), in one pass; rows are padded on the left.
 

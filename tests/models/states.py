@@ -36,9 +36,11 @@ def tensor_bytes(model: torch.nn.Module) -> int:
     return sum(key[-1] for key in {tensor_key(tensor) for _, tensor in named_weights(model)})
 
 
-def saved(folder: Path, name: str = "llama", dtype: torch.dtype = torch.bfloat16) -> Path:
+def saved(
+    folder: Path, name: str = "llama", dtype: torch.dtype = torch.bfloat16, **sizes: int
+) -> Path:
     """A folder with a tiny model and its tokenizer, as transformers writes them."""
-    tiny_model(name, dtype=dtype).save_pretrained(folder)
+    tiny_model(name, dtype=dtype, **sizes).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 

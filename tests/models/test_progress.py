@@ -5,10 +5,7 @@ import sys
 import pytest
 from transformers.utils import logging
 
-from rap_env.models.progress import (
-    progress_bar,
-    transformers_bars,
-)
+from rap_env.models.progress import progress_bar, transformers_bars
 
 
 @pytest.fixture

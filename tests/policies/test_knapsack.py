@@ -8,8 +8,6 @@ import pytest
 
 from rap_env.errors import ArtifactError, InvalidRequestError
 from rap_env.importance.level_costs import LevelCosts, ordered_costs
-from rap_env.ladder.items import Ladder
-from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
 from rap_env.plan import EMBEDDINGS, Plan, block_name, cache_name
 from rap_env.policies.knapsack import KnapsackPolicy
@@ -19,7 +17,7 @@ from rap_env.request import Request
 from tests.agents.synthetic import SyntheticContext
 from tests.made_facts import made_facts
 from tests.masks import every_mask
-from tests.policies.requests import SHAPES, fits, needing
+from tests.policies.requests import fits, needing
 
 CACHES = ("int8", "int4", "int4-window64")
 
@@ -104,27 +102,6 @@ def test_plans_are_the_best_of_all_that_fit(made, shape):
     assert policy.choose(Request(*shape, int(peaks.max()))) == Plan()
 
 
-def test_weights_are_not_lowered_if_the_widening_buffer_takes_what_they_free():
-    """Lowered weights need a buffer, which removed blocks do not need."""
-    made = facts(widen_bytes=10**6)
-    policy = KnapsackPolicy(MemoryModel(made), costs(made))
-    request = Request.at_fraction(policy.memory, 1, 20, 0.6)
-    plan = policy.choose(request)
-    assert plan.removed
-    assert not plan.weights
-    assert policy.memory.peak_bytes(plan, request) <= request.budget_bytes
-
-
-def test_removal_of_the_last_ffn_block_frees_its_workspace():
-    """The budget is met only because no FFN block is left."""
-    made = facts(packed=True, base_bytes=0, vocab_size=0, ffn_width=4000)
-    memory = MemoryModel(made)
-    policy = KnapsackPolicy(memory, costs(made))
-    without = Plan.removing(1, 3)
-    request = Request(1, 64, memory.peak_bytes(without, Request(1, 64, 1)))
-    assert policy.choose(request) == without
-
-
 def test_ties_prefer_less_lowering():
     made = facts(packed=True)
     known = costs(made)
@@ -179,16 +156,6 @@ def test_costs_and_requests_of_another_model_are_rejected():
     policy = KnapsackPolicy(MemoryModel(facts()), costs(facts()))
     with pytest.raises(InvalidRequestError, match="from 1 to 4096 tokens"):
         policy.choose(Request(1, 5000, 1000))
-
-
-def test_over_a_ladder_it_keeps_to_the_levels(ladder_context, between):
-    few = {"weights": ["int8", "removed"], "caches": ["int4"]}
-    narrow = LadderBytes(ladder_context.memory, Ladder.of(ladder_context.memory.facts, few))
-    for share in (0.2, 0.5):
-        plan = make_method("knapsack", ladder_context, narrow).choose(between(SHAPES[1], share))
-        narrow.ladder.positions(plan)
-        assert set(plan.levels.values()) <= {"int8", "removed", "int4"}
-        assert plan.embeddings == "native"
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -12,7 +12,7 @@ from rap_env.policies.loading import make_method
 from rap_env.policies.method import measure_choice
 from rap_env.policies.registry import methods
 from rap_env.request import Request
-from tests.agents.synthetic import SyntheticContext, facts, request_at
+from tests.agents.synthetic import SyntheticContext, request_at
 from tests.policies.requests import SHAPES, fits, needing
 
 SEARCHES = {"greedy_per_byte", "evolutionary", "sleb"}
@@ -174,14 +174,6 @@ def test_shortgpt_follows_the_influence_of_layers(context, real_context):
     request = Request.at_fraction(real_context.memory, 2, 16, 0.9)
     least = int(np.argmin(real_context.layer_influence))
     assert layers(least).removed <= make_method("shortgpt", real_context).choose(request).removed
-
-
-def test_the_kv_cache_decides_which_kind_is_removed():
-    context = SyntheticContext([0.1] * 8, facts(layers=4))
-    greedy = make_method("greedy_per_byte", context)
-    short, long = needing(context, 5900), request_at(context, 16, 1000, 0.8)
-    assert {index % 2 for index in greedy.choose(short).removed} == {1}
-    assert {index % 2 for index in greedy.choose(long).removed} == {0}
 
 
 def test_costs_of_a_choice_are_counted(context):

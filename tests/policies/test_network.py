@@ -12,10 +12,8 @@ from rap_env.plan import Plan
 from rap_env.policies.network import PolicyNetwork
 from rap_env.policies.network_rows import _NEAR_ITEMS, BLOCK_ROWS, ITEM_ROWS, ROWS
 from rap_env.request import Request
-from tests.imports import loaded_by
 from tests.policies import made_ladder, made_policies
 from tests.policies.made_policies import drawn_weights, memory
-from tests.policies.test_policies import frontier
 
 MADE = {"blocks": made_policies, "ladder": made_ladder}
 SHAPES = [(1, 10), (16, 2000), (4, 500)]
@@ -88,23 +86,3 @@ def test_threads_share_it_and_it_keeps_no_state(rows):
 def test_weights_of_a_training_that_diverged_are_rejected():
     with pytest.raises(ArtifactError, match="last_weight contains NaN"):
         replace(drawn_weights("blocks", 12), last_weight=np.full(8, np.nan, np.float32))
-
-
-def test_choosing_loads_neither_torch_nor_a_training_library(tmp_path):
-    frontier().save(tmp_path / "masks.json")
-    code = (
-        "import sys\n"
-        "from tests.policies import made_ladder, made_policies\n"
-        "from rap_env.policies.loading import load_policy\n"
-        "from rap_env.policies.network_policy import NetworkPolicy\n"
-        "from rap_env.request import Request\n"
-        "for made in (made_policies, made_ladder):\n"
-        "    model = made.memory()\n"
-        "    policy = NetworkPolicy(model, made.policy_file())\n"
-        "    assert policy.choose(Request.at_fraction(model, 4, 500, 0.7))\n"
-        "model = made_policies.memory()\n"
-        "table = load_policy(sys.argv[1], model)\n"
-        "assert table.choose(Request.at_fraction(model, 1, 10, 0.8))\n"
-    )
-    heavy = ("torch", "transformers", "stable_baselines3", "sb3_contrib", "hydra", "agents")
-    assert loaded_by(code, tmp_path / "masks.json", of=heavy) == []

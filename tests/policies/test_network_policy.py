@@ -51,6 +51,10 @@ def rewritten(path, change_header=lambda header: None, change_arrays=lambda arra
     return path
 
 
+def nudge(arrays):
+    arrays["network.last_weight"][0] += 1
+
+
 def test_it_reads_what_was_written(path, made, tmp_path):
     before, after = made.policy_file(vectors=3, without=("gsi",)), PolicyFile.load(path)
     for name, array in before.weights.arrays().items():
@@ -80,34 +84,17 @@ def test_it_reads_what_was_written(path, made, tmp_path):
          "observes .*'width'.*, but this version observes"),
         (lambda path: path.unlink(), "There is no exported policy at"),
         (lambda path: (path.unlink(), path.mkdir()), "truncated or not an exported policy"),
+        (lambda path: rewritten(path, change_arrays=nudge), "altered"),
+        (lambda path: rewritten(path, change_arrays=lambda a: a.pop("importance.one_shot")),
+         "altered"),
+        (lambda path: rewritten(path, lambda header: header["body"].pop("model")), "altered"),
+        (lambda path: path.write_bytes(path.read_bytes().replace(b"_ppo", b"_dqn")), "altered"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"), "altered"),
     ],
 )  # fmt: skip
 def test_files_that_are_no_exported_policy_are_rejected(path, damage, words):
     damage(path)
     with pytest.raises(ArtifactError, match=words):
-        PolicyFile.load(path)
-
-
-def test_altered_content_is_rejected(path):
-    def nudge(arrays):
-        arrays["network.last_weight"][0] += 1
-
-    before = path.read_bytes()
-    for changed in (
-        {"change_arrays": nudge},
-        {"change_arrays": lambda arrays: arrays.pop("importance.one_shot")},
-        {"change_header": lambda header: header["body"].pop("model")},
-    ):
-        path.write_bytes(before)
-        with pytest.raises(ArtifactError, match="was altered after it was written"):
-            PolicyFile.load(rewritten(path, **changed))
-    flipped = bytearray(before)
-    flipped[-1] ^= 1
-    path.write_bytes(flipped)
-    with pytest.raises(ArtifactError, match="was altered"):
-        PolicyFile.load(path)
-    path.write_bytes(before.replace(b"maskable_ppo", b"maskable_dqn"))
-    with pytest.raises(ArtifactError, match="was altered"):
         PolicyFile.load(path)
 
 

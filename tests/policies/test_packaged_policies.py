@@ -1,6 +1,5 @@
 """The packaged policies, level costs and frontier."""
 
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,30 +12,10 @@ from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.loading import load_policy, make_method
-from rap_env.policies.network_policy import NetworkPolicy, PolicyFile
+from rap_env.policies.network_policy import NetworkPolicy
 from rap_env.policies.packaged_files import DEFAULT_MODEL, PACKAGED, default_facts
 from rap_env.request import Request
 from rap_env.scoring.fidelity import spearman
-
-POLICY = PACKAGED / f"{DEFAULT_MODEL}.blocks.safetensors"
-COSTS = PACKAGED / f"{DEFAULT_MODEL}.levels.json"
-TABLE = PACKAGED / f"{DEFAULT_MODEL}.frontier.json"
-
-
-@pytest.fixture(scope="module")
-def memory():
-    """The default model's byte arithmetic, without the model."""
-    from tests.policies.made_policies import facts
-
-    made, policy = facts(30), PolicyFile.load(POLICY)
-    return MemoryModel(
-        replace(
-            made, name=DEFAULT_MODEL, fingerprint=policy.model["fingerprint"],
-            block_param_bytes=(1_770_624, 5_309_568) * 30, base_bytes=56_624_256,
-            kv_bytes_per_token=(768,) * 30, hidden_size=576, ffn_width=1536, vocab_size=49_152,
-            max_positions=8192,
-        )
-    )  # fmt: skip
 
 
 def test_policies_over_levels_meet_tight_budgets_with_few_removals(levelled, caplog):

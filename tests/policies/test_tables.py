@@ -1,10 +1,8 @@
 """Choices from tables of measured plans: masks by their counts, and plans of a ladder."""
 
-import numpy as np
 import pytest
 
 from rap_env.errors import ArtifactError
-from rap_env.importance.plan_search import PlanSearchConfig, build_plan_table
 from rap_env.importance.plan_table import PlanTable
 from rap_env.plan import Plan
 from rap_env.policies.loading import make_method
@@ -68,29 +66,3 @@ def test_over_a_ladder_it_is_the_best_measured_plan_that_fits(ladder_bytes, betw
     knapsack = make_method("knapsack", context, ladder_bytes)
     assert method.choose(small) == knapsack.choose(small)
     assert method.evaluations == 0
-
-
-@pytest.mark.slow
-def test_a_search_on_predicted_scores_runs_no_model_and_beats_the_greedy_order(
-    ladder_bytes, between, tmp_path
-):
-    path = tmp_path / "plans.json"
-    context = make_ladder_context(frontier=str(path))
-    requests = [between(shape, n / 20) for shape in SHAPES for n in range(1, 19)]
-    build_plan_table(
-        context.scorer,
-        context.level_costs(ladder_bytes.ladder),
-        ladder_bytes,
-        requests,
-        PlanSearchConfig(evaluations=120, batch=12, requests=12, members=2),
-    ).save(path)
-    made = {n: make_method(n, context, ladder_bytes) for n in ("score_model", "one_shot")}
-    ran = context.scorer.evaluations
-    plans = {name: [one.choose(request) for request in requests] for name, one in made.items()}
-    assert made["score_model"].evaluations == 0
-    assert context.scorer.evaluations == ran
-    where = np.array([ladder_bytes.ladder.positions(plan) for plan in plans["score_model"]])
-    assert ladder_bytes.ladder.reaches(where).all()
-    assert all(map(fits, [context] * len(requests), plans["score_model"], requests))
-    means = {name: np.mean(context.scorer.nll_many(found)) for name, found in plans.items()}
-    assert means["score_model"] < means["one_shot"]

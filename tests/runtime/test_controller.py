@@ -5,12 +5,9 @@ import re
 
 import pytest
 
-from rap_env.errors import (
-    MemorySourceError,
-)
+from rap_env.errors import MemorySourceError
 from rap_env.plan import Plan
-from rap_env.policies.loading import StaticPolicy
-from rap_env.runtime.memory_estimator import EMPTY_BATCH, BatchShape, PassSize
+from rap_env.runtime.memory_estimator import EMPTY_BATCH, PassSize
 from tests.runtime.harness import ORDER, PLENTY, SHAPE, FakePolicy, Harness, between, ordered
 
 
@@ -24,29 +21,6 @@ def triggers(caplog):
     """What caused each change of the plan so far, as the log says."""
     caplog.set_level("INFO", "rap_env.runtime.controller")
     return lambda: re.findall(r"Plan changed \((\w+)\)", caplog.text)
-
-
-@pytest.mark.parametrize("count", [0, 1, 3, 6])
-def test_at_arrival_as_many_blocks_are_removed_as_needed(harness, count, triggers):
-    harness.budget_bytes = between(harness, count)
-    assert harness.admit(SHAPE)
-    assert harness.mask == Plan.removing(*ORDER[:count])
-    assert triggers() == ["arrival"] * bool(count)
-
-
-def test_where_no_mask_fits_nothing_changes_and_the_policy_is_not_asked(harness):
-    harness.budget_bytes = harness.need(harness.everything, SHAPE) - 1
-    assert not harness.admit(SHAPE)
-    assert harness.controller.chooser.decisions == 0
-    assert not harness.check(SHAPE)
-    assert harness.mask == Plan()
-    assert harness.check(BatchShape(1, 10))
-
-
-def test_an_empty_batch_that_does_not_fit_removes_all_that_the_guard_may(harness):
-    harness.budget_bytes = 10
-    harness.check(EMPTY_BATCH)
-    assert harness.mask == harness.everything
 
 
 @pytest.mark.parametrize(("said", "more"), [((4,), (5, 0)), ((1, 2, 3), ())])
@@ -66,17 +40,6 @@ def test_a_policy_that_fails_is_replaced_by_the_guard(said, caplog):
     assert harness.admit(SHAPE)
     assert harness.mask == Plan.removing(*ORDER[:3])
     assert "'fake' failed" in caplog.text
-
-
-def test_an_empty_order_disables_the_guard():
-    mask = Plan.removing(0, 1)
-    harness = Harness(policy=StaticPolicy(mask), guard_order=(), mask=mask)
-    harness.budget_bytes = need = harness.need(mask, SHAPE)
-    assert harness.admit(SHAPE)
-    harness.budget_bytes = need - 1
-    assert not harness.check(SHAPE)
-    assert not harness.admit(SHAPE)
-    assert harness.mask == mask
 
 
 def test_unpredicted_bytes_are_learned_and_reserved(harness):
@@ -170,17 +133,6 @@ def test_blocks_are_restored_once_headroom_has_lasted(moments, kept, triggers):
         assert triggers()[-1] == "room"
 
 
-def test_a_request_that_leaves_gives_headroom(triggers):
-    harness = ordered(hold_s=1.0)
-    harness.budget_bytes = between(harness, 4)
-    harness.check(SHAPE)
-    for time_s in (0.5, 1.5):
-        harness.time_s = time_s
-        harness.check(BatchShape(1, 20))
-    assert len(harness.mask.removed) < 4
-    assert triggers()[-1] == "room"
-
-
 def switches(*, share, hold_s) -> int:
     harness = ordered(spare_share=share, hold_s=hold_s)
     threshold = harness.need(Plan.removing(*ORDER[:2]), SHAPE)
@@ -205,25 +157,3 @@ def test_a_policy_that_adds_no_block_is_not_asked_repeatedly():
         assert harness.check(SHAPE)
     assert harness.mask == mask
     assert len(harness.policy.asked) == 1
-
-
-def test_a_mask_that_fits_stays_while_others_run():
-    policy = FakePolicy(Plan())
-    harness = Harness(policy=policy, guard_order=ORDER, mask=Plan.removing(1))
-    assert harness.admit(SHAPE, running=BatchShape(1, 5))
-    assert (harness.mask, policy.asked) == (Plan.removing(1), [])
-    assert harness.admit(SHAPE)
-    assert harness.mask == Plan()
-
-
-def test_a_request_on_an_idle_engine_restores_blocks_that_fit_with_hysteresis():
-    harness = ordered(spare_share=0.05)
-    harness.budget_bytes = between(harness, 3)
-    harness.admit(SHAPE)
-    dense = harness.need(Plan(), SHAPE)
-    harness.budget_bytes = int(dense * 1.02)
-    assert harness.admit(SHAPE)
-    assert 0 < len(harness.mask.removed) < 3
-    harness.budget_bytes = int(dense * 1.06)
-    assert harness.admit(SHAPE)
-    assert harness.mask == Plan()

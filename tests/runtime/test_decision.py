@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rap_env.memory import MemoryModel
@@ -281,11 +281,7 @@ def after(draw, snapshot, actions):
     return replace(snapshot, **measured)
 
 
-@settings(
-    max_examples=300,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+@settings(max_examples=300)
 @given(snapshot=SNAPSHOTS, draw=st.data())
 def test_deciding_acting_and_measuring_end_whatever_is_measured(predicting, snapshot, draw):
     for _ in range(100):

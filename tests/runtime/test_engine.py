@@ -15,11 +15,7 @@ from rap_env.errors import (
 from rap_env.plan import Plan
 from rap_env.policies.loading import StaticPolicy
 from rap_env.runtime.memory_estimator import BatchShape
-from rap_env.runtime.request_handle import (
-    PlanEvent,
-    RequestHandle,
-    TokenEvent,
-)
+from rap_env.runtime.request_handle import PlanEvent, RequestHandle, TokenEvent
 from rap_env.runtime.sampling import SamplingParams
 from tests.runtime.harness import Harness, alone, greedy, prompt, steps
 

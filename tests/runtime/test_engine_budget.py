@@ -1,8 +1,6 @@
 """The engine under a moving budget, used from several threads, and prefills that it interrupts."""
 
-import itertools
 import random
-import re
 import threading
 import time
 
@@ -80,17 +78,6 @@ def test_the_newest_request_is_preempted_and_continues_from_its_tokens():
     assert second.token_ids[: len(kept)] == kept
 
 
-def test_a_request_waits_while_no_mask_fits_it_with_the_running_batch():
-    harness = Harness(guard_order=())
-    harness.budget_bytes = harness.need(Plan(), BatchShape(1, 30))
-    engine = harness.engine()
-    handles = [engine.submit(prompt(10, n), greedy(20)) for n in range(2)]
-    harness.run(engine)
-    assert max(record.rows for record in harness.records) == 1
-    assert handles[1].first_token_s >= handles[0].ended_s
-    assert [handle.preemptions for handle in handles] == [0, 0]
-
-
 def test_a_queued_request_that_can_no_longer_fit_is_rejected(harness, engine):
     handle = engine.submit(prompt(5), greedy(20))
     harness.budget_bytes = harness.controller.monitor.max_budget_bytes = 1000
@@ -115,26 +102,6 @@ def test_an_answer_is_admitted_for_a_part_and_ends_where_no_more_fits():
     harness.run(engine, turns=1000)
     assert whole.token_ids[:EXPECTED_TOKENS] == long.token_ids
     assert len(whole.token_ids) == 500
-
-
-def test_each_token_records_its_mask_and_rows_continue_as_under_a_new_one(caplog):
-    caplog.set_level("INFO", "rap_env.runtime.controller")
-    harness = Harness(hold_s=0.5)
-    engine = harness.engine()
-    handle = engine.submit(prompt(5), greedy(40))
-    low = harness.need(Plan.removing(0, 1, 2), BatchShape(1, 45))
-
-    def before(turn):
-        harness.budget_bytes = low if 10 <= turn < 20 else PLENTY
-
-    harness.run(engine, before=before)
-    assert re.findall(r"Plan changed \((\w+)\)", caplog.text) == ["budget_fell", "room"]
-    native, lower, restored = [plan for plan, _ in itertools.groupby(handle.plans)]
-    assert native == restored == Plan() != lower
-    back = max(n for n, plan in enumerate(handle.plans) if plan) + 1
-    assert 10 < back < 40 == len(handle.plans)
-    ids = prompt(5) + handle.token_ids[:back]
-    assert handle.token_ids[back:] == alone(harness.llm, ids, 40 - back)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import itertools
 
 import pytest
-import torch
 
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
@@ -11,12 +10,7 @@ from rap_env.policies.loading import OrderPolicy
 from rap_env.policies.uniform import uniform_plans
 from rap_env.request import Request
 from rap_env.runtime.memory_estimator import BatchShape, MemoryEstimator
-from tests.runtime.harness import (
-    ORDER,
-    Harness,
-    prompt,
-    serve_while_the_budget_jumps,
-)
+from tests.runtime.harness import ORDER, Harness, prompt
 from tests.tiny import tiny_llm
 
 LONG = BatchShape(3, 60)
@@ -87,31 +81,3 @@ def test_a_policy_of_plans_is_asked_for_less_before_the_guard_removes_blocks():
     assert not harness.mask
     assert harness.llm.plan in uniform_plans(harness.llm.facts)
     assert harness.need(harness.llm.plan, LONG) <= harness.budget_bytes
-
-
-@pytest.mark.parametrize("shape", [LONG, BatchShape()])
-def test_lasting_headroom_raises_caches_and_weights(shape):
-    harness = lowering(hold_s=1.0)
-    harness.llm.apply(Plan.uniform(LAYERS, caches="int4", weights="int4"))
-    for time_s in (0.0, 1.0, 2.0):
-        harness.time_s = time_s
-        assert harness.check(shape)
-    assert harness.llm.plan == Plan()
-
-
-@pytest.mark.slow
-def test_outputs_stay_valid_while_a_plan_follows_the_budget_and_the_end_is_native():
-    harness = lowering(hold_s=0.3)
-    llm = harness.llm
-    weights = {name: tensor.clone() for name, tensor in llm.model.state_dict().items()}
-    engine = harness.engine(prefill_chunk_tokens=8, max_batch_size=4)
-    most, *_, least = (harness.need(p, BatchShape(3, 55)) for p in uniform_plans(llm.facts))
-    handles = serve_while_the_budget_jumps(harness, engine, least, most)
-    assert all(torch.tensor(handle.logprobs).isfinite().all() for handle in handles)
-    assert any(plan.caches for handle in handles for plan in handle.plans)
-    assert all(record.held.total <= record.budget_bytes for record in harness.records)
-    assert llm.plan == Plan()
-    assert llm.held_bytes.kv_cache == 0
-    after = llm.model.state_dict()
-    assert after.keys() == weights.keys()
-    assert all(torch.equal(after[name], tensor) for name, tensor in weights.items())

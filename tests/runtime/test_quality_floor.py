@@ -1,11 +1,10 @@
 """The quality floor, the longest prompt within it, and what an idle engine restores."""
 
-import math
 from types import SimpleNamespace
 
 import pytest
 
-from rap_env.errors import InvalidRequestError, QualityFloorError
+from rap_env.errors import InvalidRequestError
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.knapsack import KnapsackPolicy
@@ -40,21 +39,6 @@ def worst(policy, handles) -> float:
     return max(policy.delta_nll(p, handle.final_tokens) for handle in handles for p in handle.plans)
 
 
-def test_a_plan_is_applied_only_above_the_floor(policy):
-    floored, free = (Harness(policy=policy, max_delta_nll=floor) for floor in (2.0, None))
-    top, least = (floored.need(plan, SHAPE) for plan in (NATIVE, floored.everything))
-    outcomes = set()
-    for budget in range(top, least, (least - top) // 12):
-        floored.budget_bytes = free.budget_bytes = budget
-        admitted = floored.admit(SHAPE)
-        assert free.admit(SHAPE)
-        assert admitted == (policy.delta_nll(free.llm.plan, 40) <= 2.0)
-        if admitted:
-            assert floored.llm.plan == free.llm.plan
-        outcomes.add(admitted)
-    assert outcomes == {True, False}
-
-
 def served(policy, floor):
     """An engine's answers while its budget jumps between what is plenty and almost nothing."""
     harness = Harness(policy=policy, max_delta_nll=floor, hold_s=0.3)
@@ -68,21 +52,6 @@ def test_no_token_is_computed_below_the_floor_while_the_budget_jumps(policy):
     assert 0 < worst(policy, floored) <= 2.0
     assert any(handle.preemptions for handle in floored)
     assert worst(policy, served(policy, None)) > 2.0
-
-
-def test_a_request_that_waited_for_a_plan_above_the_floor_learns_why(policy):
-    harness = Harness(policy=policy, max_delta_nll=0.0)
-    engine = harness.engine(queue_timeout_s=1.0)
-    handle = engine.submit(prompt(5), greedy(20))
-    harness.budget_bytes = budget = harness.need(NATIVE, BatchShape(1, 24)) - 1
-    assert not engine.step()
-    assert not handle.done
-    harness.time_s = 1.1
-    assert not engine.step()
-    assert handle.rejection == "below_floor"
-    assert "longer than 1.0 s" in handle.error
-    assert f"{budget:,} bytes" in handle.error
-    assert "max_delta_nll" in handle.error
 
 
 def test_a_plan_below_the_floor_serves_nothing(policy):
@@ -173,18 +142,6 @@ def test_the_plan_of_a_batch_obeys_the_strictest_floor_of_its_requests(policy):
     assert worst(policy, handles[1:2]) <= 2.0
     assert worst(policy, handles[3:4]) == 0
     assert max(beside_strict) == 2  # a third would lower the plan below the strict floor
-
-
-def test_a_request_whose_own_floor_is_out_of_reach_is_rejected_with_the_least_rise(policy):
-    harness = fills(policy, 1, 24, 0.3)
-    harness.controller.monitor.max_budget_bytes = harness.budget_bytes
-    engine = harness.engine()
-    best = policy.delta_nll(harness.controller.chooser.choose(
-        BatchShape(1, 24), harness.budget_bytes, math.inf).plan)  # fmt: skip
-    words = rf"at most 0.0 nats .* \(max_delta_nll\).* has {best:.4g}"
-    with pytest.raises(QualityFloorError, match=words):
-        engine.submit(prompt(5), greedy(20, max_delta_nll=0.0))
-    assert engine.submit(prompt(5), greedy(20, max_delta_nll=best))
 
 
 def test_a_request_that_waits_for_its_own_floor_does_not_hold_up_others(policy):

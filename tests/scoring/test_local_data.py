@@ -34,16 +34,12 @@ def test_fewshot_examples_come_from_the_train_file(tmp_path):
 
 
 def test_a_missing_root_folder_or_file_is_named(tmp_path):
-    with pytest.raises(
-        CorpusError, match="data_root .*nowhere is not a folder; give one that holds"
-    ):
+    with pytest.raises(CorpusError, match="data_root .* is not a folder"):
         load(tmp_path / "nowhere", "piqa")
     with pytest.raises(CorpusError, match="has no folder 'piqa'; add piqa/SPLIT.jsonl"):
         load(tmp_path, "piqa")
     (tmp_path / "sciq").mkdir()
-    with pytest.raises(
-        CorpusError, match=r"needs test.jsonl or validation.jsonl in .*holds nothing"
-    ):
+    with pytest.raises(CorpusError, match="holds nothing"):
         load(tmp_path, "sciq")
     write_task(tmp_path, "sciq", split="train")
     with pytest.raises(CorpusError, match="which holds train.jsonl; add the file"):

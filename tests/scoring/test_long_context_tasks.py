@@ -14,12 +14,7 @@ from rap_env.models.live.partial_forward import PartialForward
 from rap_env.plan import Plan
 from rap_env.scoring.generated_tasks import NAMES, OBJECTS
 from rap_env.scoring.lm_eval_tasks import TaskConfig
-from rap_env.scoring.long_context_tasks import (
-    CHOICES,
-    DEPTHS,
-    LongContextTask,
-    long_context_task,
-)
+from rap_env.scoring.long_context_tasks import CHOICES, DEPTHS, LongContextTask, long_context_task
 from rap_env.scoring.plan_lm import likelihoods, make_batches
 from rap_env.scoring.tasks import TaskScorer
 from tests.scoring.local_tasks import write_task

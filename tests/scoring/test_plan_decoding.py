@@ -2,20 +2,15 @@
 
 import pytest
 import torch
-import transformers as tf
 
-from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
-from rap_env.plan import Plan, block_name
+from rap_env.plan import Plan
 from rap_env.scoring.scorer import PlanScorer
 from tests.scoring.test_scorer import tokens
 from tests.tiny import (
     DISTINCT_FAMILIES,
-    FAMILIES,
     LAYERS,
     each_family,
-    randomise,
-    tiny_config,
     tiny_llm,
 )
 
@@ -58,18 +53,6 @@ def test_caches_at_a_level_and_at_the_lowest(family, level, dtype):
         assert rises[1] > 5 * TOLERANCE[dtype]  # else an unquantised pass would do
 
 
-@pytest.mark.parametrize("family", DISTINCT_FAMILIES)
-def test_caches_beside_removed_blocks_and_native_caches(family):
-    llm, ids = tiny_llm(family, layers=3), tokens(2, TOKENS)
-    plan = Plan.of({"layer00.cache": "int2", "layer01.attn": "removed", "layer01.ffn": "removed"})
-    (rise,) = check(llm, ids, [plan], TOLERANCE[torch.float32])
-    alone = PlanScorer(llm, ids).window_nll(plan) - PlanScorer(llm, ids).window_nll(
-        Plan(plan.removed)
-    )
-    assert abs(alone).max() > TOLERANCE[torch.float32]
-    assert rise > 0
-
-
 @pytest.mark.parametrize(
     ("family", "level"),
     [
@@ -83,33 +66,7 @@ def test_caches_beside_removed_blocks_and_native_caches(family):
     ],
 )
 def test_windows(family, level):
-    llm, ids = _long_llm(family), tokens(2, 150)
+    llm, ids = tiny_llm(family, positions=192), tokens(2, 150)
     (rise,) = check(llm, ids, [Plan.uniform(LAYERS, caches=level)], TOLERANCE[torch.float32])
     if family != "phi3_sliding" or not level.startswith("window"):  # its own window is 5 tokens
         assert rise > TOLERANCE[torch.float32]
-
-
-@pytest.mark.parametrize(
-    ("family", "level"),
-    [("llama", "int8"), *((name, ("int4", "int8")[n % 2]) for n, name in enumerate(FAMILIES))],
-)
-def test_weights_and_caches_together(family, level):
-    llm, ids = tiny_llm(family), tokens(2, TOKENS)
-    facts = llm.facts
-    blocks = [i for i in range(facts.num_blocks) if level in facts.weight_levels(i)]
-    items = {block_name(index): level for index in blocks}
-    items |= {"embeddings": level} if level in facts.embedding_levels else {}
-    plans = [Plan.of({**items, "layer01.cache": "int4"})]
-    plans += [Plan.of(items)] if family == "llama" else []
-    # Steps with few rows use packed kernels, scores widened weights; each rounds its own way.
-    rises = check(llm, ids, plans, 1e-3)
-    assert not blocks or min(rises) > 0
-
-
-def _long_llm(family):
-    """A model of a family with more positions than the tiny ones have."""
-    config = tiny_config(family)
-    setattr(config, "n_positions" if family == "gpt2" else "max_position_embeddings", 192)
-    model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    randomise(model)
-    return ElasticLLM(model.eval(), None, name=f"long-{family}")

@@ -7,11 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from rap_env.errors import (
-    CorpusError,
-    NonFiniteScoreError,
-    UnknownNameError,
-)
+from rap_env.errors import CorpusError, NonFiniteScoreError, UnknownNameError
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.plan import Plan, block_name
 from rap_env.scoring import plan_runner

@@ -7,26 +7,19 @@ import torch
 
 from rap_env.artifacts import digest
 from rap_env.envs.ladder import RAPLadderEnv
-from rap_env.errors import (
-    CorpusError,
-    InvalidRequestError,
-    NonFiniteScoreError,
-    UnknownNameError,
-)
+from rap_env.errors import CorpusError, InvalidRequestError, NonFiniteScoreError, UnknownNameError
 from rap_env.models.files.pruned_checkpoint import save_pruned
-from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.plan import Plan
 from rap_env.scoring import lm_eval_tasks
 from rap_env.scoring.store import ScoreStore
 from tests.scoring.local_tasks import ROWS, write_task
 from tests.scoring.test_scorer import tokens
-from tests.tiny import FAMILIES, randomise, tiny_config, tiny_llm, tiny_tokenizer
+from tests.tiny import FAMILIES, tiny_llm, tiny_tokenizer
 
 pytest.importorskip("lm_eval")
 
 from rap_env import PlanLM
-from rap_env.scoring import plan_lm
 from rap_env.scoring.lm_eval_tasks import TaskConfig
 from rap_env.scoring.plan_lm import likelihoods, make_batches
 from rap_env.scoring.tasks import TaskResult, TaskScorer
@@ -35,15 +28,9 @@ GENERATED = ("rap_minimal_pairs", "rap_recall", "rap_choice")
 SOME = Plan.removing("layer00.attn", "layer01.ffn")
 
 
-def make_llm(positions=768, seed=0, dtype=torch.float32):
+def make_llm(positions=768, **settings):
     """A tiny Llama that is long enough for the tasks' letters."""
-    from transformers import AutoModelForCausalLM
-
-    config = tiny_config("llama")
-    config.max_position_embeddings = positions
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    randomise(model, seed)
-    return ElasticLLM(model, tiny_tokenizer(), name="tiny")
+    return tiny_llm(positions=positions, tokenizer=tiny_tokenizer(), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -179,15 +166,6 @@ def test_a_long_context_loses_tokens_on_the_left_and_equal_inputs_run_once():
     assert likelihoods(partial, cut)[0, 0] == pytest.approx(likelihoods(partial, short)[0, 0])
 
 
-def test_smaller_batches_do_not_change_scores(llm, monkeypatch):
-    config = TaskConfig(("rap_minimal_pairs",), limit=6)
-    wide = TaskScorer(llm, config).results(SOME)["rap_minimal_pairs"]
-    monkeypatch.setattr(plan_lm, "BATCH_TOKENS", 90)
-    monkeypatch.setattr(plan_lm, "HEAD_TOKENS", 7)
-    narrow = TaskScorer(llm, config).results(SOME)["rap_minimal_pairs"]
-    assert narrow.metrics == wide.metrics
-
-
 def numbered(count: int) -> list[dict]:
     """Rows of hellaswag with different texts."""
     return [{**ROWS["hellaswag"], "ctx_a": f"a {number} b."} for number in range(count)]
@@ -234,16 +212,6 @@ def test_tasks_without_likelihoods_of_answers_are_rejected_before_anything_loads
     with pytest.raises(UnknownNameError, match="'wikitext'.*scored by loglikelihood_rolling"):
         TaskScorer(llm, TaskConfig(("wikitext",)))
     lm_eval_tasks.check_scorable(["piqa", "rap_choice", "blimp_causative"])
-
-
-@pytest.mark.slow
-def test_a_task_in_no_known_folder_is_found_among_all():
-    assert "truthfulqa_mc1" not in lm_eval_tasks.TASK_FOLDERS
-    lm_eval_tasks.check_scorable(["truthfulqa_mc1"])
-    with pytest.raises(UnknownNameError, match="likelihood task 'triviaqa'"):
-        lm_eval_tasks.check_scorable(["triviaqa"])
-    with pytest.raises(UnknownNameError, match="no-such-task"):
-        lm_eval_tasks.check_scorable(["no-such-task"])
 
 
 def test_groups_and_tags_stand_for_their_tasks(tmp_path, llm, monkeypatch):
@@ -301,8 +269,7 @@ def test_nan_is_an_error_with_its_location():
     with torch.no_grad():
         llm.model.model.norm.weight[0] = torch.nan
     scorer = TaskScorer(llm, TaskConfig(("rap_choice",), limit=2))
-    message = r"tiny \(float32\) gave a non-finite likelihood \(native\); check"
-    with pytest.raises(NonFiniteScoreError, match=message):
+    with pytest.raises(NonFiniteScoreError, match="non-finite likelihood"):
         scorer.accuracies(Plan())
     assert llm.plan == Plan()
 

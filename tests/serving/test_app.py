@@ -155,11 +155,8 @@ def test_a_plain_stream_has_text_in_every_event(server):
         ({"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]},
          "messages", "invalid_value", "system comes first"),
         ({"temperature": 3}, "temperature", "invalid_value", "less than or equal to 2"),
-        ({"temperature": "hot"}, "temperature", "invalid_type", "'hot'"),
         ({"max_tokens": True}, "max_tokens", "invalid_type", "True"),
-        ({"max_tokens": 0}, "max_tokens", "invalid_value", "at least 1, or -1"),
         ({"n": 10**30}, "n", "invalid_value", "at most 8"),
-        ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "invalid_value", "at most 4"),
         ({"stop": "x" * 257}, "stop[0]", "invalid_value", "256"),
         ({"seed": 2**70}, "seed", "invalid_value", "seed"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools",
@@ -168,7 +165,6 @@ def test_a_plain_stream_has_text_in_every_event(server):
         # Of plain completions.
         ({"prompt": []}, "prompt", "invalid_type", "list"),
         ({"prompt": [1, "a"]}, "prompt", "invalid_type", "token ids"),
-        ({"prompt": ["a"] * 9}, "prompt", "invalid_value", "at most 8"),
         ({"prompt": "a" * 64}, "prompt", "context_length_exceeded", "maximum context length"),
     ],
 )  # fmt: skip
@@ -273,13 +269,6 @@ def test_a_preflight_is_answered_before_keys_are_asked_for(tokenizer, tmp_path):
             headers = {"origin": origin, "x-api-key": "key"}
             response = httpx.post(url, json=CHAT, headers=headers)
             assert response.headers["access-control-allow-origin"] == origin
-
-
-def test_models_are_listed(server):
-    listed = httpx.get(f"{server.url}/v1/models").json()
-    assert listed["object"] == "list"
-    assert [(m["id"], m["object"]) for m in listed["data"]] == [("tiny", "model")]
-    assert httpx.get(f"{server.url}/v1/models/tiny").json() == listed["data"][0]
 
 
 def test_other_paths_and_methods_are_errors_of_the_same_shape(server):

@@ -92,27 +92,6 @@ def test_a_salt_separates_further(tokenizer):
         assert counts == [0, 0, 0, len(TEXT) - 1]
 
 
-def test_what_was_refused_or_broken_leaves_nothing(tokenizer):
-    made = engine(tokenizer)
-    with served(made, tokenizer) as server:
-        url = f"{server.url}/v1/completions"
-        for content in (b'{"model": "tiny", "prompt": "' + TEXT.encode(), b"[]"):
-            response = httpx.post(
-                url, content=content, headers={"content-type": "application/json"}
-            )
-            assert response.status_code == 400
-        too_long = {"model": "tiny", "prompt": TEXT * 10}
-        assert httpx.post(url, json=too_long).status_code == 400
-        assert made.stats().kept_sequences == 0
-
-
-def test_it_can_be_switched_off(tokenizer):
-    made = engine(tokenizer, keep=False)
-    with served(made, tokenizer) as server, client_of(server) as client:
-        assert [cached(complete(client, TEXT)) for _ in range(2)] == [0, 0]
-        assert made.stats().kept_bytes == 0
-
-
 def test_a_history_has_the_tokens_in_which_its_answers_were_written():
     merging = merging_tokenizer()
     letter = merging.convert_tokens_to_ids("a")

@@ -153,19 +153,6 @@ def test_the_client_parses_an_answer_into_its_own_type(byte_client):
     assert answer.choices[0].message.parsed.name in ("red", "green")
 
 
-def test_a_stream_follows_the_schema_too(byte_client):
-    schema = {"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 2, "maxItems": 3}
-    named = {"name": "letters", "schema": schema}
-    stream = chat(byte_client, stream=True, n=2, temperature=1, seed=1, max_tokens=300,
-                  response_format={"type": "json_schema", "json_schema": named})  # fmt: skip
-    texts = ["", ""]
-    for chunk in stream:
-        for choice in chunk.choices:
-            texts[choice.index] += choice.delta.content or ""
-    for text in texts:
-        assert set(json.loads(text)) <= {"a", "b"}
-
-
 def test_any_object_and_plain_completions(byte_client):
     (choice,) = chat(byte_client, response_format={"type": "json_object"}, max_tokens=40).choices
     assert choice.message.content.startswith("{")

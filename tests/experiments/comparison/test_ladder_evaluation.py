@@ -105,13 +105,7 @@ def test_plans_are_measured_on_another_text_and_on_tasks(evaluated):
     assert len(new) == len(old)
     for row in new:
         first = old[row.method, row.seed, row.cell]
-        kept = (
-            "levels",
-            "evaluations",
-            "calibration_delta_nll",
-            "target_delta_nll",
-            "fits",
-        )
+        kept = ("levels", "evaluations", "calibration_delta_nll", "target_delta_nll", "fits")
         assert [getattr(row, name) for name in kept] == [getattr(first, name) for name in kept]
         assert len(row.window_delta_nll) == 4
         assert set(row.accuracies) == set(row.task_documents) == {"rap_choice"}

@@ -45,9 +45,7 @@ FILES = [
     process("IQ3_XXS q8_0", 800, 0.3),
 ]
 SPEEDS = {RAP: [32.0, 7.0], LLAMA: [41.0, 9.5]}
-LIMITS = [
-    process("1.0GiB", 1010, 0.1, RAP, beside="once Q4_K_M/q4_K q8_0", speeds=SPEEDS),
-]
+LIMITS = [process("1.0GiB", 1010, 0.1, RAP, beside="once Q4_K_M/q4_K q8_0", speeds=SPEEDS)]
 REJECTED = RejectedRow(limit="0.8GiB", reason="It does not fit.")
 FALLING = FallingRow(
     system=RAP, step_s=10, limits=["1.0GiB", "0.8GiB"], served=["1.0GiB", "0.8GiB"],

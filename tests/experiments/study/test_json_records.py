@@ -67,13 +67,7 @@ def test_the_row_key_depends_on_all_inputs():
 
     other = {**row.depends_on, "report_sha256": "c" * 64}
     assert key() == row.key
-    keys = {
-        key(),
-        key(seed=1),
-        key(method="ppo"),
-        key(cell=(1, 128, 0.8)),
-        key(depends_on=other),
-    }
+    keys = {key(), key(seed=1), key(method="ppo"), key(cell=(1, 128, 0.8)), key(depends_on=other)}
     assert len(keys) == 5
     unrelated = replace(row, provenance={**row.provenance, "commit": "abc"})
     assert unrelated.key == key()

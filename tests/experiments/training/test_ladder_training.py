@@ -5,8 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from agents.trained_policy import TrainedPolicy
-from experiments.comparison.result_rows import ResultRow
 from experiments.comparison.run_records import TABLE_FILE
 from experiments.config.program_settings import (
     AgentConfig,
@@ -16,7 +14,7 @@ from experiments.config.program_settings import (
     WarmStartConfig,
 )
 from experiments.contexts import build_context, frontier_artifact, make_ladder_bytes
-from experiments.evaluate import decision_scores, evaluate
+from experiments.evaluate import decision_scores
 from experiments.profile import profile
 from experiments.score_model import (
     ROUNDS_FILE,
@@ -33,9 +31,8 @@ from rap_env.envs.ladder import RAPLadderVectorEnv
 from rap_env.errors import ArtifactError
 from rap_env.importance.plan_table import PlanTable
 from rap_env.plan import Plan
-from rap_env.request import Request
 from rap_env.scoring.score_table import ScoreTable
-from tests.experiments.tiny_study import LEVELS, own_text, tiny_ladder_study
+from tests.experiments.tiny_study import LEVELS, tiny_ladder_study
 
 
 @pytest.fixture(scope="module")
@@ -117,24 +114,3 @@ def test_rounds_on_predicted_plans_start_from_a_search_and_measure_what_the_poli
     unknown = [plan for plan in scored_masks(rounds[1]) if plan not in table.scores]
     unknown.append(Plan.uniform(table.facts.num_layers, caches="int4"))
     assert np.isfinite(scores(unknown)).all(), "it predicts plans that were not measured"
-
-
-def test_the_agent_is_evaluated_beside_baselines(config, run):
-    given = replace(config.evaluate, baselines=["uniform"], best_of=[1, 4],
-                    text=own_text(2, 12))  # fmt: skip
-    changed = replace(config, stage="evaluate", evaluate=given)
-    evaluate(changed, changed.stage_dir("evaluate"))
-    rows = ResultRow.read(changed.stage_dir("evaluate") / "results.jsonl")
-    agents = [row for row in rows if row.method.startswith("agent")]
-    assert {row.method for row in agents} == {"agent", "agent-best_of=4"}
-    context = build_context(config)
-    trained, ladder = TrainedPolicy.load(run, context), make_ladder_bytes(config, context).ladder
-    assert len(agents) == 2 * len(config.evaluate.budgets)
-    for row in agents:
-        request = Request(**row.request, budget_bytes=row.budget_bytes)
-        assert row.fits
-        assert row.peak_bytes <= row.budget_bytes
-        assert row.setup_evaluations > 0
-        ladder.positions(row.plan)
-        if row.method == "agent":
-            assert row.levels == trained.choose(request).levels

@@ -56,18 +56,6 @@ def test_a_row_of_a_batch_goes_on_from_its_blocks(name, level):
         assert batch_of_one.plans == expected.plans
 
 
-@pytest.mark.parametrize("length", [1, 31, 32, 33, 64, 100])
-def test_a_beginning_of_any_length_serves(length):
-    llm, (tokens,) = long_llm(), random_rows(131)
-    _, blocks = blocks_of(prefilled(llm, tokens))
-    count = -(-length // GROUP_TOKENS)
-    batch = filled(llm, tokens[:length], blocks[:count])
-    expected = prefilled(llm, tokens[:length])
-    assert batch.kv_bytes == expected.kv_bytes
-    rest = [tokens[length : length + 20]]
-    torch.testing.assert_close(batch.append(rest), expected.append(rest), rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("cut", [33, 50, 64])
 def test_a_group_in_which_the_cut_falls_is_unpacked_into_the_tail(cut):
     llm, (tokens,) = long_llm(), random_rows(131)

@@ -8,7 +8,8 @@ from rap_env.models.files.pruned_checkpoint import load_pruned, save_pruned
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
-from tests.tiny import each_family, tiny_llm, tiny_model, tiny_tokenizer
+from tests.models.states import saved
+from tests.tiny import each_family, tiny_llm, tiny_model
 
 
 @each_family("name", dtype=[torch.float32, torch.bfloat16])
@@ -41,9 +42,7 @@ def test_packed_attention_is_used_only_where_heads_share_keys() -> None:
 
 
 def test_the_packed_attention_name_is_not_saved(tmp_path) -> None:
-    folder = tmp_path / "model"
-    tiny_model().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    folder = saved(tmp_path / "model", dtype=torch.float32)
     llm = load_llm(folder, dtype="float32", device="cpu")
     assert llm.model.config._attn_implementation == PACKED_ATTENTION
     assert llm.fingerprint == ElasticLLM(tiny_model(), None, name="same").fingerprint

@@ -92,28 +92,3 @@ def test_under_one_plan_concurrent_calls_equal_single_calls() -> None:
     assert not errors
     assert len(actual) == 12
     assert all(torch.equal(out, alone) for out in actual)
-
-
-def test_a_plan_of_another_thread_waits_for_the_end_of_a_generation() -> None:
-    llm = tiny_llm()
-    plans = [Plan.removing(1, 3), Plan(), ATTENTION]
-    ran: list[Plan] = []
-    llm.model.register_forward_hook(lambda *_: ran.append(llm.plan))
-    done = threading.Event()
-
-    def switch() -> None:
-        for n in range(10**6):
-            if done.is_set():
-                return
-            llm.apply(plans[n % 3])
-
-    thread = threading.Thread(target=switch)
-    thread.start()
-    try:
-        for _ in range(12):
-            generate(llm)
-    finally:
-        done.set()
-        thread.join(60)
-    assert len(ran) == 12 * NEW
-    assert all(len(set(ran[n : n + NEW])) == 1 for n in range(0, len(ran), NEW))

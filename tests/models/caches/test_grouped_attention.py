@@ -7,11 +7,7 @@ from rap_env.levels import GROUP_TOKENS, CacheLevel, channel_groups
 from rap_env.models.caches import block_attention, token_attention
 from rap_env.models.caches.attention import attend
 from rap_env.models.caches.grouped_cache import GroupedLayer
-from rap_env.models.caches.groups import (
-    pack,
-    parts,
-    widen,
-)
+from rap_env.models.caches.groups import pack, parts, widen
 
 LEVELS = ["int8", "int4", "int2", "window32", "window64", "int4-window64"]
 

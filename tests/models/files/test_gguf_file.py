@@ -9,10 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from rap_env.errors import (
-    ChecksumError,
-    UnsupportedModelError,
-)
+from rap_env.errors import ChecksumError, UnsupportedModelError
 from rap_env.models.files import gguf_conversion
 from rap_env.models.files.gguf_source import converted_gguf, gguf_folder_name
 from rap_env.models.files.loading import load_llm

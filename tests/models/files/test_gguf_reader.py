@@ -9,11 +9,7 @@ from gguf.gguf_reader import GGUFReader
 from gguf.quants import dequantize
 
 from rap_env.errors import UnsupportedModelError
-from rap_env.models.files.gguf_reader import (
-    GgufFile,
-    packed_blocks,
-    packs_as_int4,
-)
+from rap_env.models.files.gguf_reader import GgufFile, packed_blocks, packs_as_int4
 
 _HALF_ULP = 2.0**-8  # largest relative error of rounding to bfloat16, and as much for arithmetic
 # where blocks of each type have their 16-bit scales, in bytes

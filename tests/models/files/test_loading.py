@@ -21,7 +21,7 @@ from rap_env.models.files.loading import load_llm, shared_llm
 from rap_env.models.files.pruned_checkpoint import save_pruned
 from rap_env.models.files.weight_files import load_tokenizer
 from rap_env.plan import Plan
-from tests.models.states import saved
+from tests.models.states import damage_file, saved
 from tests.tiny import tiny_llm, tiny_model, tiny_tokenizer
 
 IDS = torch.tensor([[5, 9, 33]])
@@ -80,80 +80,50 @@ def test_a_pruned_checkpoint_loads_as_a_pruned_model(lonely: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["smollm-135m", "nothing", ""])
 def test_an_unknown_alias(name: str, lonely: Path) -> None:
-    with pytest.raises(
-        UnknownNameError, match=f"model '{name}'; known are .*'smollm2-135m'.*'organisation/name'"
-    ):
+    with pytest.raises(UnknownNameError, match=f"model '{name}'; known are .*'smollm2-135m'"):
         load_llm(name)
 
 
 @pytest.mark.parametrize("name", ["./none", "~/none", "/none/at/all", "a/b/c", "none.gguf"])
 def test_a_missing_path_is_an_error(name: str, lonely: Path) -> None:
-    with pytest.raises(
-        ModelNotAvailableError,
-        match=r"no model folder or GGUF file .*the aliases smollm2-135m, gemma3-270m, .*, or",
-    ):
+    with pytest.raises(ModelNotAvailableError, match="no model folder or GGUF file"):
         load_llm(name)
-
-
-def test_a_folder_without_a_config(lonely: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelNotAvailableError, match=r"has no config\.json; give a folder"):
-        load_llm(tmp_path)
-
-
-@pytest.mark.parametrize("text", ["{", "[]"])
-def test_a_damaged_config(text: str, folder: Path) -> None:
-    (folder / "config.json").write_text(text)
-    with pytest.raises(ChecksumError, match=r"config\.json is truncated or damaged"):
-        load_llm(folder)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "never-heard-of", None])
 def test_an_unknown_family_is_rejected_before_its_weights(model_type, folder, monkeypatch) -> None:
     monkeypatch.setattr(loading, "load_weights", lambda *_: pytest.fail("weights were read"))
     edit_config(folder, model_type=model_type)
-    with pytest.raises(
-        UnsupportedModelError, match=f"'{model_type}' are not known; known are .*To add one"
-    ):
+    with pytest.raises(UnsupportedModelError, match=f"'{model_type}' are not known"):
         load_llm(folder)
 
 
-def test_a_config_of_a_known_family_that_makes_no_sense(folder: Path) -> None:
-    edit_config(folder, hidden_size="wide")
-    with pytest.raises(UnsupportedModelError, match=r"transformers cannot read .*config\.json"):
-        load_llm(folder)
+def without_tokenizer(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("damage", "error", "words"),
     [
-        ({"num_hidden_layers": 3}, r"lacks \d+ tensors .*'model\.layers\.2.*random numbers"),
+        (lambda f: (f / "config.json").unlink(), ModelNotAvailableError, "no config.json"),
+        (lambda f: (f / "config.json").write_text("{"), ChecksumError, "config.json is truncated"),
+        (lambda f: (f / "config.json").write_text("[]"), ChecksumError, "config.json is truncated"),
+        (lambda f: edit_config(f, hidden_size="wide"), UnsupportedModelError, "cannot read"),
+        (lambda f: edit_config(f, num_hidden_layers=3), UnsupportedModelError, "lacks .* tensors"),
+        (lambda f: edit_config(f, intermediate_size=32), UnsupportedModelError, "do not fit"),
+        (lambda f: damage_file(f / "model.safetensors", "cut"), ChecksumError, "truncated"),
         (
-            {"intermediate_size": 32},
-            r"has 6 tensors that do not fit its config: 'model\.layers\.0\.mlp.* \(16, 24\)",
+            lambda f: (f / "model.safetensors").unlink(),
+            ModelNotAvailableError,
+            "not all its weight",
         ),
+        (without_tokenizer, ModelNotAvailableError, "has no tokenizer"),
     ],
-    ids=["missing", "another shape"],
 )
-def test_tensors_that_are_not_those_of_the_config(change, words, folder) -> None:
-    edit_config(folder, **change)
-    with pytest.raises(UnsupportedModelError, match=words):
-        load_llm(folder)
-
-
-def test_lost_and_truncated_weights(folder: Path) -> None:
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-10])
-    with pytest.raises(ChecksumError, match=r"weights in .* are truncated or damaged"):
-        load_llm(folder)
-    weights.unlink()
-    with pytest.raises(ModelNotAvailableError, match=r"has a config but not all its weight files"):
-        load_llm(folder)
-
-
-def test_a_folder_without_a_tokenizer(folder: Path) -> None:
-    for path in folder.glob("tokenizer*"):
-        path.unlink()
-    with pytest.raises(ModelNotAvailableError, match=r"has no tokenizer that transformers can"):
+def test_a_folder_that_is_not_whole_is_an_error(damage, error, words, folder) -> None:
+    damage(folder)
+    with pytest.raises(error, match=words):
         load_llm(folder)
 
 

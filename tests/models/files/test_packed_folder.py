@@ -203,18 +203,6 @@ def with_tensors(path: Path, change: Callable[[dict[str, np.ndarray]], object]) 
     file.data.flush()
 
 
-def test_the_head_of_a_gpt2_is_tied(lonely: Path, tmp_path: Path) -> None:
-    path = tmp_path / "gpt2.gguf"
-    write_gpt2(path)
-    with_tensors(
-        path, lambda tensors: np.copyto(tensors["output.weight"], tensors["token_embd.weight"])
-    )
-    native, wide = both(path)
-    assert check_weights(native, wide) == 2 * 4 + 2
-    assert native.lm_head.weight_codes is native.transformer.wte.weight_codes
-    assert not wide.config.tie_word_embeddings
-
-
 def test_the_blocks_of_a_transposed_matrix_are_kept(lonely: Path, tmp_path: Path) -> None:
     path = tmp_path / "gpt2.gguf"
     blocks = write_gpt2(path)
@@ -280,9 +268,7 @@ def test_an_unquantised_folder_is_what_transformers_would_write(family, lonely, 
 
 def test_tensors_of_other_shapes_are_rejected(lonely: Path, tmp_path: Path) -> None:
     write_gpt2(tmp_path / "gpt2.gguf", positions=8)  # transformers expects 1,024
-    with pytest.raises(
-        UnsupportedModelError, match=r"'transformer\.wpe\.weight' has shape \(8, 64\)"
-    ):
+    with pytest.raises(UnsupportedModelError, match="wpe.* has shape"):
         converted_gguf(tmp_path / "gpt2.gguf", packed=True)
 
 

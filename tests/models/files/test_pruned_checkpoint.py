@@ -11,12 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rap_env.artifacts import load_artifact, save_artifact
-from rap_env.errors import (
-    ArtifactError,
-    StorageFullError,
-    UnknownNameError,
-    UnsupportedModelError,
-)
+from rap_env.errors import ArtifactError, StorageFullError, UnknownNameError, UnsupportedModelError
 from rap_env.memory import MemoryModel
 from rap_env.models.caches.attention import attention_name
 from rap_env.models.files import pruned_checkpoint

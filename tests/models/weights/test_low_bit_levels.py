@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from rap_env.errors import UnsupportedModelError
-from rap_env.ladder.items import Ladder
 from rap_env.memory import MemoryModel
 from rap_env.models.live import calibration
 from rap_env.models.live.calibration import calibrate
@@ -16,7 +15,7 @@ from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS
 from rap_env.models.weights.residency import Residency
 from rap_env.plan import Plan, block_name
 from rap_env.request import Request
-from tests.models.states import apply_to, logits, opened, saved, tensor_bytes, weights_hash
+from tests.models.states import apply_to, logits, opened, saved, weights_hash
 from tests.models.weights.test_weight_levels import replace_by_widened
 from tests.tiny import LAYERS, VOCAB_SIZE, WIDE_FAMILIES, tiny_llm, tiny_model
 
@@ -37,20 +36,6 @@ def made(llm: ElasticLLM) -> ElasticLLM:
     """A model that makes its levels at their first use."""
     llm.calibrator = lambda model: calibrate(model, WINDOWS)
     return llm
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@EVERY
-def test_predicted_bytes_are_those_of_the_tensors(name: str, dtype: torch.dtype) -> None:
-    llm = made(tiny_llm(name, dtype=dtype))
-    memory, seen = MemoryModel(llm), []
-    for plan in (Plan(), *UNIFORM.values(), MIXED):
-        llm.apply(plan)
-        parts = memory.breakdown(plan, REQUEST)
-        assert tensor_bytes(llm.model) == parts.weights + parts.embeddings, str(plan)
-        seen.append(parts.weights + parts.embeddings)
-    assert seen == sorted(seen[:-1], reverse=True) + seen[-1:]
-    assert len(set(seen)) == len(seen)
 
 
 @pytest.mark.engine_feature("here", "Levels of weights", "int8, int4, int3, int2")
@@ -90,15 +75,6 @@ def test_without_a_text_they_do_not_exist() -> None:
     with pytest.raises(UnsupportedModelError, match=r"at int3 so far: .* call .*calibrate\(llm"):
         llm.apply(Plan.of({"layer00.ffn": "int3"}))
     assert llm.plan == Plan()
-
-
-@EVERY
-def test_the_ladder_has_them_in_place_of_int4(name: str) -> None:
-    item_levels = {item.levels for item in Ladder.of(tiny_llm(name).facts, "all").items}
-    weights = ("native", "int8", "int4-compact", "int3", "int2", "removed")
-    assert {weights, weights[:4]} <= item_levels
-    narrow = {item.levels for item in Ladder.of(tiny_llm().facts, "all").items}
-    assert narrow == {item.levels for item in Ladder.of(tiny_llm().facts, "four-bits").items}
 
 
 @pytest.mark.parametrize("level", ["int3", "int2"])

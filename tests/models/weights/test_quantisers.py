@@ -4,14 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from rap_env.errors import UnknownNameError
 from rap_env.models.weights import weight_levels
-from rap_env.models.weights.gptq import (
-    DampedHessian,
-    correction,
-    hessians,
-    quantise_gptq,
-)
+from rap_env.models.weights.gptq import DampedHessian, correction, hessians, quantise_gptq
 from rap_env.models.weights.packed_layout import PACKED_LEVELS, PackedLevel, stored_level
 from rap_env.models.weights.packing import PackedMatrix
 from rap_env.models.weights.quantisers import quantise
@@ -76,11 +70,6 @@ def test_constant_weights_are_kept(level: PackedLevel) -> None:
         weight = torch.full((64, 64), value)
         packed = quantise(weight, level)
         assert torch.allclose(packed.widened(torch.float32), weight, rtol=2**-7)
-
-
-def test_an_unknown_level_is_rejected() -> None:
-    with pytest.raises(UnknownNameError, match="int1"):
-        quantise(torch.zeros(1, 1), "int1")  # type: ignore[arg-type]
 
 
 INPUTS, ROWS = 128, 64

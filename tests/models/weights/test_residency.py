@@ -31,10 +31,7 @@ from tests.tiny import LAYERS, tiny_llm
 def test_the_models_own_files_serve_and_nothing_is_written(tmp_path) -> None:
     folder = saved(tmp_path)
     for residency in ("offload", "drop"):
-        for dtype in (
-            torch.bfloat16,
-            torch.float32,
-        ):  # wider than in the files
+        for dtype in (torch.bfloat16, torch.float32):  # wider than in the files
             llm = opened(folder, dtype)
             before = weights_hash(llm.model)
             llm.set_residency(residency)

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from experiments.config import Config
 from experiments.config.common import ModelConfig, TextConfig
 from experiments.config.study_settings import ConversationsConfig, ReplayConfig
-from experiments.studies.replay import conversations as study
 from experiments.studies.replay.conversations import (
     DRAWN,
     FALLING,
@@ -22,8 +22,8 @@ from experiments.studies.replay.workload import draw_conversations, prefix_reque
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
 from rap_env.workload.traffic import TraceError
+from tests.models.states import saved
 from tests.policies.test_knapsack import costs
-from tests.tiny import tiny_model, tiny_tokenizer
 
 TEXT = 3 + np.random.default_rng(0).permutation(4000)
 SETTINGS = ConversationsConfig(
@@ -162,9 +162,7 @@ def test_a_malformed_trace_is_reported(traced, trace, named):
 
 @pytest.fixture(scope="module")
 def config(base):
-    model = tiny_model(layers=3, positions=256)
-    model.save_pretrained(base / "model")
-    tiny_tokenizer().save_pretrained(base / "model")
+    saved(base / "model", dtype=torch.float32, layers=3, positions=256)
     rng = np.random.default_rng(0)
     (base / "story.txt").write_text("".join(rng.choice(list("abcdefghij ,."), 2400)))
     (base / "trace.csv").write_text(TRACE_ROWS)
@@ -261,10 +259,3 @@ def test_the_table_has_a_row_for_each_system(rows, folder):
     assert [*fewer[:2]] == ["-", "0.0 %"]
     assert float(fewer[2].split()[0]) > 0
     assert "Kept as it was read" in (folder / "tables.md").read_text()
-
-
-def test_a_finished_run_measures_nothing_again(config, folder, monkeypatch):
-    before = (folder / "conversations.jsonl").read_bytes()
-    monkeypatch.setattr(study, "served", lambda *_: pytest.fail("measured again"))
-    STUDY.run(config, folder)
-    assert (folder / "conversations.jsonl").read_bytes() == before
