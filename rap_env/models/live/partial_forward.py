@@ -57,11 +57,11 @@ class WidenedWeights:
         self._kept: weakref.WeakKeyDictionary[PackedModule, nn.Module] = weakref.WeakKeyDictionary()
 
     @classmethod
-    def of(cls, model: nn.Module, dtype: torch.dtype | None = None) -> WidenedWeights:
+    def of(cls, model: nn.Module) -> WidenedWeights:
         """The widened weights of a model, which all that use it at the same time share."""
-        weights = _shared.get((id(model), dtype))
+        weights = _shared.get(id(model))
         if weights is None:
-            weights = _shared[id(model), dtype] = cls(dtype)
+            weights = _shared[id(model)] = cls()
         return weights
 
     @property
@@ -110,8 +110,7 @@ def _weight_bytes(module: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters())
 
 
-_shared: weakref.WeakValueDictionary[tuple[int, torch.dtype | None], WidenedWeights]
-_shared = weakref.WeakValueDictionary()
+_shared: weakref.WeakValueDictionary[int, WidenedWeights] = weakref.WeakValueDictionary()
 
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -145,7 +144,7 @@ class PartialForward:
             `widen`: packed kernels have none.
         whole: Whether only `hidden` and `logits` are used, which a lean model has too.
         short: Whether a float32 model multiplies states and weights in bfloat16, to be faster.
-            Needs `widen`.
+            Implies `widen`.
 
     Attributes:
         adapter: The family adapter of the model.
@@ -167,8 +166,9 @@ class PartialForward:
         if not whole:
             reject_lean(llm.model, "run in steps")
         self._llm, self.adapter, self.model = llm, llm.adapter, llm.model
-        dtype = torch.bfloat16 if short else None
-        self._widened = WidenedWeights.of(llm.model, dtype) if widen else None
+        self._widened = WidenedWeights.of(llm.model) if widen else None
+        if short:
+            self._widened = WidenedWeights(torch.bfloat16)
         self._short = short
         self._mode = torch.enable_grad if gradients else torch.inference_mode
         self._decoder = self.adapter.decoder(llm.model)
