@@ -27,8 +27,8 @@ import numpy as np
 import torch
 
 import rap_env
-from agents import unseen
-from agents.unseen import Bench, SetNetwork, variant
+from agents import plan_searches, unseen
+from agents.plan_searches import Bench, variant
 from experiments.study.json_records import read_json, write_text
 from experiments.study.plotting import FAINT, Panel, draw_series, look, panel_figure
 from experiments.study.statistics import Estimate
@@ -55,7 +55,7 @@ RUNS, PREDICTED = (0, 8, 64), 1_500
 POLICY, ORDER = "Policy", "Order by cost per byte"
 MODELS = len(PARTS[TASKS["Train"]])
 UNIFORM = [{"ffn": ffn, "depth": depth} for ffn in (0.0, 100.0) for depth in (1, -1)]
-"""Settings of `unseen.Uniform`, of which the best on the training models is taken."""
+"""Settings of `plan_searches.Uniform`, of which the best on the training models is taken."""
 
 
 def benches(task: str, models: int | None = None) -> list[Bench]:
@@ -140,7 +140,9 @@ class UnseenRecord:
         write_text(self.path, json.dumps(self.body) + "\n")
 
 
-def trained(models: int, seed: int) -> tuple[list[SetNetwork], list[SetNetwork], dict[str, Any]]:
+def trained(
+    models: int, seed: int
+) -> tuple[list[unseen.SetNetwork], list[unseen.SetNetwork], dict[str, Any]]:
     """Actors, critics, and facts of their training, which is done once."""
     path = NETWORKS / f"{models}-{seed}.pt"
     if not path.exists():
@@ -149,7 +151,7 @@ def trained(models: int, seed: int) -> tuple[list[SetNetwork], list[SetNetwork],
         for bench in trained_on:
             bench.search(np.random.default_rng(seed), noisy=16, rounds=8, offspring=8)
         critics = unseen.predictors(trained_on, count=3, updates=PREDICTED, seed=seed)
-        actors = unseen.policy(trained_on, seed=seed, note=lambda n: log.info("round %d", n))
+        actors = unseen.policy(trained_on, seed=seed)
         facts = {
             "cpu_s": round(time.process_time() - began),
             "plans": sum(len(bench.losses) for bench in trained_on),
@@ -199,14 +201,14 @@ def main(part: str, seeds: str, models: str, numbers: str, text: str) -> None:
                 record.evaluate(parts[name], own)
 
 
-def tuned_uniform(record: UnseenRecord) -> type[unseen.Tries]:
+def tuned_uniform(record: UnseenRecord) -> type[plan_searches.Tries]:
     """The best of `UNIFORM` on the training models."""
 
     def score(given: Mapping[str, Any]) -> float:
         key = {"name": "Uniform", "part": "Train", "runs": 0, **given}
-        return record.evaluate(variant(unseen.Uniform, **given), key)
+        return record.evaluate(variant(plan_searches.Uniform, **given), key)
 
-    return variant(unseen.Uniform, **min(UNIFORM, key=score))
+    return variant(plan_searches.Uniform, **min(UNIFORM, key=score))
 
 
 def baselines(record: UnseenRecord, part: str, runs: Sequence[int]) -> None:
@@ -214,10 +216,10 @@ def baselines(record: UnseenRecord, part: str, runs: Sequence[int]) -> None:
     for name, method in {"Uniform": tuned_uniform(record), "Knapsack": "knapsack"}.items():
         record.evaluate(method, {"name": name, "part": part, "runs": 0})
     with_runs = {
-        "Noisy orders": unseen.NoisyOrders,
+        "Noisy orders": plan_searches.NoisyOrders,
         "Noisy knapsacks": variant(unseen.Corrected, actors=unseen.new_networks(1, 0)),
-        "Random orders": variant(unseen.NoisyOrders, scales=(100.0, 100.0)),
-        "Evolution": unseen.Evolved,
+        "Random orders": variant(plan_searches.NoisyOrders, scales=(100.0, 100.0)),
+        "Evolution": plan_searches.Evolved,
     }
     for name, number in itertools.product(with_runs, runs):
         record.evaluate(with_runs[name], {"name": name, "part": part, "runs": number})
