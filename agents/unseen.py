@@ -81,8 +81,8 @@ class SetNetwork(nn.Module):
 
 def observed(bench: Bench, which: Counts, positions: Counts) -> Tensors:
     """What networks see of plans for requests of a model: float32, each level in its column."""
-    seen = bench.observer.observe(which, positions)
-    seen = {name: torch.as_tensor(np.asarray(v, np.float32)) for name, v in seen.items()}
+    arrays = bench.observer.observe(which, positions).items()
+    seen = {name: torch.as_tensor(np.asarray(array, np.float32)) for name, array in arrays}
     rows = seen["ladder"]
     columns = rows[..., _LEVELS:].view(*rows.shape[:2], SHOWN_LEVELS, 2)
     rows[..., _LEVELS:] = columns[:, *_columns(bench.ladder)].flatten(2)
