@@ -223,17 +223,12 @@ class Tries(Method):
         plans = self._plans(bench, rng)
         if self.max_evaluations > 1:
             bench.measure(plans[: self.max_evaluations])
-            plans = bench.best(np.zeros(1, np.int64))
+            plans = bench.best(bench.every)
         return np.asarray(plans[0])
 
     @abstractmethod
     def _plans(self, bench: Bench, rng: np.random.Generator) -> Counts:
         """The plans to run, (n, N), the most promising one first."""
-
-    @property
-    def _requests(self) -> Counts:
-        """The request once for each plan."""
-        return np.zeros(self.max_evaluations, np.int64)
 
 
 class NoisyOrders(Tries):
@@ -247,7 +242,8 @@ class NoisyOrders(Tries):
     scales = 0.0, 1.0
 
     def _plans(self, bench: Bench, rng: np.random.Generator) -> Counts:
-        parts = zip((self._requests[:1], self._requests[1:]), self.scales, strict=True)
+        which = bench.every.repeat(self.max_evaluations)
+        parts = zip((which[:1], which[1:]), self.scales, strict=True)
         return np.concatenate([bench.noisy(which, rng, scale=scale) for which, scale in parts])
 
 
@@ -258,12 +254,12 @@ class Evolved(Tries):
 
     def _plans(self, bench: Bench, rng: np.random.Generator) -> Counts:
         few = -(-self.max_evaluations // 4)
-        known = bench.noisy(self._requests[:few], rng)
+        known = bench.noisy(bench.every.repeat(few), rng)
         while few < self.max_evaluations:
             bench.measure(known)
-            parents = bench.best(self._requests[: min(few, self.max_evaluations - few)], few)
-            known = bench.mutated(self._requests[: len(parents)], parents, rng)
-            few += len(parents)
+            which = bench.every.repeat(min(few, self.max_evaluations - few))
+            known = bench.mutated(which, bench.best(which, few), rng)
+            few += len(which)
         return known
 
 
@@ -279,12 +275,12 @@ class Uniform(Tries):
     ffn, depth = 0.0, -1
 
     def _plans(self, bench: Bench, rng: np.random.Generator) -> Counts:
-        layers = len(self.ladder)
-        extra = np.zeros((1, layers, self.ladder.width))
-        for number, item in enumerate(self.ladder.items):
-            place = self.depth * (item.layer or 0) + self.ffn * (item.kind == "ffn")
-            extra[0, number] = np.arange(self.ladder.width) + place / layers
-        return bench.priced(self._requests[:1], extra, weight=0.0)
+        places = [
+            [self.depth * (item.layer or 0) + self.ffn * (item.kind == "ffn")]
+            for item in self.ladder.items
+        ]
+        extra = np.arange(self.ladder.width) + np.array(places) / len(places)
+        return bench.priced(bench.every, extra[None], weight=0.0)
 
 
 def variant(kind: type[Tries], **attributes: Any) -> type[Tries]:

@@ -274,9 +274,7 @@ class Predicted(Tries):
     critics: Sequence[SetNetwork] = ()
 
     def _plans(self, bench: Bench, rng: np.random.Generator) -> Counts:
-        def predict(positions: Counts) -> Floats:
-            return predicted_logs(self.critics, bench, positions)
-
+        predict = partial(predicted_logs, self.critics, bench)
         of_critics = Bench(bench.encoder, bench.requests, predict)
         of_critics.search(rng, noisy=64, rounds=8, offspring=32)
         return of_critics.known[of_critics.fitting(0)]
@@ -299,7 +297,7 @@ class Corrected(Tries):
         self, bench: Bench, rng: np.random.Generator, count: int
     ) -> tuple[Counts, Floats]:
         """The plans, the first one without noise, and the logs of the costs, (N, W)."""
-        means = corrections(self.actors, bench, self._requests[:1])
+        means = corrections(self.actors, bench, bench.every)
         log_costs = noisy_log_costs(bench, means, count, rng)[:, 0]
         return bench.knapsack(0, log_costs), log_costs[0]
 

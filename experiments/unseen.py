@@ -140,10 +140,8 @@ class UnseenRecord:
         write_text(self.path, json.dumps(self.body) + "\n")
 
 
-def trained(
-    models: int, seed: int
-) -> tuple[list[unseen.SetNetwork], list[unseen.SetNetwork], dict[str, Any]]:
-    """Actors, critics, and facts of their training, which is done once."""
+def trained(models: int, seed: int) -> tuple[dict[str, type[plan_searches.Tries]], dict[str, Any]]:
+    """The methods with networks by name, and facts of their training, which is done once."""
     path = NETWORKS / f"{models}-{seed}.pt"
     if not path.exists():
         began = time.process_time()
@@ -164,7 +162,12 @@ def trained(
     actors, critics = (unseen.new_networks(len(each), seed) for each in states)
     for network, state in zip(actors + critics, itertools.chain(*states), strict=True):
         network.load_state_dict(state)
-    return actors, critics, facts
+    methods = {
+        POLICY: variant(unseen.ActorCritic, actors=actors, critics=critics),
+        "Actor alone": variant(unseen.Corrected, actors=actors),
+        "Regression": variant(unseen.Predicted, critics=critics),
+    }
+    return methods, facts
 
 
 @click.command(help=__doc__)
@@ -186,19 +189,18 @@ def main(part: str, seeds: str, models: str, numbers: str, text: str) -> None:
         return
     baselines(record, part, runs)
     for trained_on, seed in itertools.product(*(map(int, n.split(",")) for n in (models, seeds))):
-        actors, critics, facts = trained(trained_on, seed)
-        policy = variant(unseen.ActorCritic, actors=actors, critics=critics)
-        key = {"name": POLICY, "seed": seed, "trained_on": trained_on}
-        parts = {"Regression": variant(unseen.Predicted, critics=critics)}
-        if not seed:
-            record.evaluate(policy, {**key, "part": "Train", "runs": 0}, facts)
-            parts["Actor alone"] = variant(unseen.Corrected, actors=actors)
-        most = trained_on == MODELS
-        for number in runs if most else RUNS[:1]:
-            record.evaluate(policy, {**key, "part": part, "runs": number}, facts)
-            for name in parts if most else ():
-                own = {"name": name, "part": part, "runs": number, "seed": seed}
-                record.evaluate(parts[name], own)
+        methods, facts = trained(trained_on, seed)
+        own = {"seed": seed, "trained_on": trained_on}
+        if seed:
+            del methods["Actor alone"]
+        else:
+            key = {"name": POLICY, "part": "Train", "runs": 0, **own}
+            record.evaluate(methods[POLICY], key, facts)
+        cells = itertools.product(methods, runs) if trained_on == MODELS else [(POLICY, 0)]
+        for name, number in cells:
+            key = {"name": name, "part": part, "runs": number}
+            key |= own if name == POLICY else {"seed": seed}
+            record.evaluate(methods[name], key, facts if name == POLICY else None)
 
 
 def tuned_uniform(record: UnseenRecord) -> type[plan_searches.Tries]:
@@ -239,12 +241,8 @@ def methods_of(basis: Basis, task: str | None, record: UnseenRecord, seed: int) 
     """The methods that are judged on a real model, by name."""
     made = {ORDER: "cost_per_byte", "Knapsack": "knapsack"}
     methods: dict[str, Any] = {name: make_method(of, *basis) for name, of in made.items()}
-    methods["Uniform"] = tuned_uniform(record)(basis)
-    actors, critics, _ = trained(MODELS, seed)
-    policy = variant(unseen.ActorCritic, actors=actors, critics=critics)
-    methods[POLICY] = policy(basis)
-    methods["Actor alone"] = variant(unseen.Corrected, actors=actors)(basis)
-    methods["Regression"] = variant(unseen.Predicted, critics=critics)(basis)
+    learned = {"Uniform": tuned_uniform(record), **trained(MODELS, seed)[0]}
+    methods |= {name: kind(basis) for name, kind in learned.items()}
     if task is not None:
         table: Any = gymnasium.make(task).unwrapped
         known = Basis(table.context, table.encoder.ladder_bytes)

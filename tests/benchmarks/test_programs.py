@@ -105,6 +105,15 @@ def test_steps_of_the_environments_are_timed_beside_cart_pole(measured, monkeypa
     assert steps_per_s["RAPLadder/Gemma3-270M-Table-v1, 1024"] > 0
 
 
+def test_episodes_across_models_are_counted_for_each_cpu_second(measured, monkeypatch):
+    monkeypatch.setattr(step, "UNSEEN", "RAPLadder/Tiny-v0")
+    records = measured(step, step.StepSettings, repeats=2, turns=40, unseen_envs=4)
+    (row,) = records["episodes-cpu"]["targets"]
+    assert row["what"].startswith("episodes of `RAPLadder/Tiny-v0` in a CPU second, 4 ")
+    assert 0 < row["low"] <= row["reached"] <= row["high"]
+    assert row["at_least"] == 600
+
+
 class TestMemory:
     @pytest.mark.parametrize("removed", [(), ("layer00.attn", "layer02.ffn")])
     def test_weights_and_cache_of_a_pruned_model_are_as_predicted(self, removed, tmp_path):
