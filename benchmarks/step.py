@@ -30,6 +30,9 @@ OTHER_TASKS = (
 )
 """Tasks of which the steps a second alone are recorded."""
 
+UNSEEN, EPISODES_PER_S = "RAPLadder/Unseen-Train-v1", 600.0
+"""The task across models, and how many of its episodes are to be made in a CPU second."""
+
 LEAST_RATIOS = {64: 4.0, 1024: 8.0}
 """By sub-environments: how many steps are to be made in the time of one of CartPole's."""
 
@@ -49,10 +52,15 @@ class StepSettings(Settings):
     """Steps of the single environment in one turn."""
     info: str = "arrays"
     """The form of the tasks' infos."""
+    unseen_envs: int = 0
+    """Sub-environments across models, which are timed alone; 0 times all other tasks."""
 
 
 def main(settings: StepSettings) -> None:
     """Measure, and write the record."""
+    if settings.unseen_envs:
+        episodes(settings)
+        return
     targets, steps_per_s = [], {}
     single = _ratios(settings, gym.make(_CART_POLE), gym.make(TASKS[0]), settings.single_steps)
     what = f"times the time of a CartPole step that one of `{TASKS[0]}` takes"
@@ -75,6 +83,15 @@ def main(settings: StepSettings) -> None:
     write_record("step", settings, targets, steps_per_s=steps_per_s)
 
 
+def episodes(settings: StepSettings) -> None:
+    """Measure episodes across models, each of which ends with a run of one."""
+    play = player(gym.make_vec(UNSEEN, settings.unseen_envs, info=settings.info), by_episode=True)
+    play(2 * settings.turns)  # after this, episodes end at different times
+    rates = [play(settings.turns) for _ in range(settings.repeats)]
+    what = f"episodes of `{UNSEEN}` in a CPU second, {settings.unseen_envs} sub-environments"
+    write_record("episodes", settings, [target(what, *rates, at_least=EPISODES_PER_S)])
+
+
 def _ratios(
     settings: StepSettings, cart_pole: Any, task: Any, calls: int
 ) -> list[tuple[float, float]]:
@@ -93,8 +110,10 @@ def _ratios(
     return measured
 
 
-def player(env: Any) -> Callable[[int], float]:
+def player(env: Any, by_episode: bool = False) -> Callable[[int], float]:
     """Plays on in an environment, for some calls of `step`; returns steps per CPU second.
+
+    With `by_episode`, it returns episodes that ended per CPU second.
 
     Actions are random and valid, a single environment is reset where its episode ends.
     """
@@ -104,7 +123,7 @@ def player(env: Any) -> Callable[[int], float]:
 
     def play(calls: int) -> float:
         nonlocal seen
-        spent_s = 0.0
+        spent_s, ended = 0.0, 0
         for _ in range(calls):
             action = env.action_space.sample()
             if isinstance(seen, dict):
@@ -115,7 +134,8 @@ def player(env: Any) -> Callable[[int], float]:
             if single and (terminated or truncated):
                 seen, _ = env.reset()
             spent_s += time.process_time() - began
-        return calls * count / spent_s
+            ended += int(np.sum(terminated | truncated))
+        return (ended if by_episode else calls * count) / spent_s
 
     return play
 

@@ -27,8 +27,8 @@ import numpy as np
 import torch
 
 import rap_env
-from agents import unseen
-from agents.unseen import Bench, SetNetwork, variant
+from agents import plan_searches, unseen
+from agents.plan_searches import Bench, variant
 from experiments.study.json_records import read_json, write_text
 from experiments.study.plotting import FAINT, Panel, draw_series, look, panel_figure
 from experiments.study.statistics import Estimate
@@ -55,7 +55,7 @@ RUNS, PREDICTED = (0, 8, 64), 1_500
 POLICY, ORDER = "Policy", "Order by cost per byte"
 MODELS = len(PARTS[TASKS["Train"]])
 UNIFORM = [{"ffn": ffn, "depth": depth} for ffn in (0.0, 100.0) for depth in (1, -1)]
-"""Settings of `unseen.Uniform`, of which the best on the training models is taken."""
+"""Settings of `plan_searches.Uniform`, of which the best on the training models is taken."""
 
 
 def benches(task: str, models: int | None = None) -> list[Bench]:
@@ -140,8 +140,8 @@ class UnseenRecord:
         write_text(self.path, json.dumps(self.body) + "\n")
 
 
-def trained(models: int, seed: int) -> tuple[list[SetNetwork], list[SetNetwork], dict[str, Any]]:
-    """Actors, critics, and facts of their training, which is done once."""
+def trained(models: int, seed: int) -> tuple[dict[str, type[plan_searches.Tries]], dict[str, Any]]:
+    """The methods with networks by name, and facts of their training, which is done once."""
     path = NETWORKS / f"{models}-{seed}.pt"
     if not path.exists():
         began = time.process_time()
@@ -149,7 +149,7 @@ def trained(models: int, seed: int) -> tuple[list[SetNetwork], list[SetNetwork],
         for bench in trained_on:
             bench.search(np.random.default_rng(seed), noisy=16, rounds=8, offspring=8)
         critics = unseen.predictors(trained_on, count=3, updates=PREDICTED, seed=seed)
-        actors = unseen.policy(trained_on, seed=seed, note=lambda n: log.info("round %d", n))
+        actors = unseen.policy(trained_on, seed=seed)
         facts = {
             "cpu_s": round(time.process_time() - began),
             "plans": sum(len(bench.losses) for bench in trained_on),
@@ -162,7 +162,12 @@ def trained(models: int, seed: int) -> tuple[list[SetNetwork], list[SetNetwork],
     actors, critics = (unseen.new_networks(len(each), seed) for each in states)
     for network, state in zip(actors + critics, itertools.chain(*states), strict=True):
         network.load_state_dict(state)
-    return actors, critics, facts
+    methods = {
+        POLICY: variant(unseen.ActorCritic, actors=actors, critics=critics),
+        "Actor alone": variant(unseen.Corrected, actors=actors),
+        "Regression": variant(unseen.Predicted, critics=critics),
+    }
+    return methods, facts
 
 
 @click.command(help=__doc__)
@@ -184,29 +189,28 @@ def main(part: str, seeds: str, models: str, numbers: str, text: str) -> None:
         return
     baselines(record, part, runs)
     for trained_on, seed in itertools.product(*(map(int, n.split(",")) for n in (models, seeds))):
-        actors, critics, facts = trained(trained_on, seed)
-        policy = variant(unseen.ActorCritic, actors=actors, critics=critics)
-        key = {"name": POLICY, "seed": seed, "trained_on": trained_on}
-        parts = {"Regression": variant(unseen.Predicted, critics=critics)}
-        if not seed:
-            record.evaluate(policy, {**key, "part": "Train", "runs": 0}, facts)
-            parts["Actor alone"] = variant(unseen.Corrected, actors=actors)
-        most = trained_on == MODELS
-        for number in runs if most else RUNS[:1]:
-            record.evaluate(policy, {**key, "part": part, "runs": number}, facts)
-            for name in parts if most else ():
-                own = {"name": name, "part": part, "runs": number, "seed": seed}
-                record.evaluate(parts[name], own)
+        methods, facts = trained(trained_on, seed)
+        own = {"seed": seed, "trained_on": trained_on}
+        if seed:
+            del methods["Actor alone"]
+        else:
+            key = {"name": POLICY, "part": "Train", "runs": 0, **own}
+            record.evaluate(methods[POLICY], key, facts)
+        cells = itertools.product(methods, runs) if trained_on == MODELS else [(POLICY, 0)]
+        for name, number in cells:
+            key = {"name": name, "part": part, "runs": number}
+            key |= own if name == POLICY else {"seed": seed}
+            record.evaluate(methods[name], key, facts if name == POLICY else None)
 
 
-def tuned_uniform(record: UnseenRecord) -> type[unseen.Tries]:
+def tuned_uniform(record: UnseenRecord) -> type[plan_searches.Tries]:
     """The best of `UNIFORM` on the training models."""
 
     def score(given: Mapping[str, Any]) -> float:
         key = {"name": "Uniform", "part": "Train", "runs": 0, **given}
-        return record.evaluate(variant(unseen.Uniform, **given), key)
+        return record.evaluate(variant(plan_searches.Uniform, **given), key)
 
-    return variant(unseen.Uniform, **min(UNIFORM, key=score))
+    return variant(plan_searches.Uniform, **min(UNIFORM, key=score))
 
 
 def baselines(record: UnseenRecord, part: str, runs: Sequence[int]) -> None:
@@ -214,10 +218,10 @@ def baselines(record: UnseenRecord, part: str, runs: Sequence[int]) -> None:
     for name, method in {"Uniform": tuned_uniform(record), "Knapsack": "knapsack"}.items():
         record.evaluate(method, {"name": name, "part": part, "runs": 0})
     with_runs = {
-        "Noisy orders": unseen.NoisyOrders,
+        "Noisy orders": plan_searches.NoisyOrders,
         "Noisy knapsacks": variant(unseen.Corrected, actors=unseen.new_networks(1, 0)),
-        "Random orders": variant(unseen.NoisyOrders, scales=(100.0, 100.0)),
-        "Evolution": unseen.Evolved,
+        "Random orders": variant(plan_searches.NoisyOrders, scales=(100.0, 100.0)),
+        "Evolution": plan_searches.Evolved,
     }
     for name, number in itertools.product(with_runs, runs):
         record.evaluate(with_runs[name], {"name": name, "part": part, "runs": number})
@@ -237,12 +241,8 @@ def methods_of(basis: Basis, task: str | None, record: UnseenRecord, seed: int) 
     """The methods that are judged on a real model, by name."""
     made = {ORDER: "cost_per_byte", "Knapsack": "knapsack"}
     methods: dict[str, Any] = {name: make_method(of, *basis) for name, of in made.items()}
-    methods["Uniform"] = tuned_uniform(record)(basis)
-    actors, critics, _ = trained(MODELS, seed)
-    policy = variant(unseen.ActorCritic, actors=actors, critics=critics)
-    methods[POLICY] = policy(basis)
-    methods["Actor alone"] = variant(unseen.Corrected, actors=actors)(basis)
-    methods["Regression"] = variant(unseen.Predicted, critics=critics)(basis)
+    learned = {"Uniform": tuned_uniform(record), **trained(MODELS, seed)[0]}
+    methods |= {name: kind(basis) for name, kind in learned.items()}
     if task is not None:
         table: Any = gymnasium.make(task).unwrapped
         known = Basis(table.context, table.encoder.ladder_bytes)

@@ -6,7 +6,7 @@ costs of single items: 1 is as good as that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,22 +126,16 @@ def evaluate_unseen(
     whole_number("runs", runs, least=0)
     across: Any = gymnasium.make(task, disable_env_checker=True).unwrapped
     results = [
-        _result(policy, across.env_of(model), sizes, across.padded, split, seed, runs)
+        _result(policy, across, model, sizes, split, seed, runs)
         for model, sizes in PARTS[task].items()
     ]
     return UnseenEvaluation(name, task, split, runs, tuple(results))
 
 
 def _result(
-    policy: Any,
-    env: Any,
-    budgets_bytes: Sequence[int],
-    padded: Callable[[Any], Any],
-    split: str,
-    seed: int,
-    runs: int,
+    policy: Any, across: Any, model: str, budgets_bytes: list[int], split: str, seed: int, runs: int
 ) -> ModelResult:
-    """What a policy loses on the model of an environment."""
+    """What a policy loses on a model of an environment."""
     from rap_env.leaderboard.deciding import decider, made
     from rap_env.policies.base import Policy
     from rap_env.policies.loading import make_method
@@ -149,6 +143,7 @@ def _result(
     from rap_env.scoring.corpus_loading import load_corpus
     from rap_env.scoring.scorer import PlanScorer
 
+    env = across.env_of(model)
     scorer, memory = env.context.scorer, env.memory
     requests = [Request(*SHAPE, size) for size in budgets_bytes]
     report = scorer
@@ -159,7 +154,7 @@ def _result(
     order, chooser = make_method("cost_per_byte", *basis), made(policy, basis)
     if hasattr(chooser, "max_evaluations"):
         chooser.max_evaluations = max(1, runs)
-    decide = decider(chooser, padded)
+    decide = decider(chooser, across.padded)
     plays = range(1 if isinstance(chooser, Policy) else max(1, runs))
     most = ceiling_nll(memory.facts.vocab_size)
 
@@ -177,6 +172,5 @@ def _result(
         fitting = [*map(fits, plans, requests)]
         return tuple(np.where(fitting, np.clip(delta_nll, 0, most), most).tolist())
 
-    return ModelResult(
-        memory.facts.name, losses([*map(best, requests)]), losses([*map(order.choose, requests)])
-    )
+    both = (losses([*map(choose, requests)]) for choose in (best, order.choose))
+    return ModelResult(model, *both)

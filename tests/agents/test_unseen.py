@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from agents import unseen
-from agents.unseen import Bench
+from agents import plan_searches, unseen
+from agents.plan_searches import Bench, variant
 from rap_env.ladder.features import EveryLevel
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
@@ -38,7 +38,7 @@ def benches(envs):
 
 def test_without_noise_plans_are_those_of_the_order_by_cost_per_byte(envs, benches):
     for env, bench in zip(envs, benches, strict=True):
-        every, rng = np.arange(bench.count), np.random.default_rng(0)
+        every, rng = bench.every, np.random.default_rng(0)
         plans = [bench.ladder.plan(row) for row in bench.noisy(every, rng, scale=0.0).tolist()]
         order = make_method("cost_per_byte", env.context, env.encoder.ladder_bytes)
         same = [plan == order.choose(r) for plan, r in zip(plans, bench.requests, strict=True)]
@@ -47,7 +47,7 @@ def test_without_noise_plans_are_those_of_the_order_by_cost_per_byte(envs, bench
 
 def test_a_search_keeps_the_best_plan_that_fits_each_request(benches):
     bench = benches[0]
-    every = np.arange(bench.count)
+    every = bench.every
     bench.search(np.random.default_rng(0), noisy=2, rounds=0, offspring=0)
     before = bench.measure(bench.best(every))
     bench.search(np.random.default_rng(1), noisy=1, rounds=2, offspring=4)
@@ -62,7 +62,7 @@ def test_a_search_keeps_the_best_plan_that_fits_each_request(benches):
 def test_the_knapsack_is_that_of_the_package_unless_costs_are_corrected(envs, benches):
     for env, bench in zip(envs, benches, strict=True):
         knapsack = make_method("knapsack", env.context, env.encoder.ladder_bytes)
-        for number in range(0, bench.count, 4):
+        for number in range(0, len(bench.every), 4):
             request = bench.requests[number]
             (own,) = bench.knapsack(number, bench.log_costs[None])
             theirs = bench.ladder.positions(knapsack.choose(request))
@@ -84,14 +84,12 @@ def test_a_policy_loses_less_than_the_knapsack_on_its_own_models(benches):
     def lost(networks):
         losses = []
         for bench in benches:
-            means = unseen.corrections(networks, bench, np.arange(bench.count))
+            means = unseen.corrections(networks, bench, bench.every)
             rows = [bench.knapsack(n, bench.log_costs + own[None]) for n, own in enumerate(means)]
             losses.append(bench.measure(np.concatenate(rows)).mean())
         return np.mean(losses)
 
-    rounds = []
-    trained = unseen.policy(benches, count=1, rounds=2, updates=120, note=rounds.append)
-    assert rounds == [0, 1]
+    trained = unseen.policy(benches, count=1, rounds=2, updates=120)
     assert lost(trained) < 0.97 * lost(unseen.new_networks(1, 0))
 
 
@@ -110,14 +108,14 @@ def test_networks_see_removal_where_they_learned_it_whatever_levels_there_are(en
     context = envs[0].context
     levels = {"weights": ["removed"], "embeddings": ["int4-compact"]}
     ladder_bytes = LadderBytes(context.memory, Ladder.of(context.memory.facts, levels))
-    policy = unseen.variant(unseen.Corrected, actors=unseen.new_networks(1, 0))
+    policy = variant(unseen.Corrected, actors=unseen.new_networks(1, 0))
     policy = policy((context, ladder_bytes, 0, "tight"))
     costs = ladder_bytes.costs(1, 64)
     budget = (costs.native_peak_bytes + costs.least_peak_bytes) // 2
     request = Request(1, 64, budget)
     bench = Bench(policy._encoder, [request], lambda rows: np.zeros(len(rows)))
     which, native = np.zeros(1, np.int64), bench.observer.start(1)
-    shown, seen = bench.observed(which, native), bench.observer.observe(which, native)
+    shown, seen = unseen.observed(bench, which, native), bench.observer.observe(which, native)
     one, three = (EveryLevel.features.index(f"cost{n}") for n in (1, 3))
     rows, block = shown["ladder"][0].numpy(), 0
     assert rows[block, three] == pytest.approx(seen["ladder"][0, block, one])
@@ -132,11 +130,19 @@ def test_networks_see_removal_where_they_learned_it_whatever_levels_there_are(en
 
 @pytest.mark.parametrize("runs", [1, 8])
 @pytest.mark.parametrize(
-    "kind", ["NoisyOrders", "Evolved", "Uniform", "Predicted", "Corrected", "ActorCritic"]
+    "kind",
+    [
+        plan_searches.NoisyOrders,
+        plan_searches.Evolved,
+        plan_searches.Uniform,
+        unseen.Predicted,
+        unseen.Corrected,
+        unseen.ActorCritic,
+    ],
 )
 def test_each_method_fits_and_counts_its_runs(envs, kind, runs):
     networks = unseen.new_networks(2, 0)
-    method = unseen.variant(getattr(unseen, kind), actors=networks, critics=networks)
+    method = variant(kind, actors=networks, critics=networks)
     policy = method((envs[0].context, envs[0].encoder.ladder_bytes, 0, "tight"))
     policy.max_evaluations = runs
     request = envs[0].sampler.requests[8]
@@ -148,7 +154,7 @@ def test_each_method_fits_and_counts_its_runs(envs, kind, runs):
 def test_what_a_run_says_of_a_plan_is_believed_of_plans_near_it(benches):
     model = benches[0]
     rng = np.random.default_rng(0)
-    plans = model.noisy(np.arange(model.count), rng)
+    plans = model.noisy(model.every, rng)
     ran = Bench(model.encoder, model.requests, lambda rows: losses[: len(rows)])
     priors = Bench(model.encoder, model.requests, lambda rows: np.zeros(len(rows)))
     assert not unseen.posterior(ran, priors, plans).any()

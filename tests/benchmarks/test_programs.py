@@ -100,6 +100,15 @@ def test_steps_of_the_environments_are_timed_beside_cart_pole(measured, monkeypa
     assert steps_per_s["RAPLadder/Gemma3-270M-Table-v1, 1024"] > 0
 
 
+def test_episodes_across_models_are_counted_for_each_cpu_second(measured, monkeypatch):
+    monkeypatch.setattr(step, "UNSEEN", "RAPLadder/Tiny-v0")
+    records = measured(step, step.StepSettings, repeats=2, turns=40, unseen_envs=4)
+    (row,) = records["episodes-cpu"]["targets"]
+    assert row["what"].startswith("episodes of `RAPLadder/Tiny-v0` in a CPU second, 4 ")
+    assert 0 < row["low"] <= row["reached"] <= row["high"]
+    assert row["at_least"] == 600
+
+
 class TestMemory:
     def test_the_benchmark_writes_a_record(self, folder, measured, monkeypatch):
         monkeypatch.setattr(memory, "REQUESTS", ("1x8", "2x12"))

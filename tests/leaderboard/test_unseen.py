@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import rap_env
-from agents.unseen import NoisyOrders, variant
+from agents.plan_searches import NoisyOrders, variant
 from rap_env.errors import InvalidRequestError, UnknownNameError
 from rap_env.leaderboard import unseen
 from rap_env.leaderboard.unseen import PARTS, ModelResult, UnseenEvaluation
