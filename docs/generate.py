@@ -412,20 +412,19 @@ def preparing_times() -> str:
     """What preparing took where the cache was empty, a row for each model and kind of levels."""
     records = [r for r in committed_records() if r.measured.get("taken") is not None]
 
-    def option(record: BenchmarkRecord) -> str:
-        limit_mib = record.settings.get("memory_mib")
-        return "" if limit_mib is None else f"`--memory {limit_mib:.0f}MiB`"
+    def levels(record: BenchmarkRecord) -> str:
+        limit_mib, made = record.settings.get("memory_mib"), record.measured["levels"]
+        return made if limit_mib is None else f"{made}, `--memory {limit_mib:.0f}MiB`"
 
     columns: dict[str, Callable[[BenchmarkRecord], str]] = {
         "Model": lambda record: record.measured["model"],
-        "Levels": lambda record: record.measured["levels"],
-        "Option": option,
+        "Levels": levels,
         "CPU minutes": lambda record: f"{record.measured['taken']['cpu_s'] / 60:.1f}",
         "Most resident memory": lambda record: (
             f"{record.measured['taken']['peak_bytes'] / 2**20:,.0f} MiB"
         ),
     }
-    return markdown(columns_table(records, columns), left=3)
+    return markdown(columns_table(records, columns), left=2)
 
 
 def bounds_table() -> str:

@@ -60,12 +60,11 @@ class RAPAcrossEnv(gym.Env[Observation, np.int64]):
         render_mode: str | None = None,
         **arguments: Any,
     ) -> None:
-        self._given = _arguments(models, workloads, arguments)
+        self._given = _arguments(models, workloads, {**arguments, "render_mode": render_mode})
         self.models, self.render_mode = [*self._given], render_mode
         self._made: dict[str, RAPLadderEnv] = {}
-        if items is None:
-            items = max(len(RAPLadderEnv(m, **given).ladder) for m, given in self._given.items())
-        self.items = items
+        most = (len(self._env(model).ladder) for model in self.models)
+        self.items = max(most) if items is None else items
         encoder = self.env_of(self.models[0]).encoder
         self.observation_space = _space(encoder, self.items)  # type: ignore[assignment]
         self.action_space = gym.spaces.Discrete(self.items)
@@ -73,10 +72,13 @@ class RAPAcrossEnv(gym.Env[Observation, np.int64]):
 
     def env_of(self, model: str) -> RAPLadderEnv:
         """The environment of one of the models, which is prepared when it is first needed."""
+        env = self._env(model)
+        env.num_actions = whole_number("items", self.items, least=len(env.ladder))
+        return env
+
+    def _env(self, model: str) -> RAPLadderEnv:
         if model not in self._made:
-            env = RAPLadderEnv(model, render_mode=self.render_mode, **self._given[model])
-            env.num_actions = whole_number("items", self.items, least=len(env.ladder))
-            self._made[model] = env
+            self._made[model] = RAPLadderEnv(model, **self._given[model])
         return self._made[model]
 
     @property

@@ -144,7 +144,7 @@ class PartialForward:
             `widen`: packed kernels have none.
         whole: Whether only `hidden` and `logits` are used, which a lean model has too.
         short: Whether a float32 model multiplies states and weights in bfloat16, to be faster.
-            Implies `widen`.
+            Needs `widen`.
 
     Attributes:
         adapter: The family adapter of the model.
@@ -166,9 +166,8 @@ class PartialForward:
         if not whole:
             reject_lean(llm.model, "run in steps")
         self._llm, self.adapter, self.model = llm, llm.adapter, llm.model
-        self._widened = WidenedWeights.of(llm.model) if widen else None
-        if short:
-            self._widened = WidenedWeights(torch.bfloat16)
+        widened = WidenedWeights(torch.bfloat16) if short else WidenedWeights.of(llm.model)
+        self._widened = widened if widen else None
         self._short = short
         self._mode = torch.enable_grad if gradients else torch.inference_mode
         self._decoder = self.adapter.decoder(llm.model)

@@ -177,7 +177,8 @@ def _grouped(
         groups = some.view(-1, min(size, len(some)), some.shape[1])
         parts = torch.split(groups, _GROUPS)
         if importance is None:
-            yield from ((part, groups.new_ones(groups.shape[1])) for part in parts)
+            alike = groups.new_ones(groups.shape[1])
+            yield from ((part, alike) for part in parts)
             continue
         factors = importance[first : first + whole].view(groups.shape[:2])
         yield from zip(parts, torch.split(factors, _GROUPS), strict=True)
