@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.measuring import Settings, target, write_record
 from experiments.study.console import run_with_settings
 
-TASKS = ("RAPPrune/SmolLM2-Table-v1", *(f"RAPLadder/SmolLM2-Table-v{n}" for n in (1, 2)))
+TASKS = ("RAPPrune/SmolLM2-Table-v1", "RAPLadder/SmolLM2-Table-v1")
 OTHER_TASKS = (
     "RAPLadder/SmolLM2-LowBits-Table-v0",
     "RAPLadder/Gemma3-270M-Table-v1",

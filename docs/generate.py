@@ -429,7 +429,7 @@ def preparing_times() -> str:
 
 def bounds_table() -> str:
     """What a table with bounds predicts, beside what plans lose, by method and training seed."""
-    scorer = pinned_task("RAPLadder/SmolLM2-Table-v2").make().unwrapped.context.scorer
+    scorer = pinned_task("RAPLadder/SmolLM2-Table-v1").make().unwrapped.context.scorer
     plans = pd.DataFrame(
         {
             "Method": look(row.method).label,
@@ -455,7 +455,7 @@ MASK = "action_mask"
 UNSEEN = "RAPLadder/Unseen-Tune-v1"
 README_TASKS = (
     UNSEEN,
-    "RAPLadder/SmolLM2-Table-v2",
+    "RAPLadder/SmolLM2-Table-v1",
     LOW_BITS,
     "RAPLadder/Gemma3-270M-Table-v1",
     STEP_TASKS[0],

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-import warnings
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -74,9 +73,6 @@ def _register() -> None:
             reward_threshold=task.reward_threshold,
             kwargs=dict(task.arguments),
         )
-    # Gymnasium would point to version 2, whose scores are not measured yet.
-    old = r".*RAPLadder/SmolLM2-(Table-)?v1.* is out of date"
-    warnings.filterwarnings("ignore", old, DeprecationWarning)
     for name in ("RAPAcross-v0", *PARTS):
         gymnasium.register(
             id=name,

@@ -2,8 +2,8 @@
 
     python -m tools.bounded_table TABLE OUT RECORDS...
 
-The new table has the plans of the packaged TABLE, such as ``smollm2-135m``, and what the
-RECORDS (folders of comparisons) measured on the same text. An ensemble is fitted to all of
+The new table has the plans of TABLE (the file of one without bounds), and what the RECORDS
+(folders of comparisons) measured on the same text. An ensemble is fitted to all of
 them. The multiplier of its standard deviation is the least one at which no family of the
 recorded plans loses more than its bounds say, on average. A family has the plans of one
 method, and is left out of the fit that predicts it.
@@ -22,10 +22,9 @@ from experiments.comparison.result_rows import rows_below
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.plan import Plan
 from rap_env.scoring.predictor_fit import fit_scores, necessary_plans
-from rap_env.scoring.score_table import TABLES, ScoreTable, TableScorer
+from rap_env.scoring.score_table import ScoreTable, TableScorer
 
 MEMBERS = 8
-SOURCES = [path.name.removesuffix(".native.json") for path in TABLES.glob("*.native.json")]
 Scores = dict[Plan, float]
 
 
@@ -61,12 +60,12 @@ def multiplier(table: ScoreTable, scores: Scores, family: Scores) -> float:
 
 
 @click.command(help=__doc__)
-@click.argument("source", metavar="TABLE", type=click.Choice(SOURCES))
+@click.argument("source", metavar="TABLE", type=click.Path(exists=True, dir_okay=False))
 @click.argument("out", type=click.Path(dir_okay=False))
 @click.argument("folders", metavar="RECORDS...", nargs=-1, required=True)
 def main(source: str, out: str, folders: tuple[str, ...]) -> None:
     """Fit and write a table."""
-    table = ScoreTable.load(TABLES / f"{source}.native.json")
+    table = ScoreTable.load(source)
     families = recorded(table, folders)
     scores = {plan: nll for plans in families.values() for plan, nll in plans.items()}
     scores |= table.scores

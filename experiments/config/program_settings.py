@@ -29,8 +29,6 @@ class EnvSettings:
     """Levels of ``RAPLadder-v0``: a name of `rap_env.levels.LADDERS`, or lists by kind."""
     together: list[str] = setting(["int8", "int4"])
     """Levels of ``RAPLadder-v0`` that all caches take together."""
-    freed_together: bool = False
-    """Whether its observations show what all caches that take a level together free."""
     invalid_action_penalty: float = setting(0.1, low=0)
     """What an invalid action costs."""
     max_invalid_actions: int = setting(10, low=1)

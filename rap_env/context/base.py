@@ -225,7 +225,6 @@ def make_encoder(
     layout: str,
     levels: LevelSpec,
     together: Sequence[str],
-    freed_together: bool = False,
     every_level: bool = False,
 ) -> ObservationEncoder:
     """Make what encodes the observations of a context's model.
@@ -236,7 +235,6 @@ def make_encoder(
             `RAPLadder-v0`, or ``"blocks"``, as in `RAPPrune-v0`, which removes blocks only.
         levels: As for `Ladder.of`.
         together: As for `Ladder.of`.
-        freed_together: As for `Ladder.of`.
         every_level: Whether rows of items also have the columns of `EveryLevel`.
 
     Raises:
@@ -246,7 +244,7 @@ def make_encoder(
     """
     if layout == ImportanceFeatures.key:
         return ObservationEncoder(mask_bytes(context.memory), context.features)
-    ladder = Ladder.of(context.memory.facts, levels, together, freed_together)
+    ladder = Ladder.of(context.memory.facts, levels, together)
     ladder_bytes = LadderBytes(context.memory, ladder)
     if context.importance == "none":
         importance = ItemImportance.none(ladder)

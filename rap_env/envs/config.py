@@ -60,7 +60,7 @@ class EnvConfig:
     """How the model is loaded, see `rap_env.load_llm`."""
     text: ClassVar[Mapping[str, Any]] = {}
     """Settings of the calibration text whose defaults are not those of `CorpusConfig`."""
-    unused: ClassVar[tuple[str, ...]] = ("levels", "together", "freed_together")
+    unused: ClassVar[tuple[str, ...]] = ("levels", "together")
     """Fields that are no arguments of the environment."""
     layout: ClassVar[str] = "blocks"
     """The layout of observations, see `rap_env.context.base.make_encoder`."""
@@ -94,7 +94,6 @@ class EnvConfig:
     store: str | None = "default"
     levels: str | Mapping[str, Any] = "masks"
     together: Sequence[str] = ()
-    freed_together: bool = False
 
     def __post_init__(self) -> None:
         check(self)

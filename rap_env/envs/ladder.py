@@ -62,8 +62,7 @@ class RAPLadderEnv(PruningEnv):
     | [:, 9] | ΔNLL that this step adds in the greedy order | 0 | 1 |
 
     Columns 6 to 9 are 0 where an item has no lower level. Of caches that take a level together,
-    column 6 shows what each one frees, or with `freed_together=True` what all of them free, which
-    is what the action does.
+    column 6 shows what all of them free, which is what the action does.
 
     `action_mask`: `MultiBinary(N)`, int8, 1 for each item that has a lower level. Where none has
     one, the episode is over, and the mask is all ones.
@@ -123,7 +122,6 @@ class RAPLadderEnv(PruningEnv):
     | `model` | `"smollm2-135m"` | alias, hub id, folder or GGUF file, loaded as it is stored |
     | `levels` | `"all"` | `"all"`, `"four-bits"`, `"caches"`, `"masks"`, or a dict of lists |
     | `together` | `("int8", "int4")` | levels that all caches take with one action |
-    | `freed_together` | `False` | whether column 6 counts all caches that an action lowers |
     | `every_level` | `False` | whether rows also show the cost and bytes of each level |
     | `workload` | `{"name": "azure-conv", "budget_fraction_range": [0.25, 0.95]}` | sampler |
     | `reward` | `"perplexity"` | name or dict, as above |

@@ -364,7 +364,7 @@ class _Requests:
         rows, valid = encoder.encode(self.costs, items, *shown, plans)
         cells = plans * positions.shape[1] + items
         self._seen_rows[cells], self._valid[cells] = rows, valid
-        if encoder.ladder.freed_together:
+        if encoder.ladder.together:
             (moved,) = np.bincount(plans[encoder.ladder.is_cache[items]]).nonzero()
             seen = self.seen[encoder.key]
             encoder.show_together(seen, self.costs, positions[moved], moved, at=moved)

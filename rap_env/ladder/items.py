@@ -90,8 +90,6 @@ class Ladder:
         together: Names of the levels that all caches take together.
         levels: The levels below the native one that were asked for, by group of items; the
             model need not have all of them.
-        freed_together: Whether the bytes that a cache's next level is observed to free are
-            those of all caches that take it together, or its own ones.
 
     Raises:
         InvalidRequestError: No item has more than one level.
@@ -100,7 +98,6 @@ class Ladder:
     items: tuple[Item, ...]
     together: tuple[str, ...] = ()
     levels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    freed_together: bool = False
 
     def __post_init__(self) -> None:
         if not self.items:
@@ -115,7 +112,6 @@ class Ladder:
         facts: ModelFacts,
         levels: LevelSpec = "all",
         together: Sequence[str] = (),
-        freed_together: bool = False,
     ) -> Ladder:
         """The ladder of a model.
 
@@ -128,7 +124,6 @@ class Ladder:
                 has int4 in its place.
             together: Names of levels that all caches take together; those that caches do not
                 have are ignored.
-            freed_together: As the attribute.
 
         Raises:
             UnknownNameError: There is no such ladder, kind of item or level.
@@ -149,7 +144,7 @@ class Ladder:
             add(cache_name(layer), "cache", layer, asked["caches"])
         names = _existing(asked["embeddings"], facts.embedding_levels)
         add(EMBEDDINGS, "embeddings", None, names)
-        return cls(tuple(items), parse_together(together), asked, freed_together)
+        return cls(tuple(items), parse_together(together), asked)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -158,8 +153,7 @@ class Ladder:
     def spec(self) -> dict[str, Any]:
         """What makes the ladder of this or another model: arguments of `of`, as JSON values."""
         levels = {group: list(names) for group, names in self.levels.items()}
-        spec = {"levels": levels, "together": list(self.together)}
-        return {**spec, "freed_together": True} if self.freed_together else spec
+        return {"levels": levels, "together": list(self.together)}
 
     @cached_property
     def removes_only(self) -> bool:

@@ -172,8 +172,6 @@ class ObservationEncoder:
     ) -> None:
         """Show what caches that take a level together free.
 
-        This does nothing unless the ladder says so (`Ladder.freed_together`).
-
         Args:
             rows: The rows of plans, (n, items, F).
             costs: As for `encode_plans`, with `positions` and `shape`.
@@ -181,7 +179,7 @@ class ObservationEncoder:
             shape: As above.
             at: Which of the plans in `rows` these are, (m,); None for all.
         """
-        if self.ladder.freed_together:
+        if self.ladder.together:
             plans, items, freed = costs.freed_together(
                 positions.reshape(-1, len(self.ladder)), shape
             )
@@ -267,9 +265,10 @@ class ObservedState:
         state.apply(lowering)
         changed = state.changes(lowering)
         ladder = self._encoder.ladder
-        if ladder.freed_together and not changed.isdisjoint(ladder.caches):
+        caches_change = bool(ladder.together) and not changed.isdisjoint(ladder.caches)
+        if caches_change:
             changed = frozenset(range(len(ladder)))
-        if len(changed) > _FEW:
+        if caches_change or len(changed) > _FEW:
             self._show_all()
         else:
             for item in changed:

@@ -59,11 +59,6 @@ def test_few_levels_equal_single_environments(ladder, levels):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_bytes_freed_together_equal_those_of_single_environments(ladder, mode):
-    both(ladder_task(ladder), mode, 4, freed_together=True)
-
-
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     "reward", [DENSE_TIMING, {"name": "perplexity", "relative_to": "one_shot", "scale": "log"}]
 )

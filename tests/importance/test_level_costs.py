@@ -23,7 +23,6 @@ PINNED = {
     "smollm2-135m-low-bits.native": (
         "17a10c2fd7cb4db22225a861573ba5f5e1d50b0e39a8385d9c31245e53efe718"
     ),
-    "smollm2-135m-v2.native": "e526870234c61ae04176a6f8c4128406a65611599488fc8ebc885dc6a0032f22",
     "smollm2-135m.native": "e526870234c61ae04176a6f8c4128406a65611599488fc8ebc885dc6a0032f22",
 }
 """Digests of the costs of the packaged tables, which fits to measurements gave until d967b580.

@@ -85,12 +85,11 @@ def test_costs_are_observed_on_a_log_scale():
     assert seen[-2:].tolist() == [1, 1]
 
 
-def test_freed_bytes_can_count_all_caches_that_take_a_level_together():
-    spec = {"levels": "all", "together": ["int8", "int4"], "freed_together": True}
+def test_freed_bytes_are_those_of_all_caches_that_take_a_level_together():
+    spec = {"levels": "all", "together": ["int8", "int4"]}
     builder = made_ladder.encoder(spec=spec)
-    alone = made_ladder.encoder(spec={**spec, "freed_together": False})
+    alone = made_ladder.encoder(spec={**spec, "together": []})
     assert builder.spec == {"layout": "ladder", **builder.ladder.spec}
-    assert builder.ladder.spec["freed_together"]
     column, caches = COLUMN["freed_share"], list(builder.ladder.caches)
     for plan in ({}, {"layer01.attn": "removed"}, {"layer00.cache": "int8"}):
         request, seen = of(builder, plan)
