@@ -308,7 +308,7 @@ def bounds_table() -> str:
             "Method": look(row.method).label,
             "Seed": str(row.depends_on["seed"]),
             "is_new": scorer.is_predicted(row.plan),
-            "Predicted": scorer.nll(row.plan) - scorer.dense_nll,
+            "Predicted": scorer.nll(row.plan) - scorer.native_nll,
             "Measured": row.delta_nll,
         }
         for row in Source("tight_bounds_seeds").rows

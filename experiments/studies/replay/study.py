@@ -258,7 +258,7 @@ def held_out_delta_nll(config: Config, llm: ElasticLLM, plans: Sequence[Plan]) -
     corpus = load_text(config.replay.text, "report", llm, progress=config.progress)
     windows = min(config.replay.mask_loss_windows, len(corpus.tokens))
     scorer = PlanScorer(llm, corpus.spread(windows), open_store(config.store))
-    return [nll - scorer.dense_nll for nll in scorer.nll_many(list(plans))]
+    return [nll - scorer.native_nll for nll in scorer.nll_many(list(plans))]
 
 
 def percentile(level: int, name: str, row: Record) -> str:
