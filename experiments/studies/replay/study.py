@@ -22,7 +22,8 @@ from experiments.config.study_settings import ReplayConfig
 from experiments.contexts import load_model, load_text
 from experiments.studies.replay.serving import SystemRun, check_system, system_policy
 from experiments.studies.replay.workload import ReplayRequest, cotenant_budget, make_requests
-from experiments.study.harness import Job, Record, Study
+from experiments.study.harness import Job, Study
+from experiments.study.json_records import Record
 from experiments.study.statistics import bootstrap_mean
 from experiments.study.table_format import TitledTable, mebibytes, percent, seconds
 from rap_env.context.opening import open_store

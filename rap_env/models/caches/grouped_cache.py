@@ -43,8 +43,8 @@ from rap_env.levels import GROUP_TOKENS, SINK_GROUPS, CacheLevel
 from rap_env.models.caches.groups import (
     Bundle,
     Chunk,
-    Groups,
     ForwardPass,
+    Groups,
     current_step,
     equal_rows,
     in_groups,

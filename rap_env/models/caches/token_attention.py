@@ -16,8 +16,8 @@ from rap_env.levels import ATTENTION_WORKSPACE_BYTES, GROUP_TOKENS, channel_grou
 from rap_env.models.caches.grouped_cache import GroupedLayer
 from rap_env.models.caches.groups import (
     PIECE_VALUES,
-    PackedPart,
     ForwardPass,
+    PackedPart,
     capped,
     codes_of,
     parts,
