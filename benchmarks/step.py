@@ -47,8 +47,6 @@ class StepSettings(Settings):
     """Steps of all sub-environments in one turn of a task."""
     single_steps: int = 500
     """Steps of the single environment in one turn."""
-    info: str = "arrays"
-    """The form of the tasks' infos."""
 
 
 def main(settings: StepSettings) -> None:
@@ -60,7 +58,7 @@ def main(settings: StepSettings) -> None:
     for num_envs, least in LEAST_RATIOS.items():
         for name in TASKS:
             cart_poles = gym.make_vec(_CART_POLE, _CART_POLES, vectorization_mode="sync")
-            envs = gym.make_vec(name, num_envs, info=settings.info)
+            envs = gym.make_vec(name, num_envs, info="arrays")
             calls = max(1, settings.steps // num_envs)
             measured = _ratios(settings, cart_poles, envs, calls)
             what = f"times as many steps of `{name}` as of CartPole, {num_envs} sub-environments"
@@ -69,7 +67,7 @@ def main(settings: StepSettings) -> None:
             steps_per_s[f"{name}, {num_envs}"] = median(rate for _, rate in measured)
     for name in OTHER_TASKS:
         num_envs = max(LEAST_RATIOS)
-        play = player(gym.make_vec(name, num_envs, info=settings.info))
+        play = player(gym.make_vec(name, num_envs, info="arrays"))
         play(2 * settings.turns)  # after this, episodes end at different times
         steps_per_s[f"{name}, {num_envs}"] = play(2 * settings.turns).steps
     write_record("step", settings, targets, steps_per_s=steps_per_s)

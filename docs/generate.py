@@ -2,8 +2,8 @@
 
 It writes the tables into the pages, between their markers, and the pictures; all are committed.
 `docs/conf.py` makes the rest at each build, into ``docs/_generated`` and
-``docs/results/details``. All numbers come from the records in ``results/``: see
-`record_tables`, `task_tables` and `pictures`.
+``docs/results/details``. All numbers come from the records in ``results/``; `tables` has the
+tables, this module all else.
 """
 
 from __future__ import annotations
@@ -16,26 +16,37 @@ import sys
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+import gymnasium as gym
+import numpy as np
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
-import record_tables as tables
-from pictures import episode, save_pictures
-from record_tables import COMPARISONS, RESULTS, STUDIES, full_text, leaderboards, unseen
-from task_tables import LISTED_TASKS, README_TASKS, tasks_table
+import tables
+from tables import COMPARISONS, MASK, README_TASKS, RESULTS, STUDIES, Source
 
 import rap_env
 from experiments import live
-from experiments.studies.replay import cgroup
-from experiments.study.table_format import percent
-from experiments.unseen import POLICY
+from experiments.comparison.summaries import Comparison, compare_pair
+from experiments.studies.equal_process import rows as equal_process
+from experiments.studies.replay import cgroup, conversations
+from experiments.study.plotting import FAINT, INK, Panel, look, panel_figure, save_gif, save_png
+from experiments.study.table_format import percent, seconds
+from experiments.unseen import POLICY, generalisation
 from rap_env.cli import cli
+from rap_env.ladder.features import ITEM_FEATURES
 from rap_env.serving.responses_api import ResponsesRequest
 from rap_env.serving.schemas import ChatCompletionRequest, CompletionRequest
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+IMAGES = ROOT / "docs" / "images"
 ENVIRONMENTS = {
     "environment": ("RAPPrune-v0", "RAPPruneEnv"),
     "environment_ladder": ("RAPLadder-v0", "RAPLadderEnv"),
@@ -44,19 +55,17 @@ ENVIRONMENTS = {
 
 TABLES: dict[str, Callable[[], str | None]] = {
     "methods": tables.methods_table,
-    "tasks": partial(tasks_table, README_TASKS),
+    "tasks": partial(tables.tasks_table, README_TASKS),
     "process": tables.process_table,
-    "table_tasks": partial(tasks_table, LISTED_TASKS),
+    "table_tasks": partial(tables.tasks_table, tables.LISTED_TASKS),
     "bounds": tables.bounds_table,
     "unseen": tables.unseen_table,
     "unseen_real": tables.unseen_real_table,
     "preparing": tables.preparing_table,
     "preparing_times": tables.preparing_times,
-    **{
-        name: partial(tables.shown_text, name) for name in {*COMPARISONS, *STUDIES} - tables.DETAILS
-    },
+    **{name: partial(tables.shown_text, name) for name in tables.SHOWN},
     "tight_ranked": tables.ranked_text,
-    "entries": lambda: leaderboards("SmolLM2", "Gemma3"),
+    "entries": lambda: tables.leaderboards("SmolLM2", "Gemma3"),
     **{p: partial(inspect.getdoc, getattr(rap_env, c)) for p, (_, c) in ENVIRONMENTS.items()},
     "benchmarks": tables.speed_table,
 }
@@ -79,12 +88,82 @@ def readme_numbers() -> dict[str, str]:
         "episode": f"{episode()[1]:.2f}",
         "printed": printed.getvalue().strip(),
         "more_tokens": percent(more_tokens, 0),
-        "unseen_policy": str(unseen().estimate(POLICY, 0)),
-        "unseen_regression": str(unseen().estimate("Regression", 0)),
-        "unseen_search": str(unseen().estimate("Evolution", 64)),
-        "unseen_seeds": unseen().by_seed(POLICY),
-        "unseen_evaluations": str(unseen().body["test_evaluations"]),
+        "unseen_policy": str(tables.unseen().estimate(POLICY, 0)),
+        "unseen_regression": str(tables.unseen().estimate("Regression", 0)),
+        "unseen_search": str(tables.unseen().estimate("Evolution", 64)),
+        "unseen_seeds": tables.unseen().by_seed(POLICY),
+        "unseen_evaluations": str(tables.unseen().body["test_evaluations"]),
     }
+
+
+SEARCHES = (
+    Source("tight_greedy", "greedy_per_byte"),
+    Source("tight_searches", "evolutionary"),
+    Source("tight_searches", "beam"),
+)
+"""Searches for one request of `tight`."""
+
+_OFFSETS = {  # of labels that would overlap others
+    "rap": (9, 5),
+    "frontier": (9, -1),
+    "score_model": (9, -13),
+    "greedy_per_byte": (-120, 11),
+    "evolutionary": (9, 6),
+    "beam": (15, -3),
+}
+
+
+def decision_cost() -> Figure:
+    """Draw ΔNLL relative to the policy's against the runs of the model for one request.
+
+    The searches were run at a few of the requests and budgets only, where they are compared.
+    """
+    rows = tables.method_rows("tight") + [row for search in SEARCHES for row in search.rows]
+    compared, most = Comparison(rows), len({row.cell for row in rows})
+    style: dict[str, Any] = {"markersize": 7, "capsize": 3, "elinewidth": 1}
+
+    def draw(axis: Axes) -> None:
+        for method in compared.methods:
+            own = [row for row in compared.rows if row.method == method]
+            cells, shown = sorted({row.cell for row in own}), look(method)
+            pair = compare_pair(compared, method, "rap", cells)
+            change = pair.relative if pair else None
+            if change is None and method != "rap":
+                continue
+            mean, low, high = (change.mean, change.low, change.high) if change else (0, 0, 0)
+            runs, few = [row.evaluations for row in own], len(cells) < most
+            x, y = float(np.mean(runs)), 1 + mean
+            yerr, xerr = [[mean - low], [high - mean]], [[x - min(runs)], [max(runs) - x]]
+            look_of = {"fmt": shown.marker, "color": shown.colour, **style}
+            axis.errorbar(x, y, yerr=yerr, xerr=xerr if few else None, **look_of)
+            text = f"{shown.label}, {seconds(float(np.median([row.decision_s for row in own])))}"
+            text += f" ({len(cells)} requests)" if few else ""
+            words = {"xytext": _OFFSETS.get(method, (9, -3)), "textcoords": "offset points"}
+            axis.annotate(text, (x, y), **words, fontsize=8, color=INK)
+        axis.axhline(1, color=FAINT, linewidth=0.8, linestyle=":")
+        axis.set_xscale("symlog", linthresh=1)
+        axis.set_xticks([0, 1, 10, 100, 1000], ["0", "1", "10", "100", "1,000"])
+        axis.set_xlim(-0.15, 9000)
+
+    panel = Panel(draw, x="runs of the model for one request", y="mean ΔNLL / the policy's")
+    return panel_figure([panel], height=3.3, legend=0)
+
+
+@cache
+def episode() -> tuple[list[Image.Image], float]:
+    """Pictures of an episode in the greedy order, one after each third action, and its ΔNLL."""
+    env = gym.make(README_TASKS[1], render_mode="rgb_array")
+    request = {"batch_size": 8, "seq_len_tokens": 2048, "budget_fraction": 0.25}
+    observation, _ = env.reset(seed=0, options={"request": request})
+    images, over = [env.render()], False
+    while not over:
+        order = observation["ladder"][:, ITEM_FEATURES.index("order_place")]
+        action = np.where(observation[MASK], order, np.inf).argmin()
+        observation, _, *ends, info = env.step(action)
+        over = any(ends)
+        images.append(env.render())
+    shown = [Image.fromarray(image).resize((720, 480)) for image in [*images[::3], images[-1]]]
+    return shown, float(info["delta_nll"])
 
 
 _MARKED = re.compile(r"(<!-- (\w+): begin -->\n).*?(<!-- \2: end -->)", re.DOTALL)
@@ -127,8 +206,8 @@ def write_all(docs: Path) -> None:
     folder, details = docs / "_generated", docs / "results" / "details"
     for new in (folder, details):
         new.mkdir(exist_ok=True)
-    pages = {name: full_text(name) for name in (*COMPARISONS, *STUDIES)}
-    pages["tiny_entries"] = f"# Entries on tiny models\n\n{leaderboards('Tiny')}"
+    pages = {name: tables.full_text(name) for name in (*COMPARISONS, *STUDIES)}
+    pages["tiny_entries"] = f"# Entries on tiny models\n\n{tables.leaderboards('Tiny')}"
     for name, text in pages.items():
         write_changed(details / f"{name}.md", f"---\norphan: true\n---\n\n{text.strip()}\n")
     write_changed(folder / "commands.md", command_reference())
@@ -169,7 +248,15 @@ def main() -> None:
     """Write the committed tables and the pictures."""
     for page in marked_pages():
         write_changed(page, with_tables(page.read_text(encoding="utf-8")))
-    save_pictures()
+    kept, speed = STUDIES["conversations"].rows, STUDIES["equal_process"].rows
+    for name, figure in {
+        "decision_cost": decision_cost(),
+        "kept_bytes": conversations.memory_figure(kept),
+        "equal_process": equal_process.process_figure(speed),
+        "unseen_models": generalisation(tables.unseen()),
+    }.items():
+        save_png(figure, IMAGES / f"{name}.png")
+    save_gif(episode()[0], IMAGES / "episode.gif")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ the tables made from the rows. The rest is done here::
 command continues after a kill; writes ``config.yaml`` and ``run.json`` (commit, versions,
 machine, seeds), ``tables.md``; and prints the tables. Records that are committed, as
 ``caches.jsonl`` or ``caches.jsonl.gz`` in ``results/caches``, are listed in
-`docs/record_tables.py`; `docs/generate.py` writes their tables into the page with the markers
+`docs/tables.py`; `docs/generate.py` writes their tables into the page with the markers
 ``<!-- caches: begin -->`` and ``<!-- caches: end -->``.
 
 Where a study has rows of several types, `jobs` yields jobs of each type. The record of a

@@ -1,19 +1,21 @@
-"""Tables from committed records: comparisons, studies, leaderboards, benchmarks."""
+"""Tables: comparisons, studies, leaderboards, benchmarks from committed records, and tasks."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gymnasium as gym
 import numpy as np
 import pandas as pd
 
 from benchmarks.measuring import BenchmarkRecord, committed_records, targets_table
+from benchmarks.step import TASKS as STEP_TASKS
 from experiments.compare import compare
 from experiments.comparison.result_rows import ResultRow, rows_below
 from experiments.comparison.result_tables import tables_markdown
@@ -27,7 +29,7 @@ from experiments.study.harness import Study
 from experiments.study.plotting import look
 from experiments.study.statistics import paired_ratio
 from experiments.study.table_format import columns_table, markdown, percent, seconds
-from experiments.unseen import ORDER, RUNS, UnseenRecord
+from experiments.unseen import ORDER, POLICY, RUNS, UnseenRecord
 from rap_env.leaderboard.entries import (
     UNCHOSEN,
     Entry,
@@ -64,9 +66,6 @@ COMPARISONS = (
 )  # fmt: skip
 """Folders of ``results/`` with a comparison, whose summary a page shows."""
 
-DETAILS = {"cgroup_conversations", "low_bits_gemma"}
-"""Comparisons and studies whose tables stand on pages of their own alone."""
-
 
 class Shown(NamedTuple):
     """Committed records of a study, and the sections of its tables that a page shows."""
@@ -93,6 +92,9 @@ STUDIES = {
     "cgroup_conversations": Shown(cgroup.STUDY, "cgroup_conversations"),
 }
 """The studies, by the name of their markers."""
+
+SHOWN = {*COMPARISONS, *STUDIES} - {"cgroup_conversations", "low_bits_gemma"}
+"""Comparisons and studies of which a page shows tables, between markers of that name."""
 
 
 @cache
@@ -321,3 +323,70 @@ def bounds_table() -> str:
         shown["Difference"] = (means["Predicted"] / means["Measured"] - 1).map(percent)
         parts.append(shown.add_suffix(end))
     return markdown(pd.concat(parts, axis="columns").reset_index())
+
+
+_EPISODES = 40  # with random actions, for the lengths of episodes
+
+MASK = "action_mask"
+
+UNSEEN = "RAPLadder/Unseen-Tune-v1"
+
+README_TASKS = (
+    UNSEEN,
+    "RAPLadder/SmolLM2-Table-v2",
+    "RAPLadder/SmolLM2-LowBits-Table-v0",
+    "RAPLadder/Gemma3-270M-Table-v1",
+    STEP_TASKS[0],
+)
+
+LISTED_TASKS = [name for name in pinned_tasks() if "-Table-" in name or "Tiny" in name]
+
+
+def random_steps(env: gym.Env[Any, Any], seed: int) -> int:
+    """The steps of an episode with random actions."""
+    observation, _ = env.reset(seed=seed)
+    env.action_space.seed(seed)
+    steps, ended = 0, [False]
+    while not any(ended):
+        action = env.action_space.sample(observation[MASK])
+        observation, _, *ended, _ = env.step(action)
+        steps += 1
+    return steps
+
+
+@cache
+def task_row(name: str) -> list[str]:
+    """A pinned task: its spaces, speed, and the least ΔNLL of a published method."""
+    (speeds,) = (r.measured["steps_per_s"] for r in committed_records() if r.benchmark == "step")
+    env = gym.make(name)
+    lengths = [random_steps(env, seed) for seed in range(_EPISODES)]
+    low, middle, high = np.percentile(lengths, [5, 50, 95])
+    seen = [f"`{key}` {box.shape}" for key, box in env.observation_space.items() if key != MASK]
+    speed = speeds.get(f"{name}, 1024")
+    return [
+        f"`{name}`",
+        ", ".join(seen),
+        str(env.action_space.n),
+        f"{middle:.0f} ({low:.0f} to {high:.0f})",
+        f"{round(speed, -3):,.0f}" if speed else "-",
+        to_beat(name),
+    ]
+
+
+def to_beat(name: str) -> str:
+    """The least published loss on a task, and the method that has it."""
+    if name == UNSEEN:
+        return f"{str(unseen().estimate(POLICY, 0)).split()[0]} of the order's ({POLICY})"
+    scores = {
+        entry.name: float(entry.scores("test").mean())
+        for entry in published_entries(pinned_task(name).comparison)
+        if entry.origin["method"] not in UNCHOSEN and entry.measured_on("test")
+    }
+    best = min(scores, key=scores.__getitem__, default=None)
+    return "-" if best is None else f"{scores[best]:.3f} ({best})"
+
+
+def tasks_table(names: Sequence[str]) -> str:
+    """Pinned tasks, a row each."""
+    header = ["Task", "Observation", "Actions", "Steps of an episode", "Steps a second", "To beat"]
+    return markdown(pd.DataFrame(map(task_row, names), columns=header))
