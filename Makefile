@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses=8 --dist worksteal
-BENCHMARKS := step decide scoring levels memory engine_steps conversations preparing
+BENCHMARKS := step episodes decide scoring levels memory engine_steps conversations preparing
 GPU_BENCHMARKS := scoring levels memory
 
 # Some containers turn compiled modules off; then each process of a test compiles all it imports.

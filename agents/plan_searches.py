@@ -84,7 +84,7 @@ class Bench:
     def of(cls, env: PruningEnv) -> Self:
         """A model with the requests of its episodes, which its workload lists; plans are run."""
         scorer, requests = env.context.scorer, cast(GridSampler, env.sampler).requests
-        return cls(env.encoder, requests, partial(run, env.ladder, scorer, scorer.dense_nll))
+        return cls(env.encoder, requests, partial(run, env.ladder, scorer, scorer.native_nll))
 
     def measure(self, positions: Counts) -> Floats:
         """Losses of plans, nats per token, (n,)."""
@@ -186,9 +186,9 @@ class Bench:
             self.measure(self.mutated(which, self.best(which, most=3), rng))
 
 
-def run(ladder: Ladder, scorer: Any, dense_nll: float, positions: Counts) -> Floats:
+def run(ladder: Ladder, scorer: Any, native_nll: float, positions: Counts) -> Floats:
     """Losses of plans that a scorer runs, nats per token, (n,)."""
-    return np.array(scorer.nll_many([*map(ladder.plan, positions.tolist())])) - dense_nll
+    return np.array(scorer.nll_many([*map(ladder.plan, positions.tolist())])) - native_nll
 
 
 def log_prices(seen: Observation) -> Floats:
@@ -213,8 +213,8 @@ class Tries(Method):
         self._encoder = make_encoder(self.context, **spec)
 
     def _choose(self, request: Request, scores: CountingScorer) -> Plan:
-        dense_nll = self.context.scorer.dense_nll if self.max_evaluations > 1 else 0.0
-        losses_of = partial(run, self.ladder, scores, dense_nll)
+        native_nll = self.context.scorer.native_nll if self.max_evaluations > 1 else 0.0
+        losses_of = partial(run, self.ladder, scores, native_nll)
         bench = Bench(self._encoder, [request], losses_of)
         return self.ladder.plan(self._plan(bench, self.random(request)).tolist())
 

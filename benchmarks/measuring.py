@@ -14,10 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.study.harness import Record
-from experiments.study.json_records import write_text
+from experiments.study.json_records import Record, write_text
 from experiments.study.run_folder import provenance
-from experiments.study.table_format import columns_table, markdown
 
 if TYPE_CHECKING:
     from rap_env.models.live.elastic import ElasticLLM
@@ -207,6 +205,8 @@ def committed_records(folder: Path = RESULTS) -> list[BenchmarkRecord]:
 
 def targets_table(records: Iterable[BenchmarkRecord]) -> str:
     """A Markdown table with a row for each target: median [lowest, highest] and its bounds."""
+    from experiments.study.table_format import columns_table, markdown  # these load pandas
+
     lines = [(record, row) for record in records for row in record.targets]
     columns: dict[str, Callable[[tuple[BenchmarkRecord, Mapping[str, Any]]], str]] = {
         "Benchmark": lambda line: f"`{line[0].benchmark}`",

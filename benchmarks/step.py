@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -29,9 +29,6 @@ OTHER_TASKS = (
     "RAPLadder/TinyEven-v0",
 )
 """Tasks of which the steps a second alone are recorded."""
-
-UNSEEN, EPISODES_PER_S = "RAPLadder/Unseen-Train-v1", 600.0
-"""The task across models, and how many of its episodes are to be made in a CPU second."""
 
 LEAST_RATIOS = {64: 4.0, 1024: 8.0}
 """By sub-environments: how many steps are to be made in the time of one of CartPole's."""
@@ -50,17 +47,10 @@ class StepSettings(Settings):
     """Steps of all sub-environments in one turn of a task."""
     single_steps: int = 500
     """Steps of the single environment in one turn."""
-    info: str = "arrays"
-    """The form of the tasks' infos."""
-    unseen_envs: int = 0
-    """Sub-environments across models, which are timed alone; 0 times all other tasks."""
 
 
 def main(settings: StepSettings) -> None:
     """Measure, and write the record."""
-    if settings.unseen_envs:
-        episodes(settings)
-        return
     targets, steps_per_s = [], {}
     single = _ratios(settings, gym.make(_CART_POLE), gym.make(TASKS[0]), settings.single_steps)
     what = f"times the time of a CartPole step that one of `{TASKS[0]}` takes"
@@ -68,7 +58,7 @@ def main(settings: StepSettings) -> None:
     for num_envs, least in LEAST_RATIOS.items():
         for name in TASKS:
             cart_poles = gym.make_vec(_CART_POLE, _CART_POLES, vectorization_mode="sync")
-            envs = gym.make_vec(name, num_envs, info=settings.info)
+            envs = gym.make_vec(name, num_envs, info="arrays")
             calls = max(1, settings.steps // num_envs)
             measured = _ratios(settings, cart_poles, envs, calls)
             what = f"times as many steps of `{name}` as of CartPole, {num_envs} sub-environments"
@@ -77,19 +67,10 @@ def main(settings: StepSettings) -> None:
             steps_per_s[f"{name}, {num_envs}"] = median(rate for _, rate in measured)
     for name in OTHER_TASKS:
         num_envs = max(LEAST_RATIOS)
-        play = player(gym.make_vec(name, num_envs, info=settings.info))
+        play = player(gym.make_vec(name, num_envs, info="arrays"))
         play(2 * settings.turns)  # after this, episodes end at different times
-        steps_per_s[f"{name}, {num_envs}"] = play(2 * settings.turns)
+        steps_per_s[f"{name}, {num_envs}"] = play(2 * settings.turns).steps
     write_record("step", settings, targets, steps_per_s=steps_per_s)
-
-
-def episodes(settings: StepSettings) -> None:
-    """Measure episodes across models, each of which ends with a run of one."""
-    play = player(gym.make_vec(UNSEEN, settings.unseen_envs, info=settings.info), by_episode=True)
-    play(2 * settings.turns)  # after this, episodes end at different times
-    rates = [play(settings.turns) for _ in range(settings.repeats)]
-    what = f"episodes of `{UNSEEN}` in a CPU second, {settings.unseen_envs} sub-environments"
-    write_record("episodes", settings, [target(what, *rates, at_least=EPISODES_PER_S)])
 
 
 def _ratios(
@@ -104,16 +85,21 @@ def _ratios(
         side(2 * calls)  # the first steps make tables
     measured = []
     for _ in range(settings.repeats):
-        turns = [(sides[0](_CALLS), sides[1](calls)) for _ in range(settings.turns)]
+        turns = [(sides[0](_CALLS).steps, sides[1](calls).steps) for _ in range(settings.turns)]
         rates = median(b for _, b in turns)
         measured.append((median(b / a for a, b in turns), rates))
     return measured
 
 
-def player(env: Any, by_episode: bool = False) -> Callable[[int], float]:
-    """Plays on in an environment, for some calls of `step`; returns steps per CPU second.
+class Rates(NamedTuple):
+    """What was made in a CPU second: steps, and episodes that ended."""
 
-    With `by_episode`, it returns episodes that ended per CPU second.
+    steps: float
+    episodes: float
+
+
+def player(env: Any) -> Callable[[int], Rates]:
+    """Return what plays on in an environment, for some calls of `step`.
 
     Actions are random and valid, a single environment is reset where its episode ends.
     """
@@ -121,7 +107,7 @@ def player(env: Any, by_episode: bool = False) -> Callable[[int], float]:
     single, count = isinstance(env, gym.Env), getattr(env, "num_envs", 1)
     seen, _ = env.reset(seed=int(rng.integers(2**31)))
 
-    def play(calls: int) -> float:
+    def play(calls: int) -> Rates:
         nonlocal seen
         spent_s, ended = 0.0, 0
         for _ in range(calls):
@@ -135,7 +121,7 @@ def player(env: Any, by_episode: bool = False) -> Callable[[int], float]:
                 seen, _ = env.reset()
             spent_s += time.process_time() - began
             ended += int(np.sum(terminated | truncated))
-        return (ended if by_episode else calls * count) / spent_s
+        return Rates(calls * count / spent_s, ended / spent_s)
 
     return play
 

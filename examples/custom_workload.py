@@ -51,7 +51,7 @@ def mean_loss(env: gym.Env, policy: Any, episodes: int = 50) -> float:
         env.reset()
         plan = policy.choose(env.unwrapped.request)
         scorer = env.unwrapped.context.scorer
-        losses.append(scorer.nll(plan) - scorer.dense_nll)
+        losses.append(scorer.nll(plan) - scorer.native_nll)
     return float(np.mean(losses))
 
 

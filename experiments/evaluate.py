@@ -232,7 +232,7 @@ class Evaluator:
             budget_bytes=request.budget_bytes,
             peak_bytes=peak_bytes,
             fits=peak_bytes <= request.budget_bytes,
-            calibration_delta_nll=float(scorer.nll(plan) - scorer.dense_nll),
+            calibration_delta_nll=float(scorer.nll(plan) - scorer.native_nll),
             **self.losses(plan),
             decision_s=choice.decision_s,
             evaluations=choice.evaluations,

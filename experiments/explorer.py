@@ -133,7 +133,7 @@ class Explorer:
         by_kind = item_levels(plan.levels, self.memory.facts.num_layers).values()
         digits = "".join(str(self.levels.index(level)) for kind in by_kind for level in kind)
         scorer = self.context.scorer
-        delta_nll = self.held_out.delta_nll(plan, scorer.nll(plan) - scorer.dense_nll)
+        delta_nll = self.held_out.delta_nll(plan, scorer.nll(plan) - scorer.native_nll)
         parts = self.memory.breakdown(plan, Request(1, 1, budget_bytes=1))
         measured = int(not self.held_out.is_predicted(plan))
         return [digits, parts.weights, parts.embeddings, round(delta_nll, 3), measured]

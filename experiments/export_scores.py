@@ -115,7 +115,7 @@ def recorded_scores(folders: Folders, context: PruningContext) -> dict[Plan, flo
     for folder in map(Path, folders):
         own = _table_scores(folder, context)
         for row in _rows(folder, context):
-            own.setdefault(row.plan, row.calibration_delta_nll + context.scorer.dense_nll)
+            own.setdefault(row.plan, row.calibration_delta_nll + context.scorer.native_nll)
         if not own:
             raise ExperimentError(
                 f"{folder} has no recorded scores of this model and calibration text."

@@ -75,7 +75,7 @@ def check_entry(
                 if split not in run.delta_nll:
                     continue
                 stated = run.delta_nll[split][number]
-                actual = scorer.nll(plan) - scorer.dense_nll
+                actual = scorer.nll(plan) - scorer.native_nll
                 if not math.isclose(stated, actual, rel_tol=TOLERANCE_SHARE, abs_tol=TOLERANCE_NLL):
                     wrong.append(f"{where}, {split}: ΔNLL {stated:.4f} stated, {actual:.4f} found.")
             on_plan()

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 FILE = "live.json"
 
 
-class Step(NamedTuple):
+class RecordedStep(NamedTuple):
     """A pass through the model.
 
     Attributes:
@@ -120,7 +120,7 @@ class Recording:
 
     num_layers: int
     seconds: float
-    steps: list[Step] = field(default_factory=list)
+    steps: list[RecordedStep] = field(default_factory=list)
     plans: list[dict[str, str]] = field(default_factory=list)
     answers: list[Question] = field(default_factory=list)
 
@@ -254,7 +254,7 @@ class LiveRun:
         if not plans or plans[-1] != step.plan.levels:
             plans.append(step.plan.levels)
         self.recording.steps.append(
-            Step(
+            RecordedStep(
                 end_s=self._passed_s(),
                 limit_bytes=step.budget_bytes,
                 used_bytes=step.peak_bytes,
@@ -290,7 +290,7 @@ def recorded(folder: Path) -> Recording | None:
     if body is None:
         return None
     answers = [Question(**answer) for answer in body.pop("answers")]
-    steps = [Step(*step) for step in body.pop("steps")]
+    steps = [RecordedStep(*step) for step in body.pop("steps")]
     return Recording(steps=steps, answers=answers, **body)
 
 
@@ -355,7 +355,9 @@ def save_film(recording: Recording, path: Path) -> None:
     save_gif(images, path)
 
 
-def _draw_memory(axis: Axes, recording: Recording, past: Sequence[Step], now_s: float) -> None:
+def _draw_memory(
+    axis: Axes, recording: Recording, past: Sequence[RecordedStep], now_s: float
+) -> None:
     """Draw limit and measured bytes up to a moment."""
     ends, limit, used, kept = np.array(past).T[:4]
     top = 1.1 * max(step.limit_bytes for step in recording.steps)
@@ -381,7 +383,7 @@ def _draw_memory(axis: Axes, recording: Recording, past: Sequence[Step], now_s: 
     )
 
 
-def _draw_requests(axis: Axes, past: Sequence[Step]) -> None:
+def _draw_requests(axis: Axes, past: Sequence[RecordedStep]) -> None:
     """Draw how many requests ran in each pass."""
     axis.fill_between([s.end_s for s in past], [s.requests for s in past], step="pre", color=FAINT)
     axis.set_ylim(bottom=0)
@@ -390,7 +392,7 @@ def _draw_requests(axis: Axes, past: Sequence[Step]) -> None:
 
 
 def _draw_levels(
-    axes: Sequence[Axes], recording: Recording, past: Sequence[Step], now_s: float
+    axes: Sequence[Axes], recording: Recording, past: Sequence[RecordedStep], now_s: float
 ) -> None:
     """Draw the levels of the items of each kind up to a moment, the first layer on top."""
     from matplotlib.colors import to_rgb

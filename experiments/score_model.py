@@ -135,7 +135,7 @@ def native_shift(table: PlanTable, path: str, context: PruningContext) -> float:
             "writes itself differs between machines: measure a table of your own with "
             "`python -m experiments.profile`."
         )
-    return context.scorer.dense_nll - table.dense_nll
+    return context.scorer.native_nll - table.dense_nll
 
 
 def scored_masks(record: Mapping[str, Any]) -> dict[Plan, float]:
@@ -240,7 +240,7 @@ class _ScoredText:
             others.append(min(drawn, key=predicted.scorer.nll))
         plans = list(dict.fromkeys([*favourites, *others]))
         real = dict(zip(plans, context.scorer.nll_many(plans), strict=True))
-        native = context.scorer.dense_nll
+        native = context.scorer.native_nll
         rises = [predicted.scorer.nll(plan) - native for plan in favourites]
         return {
             "delta_nll": float(np.mean([real[plan] - native for plan in favourites])),

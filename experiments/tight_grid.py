@@ -127,7 +127,7 @@ def tight_budgets(
     def at(number: int) -> TightBudget:
         request = Request(*shape, budget_bytes=sizes[number])
         plan = baseline.settings(request)[0].plan
-        delta_nll = scorer.nll(plan) - scorer.dense_nll
+        delta_nll = scorer.nll(plan) - scorer.native_nll
         pinned = Pinned(shape, baseline.memory.peak_bytes(plan, request))
         return TightBudget(pinned, delta_nll, plan)
 

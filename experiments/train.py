@@ -129,7 +129,7 @@ class ObjectiveScorer:
     def facts(self, policy: TrainedPolicy, cells: Sequence[EvaluationCell]) -> dict[str, Any]:
         """Return what a policy's plans count as, mean in nats per token."""
         plans = [policy.choose(cell.request) for cell in cells]
-        delta_nll = [self._scorer.nll(plan) - self._scorer.dense_nll for plan in plans]
+        delta_nll = [self._scorer.nll(plan) - self._scorer.native_nll for plan in plans]
         fits = [
             self._memory.peak_bytes(plan, cell.request) <= cell.request.budget_bytes
             for plan, cell in zip(plans, cells, strict=True)

@@ -220,9 +220,9 @@ class MemoryModel:
                 f"more than the budget of {human_bytes(request.budget_bytes)}; {rest}."
             )
 
-    def workspace_bytes(self, request: Request, any_ffn: bool = True) -> int:
+    def workspace_bytes(self, request: Request) -> int:
         """Estimate: activations of one prefill chunk and one position's float32 logits."""
-        return int(self.workspaces(request.batch_size, request.seq_len_tokens, any_ffn))
+        return int(self.workspaces(request.batch_size, request.seq_len_tokens))
 
     def attention_workspace_bytes(self, request: Request) -> int:
         """Estimate: the pieces of one layer in which attention over lowered caches runs."""

@@ -113,7 +113,7 @@ def test_the_rise_in_nll_is_measured_or_predicted():
     scores = packaged_scores(memory)
     known = Plan.removing(*policy.order[:20])
     assert known not in frontier.scores
-    assert found(known)[0] == scores.scores[known] - scores.dense_nll
+    assert found(known)[0] == scores.scores[known] - scores.native_nll
     near = Plan(mask.removed ^ {0, 59})
     assert near not in scores.scores
     rise, source = found(near)

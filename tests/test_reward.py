@@ -43,12 +43,12 @@ def play(reward, scorer, path=PATH) -> list[dict[str, float]]:
     """
     compared = None
     if reward.relative_to is not None:
-        compared = scorer.nll(BASELINE) - scorer.dense_nll
+        compared = scorer.nll(BASELINE) - scorer.native_nll
     paid = []
     for number, (before, after) in enumerate(itertools.pairwise(path), start=2):
         ends = number == len(path)
         if ends or reward.pays_every_step:
-            losses = [scorer.nll(mask) - scorer.dense_nll for mask in (before, after)]
+            losses = [scorer.nll(mask) - scorer.native_nll for mask in (before, after)]
             known = losses[0] if reward.pays_every_step else None
             outcome = StepOutcome(after, losses[1], known, ends, compared if ends else None)
             paid.append(reward.step(outcome))

@@ -33,7 +33,7 @@ def recorded(table: ScoreTable, folders: tuple[str, ...]) -> dict[str, Scores]:
     families = defaultdict[str, Scores](dict)
     for row in (row for folder in folders for row in rows_below(Path(folder))):
         if row.depends_on["calibration_sha256"] == table.text["sha256"] and row.plan:
-            families[row.method][row.plan] = table.dense_nll + row.calibration_delta_nll
+            families[row.method][row.plan] = table.native_nll + row.calibration_delta_nll
     return families
 
 

@@ -27,7 +27,7 @@ def budgets_of(model: str) -> list[int]:
     costs = env.encoder.ladder_bytes.costs(*unseen.SHAPE)
     budgets = np.linspace(costs.native_peak_bytes - 1, costs.least_peak_bytes, GRID).astype(int)
     plans = [order.choose(Request(*unseen.SHAPE, budget)) for budget in budgets.tolist()]
-    losses = np.array(env.context.scorer.nll_many(plans)) - env.context.scorer.dense_nll
+    losses = np.array(env.context.scorer.nll_many(plans)) - env.context.scorer.native_nll
     most = np.maximum.accumulate(losses)
     least = np.minimum.accumulate(losses[::-1])[::-1]
     places = [int(np.argmax((most + least) / 2 >= loss)) for loss in unseen.ORDER_LOSSES]

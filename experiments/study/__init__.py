@@ -33,9 +33,9 @@ the tables made from the rows. The rest is done here::
 `Study.run` appends each row to ``caches.jsonl`` as soon as it is measured, so that the same
 command continues after a kill; writes ``config.yaml`` and ``run.json`` (commit, versions,
 machine, seeds), ``tables.md``; and prints the tables. Records that are committed, as
-``caches.jsonl`` or ``caches.jsonl.gz`` in ``results/caches``, are listed in `docs/generate.py`,
-which writes their tables into the page with the markers ``<!-- caches: begin -->`` and
-``<!-- caches: end -->``.
+``caches.jsonl`` or ``caches.jsonl.gz`` in ``results/caches``, are listed in
+`docs/tables.py`; `docs/generate.py` writes their tables into the page with the markers
+``<!-- caches: begin -->`` and ``<!-- caches: end -->``.
 
 Where a study has rows of several types, `jobs` yields jobs of each type. The record of a
 benchmark is one row in a file of its own (`benchmarks.measuring.BenchmarkRecord`).

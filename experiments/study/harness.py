@@ -5,93 +5,29 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from experiments.config import Config
 from experiments.study.console import say
-from experiments.study.json_records import append_record, read_records, write_records, write_text
+from experiments.study.json_records import (
+    Record,
+    append_record,
+    row_key,
+    write_records,
+    write_text,
+)
 from experiments.study.run_folder import RunFolder, git_state
 from experiments.study.statistics import Estimate, bootstrap_mean
 from experiments.study.table_format import TitledTable, document, rendered
-from rap_env.artifacts import digest
-from rap_env.errors import ArtifactError
 from rap_env.models.progress import progress_bar
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """Base of rows, each of which is stored as one JSON object a line.
-
-    A field with a plain default may be left out; other keys must all be there.
-
-    Attributes:
-        provenance: ``{"depends_on": hashes and settings, "git": commit}``, and what else
-            describes how the row was made.
-        file: Name of the file of such rows in a run folder.
-        record_name: What error messages call a record, at the start of a sentence.
-        identity: Fields and properties that tell the rows of a file apart.
-    """
-
-    file: ClassVar[str] = ""
-    record_name: ClassVar[str] = "A record"
-    identity: ClassVar[tuple[str, ...]]
-
-    provenance: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def key(self) -> str:
-        """Identifies a result: a resumed run does not compute a row with the same key again."""
-        return row_key((getattr(self, name) for name in self.identity), self.depends_on)
-
-    @property
-    def depends_on(self) -> dict[str, Any]:
-        """Hashes and settings that the row depends on."""
-        return dict(self.provenance.get("depends_on", {}))
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Self:
-        """Restore what `dataclasses.asdict` made of a record.
-
-        Raises:
-            ArtifactError: Keys are missing or unknown.
-        """
-        known = fields(cls)
-        required = {f.name for f in known if f.default is MISSING}
-        wrong = sorted((required - record.keys()) | (record.keys() - {f.name for f in known}))
-        if wrong:
-            raise ArtifactError(
-                f"{cls.record_name} has missing or unknown keys: {', '.join(wrong)}; it was "
-                "written by another version, so run the program again in a new run folder."
-            )
-        return cls(**record)
-
-    @classmethod
-    def read(cls, path: Path) -> list[Self]:
-        """Read all records of a file, or of `file` in a folder; none if there is no file.
-
-        Raises:
-            ArtifactError: The file or one of its records is damaged.
-        """
-        path = path / cls.file if path.is_dir() and cls.file else path
-        return [cls.from_record(record) for record in read_records(path)]
-
-
-def row_key(identity: Iterable[Any], depends_on: Mapping[str, Any]) -> str:
-    """Return the key of a row before it is computed.
-
-    Args:
-        identity: What `Record.identity` names.
-        depends_on: See `Record.depends_on`.
-    """
-    return digest([*identity, depends_on])
 
 
 @dataclass(frozen=True, kw_only=True)

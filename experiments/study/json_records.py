@@ -12,10 +12,11 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
-from rap_env.artifacts import atomic_write, disk_errors, remove_incomplete_line
+from rap_env.artifacts import atomic_write, digest, disk_errors, remove_incomplete_line
 from rap_env.errors import ArtifactError
 
 logger = logging.getLogger(__name__)
@@ -129,3 +130,71 @@ def read_json(path: Path, *, made_by: str) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise ArtifactError(f"{path} is damaged; delete the file and run {made_by} again.")
     return content
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """Base of rows, each of which is stored as one JSON object a line.
+
+    A field with a plain default may be left out; other keys must all be there.
+
+    Attributes:
+        provenance: ``{"depends_on": hashes and settings, "git": commit}``, and what else
+            describes how the row was made.
+        file: Name of the file of such rows in a run folder.
+        record_name: What error messages call a record, at the start of a sentence.
+        identity: Fields and properties that tell the rows of a file apart.
+    """
+
+    file: ClassVar[str] = ""
+    record_name: ClassVar[str] = "A record"
+    identity: ClassVar[tuple[str, ...]]
+
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Identifies a result: a resumed run does not compute a row with the same key again."""
+        return row_key((getattr(self, name) for name in self.identity), self.depends_on)
+
+    @property
+    def depends_on(self) -> dict[str, Any]:
+        """Hashes and settings that the row depends on."""
+        return dict(self.provenance.get("depends_on", {}))
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Self:
+        """Restore what `dataclasses.asdict` made of a record.
+
+        Raises:
+            ArtifactError: Keys are missing or unknown.
+        """
+        known = fields(cls)
+        required = {f.name for f in known if f.default is MISSING}
+        wrong = sorted((required - record.keys()) | (record.keys() - {f.name for f in known}))
+        if wrong:
+            raise ArtifactError(
+                f"{cls.record_name} has missing or unknown keys: {', '.join(wrong)}; it was "
+                "written by another version, so run the program again in a new run folder."
+            )
+        return cls(**record)
+
+    @classmethod
+    def read(cls, path: Path) -> list[Self]:
+        """Read all records of a file, or of `file` in a folder; none if there is no file.
+
+        Raises:
+            ArtifactError: The file or one of its records is damaged.
+        """
+        path = path / cls.file if path.is_dir() and cls.file else path
+        return [cls.from_record(record) for record in read_records(path)]
+
+
+def row_key(identity: Iterable[Any], depends_on: Mapping[str, Any]) -> str:
+    """Return the key of a row before it is computed.
+
+    Args:
+        identity: What `Record.identity` names.
+        depends_on: See `Record.depends_on`.
+    """
+    return digest([*identity, depends_on])

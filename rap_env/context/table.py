@@ -99,7 +99,7 @@ class TableContext(PruningContext):
             return super().frontier
         return PlanTable(
             num_layers=self.table.facts.num_layers,
-            dense_nll=self.table.dense_nll,
+            dense_nll=self.table.native_nll,
             scores=self.table.scores,
             evaluations_run=0,
             seconds=0.0,
@@ -179,7 +179,7 @@ class TableContext(PruningContext):
             first_nll={},
             candidates=(),
             levels={item.name: list(item.levels) for item in ladder.items},
-            dense_nll=self.table.dense_nll,
+            dense_nll=self.table.native_nll,
             order=tuple(order),
             nll_after=tuple(nll_after),
             last_rises={block_name(block): rise for block, rise in enumerate(rises)},

@@ -240,7 +240,7 @@ class PruningTask:
     @cached_property
     def measured_start(self) -> Measurement:
         """The measurement of the unchanged model."""
-        nll = self.context.scorer.dense_nll
+        nll = self.context.scorer.native_nll
         return Measurement(nll, 0.0, self.context.scorer.is_predicted(Plan()))
 
     def measure(self, positions: Counts) -> Floats:

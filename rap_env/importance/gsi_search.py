@@ -102,12 +102,12 @@ def _start(
                 "another path or delete it."
             )
         return saved
-    meter, dense_nll = ScoringMeter(scorer), scorer.dense_nll
+    meter, native_nll = ScoringMeter(scorer), scorer.native_nll
     return GSIProfile(
         method=method,
         levels={item.name: list(item.levels) for item in ladder.items},
         together=ladder.together,
-        dense_nll=dense_nll,
+        dense_nll=native_nll,
         provenance=scorer.provenance,
         **meter.spent(1),
     )

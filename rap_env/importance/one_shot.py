@@ -25,7 +25,7 @@ def one_shot(scorer: PlanScorer, *, progress: bool = True) -> OneShotProfile:
         scorer.nll_many([Plan(), *alone], bar_callback(bar))
     spent = meter.spent(len(alone) + 1)
     return OneShotProfile(
-        dense_nll=scorer.dense_nll,
+        dense_nll=scorer.native_nll,
         nll_without=tuple(map(scorer.nll, alone)),
         influence=tuple(block_influence(scorer).tolist()),
         provenance=scorer.provenance,

@@ -105,7 +105,7 @@ def build_plan_table(
             break
     return PlanTable(
         num_layers=ladder_bytes.memory.facts.num_layers,
-        dense_nll=search.dense_nll,
+        dense_nll=search.native_nll,
         scores=search.nll,
         evaluations_run=scorer.evaluations - ran,
         seconds=time.perf_counter() - began,
@@ -132,7 +132,7 @@ class _Search:
         self._rng = np.random.default_rng(config.seed)
         self.nll = {plan: nll for plan, nll in known.items() if self._ladder.has(plan)}
         self.measure(necessary_plans(ladder_bytes.memory.facts.num_blocks))
-        self.dense_nll = self.nll[Plan()]
+        self.native_nll = self.nll[Plan()]
 
     def measure(self, plans: Sequence[Plan]) -> None:
         """Score plans that are not known yet."""
@@ -172,7 +172,7 @@ class _Search:
 
     def _proposals(self, predictor: PlanPredictor) -> list[Plan]:
         """Unmeasured plans that are expected to be better than the best known ones."""
-        known = KnownPlans.of(self._ladder, self.nll, self.dense_nll)
+        known = KnownPlans.of(self._ladder, self.nll, self.native_nll)
         gains: dict[Plan, float] = {}
         count = min(self._config.requests, len(self._requests))
         for number in self._rng.choice(len(self._requests), size=count, replace=False):

@@ -103,18 +103,18 @@ class KnownPlans:
     positions: npt.NDArray[np.int64]
 
     @classmethod
-    def of(cls, ladder: Ladder, scores: Mapping[Plan, float], dense_nll: float) -> Self:
+    def of(cls, ladder: Ladder, scores: Mapping[Plan, float], native_nll: float) -> Self:
         """Measured plans; those with levels that the ladder does not have are left out.
 
         Args:
             ladder: The items.
             scores: NLL of plans, nats per token.
-            dense_nll: NLL of the native model, nats per token.
+            native_nll: NLL of the native model, nats per token.
         """
         entries: list[tuple[float, Plan, list[int]]] = []
         for plan, nll in scores.items():
             try:
-                entries.append((nll - dense_nll, plan, ladder.positions(plan)))
+                entries.append((nll - native_nll, plan, ladder.positions(plan)))
             except UnknownNameError:
                 continue
         entries.sort(key=lambda entry: entry[0])

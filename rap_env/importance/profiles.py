@@ -93,7 +93,7 @@ class OneShotProfile(Profile):
     """Scores of the 2L blocks of a dense model.
 
     Attributes:
-        dense_nll: NLL of the dense model, nats per token.
+        dense_nll: NLL of the native model, nats per token.
         nll_without: NLL without each block, nats per token, length 2L.
         influence: Block influence of each block, length 2L (see `block_influence`).
     """
@@ -126,7 +126,7 @@ class GSIProfile(Profile):
         method: ``"exact"`` or ``"lazy"``, see `rap_env.gsi`.
         levels: The levels of each item, by its name.
         together: Levels that all caches take together.
-        dense_nll: NLL of the dense model, nats per token.
+        dense_nll: NLL of the native model, nats per token.
         order: Names of the items in the order in which they are lowered by one level; may
             stop before all are at their lowest.
         nll_after: NLL after each action, nats per token.

@@ -171,7 +171,7 @@ def table_values(comparison: str) -> dict[str, TableValues]:
     env: Any = task.make()
     scorer = env.unwrapped.context.scorer
     held_out: HeldOutLosses = env.unwrapped.context.table.held_out
-    calibration = {plan: scorer.nll(plan) - scorer.dense_nll for plan in held_out.measured}
+    calibration = {plan: scorer.nll(plan) - scorer.native_nll for plan in held_out.measured}
     values = {}
     for entry in published_entries(comparison):
         if entry.origin["method"] in UNCHOSEN:
@@ -181,7 +181,7 @@ def table_values(comparison: str) -> dict[str, TableValues]:
         fits = [*itertools.chain(*(run.fits for run in entry.runs))]
         others = {plan: value for plan, value in held_out.measured.items() if plan not in own}
         losses = HeldOutLosses.fitted(held_out.text, others, calibration, held_out.num_blocks)
-        on_calibration = [scorer.nll(plan) - scorer.dense_nll for plan in plans]
+        on_calibration = [scorer.nll(plan) - scorer.native_nll for plan in plans]
         on_test = [*map(losses.delta_nll, plans, on_calibration)]
         values[entry.name] = TableValues(
             calibration=float(task.scores(on_calibration, fits).mean()),

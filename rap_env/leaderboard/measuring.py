@@ -102,9 +102,9 @@ class TaskLosses:
         """
         if self.table is None:
             live = self.scorer(split)
-            return Loss(live.nll(plan) - live.dense_nll)
+            return Loss(live.nll(plan) - live.native_nll)
         scorer = self.context.scorer
-        delta_nll, predicted = scorer.nll(plan) - scorer.dense_nll, scorer.is_predicted(plan)
+        delta_nll, predicted = scorer.nll(plan) - scorer.native_nll, scorer.is_predicted(plan)
         if split == "test":
             delta_nll = self._held_out.delta_nll(plan, delta_nll)
             predicted = self._held_out.is_predicted(plan)
@@ -139,7 +139,7 @@ class TaskLosses:
         with progress_bar(True, total=len(missing), desc=f"{split} text", unit="plan") as bar:
 
             def keep(plan: Plan) -> None:
-                self._store.put(key, plan, _METRIC, [scorer.nll(plan) - scorer.dense_nll])
+                self._store.put(key, plan, _METRIC, [scorer.nll(plan) - scorer.native_nll])
                 bar.update()
 
             scorer.nll_many(missing, keep)

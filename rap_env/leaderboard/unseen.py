@@ -168,7 +168,7 @@ def _result(
         return min(fitting, key=scorer.nll) if len(fitting) > 1 else fitting[0]
 
     def losses(plans: Sequence[Plan]) -> tuple[float, ...]:
-        delta_nll = np.array(report.nll_many(plans)) - report.dense_nll
+        delta_nll = np.array(report.nll_many(plans)) - report.native_nll
         fitting = [*map(fits, plans, requests)]
         return tuple(np.where(fitting, np.clip(delta_nll, 0, most), most).tolist())
 

@@ -160,7 +160,7 @@ def delta_nll_from_scores(table: ScoreTable, plan: Plan) -> tuple[float, str]:
     """Rise in NLL of a plan that only removes blocks by a score table, and if it was measured."""
     measured = f"measured on {_text(table.text)}"
     if plan in table.scores:
-        return table.scores[plan] - table.dense_nll, measured
+        return table.scores[plan] - table.native_nll, measured
     return table.predictor.delta_nll(plan), f"predicted from {len(table.scores)} plans {measured}"
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from rap_env.levels import WEIGHT_LEVELS
 from rap_env.plan import Plan, with_lowest_caches
 from rap_env.runtime.memory_estimator import EMPTY_BATCH, UNKNOWN_PASS, BatchShape, PassSize
-from rap_env.runtime.plan_chooser import PlanChoice, PlanChooser
+from rap_env.runtime.plan_chooser import PlanChooser
 from rap_env.runtime.records import Trigger
 
 _ATTEMPTS = 4  # at making a plan fit by measured bytes
@@ -232,10 +232,10 @@ def _lower_or_wait(s: Snapshot, costs: PlanChooser) -> tuple[Action | RowAction,
     if s.refills:
         return (EndRefill(),)
     if s.progress.attempts < _ATTEMPTS and not _was_rejected(s, costs):
-        choice = _smaller(s, costs)
-        if choice is not None and choice.plan != s.plan:
+        plan = _smaller(s, costs)
+        if plan is not None and plan != s.plan:
             trigger: Trigger = "budget_fell" if s.joined is None else "arrival"
-            return _apply(choice.plan, trigger, s, costs)
+            return _apply(plan, trigger, s, costs)
     may_borrow = s.stalled if s.joined is not None else s.running.rows == 1
     if may_borrow and (part_bytes := _next_part(s, costs)):
         return (Borrow(part_bytes),)
@@ -250,7 +250,7 @@ def _lower_or_wait(s: Snapshot, costs: PlanChooser) -> tuple[Action | RowAction,
     return (Apply(least, "budget_fell"),)
 
 
-def _smaller(s: Snapshot, costs: PlanChooser) -> PlanChoice | None:
+def _smaller(s: Snapshot, costs: PlanChooser) -> Plan | None:
     """A plan that fits, with which running rows may go on; None if there is none.
 
     The caches of rows may have lower levels than the plan, with which the floor holds too.
@@ -259,11 +259,11 @@ def _smaller(s: Snapshot, costs: PlanChooser) -> PlanChoice | None:
     limit_bytes = available_bytes(s, costs)
     if s.progress.unread:
         return costs.removing_more(s.plan, s.shape, limit_bytes)
-    choice = costs.choose(s.shape, limit_bytes, s.floor)
-    if choice is not None and s.running:
-        of_rows = with_lowest_caches(choice.plan, s.rows_plan)
-        return choice if costs.allows(of_rows, s.shape, s.floor) else None
-    return choice
+    plan = costs.choose(s.shape, limit_bytes, s.floor)
+    if plan is not None and s.running:
+        of_rows = with_lowest_caches(plan, s.rows_plan)
+        return plan if costs.allows(of_rows, s.shape, s.floor) else None
+    return plan
 
 
 def _was_rejected(s: Snapshot, costs: PlanChooser) -> bool:
@@ -292,10 +292,10 @@ def _raise_or_run(s: Snapshot, costs: PlanChooser) -> tuple[Action | RowAction, 
     if (limit_bytes := _raised_limit(s, costs)) is not None:
         if s.joined is None and not s.progress.trimmed:
             return (Trim(),)
-        choice = costs.choose(s.shape, limit_bytes, s.floor)
-        if choice is not None and improves(choice.plan, s, costs):
+        plan = costs.choose(s.shape, limit_bytes, s.floor)
+        if plan is not None and improves(plan, s, costs):
             trigger: Trigger = "room" if s.joined is None else "arrival"
-            return _apply(choice.plan, trigger, s, costs)
+            return _apply(plan, trigger, s, costs)
     if s.joined is None:
         return _refill(s, costs)
     if s.progress.unfinished and s.running:

@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -39,14 +38,6 @@ def no_prediction_text(max_delta_nll: object, policy: str) -> str:
         f"as knapsack and rap do, and {policy} does not: choose such a policy, or set "
         "max_delta_nll to none."
     )
-
-
-@dataclass(frozen=True)
-class PlanChoice:
-    """A plan that fits, and what it needs."""
-
-    plan: Plan
-    need_bytes: int
 
 
 class PlanChooser:
@@ -186,13 +177,13 @@ class PlanChooser:
 
     # Plans
 
-    def choose(self, shape: BatchShape, limit_bytes: int, floor: float) -> PlanChoice | None:
+    def choose(self, shape: BatchShape, limit_bytes: int, floor: float) -> Plan | None:
         """The policy's plan for a batch, made to fit a limit; None if none fits that is allowed."""
         started = time.perf_counter()
-        choice = self._fitting(shape, limit_bytes)
+        plan = self._fitting(shape, limit_bytes)
         self.decision_s += time.perf_counter() - started
-        self.decisions += choice is not None
-        return choice if choice is not None and self.allows(choice.plan, shape, floor) else None
+        self.decisions += plan is not None
+        return plan if plan is not None and self.allows(plan, shape, floor) else None
 
     def fits(self, plan: Plan, shape: BatchShape, limit_bytes: int, floor: float) -> bool:
         """Whether a plan fits a limit for a batch, and is allowed."""
@@ -206,18 +197,18 @@ class PlanChooser:
             return True
         if min(floor, shape.max_delta_nll) == math.inf:
             return self._smallest_bytes(shape, limit_bytes) <= limit_bytes
-        choice = self._fitting(shape, limit_bytes)
-        return choice is not None and self.allows(choice.plan, shape, floor)
+        plan = self._fitting(shape, limit_bytes)
+        return plan is not None and self.allows(plan, shape, floor)
 
     def least_rise(self, shape: BatchShape, limit_bytes: int) -> float | None:
         """Rise in NLL of the plan for a limit, allowed or not, at the batch's longest sequence.
 
         It is None if no plan fits, or without a prediction. Any thread may call it.
         """
-        choice = self._fitting(shape, limit_bytes)
-        if choice is None:
+        plan = self._fitting(shape, limit_bytes)
+        if plan is None:
             return None
-        return self.rise(choice.plan, shape.longest_tokens)
+        return self.rise(plan, shape.longest_tokens)
 
     def guard_order(self, shape: BatchShape, plan: Plan = Plan()) -> Sequence[int]:
         """Indices of the blocks that the guard may remove from a plan, in the order of removal."""
@@ -243,26 +234,22 @@ class PlanChooser:
     def _smallest_bytes(self, shape: BatchShape, limit_bytes: int) -> int:
         return self.estimator.peak_bytes(self.smallest(shape, limit_bytes), shape)
 
-    def _fitting(self, shape: BatchShape, limit_bytes: int) -> PlanChoice | None:
+    def _fitting(self, shape: BatchShape, limit_bytes: int) -> Plan | None:
         """A plan for a limit, whatever its quality; None if there is none."""
         if self._all_removable and self._smallest_bytes(shape, limit_bytes) > limit_bytes:
             return None
         plan = self._policy_plan(shape, limit_bytes)
-        need = self.estimator.peak_bytes(plan, shape)
-        if need <= limit_bytes:
-            return PlanChoice(plan, need)
+        if self.estimator.peak_bytes(plan, shape) <= limit_bytes:
+            return plan
         return self.removing_more(plan, shape, limit_bytes)
 
-    def removing_more(self, plan: Plan, shape: BatchShape, limit_bytes: int) -> PlanChoice | None:
+    def removing_more(self, plan: Plan, shape: BatchShape, limit_bytes: int) -> Plan | None:
         """A plan without more blocks, in the guard's order, until it fits; None if it never does.
 
         It needs no weights that the plan does not need. The quality floor is not asked.
         """
         order = self.guard_order(shape, plan)
-        smaller = self.estimator.shrink_to_fit(plan, order, shape, limit_bytes)
-        if smaller is None:
-            return None
-        return PlanChoice(smaller, self.estimator.peak_bytes(smaller, shape))
+        return self.estimator.shrink_to_fit(plan, order, shape, limit_bytes)
 
     def _policy_plan(self, shape: BatchShape, limit_bytes: int) -> Plan:
         """The policy's plan; one for a lower budget if that needs more than the limit."""

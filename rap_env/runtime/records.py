@@ -85,7 +85,6 @@ class StepRecord:
 
     Attributes:
         time_s: Start time on the engine's clock.
-        duration_s: Wall-clock seconds.
         kind: A prefill chunk of one prompt, or a decode step of the running batch.
         rows: Sequences in the pass.
         length: Cached tokens of each of them afterwards, padding included.
@@ -96,7 +95,6 @@ class StepRecord:
     """
 
     time_s: float
-    duration_s: float
     kind: StepKind
     rows: int
     length: int

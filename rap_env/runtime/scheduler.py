@@ -143,7 +143,7 @@ class Scheduler:
                 self.output.fail(batch.decoding, error)
                 batch.clear()
             return
-        self._record(began, seconds, "prefill", 1, length, plan)
+        self._record(began, "prefill", 1, length, plan)
 
     def _end_prefill(self, prefilled: PrefillingSequence, logits: torch.Tensor) -> None:
         """Keep a prefilled sequence, and let it decode, unless its first token ends it."""
@@ -199,12 +199,11 @@ class Scheduler:
             batch.clear()
             return
         self._pace.note_step(seconds)
-        self._record(began, seconds, "decode", len(sequences), length, plan)
+        self._record(began, "decode", len(sequences), length, plan)
 
     def _record(
         self,
         began: float,
-        seconds: float,
         kind: StepKind,
         rows: int,
         length: int,
@@ -219,7 +218,6 @@ class Scheduler:
             peak = self._controller.monitor.observe_step(shape, kind)
         record = StepRecord(
             time_s=began,
-            duration_s=seconds,
             kind=kind,
             rows=rows,
             length=length,

@@ -167,8 +167,8 @@ class ScoreTable:
         return cls(facts, measured, predictor=predictor, fidelity=fidelity, **origin)
 
     @property
-    def dense_nll(self) -> float:
-        """NLL of the dense model, nats per token."""
+    def native_nll(self) -> float:
+        """NLL of the native model, nats per token."""
         return self.scores[Plan()]
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -250,7 +250,7 @@ class TableScorer:
 
     def __init__(self, table: ScoreTable, lowered: Lowered | None = None) -> None:
         self._lowered = lowered
-        self.dense_nll = table.dense_nll
+        self.native_nll = table.native_nll
         self.context: Mapping[str, Any] = table.context
         self.evaluation_s = table.evaluation_s
         self._facts = table.facts
@@ -283,7 +283,7 @@ class TableScorer:
         nll = self._measured.get(plan)
         if nll is None:
             plan.check(self._facts.num_blocks)
-            return self.dense_nll + self._predicted(plan)
+            return self.native_nll + self._predicted(plan)
         self._asked.add(plan)
         return nll
 
@@ -314,7 +314,7 @@ class TableScorer:
         asked = np.concatenate([features, features[known]])
         of_all = self._model.of_members(asked, np.append(lowered, np.zeros(len(known))))
         predicted, of_masks = of_all[: len(lowered)], of_all[len(lowered) :]
-        rises = (mask_nll[known] - self.dense_nll)[:, None]
+        rises = (mask_nll[known] - self.native_nll)[:, None]
         predicted[known] = rises + predicted[known] - of_masks
         return self._model.bound(predicted)
 
@@ -344,7 +344,7 @@ class TableScorer:
                 masks = [measured.get(key, math.nan) for key in _keys(features.masks(rows))]
                 inputs = features.removed(rows), features.lowered(rows)
                 delta_nll = self._predicted_many(*inputs, np.array(masks))
-            nll[predicted] = self.dense_nll + delta_nll
+            nll[predicted] = self.native_nll + delta_nll
         return nll, predicted
 
     def _levels_of(self, ladder: Ladder) -> Levels:

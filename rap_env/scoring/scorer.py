@@ -187,8 +187,8 @@ class PlanScorer:
         return len(self._scores)
 
     @property
-    def dense_nll(self) -> float:
-        """NLL of the dense model, nats per token."""
+    def native_nll(self) -> float:
+        """NLL of the native model, nats per token."""
         return self.nll(Plan())
 
     def is_predicted(self, _plan: Plan) -> bool:

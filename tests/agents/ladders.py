@@ -28,7 +28,7 @@ class FormulaScorer:
 
     def __init__(self, costs):
         self.costs = costs
-        self.dense_nll = costs.native_nll
+        self.native_nll = costs.native_nll
         self.asked = set()
 
     @property
@@ -40,7 +40,7 @@ class FormulaScorer:
 
     def nll(self, plan):
         self.asked.add(plan)
-        return self.dense_nll + self.loss(plan)
+        return self.native_nll + self.loss(plan)
 
     def nll_many(self, plans):
         return [self.nll(plan) for plan in plans]

@@ -69,7 +69,7 @@ class SyntheticScorer:
         return len(self.scores)
 
     @property
-    def dense_nll(self):
+    def native_nll(self):
         return self.nll(Plan())
 
     def nll(self, mask):

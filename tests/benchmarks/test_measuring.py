@@ -14,6 +14,7 @@ from benchmarks.measuring import (
 )
 from experiments.study.console import run_with_settings
 from rap_env.errors import InvalidRequestError
+from tests.imports import loaded_by
 
 
 @dataclass
@@ -90,3 +91,7 @@ def test_a_record_states_how_the_numbers_were_measured_and_makes_the_rows_of_its
     write_record("toy", settings, [fast], device="cuda:1")
     assert {path.name for path in tmp_path.iterdir()} == {"toy-cpu.json", "toy-cuda.json"}
     assert len(committed_records(tmp_path)) == 2
+
+
+def test_a_process_whose_memory_is_measured_does_not_load_pandas():
+    assert loaded_by("import benchmarks.preparing", of=("pandas", "matplotlib")) == []

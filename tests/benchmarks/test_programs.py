@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import benchmarks
-from benchmarks import conversations, decide, levels, memory, preparing, scoring, step
+from benchmarks import conversations, decide, episodes, levels, memory, preparing, scoring, step
 from benchmarks.memory import measured_peak
 from rap_env.memory import MemoryModel
 from rap_env.models.device import resident_bytes
@@ -101,8 +101,8 @@ def test_steps_of_the_environments_are_timed_beside_cart_pole(measured, monkeypa
 
 
 def test_episodes_across_models_are_counted_for_each_cpu_second(measured, monkeypatch):
-    monkeypatch.setattr(step, "UNSEEN", "RAPLadder/Tiny-v0")
-    records = measured(step, step.StepSettings, repeats=2, turns=40, unseen_envs=4)
+    monkeypatch.setattr(episodes, "TASK", "RAPLadder/Tiny-v0")
+    records = measured(episodes, episodes.EpisodesSettings, repeats=2, turns=40, num_envs=4)
     (row,) = records["episodes-cpu"]["targets"]
     assert row["what"].startswith("episodes of `RAPLadder/Tiny-v0` in a CPU second, 4 ")
     assert 0 < row["low"] <= row["reached"] <= row["high"]

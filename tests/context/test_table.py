@@ -124,7 +124,7 @@ def test_a_rewritten_table_is_read_again(live, model, tmp_path):
 def test_without_an_artifact_the_best_known_plans_are_those_of_the_table(shallow, tmp_path):
     context = open_context(ContextConfig(model=shallow, importance="one_shot"))
     assert context.frontier.scores == context.table.scores
-    assert context.frontier.dense_nll == context.scorer.dense_nll
+    assert context.frontier.dense_nll == context.scorer.native_nll
     assert (context.frontier.num_layers, context.frontier.evaluations) == (BLOCKS // 2, 22)
     named = ContextConfig(model=shallow, importance="one_shot", frontier=str(tmp_path / "none"))
     with pytest.raises(ArtifactError, match="no frontier artifact"):

@@ -102,12 +102,12 @@ VECTOR_VARIANTS: list[dict[str, Any]] = [
 class FakeScorer:
     """NLL is a sum of costs of items and levels, which their names give."""
 
-    dense_nll = 3.0
+    native_nll = 3.0
     evaluations = 0
 
     def nll(self, plan: Any) -> float:
         """The NLL of a plan."""
-        return self.dense_nll + math.fsum(
+        return self.native_nll + math.fsum(
             _cost(item) * (1 + len(level) / 7) for item, level in plan.levels.items()
         )
 

@@ -25,7 +25,7 @@ def relative(name: str, **settings) -> dict:
 
 
 def loss_of(context, mask: Plan) -> float:
-    return context.scorer.nll(mask) - context.scorer.dense_nll
+    return context.scorer.nll(mask) - context.scorer.native_nll
 
 
 def frontier_of(context, masks) -> PlanTable:
@@ -33,7 +33,7 @@ def frontier_of(context, masks) -> PlanTable:
     scores = zip(masks, context.scorer.nll_many(masks), strict=True)
     return PlanTable(
         num_layers=COUNT // 2,
-        dense_nll=context.scorer.dense_nll,
+        dense_nll=context.scorer.native_nll,
         scores=dict(scores),
         evaluations_run=len(masks),
         seconds=0.0,

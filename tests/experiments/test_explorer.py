@@ -66,7 +66,7 @@ def test_losses_of_the_page_are_those_of_the_table(data):
     for digits, _, _, delta_nll, measured in data["plans"][::7]:
         plan = plan_of(data, digits)
         assert held_out.is_predicted(plan) is not bool(measured)
-        expected = held_out.delta_nll(plan, scorer.nll(plan) - scorer.dense_nll)
+        expected = held_out.delta_nll(plan, scorer.nll(plan) - scorer.native_nll)
         assert delta_nll == pytest.approx(expected, abs=6e-4)
 
 

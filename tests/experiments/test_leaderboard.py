@@ -74,7 +74,7 @@ def replayed():
     peaks = [memory.peak_bytes(mask, Request(2, 16, budget_bytes=1)) for mask in masks]
     requests = [Request(2, 16, budget_bytes=peak) for peak in peaks]
     delta = {
-        split: tuple(scorer.nll(mask) - scorer.dense_nll for mask in masks)
+        split: tuple(scorer.nll(mask) - scorer.native_nll for mask in masks)
         for split, scorer in scorers.items()
     }
     run = Run(

@@ -48,7 +48,7 @@ def test_a_good_setting_needs_all_of_its_budget_and_no_other_is_nearer(baseline,
     every = []
     for size in baseline.all_peak_bytes(shape):
         plan = baseline.settings(Request(*shape, budget_bytes=size))[0].plan
-        every.append(scorer.nll(plan) - scorer.dense_nll)
+        every.append(scorer.nll(plan) - scorer.native_nll)
     for budget in tight:
         request = Request(*shape, budget_bytes=budget.pinned.budget_bytes)
         assert baseline.memory.peak_bytes(budget.plan, request) == request.budget_bytes

@@ -103,7 +103,7 @@ def test_few_steps_wait_for_the_device():
     with pretended_gpu() as waits:
         llm = ElasticLLM(tiny_model("llama", layers=4).to("cuda"), None, name="llama")
         scorer = PlanScorer(llm, TOKENS, masks_together=16)
-        _ = scorer.dense_nll
+        _ = scorer.native_nll
         before = waits.count
         scorer.nll_many(masks)
         assert waits.count - before <= 2  # transformers looks at a mask, and the scores are read

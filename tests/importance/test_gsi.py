@@ -103,7 +103,7 @@ def test_the_profile_has_the_cost_of_each_block():
     profile = gsi(scorer, stop=2, progress=False)
     assert len(profile.order) == 2
     first, second = profile.order_indices
-    dense = scorer.dense_nll
+    dense = scorer.native_nll
     single = [scorer.nll(Plan.removing(i)) - dense for i in range(6)]
     assert profile.first_pass == pytest.approx(single)
     assert profile.marginal_delta_nll[first] == pytest.approx(single[first])
@@ -167,7 +167,7 @@ def priced(context, ladder_bytes) -> PricedState:
 def test_the_exact_search_takes_the_least_cost_per_byte_of_all_items(context):
     ladder_bytes = bytes_of(context)
     profile = run(context, ladder_bytes, method="exact", stop=8)
-    ladder, before = ladder_bytes.ladder, context.scorer.dense_nll
+    ladder, before = ladder_bytes.ladder, context.scorer.native_nll
     state = priced(context, ladder_bytes)
     for name, nll, count in zip(profile.order, profile.nll_after, profile.candidates, strict=True):
         prices = {}
@@ -235,7 +235,7 @@ def test_environments_observe_it(tmp_path):
     assert min(place, key=place.__getitem__) == order.steps[0][0]
     _, *steps = play(env, 1, masked=True)
     baseline = env._task._baseline(env.current.start)
-    expected = context.scorer.nll(baseline) - context.scorer.dense_nll
+    expected = context.scorer.nll(baseline) - context.scorer.native_nll
     assert steps[-1][-1]["baseline_delta_nll"] == pytest.approx(expected)
 
     (path,) = tmp_path.glob("item-gsi-*.json")

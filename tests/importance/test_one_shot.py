@@ -17,7 +17,7 @@ from tests.tiny import VOCAB_SIZE, tiny_llm
 def test_delta_nll_is_measured_block_by_block():
     scorer = PlanScorer(tiny_llm(), tokens())
     profile = one_shot(scorer, progress=False)
-    expected = [scorer.nll(Plan.removing(i)) - scorer.dense_nll for i in range(4)]
+    expected = [scorer.nll(Plan.removing(i)) - scorer.native_nll for i in range(4)]
     assert profile.delta_nll == pytest.approx(expected)
     assert profile.evaluations == 5
     assert profile.provenance["text"]["tokens"] == 27

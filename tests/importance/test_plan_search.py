@@ -85,7 +85,7 @@ def test_improving_keeps_the_budget_and_never_makes_a_plan_worse(context, ladder
         found = ladder_bytes.costs(request.batch_size, request.seq_len_tokens)
         plans.append(found.lower_until_fits(order.steps, request.budget_bytes))
     plans = list(dict.fromkeys(plans))
-    nll = np.array(scorer.nll_many(plans)) - scorer.dense_nll
+    nll = np.array(scorer.nll_many(plans)) - scorer.native_nll
     model, _ = fit_score_model(
         feature_matrix(plans, 6), nll, nll[1:7], lowered_costs(plans, costs.delta_nll), members=2
     )

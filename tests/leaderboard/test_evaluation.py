@@ -125,7 +125,7 @@ def test_published_losses_on_the_calibration_text_are_those_of_the_table(name):
             plans = [Plan.of(levels) for levels in run.plans]
             known = not any(map(context.scorer.is_predicted, plans))  # not the lowest levels
             if known and entry.measured_on("calibration"):
-                found = np.array(context.scorer.nll_many(plans)) - context.scorer.dense_nll
+                found = np.array(context.scorer.nll_many(plans)) - context.scorer.native_nll
                 np.testing.assert_allclose(found, run.delta_nll["calibration"], atol=1e-9)
             peaks = [
                 context.memory.peak_bytes(plan, request)

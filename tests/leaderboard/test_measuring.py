@@ -41,7 +41,7 @@ def real(model_folder, tmp_path_factory):
     scorers = {"calibration": context.scorer, "test": PlanScorer(llm, corpora["report"])}
     masks = all_masks(8)[:150]
     delta_nll = {
-        split: {mask: scorer.nll(mask) - scorer.dense_nll for mask in masks}
+        split: {mask: scorer.nll(mask) - scorer.native_nll for mask in masks}
         for split, scorer in scorers.items()
     }
     table = table_of(context, masks)
@@ -100,7 +100,7 @@ def test_predicted_plans_have_no_rank_until_the_model_has_run_them(real, task):
         assert f"{result.mean_delta_nll:.4f}" in str(result)
         for cell in result.cells:
             for split, loss in (("test", cell.loss), ("calibration", cell.calibration)):
-                rise = scorers[split].nll(cell.plan) - scorers[split].dense_nll
+                rise = scorers[split].nll(cell.plan) - scorers[split].native_nll
                 assert loss.measured == pytest.approx(rise, abs=1e-6)
         entry = result.entry("x")
         assert entry.measured_on("test")

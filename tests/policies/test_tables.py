@@ -34,7 +34,7 @@ def measured(context, plans, path):
     scores = dict(zip(plans, context.scorer.nll_many(plans), strict=True))
     PlanTable(
         num_layers=context.memory.facts.num_layers,
-        dense_nll=context.scorer.dense_nll,
+        dense_nll=context.scorer.native_nll,
         scores=scores,
         evaluations_run=len(plans),
         seconds=0.0,

@@ -164,7 +164,7 @@ def test_what_is_kept_makes_room_for_a_better_plan(table):
     kept = 100_000
     budget = table.need(LOWERED) + kept
     known = {"plan": LOWERED, "lasting_bytes": 10**9, "progress": DONE}
-    better = table.costs.choose(SHAPE, budget, 1e9).plan
+    better = table.costs.choose(SHAPE, budget, 1e9)
     excess = kept - (budget - table.need(better))
     assert table.decide(budget, kept, **known) == (FreeKept(excess), Apply(better, "room"))
 

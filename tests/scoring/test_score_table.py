@@ -56,7 +56,7 @@ def test_a_table_round_trips_through_its_file(table, path):
     assert again.fidelity == table.fidelity
     for name in ("context", "text", "settings", "evaluation_s"):
         assert getattr(again, name) == json.loads(json.dumps(getattr(table, name)))
-    assert again.dense_nll == table.scores[Plan()]
+    assert again.native_nll == table.scores[Plan()]
 
 
 def test_an_unmeasured_plan_has_a_bound_of_its_whole_loss(table):
@@ -74,7 +74,7 @@ def test_an_unmeasured_plan_has_a_bound_of_its_whole_loss(table):
     assert scorer.nll(plan) > whole.mean()
     unknown = Plan.removing(0, 1, 2, 3)
     (members,) = table.predictor.of_members(feature_matrix([unknown], BLOCKS))
-    rise = scorer.nll(unknown) - scorer.dense_nll
+    rise = scorer.nll(unknown) - scorer.native_nll
     assert rise == pytest.approx(members.mean() + 2 * members.std())
 
 
@@ -84,7 +84,7 @@ def test_unmeasured_masks_are_predicted_and_flagged(table, path):
     assert all(map(scorer.is_predicted, deep))
     together = scorer.nll_many(deep)
     assert [scorer.nll(mask) for mask in reversed(deep)] == together[::-1]
-    assert together == [table.dense_nll + table.predictor.delta_nll(mask) for mask in deep]
+    assert together == [table.native_nll + table.predictor.delta_nll(mask) for mask in deep]
 
 
 def test_it_counts_requested_scores_and_runs_no_model(table):

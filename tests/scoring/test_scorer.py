@@ -270,7 +270,7 @@ def test_plans_that_differ_in_the_embeddings_share_nothing():
     lowered = Plan(embeddings="int8")
     scorer.nll_many([Plan(), lowered, Plan.removing(3), lowered.without(3)])
     assert scorer.block_forwards == 4 + 4
-    assert scorer.nll(lowered) != scorer.dense_nll
+    assert scorer.nll(lowered) != scorer.native_nll
 
 
 def test_a_part_of_a_batch_does_not_keep_the_batch():

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from experiments.study.console import ExperimentError
-from experiments.study.harness import DeltaNLLRecord, Record
+from experiments.study.harness import DeltaNLLRecord
+from experiments.study.json_records import Record
 from experiments.study.plotting import INK, Panel, panel_figure
 from experiments.study.table_format import TitledTable, mebibytes, percent, precise
 from rap_env.serving.settings import parse_bytes

@@ -33,7 +33,8 @@ import pandas as pd
 from experiments.config import Config
 from experiments.launch import launch
 from experiments.study.console import ExperimentError
-from experiments.study.harness import Job, Record, Study
+from experiments.study.harness import Job, Study
+from experiments.study.json_records import Record
 from experiments.study.servers import Server, end_process, llama_command, piece, rap_command
 from experiments.study.table_format import TitledTable, percent
 

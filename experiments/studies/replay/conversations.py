@@ -23,7 +23,8 @@ from experiments.launch import launch
 from experiments.studies.replay.serving import SystemRun
 from experiments.studies.replay.study import decimals, outcome, percentile
 from experiments.studies.replay.workload import Budget, Turn, draw_conversations, prefix_requests
-from experiments.study.harness import Job, Record, Study
+from experiments.study.harness import Job, Study
+from experiments.study.json_records import Record
 from experiments.study.plotting import INK, LEVEL_COLOURS, Panel, panel_figure
 from experiments.study.statistics import mean_of_known
 from experiments.study.table_format import TitledTable, columns_table, percent

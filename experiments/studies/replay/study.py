@@ -22,7 +22,8 @@ from experiments.config.study_settings import ReplayConfig
 from experiments.contexts import load_model, load_text
 from experiments.studies.replay.serving import SystemRun, check_system, system_policy
 from experiments.studies.replay.workload import ReplayRequest, cotenant_budget, make_requests
-from experiments.study.harness import Job, Record, Study
+from experiments.study.harness import Job, Study
+from experiments.study.json_records import Record
 from experiments.study.statistics import bootstrap_mean
 from experiments.study.table_format import TitledTable, mebibytes, percent, seconds
 from rap_env.context.opening import open_store
@@ -258,7 +259,7 @@ def held_out_delta_nll(config: Config, llm: ElasticLLM, plans: Sequence[Plan]) -
     corpus = load_text(config.replay.text, "report", llm, progress=config.progress)
     windows = min(config.replay.mask_loss_windows, len(corpus.tokens))
     scorer = PlanScorer(llm, corpus.spread(windows), open_store(config.store))
-    return [nll - scorer.dense_nll for nll in scorer.nll_many(list(plans))]
+    return [nll - scorer.native_nll for nll in scorer.nll_many(list(plans))]
 
 
 def percentile(level: int, name: str, row: Record) -> str:

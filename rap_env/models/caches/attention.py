@@ -36,7 +36,7 @@ from rap_env.errors import UnsupportedCacheError
 from rap_env.levels import NATIVE_CACHE, CacheLevel
 from rap_env.models.caches.block_attention import BlockAttention
 from rap_env.models.caches.grouped_cache import GroupedLayer
-from rap_env.models.caches.groups import Chunk, Step, set_current_step, split
+from rap_env.models.caches.groups import Chunk, ForwardPass, set_current_step, split
 from rap_env.models.caches.kv_cache import known_lengths, lower, note_rows
 from rap_env.models.caches.row_parts import PartedKeys
 from rap_env.models.caches.token_attention import TokenAttention
@@ -231,9 +231,9 @@ def _enter(adapter: FamilyAdapter, decoder: Any, args: tuple[Any, ...], kwargs: 
         cached = 0 if cache is None else int(cache.get_seq_length())
         rows = known_lengths(cache, batch, cached + queries)
         if rows is None:
-            step = Step.of(batch, queries, cached, mask)
+            step = ForwardPass.of(batch, queries, cached, mask)
         else:
-            step = Step([max(0, count - queries) for count in rows], rows, cached + queries)
+            step = ForwardPass([max(0, count - queries) for count in rows], rows, cached + queries)
         set_current_step(step)
         if cache is not None:
             lower(cache, levels, step.before)

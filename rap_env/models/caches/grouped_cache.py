@@ -43,8 +43,8 @@ from rap_env.levels import GROUP_TOKENS, SINK_GROUPS, CacheLevel
 from rap_env.models.caches.groups import (
     Bundle,
     Chunk,
+    ForwardPass,
     Groups,
-    Step,
     current_step,
     equal_rows,
     in_groups,
@@ -122,10 +122,10 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.lengths = list(step.after)
         return chunk, chunk
 
-    def _step(self, batch: int, queries: int) -> Step:
+    def _step(self, batch: int, queries: int) -> ForwardPass:
         step, columns = current_step(), self.cumulative_length + queries
         if step is None or len(step.after) != batch or step.columns != columns:
-            return Step(self.lengths, [n + queries for n in self.lengths], columns)
+            return ForwardPass(self.lengths, [n + queries for n in self.lengths], columns)
         if step.before != self.lengths:
             raise UnsupportedCacheError(
                 f"The cache holds {self.lengths} tokens of its rows, but the attention mask has "
@@ -133,7 +133,9 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             )
         return step
 
-    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step) -> None:
+    def _append(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, step: ForwardPass
+    ) -> None:
         for tokens in {n for n in self.lengths if n and n % GROUP_TOKENS == 0}:  # full tails
             self._make_room(step.after)
             rows = [row for row, length in enumerate(self.lengths) if length == tokens]
@@ -144,7 +146,7 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.keys[rows_of_tail, :, tokens_of_tail] = key_states[:, :, 0]
         self.values[rows_of_tail, :, tokens_of_tail] = value_states[:, :, 0]
 
-    def _tail_places(self, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+    def _tail_places(self, step: ForwardPass) -> tuple[torch.Tensor, torch.Tensor]:
         """Where each row's new token goes in the tail: rows and tokens, which all layers share."""
         key = ("tail places", self.device)
         if key not in step.memo:
@@ -154,7 +156,9 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         places: tuple[torch.Tensor, torch.Tensor] = step.memo[key]
         return places
 
-    def _extend(self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step) -> Chunk:
+    def _extend(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, step: ForwardPass
+    ) -> Chunk:
         # The chunk's first tokens see the groups that its last ones replace.
         before = self.groups
         self._make_room(step.after)

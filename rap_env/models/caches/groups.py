@@ -182,7 +182,7 @@ PIECE_VALUES = ATTENTION_WORKSPACE_BYTES // 16
 
 
 @dataclass
-class Step:
+class ForwardPass:
     """The rows of one forward pass, before and after it.
 
     Attributes:
@@ -198,7 +198,7 @@ class Step:
     memo: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, batch: int, queries: int, cached: int, mask: torch.Tensor | None) -> Step:
+    def of(cls, batch: int, queries: int, cached: int, mask: torch.Tensor | None) -> ForwardPass:
         """The step of a pass with a padding mask (B, T), or without padding."""
         columns = cached + queries
         if mask is None or mask.shape != (batch, columns):
@@ -216,18 +216,18 @@ class Step:
 
 
 class _Current(threading.local):
-    step: Step | None = None
+    step: ForwardPass | None = None
 
 
 _CURRENT = _Current()
 
 
-def current_step() -> Step | None:
+def current_step() -> ForwardPass | None:
     """The step of this thread's forward pass; `rap_env.models.caches.attention` sets it."""
     return _CURRENT.step
 
 
-def set_current_step(step: Step | None) -> Step | None:
+def set_current_step(step: ForwardPass | None) -> ForwardPass | None:
     """Set the step of this thread's forward pass; returns the one before."""
     before = current_step()
     _CURRENT.step = step
@@ -281,7 +281,7 @@ class Chunk:
 
     level: CacheLevel
     window: int | None
-    step: Step
+    step: ForwardPass
     bundles: tuple[Bundle, ...] = ()
     token: Any = None
 

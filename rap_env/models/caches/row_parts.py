@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 from rap_env.levels import CacheLevel
 from rap_env.models.caches.grouped_cache import GroupedLayer
-from rap_env.models.caches.groups import Step, current_step, set_current_step
+from rap_env.models.caches.groups import ForwardPass, current_step, set_current_step
 from rap_env.models.caches.kv_cache import (
     Past,
     levels_of,
@@ -179,7 +179,7 @@ class _PassPart:
 
     rows: slice
     cache: Any
-    step: Step
+    step: ForwardPass
 
     @property
     def sees_all(self) -> bool:
@@ -233,7 +233,7 @@ class PartedCache(DynamicCache):
         self.layers = max(caches, key=lambda cache: int(cache.get_seq_length())).layers
         self._parts, first = [], 0
         for cache, after in zip(caches, lengths, strict=True):
-            step = Step([max(0, count - new) for count in after], after, max(after))
+            step = ForwardPass([max(0, count - new) for count in after], after, max(after))
             self._parts.append(_PassPart(slice(first, first + len(after)), cache, step))
             first += len(after)
 

@@ -16,8 +16,8 @@ from rap_env.levels import ATTENTION_WORKSPACE_BYTES, GROUP_TOKENS, channel_grou
 from rap_env.models.caches.grouped_cache import GroupedLayer
 from rap_env.models.caches.groups import (
     PIECE_VALUES,
+    ForwardPass,
     PackedPart,
-    Step,
     capped,
     codes_of,
     parts,
@@ -54,7 +54,7 @@ class TokenAttention:
         self,
         query: torch.Tensor,
         layer: GroupedLayer,
-        step: Step,
+        step: ForwardPass,
         scale: float,
         softcap: float | None,
         window: int | None,

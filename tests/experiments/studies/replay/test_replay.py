@@ -127,7 +127,7 @@ def test_only_the_dense_model_exceeds_the_budget(rows):
 def test_the_loss_of_plans_is_the_scorers(config, llm):
     plans = [Plan.removing(1, 4), Plan.uniform(LAYERS, caches="int4")]
     scorer = PlanScorer(llm, load_text(config.replay.text, "report", llm).spread(1))
-    expected = [scorer.nll(plan) - scorer.dense_nll for plan in plans]
+    expected = [scorer.nll(plan) - scorer.native_nll for plan in plans]
     assert held_out_delta_nll(config, llm, plans) == pytest.approx(expected, abs=1e-5)
 
 
