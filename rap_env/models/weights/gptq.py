@@ -133,26 +133,14 @@ def correction(
         damping: As of `DampedHessian`: more of it changes the weights less.
 
     Returns:
-        The correction; None without any pair, or if half of the tokens would lose more with it.
-        That happens where the outputs of one token are hundreds of times those of others (the
-        first one of a text, in the first layers of some models): its errors outweigh all.
+        The correction; None without any pair.
     """
     pairs = list(pairs)
     if not pairs:
         return None
-    inputs = pairs[0][1].shape[1]
-    few = sum(len(changed) for _, changed in pairs) < inputs
-    added = (_correction_by_tokens if few else _correction_by_inputs)(pairs, damping)
-    before = torch.cat([lost.float().norm(dim=1) for lost, _ in pairs])
-    after = torch.cat([(lost - changed.float() @ added.T).norm(dim=1) for lost, changed in pairs])
-    return added if after.median() < before.median() else None
-
-
-def _correction_by_inputs(
-    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], damping: float
-) -> torch.Tensor:
-    """`correction` with a matrix of the inputs."""
     outputs, inputs = (part.shape[1] for part in pairs[0])
+    if sum(len(changed) for _, changed in pairs) < inputs:
+        return _correction_by_tokens(pairs, damping)
     hessian = torch.zeros(inputs, inputs, device=pairs[0][1].device)
     cross = hessian.new_zeros(inputs, outputs)
     for lost, changed in pairs:
