@@ -92,8 +92,11 @@ def test_steps_of_the_environments_are_timed_beside_cart_pole(measured, monkeypa
     single, *vectors = record["targets"]
     assert single["against"] == "CartPole-v1"
     assert [("RAPLadder" in row["what"], row["at_least"]) for row in vectors] == [
-        (False, 4.0), (True, 4.0), (True, 4.0), (False, 8.0), (True, 8.0), (True, 8.0),
-    ]  # fmt: skip
+        (False, 4.0),
+        (True, 4.0),
+        (False, 8.0),
+        (True, 8.0),
+    ]
     assert all(row["reached"] > 0 for row in record["targets"])
     steps_per_s = record["measured"]["steps_per_s"]
     assert next(iter(steps_per_s)) == "RAPPrune/SmolLM2-Table-v1, 64"
