@@ -1,9 +1,9 @@
-"""Steps of both environments on score tables: ``python -m benchmarks.step``.
+"""Steps of both environments on score tables: ``OMP_NUM_THREADS=1 python -m benchmarks.step``.
 
 A single environment is timed beside a single CartPole, the vector environments of the pinned
 tasks beside CartPole's `SyncVectorEnv`, in CPU seconds and in turn. Resets are included; random
 valid actions are drawn outside the timing; seeds are fresh, so that hardly any plan was scored
-before.
+before. One thread, because threads that wait for each other spend CPU seconds too.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _CALLS = 10  # of CartPole in a turn
 
 @dataclass
 class StepSettings(Settings):
-    """Settings of this benchmark, which runs on one thread."""
+    """Settings of this benchmark."""
 
     turns: int = 60
     """Turns of CartPole and a task in one measurement."""
