@@ -19,6 +19,7 @@ import numpy.typing as npt
 from agents.trained_policy import PlanObserver
 from rap_env.context.base import make_encoder
 from rap_env.envs.base import PruningEnv
+from rap_env.importance.gradient_costs import native_changes
 from rap_env.ladder.features import BYTES_OVER, COST_CEILING, COST_FLOOR, EveryLevel
 from rap_env.ladder.items import Counts, Ladder
 from rap_env.ladder.observation import Observation, ObservationEncoder
@@ -261,6 +262,48 @@ class Evolved(Tries):
             known = bench.mutated(which, bench.best(which, few), rng)
             few += len(which)
         return known
+
+
+class Searched(Tries):
+    """Base of searches on predicted losses."""
+
+    def _plans(self, bench: Bench, rng: np.random.Generator) -> Counts:
+        predicted = Bench(bench.encoder, bench.requests, partial(self._predicted, bench))
+        predicted.search(rng, noisy=64, rounds=8, offspring=32)
+        return predicted.known[predicted.fitting(0)]
+
+    @abstractmethod
+    def _predicted(self, bench: Bench, positions: Counts) -> Floats:
+        """Losses of plans, or what rises with them, (n,)."""
+
+
+class CrossTerms(Searched):
+    """A quadratic knapsack: costs of levels, and of each two of them together.
+
+    With g·δ as in `rap_env.importance.gradient_costs`, two levels cost their sum and the mean of
+    the product of theirs over tokens. The idea is that of IMPQ (arXiv 2509.15455).
+    """
+
+    name = "cross_terms"
+
+    def __init__(self, basis: Basis) -> None:
+        super().__init__(basis)
+        scorer = self.context.scorer
+        levels = {i.name: i.levels[1:] for i in self.ladder.items if i.kind != "embeddings"}
+        made = native_changes(scorer.llm, scorer.corpus.tokens, levels)
+        windows, tokens = scorer.corpus.tokens.shape
+        self._predicted_tokens = windows * (tokens - 1)
+        self._changes = np.zeros((len(self.ladder), self.ladder.width, windows * tokens))
+        for row, item in zip(self._changes, self.ladder.items, strict=True):
+            for position, level in enumerate(item.levels[1:] if item.name in made else (), 1):
+                row[position] = made[item.name][level].flatten()
+
+    def _predicted(self, bench: Bench, positions: Counts) -> Floats:
+        items = np.arange(len(self.ladder))
+        costs = np.c_[np.zeros(len(items)), np.exp(bench.log_costs)][items, positions].sum(axis=1)
+        changes = self._changes[items, positions]
+        pairs = changes.sum(axis=1) ** 2 - (changes**2).sum(axis=1)
+        return np.asarray(costs + pairs.sum(axis=1) / 2 / self._predicted_tokens)
 
 
 class Uniform(Tries):

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from agents.plan_searches import Bench, Floats, Tries
+from agents.plan_searches import Bench, Floats, Searched, Tries
 from rap_env.ladder.features import REQUEST_FEATURES, SHOWN_LEVELS, EveryLevel
 from rap_env.ladder.items import Counts, Ladder
 
@@ -263,7 +263,7 @@ def log_losses(losses: Floats) -> torch.Tensor:
     return torch.tensor(np.log(np.clip(losses, 0, None) + LOSS_OFFSET)).float()
 
 
-class Predicted(Tries):
+class Predicted(Searched):
     """A search on the losses that networks predict: regression on the plans of other models.
 
     Attributes:
@@ -273,11 +273,8 @@ class Predicted(Tries):
     name = "predicted"
     critics: Sequence[SetNetwork] = ()
 
-    def _plans(self, bench: Bench, rng: np.random.Generator) -> Counts:
-        predict = partial(predicted_logs, self.critics, bench)
-        of_critics = Bench(bench.encoder, bench.requests, predict)
-        of_critics.search(rng, noisy=64, rounds=8, offspring=32)
-        return of_critics.known[of_critics.fitting(0)]
+    def _predicted(self, bench: Bench, positions: Counts) -> Floats:
+        return predicted_logs(self.critics, bench, positions)
 
 
 class Corrected(Tries):

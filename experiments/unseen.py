@@ -215,7 +215,12 @@ def tuned_uniform(record: UnseenRecord) -> type[plan_searches.Tries]:
 
 def baselines(record: UnseenRecord, part: str, runs: Sequence[int]) -> None:
     """Evaluate what is not trained."""
-    for name, method in {"Uniform": tuned_uniform(record), "Knapsack": "knapsack"}.items():
+    without_runs = {
+        "Uniform": tuned_uniform(record),
+        "Knapsack": "knapsack",
+        "Quadratic knapsack": plan_searches.CrossTerms,
+    }
+    for name, method in without_runs.items():
         record.evaluate(method, {"name": name, "part": part, "runs": 0})
     with_runs = {
         "Noisy orders": plan_searches.NoisyOrders,

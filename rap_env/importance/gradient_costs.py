@@ -107,6 +107,27 @@ def window_costs(
         window: Token ids, (1, T).
         levels: The levels of each item, by name; those of the embeddings are left out.
     """
+    made = {item: [n for n in names if n != "removed"] for item, names in levels.items()}
+    nll, changes = token_changes(forward, window, made)
+    sums = {
+        item: {level: 0.5 * float(change.square().sum()) for level, change in of_levels.items()}
+        for item, of_levels in changes.items()
+    }
+    blocks = [name for name, offered in levels.items() if "removed" in offered]
+    removed = _removals(forward, window[:, :REMOVAL_TOKENS], blocks) if blocks else {}
+    return WindowCosts(float(nll.double().sum()), sums, removed)
+
+
+def token_changes(
+    forward: PartialForward, window: torch.Tensor, levels: Mapping[str, Sequence[str]]
+) -> tuple[torch.Tensor, dict[str, dict[str, torch.Tensor]]]:
+    """NLL of a window's tokens, (T - 1,), and ``g·δ`` at each, (T,), by names of items and levels.
+
+    Args:
+        forward: As for `window_costs`.
+        window: Token ids, (1, T).
+        levels: The levels of each item, by name; those of the embeddings are left out.
+    """
     states = [forward.enter(window).detach()]
     for layer in forward.layer_steps:
         state = states[-1]
@@ -115,13 +136,11 @@ def window_costs(
                 state = forward.run(step, state).detach()
         states.append(state)
     nll, gradient = _final_gradient(forward, states.pop(), window)
-    sums: Costs = {}
+    changes: dict[str, dict[str, torch.Tensor]] = {}
     for layer in reversed(forward.layer_steps):
         with forward.loaded(layer):
-            gradient = _layer_costs(forward, layer, states.pop(), gradient, levels, sums)
-    blocks = [name for name, offered in levels.items() if "removed" in offered]
-    removed = _removals(forward, window[:, :REMOVAL_TOKENS], blocks) if blocks else {}
-    return WindowCosts(float(nll.double().sum()), sums, removed)
+            gradient = _layer_changes(forward, layer, states.pop(), gradient, levels, changes)
+    return nll, changes
 
 
 def _removals(
@@ -158,23 +177,23 @@ def _through(
     return dict(zip(states, outputs, strict=True))
 
 
-def _layer_costs(
+def _layer_changes(
     forward: PartialForward,
     layer: Sequence[tuple[int, ...]],
     state: torch.Tensor,
     gradient: torch.Tensor,
     levels: Mapping[str, Sequence[str]],
-    sums: Costs,
+    changes: dict[str, dict[str, torch.Tensor]],
 ) -> torch.Tensor:
-    """Add the sums of a layer, and return the gradient at its input, (1, T, H).
+    """Add the changes of a layer, and return the gradient at its input, (1, T, H).
 
     Args:
         forward: Runs the steps.
         layer: The steps of the layer.
         state: Its input, (1, T, H).
         gradient: The gradient at its output, (1, T, H).
-        levels: As for `window_costs`.
-        sums: Is added to, by names of items and levels.
+        levels: As for `token_changes`.
+        changes: Is added to.
     """
     states = [state.requires_grad_()]
     for step in layer:
@@ -187,12 +206,10 @@ def _layer_costs(
         names = [block_name(index) for index in step]
         names += [cache_name(index // 2) for index in step if index % 2 == 0]
         for name in names:
-            sums[name] = {}
+            changes[name] = {}
             for level in levels.get(name, ()):
-                if level == "removed":
-                    continue
                 change = forward.run(step, entered, Plan.of({name: level})).detach() - output
-                sums[name][level] = 0.5 * float((slope * change).sum(-1).double().square().sum())
+                changes[name][level] = (slope * change).sum(-1).double()[0]
                 if not is_cache(name):  # native weights serve all levels of a cache
                     forward.release()
     return gradients[0]
@@ -313,6 +330,18 @@ def gradient_costs(
     measure = partial(all_plan_nlls, forward, windows, run=run)
     fitted = fitted_costs(llm.facts, parts, levels, text, measure)
     return replace(fitted, seconds=time.monotonic() - started)
+
+
+def native_changes(
+    llm: ElasticLLM, windows: torch.Tensor, levels: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """`token_changes` of a live model in this process, for windows of text, (windows, T)."""
+    forward = PartialForward(_in_float32(llm, levels), widen=True, gradients=True)
+    parts = [token_changes(forward, window[None], levels)[1] for window in windows]
+    return {
+        item: {level: torch.stack([part[item][level] for part in parts]) for level in of_levels}
+        for item, of_levels in parts[0].items()
+    }
 
 
 RunTasks = Callable[[str, int, Callable[[int], dict[str, Any]]], list[dict[str, Any]]]

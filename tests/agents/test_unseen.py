@@ -7,11 +7,13 @@ import torch
 
 from agents import plan_searches, unseen
 from agents.plan_searches import Bench, variant
+from rap_env.importance.gradient_costs import native_changes
 from rap_env.ladder.features import EveryLevel
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.leaderboard.unseen import arguments_of
 from rap_env.policies.loading import make_method
+from rap_env.policies.method import Basis
 from rap_env.request import Request
 
 TUNE = "RAPLadder/Unseen-Tune-v1"
@@ -135,6 +137,7 @@ def test_networks_see_removal_where_they_learned_it_whatever_levels_there_are(en
         plan_searches.NoisyOrders,
         plan_searches.Evolved,
         plan_searches.Uniform,
+        plan_searches.CrossTerms,
         unseen.Predicted,
         unseen.Corrected,
         unseen.ActorCritic,
@@ -149,6 +152,23 @@ def test_each_method_fits_and_counts_its_runs(envs, kind, runs):
     plan = policy.choose(request)
     assert envs[0].memory.peak_bytes(plan, request) <= request.budget_bytes
     assert policy.evaluations <= (0 if runs == 1 else runs)
+
+
+def test_two_levels_cost_their_sum_and_what_they_share(envs, benches):
+    env, bench = envs[0], benches[0]
+    method = plan_searches.CrossTerms(Basis(env.context, env.encoder.ladder_bytes))
+    first, second = 2, 5
+    plans = np.zeros((4, len(bench.ladder)), np.int64)
+    plans[1, first], plans[[2, 3], second], plans[3, first] = 2, 1, 2
+    native, alone, other, both = method._predicted(bench, plans)
+    assert native == 0
+    assert [alone, other] == pytest.approx(np.exp(bench.log_costs[[first, second], [1, 0]]))
+    llm, windows = env.context.scorer.llm, env.context.scorer.corpus.tokens
+    items = {env.ladder.items[i].name: [env.ladder.items[i].levels[p]] for i, p in ((2, 2), (5, 1))}
+    changes = [next(iter(c.values())) for c in native_changes(llm, windows, items).values() if c]
+    shared = float((changes[0] * changes[1]).sum()) / windows[:, 1:].numel()
+    assert both == pytest.approx(alone + other + shared)
+    assert abs(shared) > 1e-5
 
 
 def test_what_a_run_says_of_a_plan_is_believed_of_plans_near_it(benches):
