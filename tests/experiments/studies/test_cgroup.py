@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from experiments.config import Config
-from experiments.config.study_settings import CgroupConfig
+from experiments.config.program_settings import CgroupConfig
 from experiments.studies import cgroup
 from experiments.studies.cgroup import STUDY, TrialRow, inside, memory_group
 from experiments.study import servers
