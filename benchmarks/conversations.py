@@ -20,7 +20,7 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -288,11 +288,12 @@ def main(settings: ConversationSettings) -> None:
         target("MiB that the idle server takes for keeping", *keeping_mib, at_most=1),
         target("known tokens that a turn of a chat reads again", *read_again, at_most=1),
     ]
+    sides: dict[str, Any] = {name: spreads(values) for name, values in measured.items()}
     write_record(
         "conversations",
         settings,
         targets,
-        **{name: spreads(sides) for name, sides in measured.items()},
+        **sides,
         kept_tokens=stats.kept_tokens,
         kept_bytes=stats.kept_bytes,
         kept_sequences=stats.kept_sequences,
