@@ -17,7 +17,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import TYPE_CHECKING, Any
@@ -41,7 +41,22 @@ _FIRST_CHARACTERS, _NEW_CHARACTERS, _CHAT_ANSWER_TOKENS = 800, 80, 32
 where what is read again is counted."""
 _READ_USERS = 2
 """Users whose whole prompts are read; without keeping all of them take the same time."""
-_TURN_AT_MOST, _USER_AT_MOST, _SPEED_AT_LEAST, _LLAMA_AT_MOST = 0.2, 0.15, 1.8, 0.9
+_BOUNDS: dict[str, tuple[str, dict[str, float]]] = {
+    "turns_first_token_s": (
+        f"first token of turns 2 to {TURNS} of a conversation",
+        {"at_most": 0.2},
+    ),
+    "users_first_token_s": (
+        "first token of users 2 to {users} of one system prompt of {system_tokens} tokens",
+        {"at_most": 0.15},
+    ),
+    "tokens_per_s": (
+        f"tokens a second of {SPEED_USERS} users, each with {SPEED_TURNS} turns",
+        {"at_least": 1.8},
+    ),
+}
+"""What is measured with and without keeping, and the bound of the ratio."""
+_LLAMA_AT_MOST = 0.9
 _FALL_BYTES, _FALL_STEPS = 200 * 2**20, 16
 """By how much the limit falls, and decode steps before that, of which one's time is the median."""
 _FALL_AT_MOST_S, _IDLE_AT_MOST_MIB = 0.3, 354
@@ -105,23 +120,23 @@ def run(engine: Engine, talks: list[Iterator[bool]]) -> None:
         engine.step()
 
 
-def conversation(engine: Engine, seed: int) -> list[float]:
-    """Seconds to the first token of each turn from the second one on."""
+def conversation(engine: Engine, seed: int) -> float:
+    """Mean seconds to the first token of the turns from the second one on."""
     draw, seconds = np.random.default_rng([seed, 0]), list[float]()
     first = _tokens(engine, draw, FIRST_TOKENS)
     messages = [_tokens(engine, draw, NEW_TOKENS) for _ in range(TURNS - 1)]
     run(engine, [talk(engine, first, messages, ANSWER_TOKENS, seconds)])
-    return seconds[1:]
+    return float(np.mean(seconds[1:]))
 
 
-def shared_prompt(engine: Engine, seed: int, users: int, system_tokens: int) -> list[float]:
-    """Seconds to the first token of each user of a system prompt but the first one."""
+def shared_prompt(engine: Engine, seed: int, users: int, system_tokens: int) -> float:
+    """Mean seconds to the first token of the users of a system prompt but the first one."""
     draw, seconds = np.random.default_rng([seed, 1]), list[float]()
     system = _tokens(engine, draw, system_tokens)
     for _ in range(users):
         prompt = [*system, *_tokens(engine, draw, NEW_TOKENS)]
         run(engine, [talk(engine, prompt, [], ANSWER_TOKENS, seconds)])
-    return seconds[1:]
+    return float(np.mean(seconds[1:]))
 
 
 def speed(engine: Engine, seed: int) -> float:
@@ -241,65 +256,56 @@ def main(settings: ConversationSettings) -> None:
     free_memory_early()
     limit_bytes = [2**32]
     engines = {side: engine_on(llm, limit_bytes, keep=side == "on") for side in ("off", "on")}
-    turns: dict[str, list[float]] = {side: [] for side in engines}
-    users: dict[str, list[float]] = {side: [] for side in engines}
-    tokens_per_s: dict[str, list[float]] = {side: [] for side in engines}
+    measured = {name: {side: list[float]() for side in engines} for name in _BOUNDS}
     for repeat in range(settings.repeats):
         for side, engine in engines.items():
-            turns[side].append(float(np.mean(conversation(engine, repeat))))
-            count = settings.users if side == "on" else min(_READ_USERS, settings.users)
-            shared = shared_prompt(engine, repeat, count, settings.system_tokens)
-            users[side].append(float(np.mean(shared)))
-            tokens_per_s[side].append(speed(engine, repeat))
+            users = settings.users if side == "on" else min(_READ_USERS, settings.users)
+            values = (
+                conversation(engine, repeat),
+                shared_prompt(engine, repeat, users, settings.system_tokens),
+                speed(engine, repeat),
+            )
+            for name, value in zip(_BOUNDS, values, strict=True):
+                measured[name][side].append(value)
     stats = engines["on"].stats()
     fell_s, _ = give_back(engines["on"], limit_bytes, min(_FALL_BYTES, stats.kept_bytes))
     _, all_steps = give_back(engines["on"], limit_bytes, engines["on"].stats().kept_bytes)
     idle_mib, read_again = served(settings)
     keeping_mib = np.subtract(idle_mib["on"], idle_mib["off"]).tolist()
     targets = [
-        *beside_no_keeping(settings, turns, users, tokens_per_s),
+        *(
+            target(
+                what.format(**asdict(settings)),
+                *ratios(measured[name]["on"], measured[name]["off"]),
+                against="the same engine without keeping, one thread",
+                **bound,
+            )
+            for name, (what, bound) in _BOUNDS.items()
+        ),
         target("s until 200 kept MiB are given back", fell_s, at_most=_FALL_AT_MOST_S),
         target("decode steps that giving back all of it takes", all_steps, at_most=1),
         target("MiB of the idle server", *idle_mib["on"], at_most=_IDLE_AT_MOST_MIB),
         target("MiB that the idle server takes for keeping", *keeping_mib, at_most=1),
         target("known tokens that a turn of a chat reads again", *read_again, at_most=1),
     ]
+    sides: dict[str, Any] = {name: spreads(values) for name, values in measured.items()}
     write_record(
         "conversations",
         settings,
         targets,
-        turns_first_token_s={side: spread(seconds) for side, seconds in turns.items()},
-        users_first_token_s={side: spread(seconds) for side, seconds in users.items()},
-        tokens_per_s={side: spread(each) for side, each in tokens_per_s.items()},
+        **sides,
         kept_tokens=stats.kept_tokens,
         kept_bytes=stats.kept_bytes,
         kept_sequences=stats.kept_sequences,
-        idle_mib={side: spread(each) for side, each in idle_mib.items()},
+        idle_mib=spreads(idle_mib),
     )
     for engine in engines.values():
         engine.close()
 
 
-def beside_no_keeping(
-    settings: ConversationSettings,
-    turns: dict[str, list[float]],
-    users: dict[str, list[float]],
-    tokens_per_s: dict[str, list[float]],
-) -> list[dict[str, Any]]:
-    """What keeping changes, beside the same engine without it."""
-    sides: dict[str, tuple[dict[str, list[float]], dict[str, float]]] = {
-        f"first token of turns 2 to {TURNS} of a conversation": (turns, {"at_most": _TURN_AT_MOST}),
-        f"first token of users 2 to {settings.users} of one system prompt of "
-        f"{settings.system_tokens} tokens": (users, {"at_most": _USER_AT_MOST}),
-        f"tokens a second of {SPEED_USERS} users, each with {SPEED_TURNS} turns": (
-            tokens_per_s, {"at_least": _SPEED_AT_LEAST},
-        ),
-    }  # fmt: skip
-    against = "the same engine without keeping, one thread"
-    return [
-        target(what, *ratios(values["on"], values["off"]), against=against, **bound)
-        for what, (values, bound) in sides.items()
-    ]
+def spreads(sides: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """The `spread` of the values of each side."""
+    return {side: spread(values) for side, values in sides.items()}
 
 
 def compare_servers(settings: ConversationSettings, llama_server: str) -> None:
@@ -326,9 +332,8 @@ def compare_servers(settings: ConversationSettings, llama_server: str) -> None:
         at_most=_LLAMA_AT_MOST,
         against="llama.cpp's server, the same file, prompts kept, one thread",
     )
-    times = {side: spread(each) for side, each in seconds.items()}
     settings.llama_server = Path(llama_server).name
-    write_record("conversations_llama_cpp", settings, [reached], first_token_s=times)
+    write_record("conversations_llama_cpp", settings, [reached], first_token_s=spreads(seconds))
 
 
 if __name__ == "__main__":

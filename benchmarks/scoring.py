@@ -2,7 +2,7 @@
 
 Record ``nll_many``: all plans of episodes, as an agent with a reward at each step scores
 them, are scored at once. Record ``gsi``: exact and lazy GSI against the naive loop over all
-candidates. Record ``tiny_episodes``: episodes that run a tiny model of the package.
+candidates.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any
 
-import gymnasium as gym
-import numpy as np
 import torch
 from torch import nn
 
@@ -50,9 +48,6 @@ class ScoringSettings(ModelSettings):
     """Number of plans to score."""
     removals: int = 24
     """Blocks that GSI removes."""
-    tiny_task: str = "RAPLadder/Tiny-v0"
-    episodes: int = 200
-    """Episodes of that task in one measurement."""
 
 
 class _NoAttention(nn.Module):
@@ -114,7 +109,6 @@ def _score(removed: Collection[int]) -> Scored:
 
 def main(settings: ScoringSettings) -> None:
     """Measure, check the scores, and write all records."""
-    measure_episodes(settings)
     llm = open_model(settings)
     text = CorpusConfig(windows=settings.windows, window_tokens=settings.window_tokens)
     corpus = load_corpus(text, llm)
@@ -129,35 +123,6 @@ def main(settings: ScoringSettings) -> None:
 
         measure_plans(settings, PlanScorer(llm, corpus), naive)
         measure_gsi(settings, lambda: PlanScorer(llm, corpus), naive)
-
-
-def measure_episodes(settings: ScoringSettings) -> None:
-    """Time episodes on the tiny model with random valid actions, most of whose plans are new."""
-    env: Any = gym.make(settings.tiny_task, store=None).unwrapped
-    rng, per_s, seed = np.random.default_rng(0), list[float](), 0
-    torch.set_num_threads(1)
-    play(env, seed, rng)  # makes weights at all levels
-    known = env.context.scorer.known
-    for _ in range(settings.repeats):
-        began = time.process_time()
-        for _ in range(settings.episodes):
-            seed += 1
-            play(env, seed, rng)
-        per_s.append(settings.episodes / (time.process_time() - began))
-    what = f"episodes of `{settings.tiny_task}` per CPU second, rewarded by the model itself"
-    targets = [target(what, *per_s, at_least=100.0)]
-    new_plans = (env.context.scorer.known - known) / seed
-    write_record("tiny_episodes", settings, targets, new_plans_per_episode=new_plans)
-
-
-def play(env: Any, seed: int, rng: np.random.Generator) -> None:
-    """An episode of random valid actions."""
-    observation, over = env.reset(seed=seed)[0], False
-    while not over:
-        mask = observation["action_mask"]
-        action = (mask * rng.random(mask.shape)).argmax()
-        observation, _, terminated, truncated, _ = env.step(action)
-        over = terminated or truncated
 
 
 def episode_plans(memory: MemoryModel, count: int) -> list[Plan]:

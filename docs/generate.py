@@ -32,8 +32,8 @@ from tables import COMPARISONS, MASK, README_TASKS, RESULTS, STUDIES, Source
 import rap_env
 from experiments import live
 from experiments.comparison.summaries import Comparison, compare_pair
+from experiments.studies import cgroup
 from experiments.studies.equal_process import rows as equal_process
-from experiments.studies.replay import cgroup, conversations
 from experiments.study.plotting import FAINT, INK, Panel, look, panel_figure, save_gif, save_png
 from experiments.study.table_format import percent, seconds
 from experiments.unseen import POLICY, generalisation
@@ -248,11 +248,9 @@ def main() -> None:
     """Write the committed tables and the pictures."""
     for page in marked_pages():
         write_changed(page, with_tables(page.read_text(encoding="utf-8")))
-    kept, speed = STUDIES["conversations"].rows, STUDIES["equal_process"].rows
     for name, figure in {
         "decision_cost": decision_cost(),
-        "kept_bytes": conversations.memory_figure(kept),
-        "equal_process": equal_process.process_figure(speed),
+        "equal_process": equal_process.process_figure(STUDIES["equal_process"].rows),
         "unseen_models": generalisation(tables.unseen()),
     }.items():
         save_png(figure, IMAGES / f"{name}.png")

@@ -21,10 +21,9 @@ from experiments.comparison.result_rows import ResultRow, rows_below
 from experiments.comparison.result_tables import tables_markdown
 from experiments.comparison.summaries import Comparison, Summary
 from experiments.config.program_settings import CompareConfig
+from experiments.studies import cgroup
 from experiments.studies.equal_process import rows as equal_process
 from experiments.studies.equal_process import study as equal_process_study
-from experiments.studies.replay import cgroup, conversations
-from experiments.studies.replay import study as replay
 from experiments.study.harness import Study
 from experiments.study.plotting import look
 from experiments.study.statistics import paired_ratio
@@ -68,11 +67,10 @@ COMPARISONS = (
 
 
 class Shown(NamedTuple):
-    """Committed records of a study, and the sections of its tables that a page shows."""
+    """Committed records of a study."""
 
     study: Study
     records: str
-    sections: tuple[str, ...] = ("",)
 
     @property
     def rows(self) -> list[Any]:
@@ -80,14 +78,8 @@ class Shown(NamedTuple):
         return self.study.read(RESULTS / self.records)
 
 
-_QUALITY = ("Quality",)
-
 STUDIES = {
     "equal_process": Shown(equal_process_study.STUDY, "equal_process"),
-    "replay": Shown(replay.STUDY, "replay/replay", _QUALITY),
-    "replay_ladder": Shown(replay.STUDY, "ladder/replay", _QUALITY),
-    "replay_low_bits": Shown(replay.STUDY, "replay_low_bits/replay", _QUALITY),
-    "conversations": Shown(conversations.STUDY, "conversations"),
     "cgroup": Shown(cgroup.STUDY, "cgroup"),
     "cgroup_conversations": Shown(cgroup.STUDY, "cgroup_conversations"),
 }
@@ -114,11 +106,7 @@ def shown_text(name: str) -> str:
     """What the page of a comparison or study shows of its tables."""
     if name in COMPARISONS:
         return summary_of(full_text(name))
-    first, *sections = full_text(name).partition("\n")[2].split("\n## ")
-    shown = [section for section in sections if section.startswith(STUDIES[name].sections)]
-    if len(shown) == 1:  # needs no heading
-        return first + shown[0].partition("\n")[2]
-    return "\n### ".join([first, *shown])
+    return full_text(name).partition("\n")[2].replace("\n## ", "\n### ")
 
 
 def ranked_text() -> str:

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from experiments.config import Config
-from experiments.config.common import Cell, TasksConfig, TextConfig
+from experiments.config.common import Cell, TextConfig
 from experiments.config.program_settings import EvaluateConfig
 from experiments.study.console import ExperimentError
 from rap_env.context.base import ContextConfig, PruningContext
 from rap_env.context.opening import open_context
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
+from rap_env.models.live.elastic import ElasticLLM
 from rap_env.request import Request
-from rap_env.scoring.corpus import CorpusConfig, ensure_disjoint
+from rap_env.scoring.corpus import Corpus, CorpusConfig, ensure_disjoint
+from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.score_table import table_path
-
-if TYPE_CHECKING:
-    from rap_env.models.live.elastic import ElasticLLM
-    from rap_env.scoring.corpus import Corpus
-    from rap_env.scoring.lm_eval_tasks import TaskConfig
-    from rap_env.scoring.scorer import PlanScorer
 
 GSI_FILE = "gsi.json"
 FRONTIER_FILE = "frontier.json"
@@ -71,7 +66,12 @@ def build_context(config: Config, *, profiled: bool = True) -> PruningContext:
         ExperimentError: The model is a score table, but the stage needs a live model.
         RapError: The model, text, store or an artifact cannot be loaded.
     """
-    reject_table(config)
+    if config.stage != "train" and table_path(config.model.name) is not None:
+        raise ExperimentError(
+            f"experiments.{config.stage} needs a live model, because it measures what no score "
+            f"table contains, but model.name is {config.model.name}. Set model.name to the model "
+            "that the table was measured on."
+        )
     return open_context(context_config(config, profiled=profiled))
 
 
@@ -80,59 +80,22 @@ def make_ladder_bytes(config: Config, context: PruningContext) -> LadderBytes:
     return LadderBytes(context.memory, Ladder.of(context.memory.facts, **config.env.ladder))
 
 
-def reject_table(config: Config) -> None:
-    """Check that the model is no score table, except in trainings.
-
-    Raises:
-        ExperimentError: It is one.
-    """
-    if config.stage != "train" and table_path(config.model.name) is not None:
-        raise ExperimentError(
-            f"experiments.{config.stage} needs a live model, because it measures what no score "
-            f"table contains, but model.name is {config.model.name}. Set model.name to the model "
-            "that the table was measured on."
-        )
-
-
-def load_model(config: Config) -> ElasticLLM:
-    """Load the live model of a study."""
-    from rap_env.models.files.loading import load_llm
-
-    model = config.model
-    return load_llm(model.name, device=model.device, dtype=model.dtype, weights=model.weights)
-
-
-def load_text(text: TextConfig, role: str, llm: ElasticLLM, *, progress: bool = True) -> Corpus:
+def load_text(text: TextConfig, role: str, llm: ElasticLLM) -> Corpus:
     """Load a text for a role: ``"calibration"``, ``"selection"`` or ``"report"``."""
-    from rap_env.scoring.corpus_loading import load_corpus
-
-    return load_corpus(CorpusConfig(**asdict(text), role=role), llm, progress=progress)
+    return load_corpus(CorpusConfig(**asdict(text), role=role), llm)
 
 
-def held_out_scorer(
-    text: TextConfig, role: str, context: PruningContext, *, compare: bool = False
-) -> PlanScorer:
-    """Return a scorer on a text that no search has used; an `AgreementScorer` with `compare`.
+def held_out_text(text: TextConfig, role: str, context: PruningContext) -> Corpus:
+    """Load a text that no search has used.
 
     Raises:
         CorpusError: The text is too short or overlaps with the calibration text.
         ModelNotAvailableError: The context is a score table, which has scores on one text
             only.
     """
-    from rap_env.scoring.native_agreement import AgreementScorer
-    from rap_env.scoring.scorer import PlanScorer
-
     corpus = load_text(text, role, context.llm)
     ensure_disjoint(context.corpus, corpus)
-    make = AgreementScorer if compare else PlanScorer
-    return make(context.llm, corpus, context.store)
-
-
-def task_config(tasks: TasksConfig) -> TaskConfig:
-    """Convert the settings of tasks to those of the scorer."""
-    from rap_env.scoring.lm_eval_tasks import TaskConfig
-
-    return TaskConfig(**asdict(tasks))
+    return corpus
 
 
 @dataclass(frozen=True)

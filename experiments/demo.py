@@ -78,7 +78,7 @@ def demo(config: Config, folder: Path) -> Path:
         "returns.",
     )
     policy, live_folder = load_policy(policy_file, model.llm), config.stage_dir("live")
-    recording = live.record_once(live_folder, model.llm, policy, config.demo)
+    recording = live.record(live_folder, model.llm, policy, config.demo)
     save_png(live.live_figure(recording), live_folder / "live.png")
     say(wrapped(recording.summary))
 

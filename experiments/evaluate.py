@@ -9,21 +9,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from agents.checkpoint import latest_checkpoint
 from agents.trained_policy import TrainedPolicy
 from experiments.comparison.result_rows import QUALITY, ResultRow
-from experiments.comparison.run_records import TABLE_FILE, TrainingRun, training_dirs
+from experiments.comparison.run_records import TABLE_FILE, TrainingRun, finished_trainings
 from experiments.comparison.summaries import REFERENCE, Comparison
 from experiments.config import Config
 from experiments.contexts import (
     EvaluationCell,
     build_context,
     evaluation_cells,
-    held_out_scorer,
+    held_out_text,
     make_ladder_bytes,
-    task_config,
 )
 from experiments.launch import launch
 from experiments.study.console import ExperimentError
@@ -40,13 +39,12 @@ from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.policies.loading import check_policy, make_method
 from rap_env.policies.method import measure_choice
+from rap_env.scoring.lm_eval_tasks import TaskConfig, check_scorable
+from rap_env.scoring.native_agreement import AgreementScorer
 from rap_env.scoring.score_table import ScoreTable
-
-if TYPE_CHECKING:
-    from rap_env.scoring.tasks import TaskScorer
+from rap_env.scoring.tasks import TaskScorer
 
 log = logging.getLogger(__name__)
-
 
 Scores = Callable[[Sequence[Plan]], Sequence[float]]
 
@@ -94,7 +92,7 @@ def agent_folders(config: Config) -> list[Path]:
     """Return the run folders of the agents to evaluate: the configured or all finished ones."""
     if config.evaluate.agents is not None:
         return [Path(folder) for folder in config.evaluate.agents]
-    return training_dirs(config.root, finished=True)
+    return finished_trainings(config.root)
 
 
 def build_methods(config: Config, context: PruningContext) -> Iterator[ComparedMethod]:
@@ -182,14 +180,12 @@ class Evaluator:
 
     def __init__(self, config: Config, model: PruningContext, scores: PruningContext) -> None:
         self.scores = scores
-        self.report = held_out_scorer(config.evaluate.text, "report", model, compare=True)
-        corpus = self.report.corpus
+        corpus = held_out_text(config.evaluate.text, "report", model)
+        self.report = AgreementScorer(model.llm, corpus, model.store)
         self.tasks = None
         if config.evaluate.tasks.names:
-            from rap_env.scoring.tasks import TaskScorer
-
-            settings = task_config(config.evaluate.tasks)
-            self.tasks = TaskScorer(model.llm, settings, store=model.store)
+            tasks = TaskConfig(**asdict(config.evaluate.tasks))
+            self.tasks = TaskScorer(model.llm, tasks, store=model.store)
         self._warm: set[int] = set()
         self.depends_on: dict[str, Any] = {
             "model_fingerprint": model.memory.facts.fingerprint,
@@ -244,13 +240,10 @@ class Evaluator:
 
     def losses(self, plan: Plan) -> dict[str, Any]:
         """Return the fields of a row that are measured on the report text and on tasks."""
-        from rap_env.scoring.native_agreement import AgreementScorer
-
         delta_nll = self.report.window_nll(plan) - self.report.window_nll(Plan())
         unmeasured = dict.fromkeys(("accuracies_norm", "task_documents", *QUALITY))
         values = {**unmeasured, "accuracies": {}, **delta_nll_fields(delta_nll)}
-        if isinstance(self.report, AgreementScorer):
-            values |= asdict(self.report.agreement(plan))
+        values |= asdict(self.report.agreement(plan))
         return values if self.tasks is None else values | task_fields(self.tasks, plan)
 
     def _importance(self, config: Config) -> dict[str, Any]:
@@ -299,8 +292,6 @@ def evaluate(config: Config, folder: Path, scores: PruningContext | None = None)
     """
     check_names(config)
     if config.evaluate.tasks.names:
-        from rap_env.scoring.lm_eval_tasks import check_scorable
-
         check_scorable(config.evaluate.tasks.names)
     run, started = RunFolder(folder), time.monotonic()
     model = build_context(config)

@@ -16,36 +16,36 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from PIL import Image
 
 from experiments.config import Config
+from experiments.config.program_settings import DemoConfig
 from experiments.launch import launch
 from experiments.study.console import say
 from experiments.study.json_records import read_json, write_text
-from experiments.study.plotting import (
-    FAINT,
-    INK,
-    item_levels,
-    level_colour,
-    level_legend,
-    save_gif,
-    style,
-)
+from experiments.study.plotting import FAINT, INK, LEVEL_COLOURS, item_levels, save_gif, style
 from rap_env.errors import counted
+from rap_env.models.files.loading import shared_llm
+from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
+from rap_env.policies.loading import load_policy
+from rap_env.runtime.controller import RuntimeController
+from rap_env.runtime.engine import Engine
+from rap_env.runtime.memory_estimator import BatchShape
+from rap_env.runtime.memory_meter import make_levels
+from rap_env.runtime.memory_monitor import GivenMemory
+from rap_env.runtime.records import ControllerSettings, EngineSettings, StepRecord
+from rap_env.runtime.request_handle import RequestHandle
+from rap_env.runtime.sampling import SamplingParams
 from rap_env.serving.settings import DEFAULT_MAX_DELTA_NLL, DEFAULT_MOST_DELTA_NLL
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    from experiments.config.program_settings import DemoConfig
-    from rap_env.models.live.elastic import ElasticLLM
-    from rap_env.runtime.records import StepRecord
-    from rap_env.runtime.request_handle import RequestHandle
 
 FILE = "live.json"
 
@@ -149,22 +149,6 @@ def chat_ids(llm: ElasticLLM, *messages: str) -> list[int]:
     return list(ids)
 
 
-def record(llm: ElasticLLM, policy: Policy, settings: DemoConfig) -> Recording:
-    """Serve for some seconds within the moving limit; the model is native afterwards.
-
-    Time is the CPU time of this thread, so that other programs slow nothing down.
-    """
-    from rap_env.runtime.memory_meter import make_levels
-
-    llm.set_residency("offload")
-    make_levels(llm, policy)
-    run = LiveRun(llm, policy, settings)
-    run.read_texts()
-    run.serve()
-    llm.apply(Plan())
-    return run.recording
-
-
 class LiveRun:
     """Chats and a conversation that an engine serves while its memory limit moves.
 
@@ -173,12 +157,6 @@ class LiveRun:
     """
 
     def __init__(self, llm: ElasticLLM, policy: Policy, settings: DemoConfig) -> None:
-        from rap_env.runtime.controller import RuntimeController
-        from rap_env.runtime.engine import Engine
-        from rap_env.runtime.memory_estimator import BatchShape
-        from rap_env.runtime.memory_monitor import GivenMemory
-        from rap_env.runtime.records import ControllerSettings, EngineSettings
-
         self._llm, self._settings = llm, settings
         texts = [text[:TEXT_CHARACTERS] for text in topics.values() if len(text) >= TEXT_CHARACTERS]
         chats = [f"Summarise this text.\n\n{text}" for text in texts[: settings.chats]]
@@ -266,15 +244,11 @@ class LiveRun:
         )
 
     def _chat(self, number: int) -> RequestHandle:
-        from rap_env.runtime.sampling import SamplingParams
-
         params = SamplingParams(max_new_tokens=CHAT_TOKENS, temperature=1.0, seed=number)
         return self._engine.submit(self._prompts[number], params)
 
     def _ask(self, tokens: int) -> RequestHandle:
         """Send the conversation; where it is too long it begins anew, after its text."""
-        from rap_env.runtime.sampling import SamplingParams
-
         stop = (self._llm.tokenizer.eos_token_id,)
         params = SamplingParams(max_new_tokens=tokens, stop_token_ids=stop)
         ids = chat_ids(self._llm, *self._conversation)
@@ -294,13 +268,22 @@ def recorded(folder: Path) -> Recording | None:
     return Recording(steps=steps, answers=answers, **body)
 
 
-def record_once(folder: Path, llm: ElasticLLM, policy: Policy, settings: DemoConfig) -> Recording:
-    """The recording in a folder; without one, `record` makes it."""
+def record(folder: Path, llm: ElasticLLM, policy: Policy, settings: DemoConfig) -> Recording:
+    """The recording in a folder; without one, serve for some seconds within the moving limit.
+
+    Time is the CPU time of this thread, so that other programs slow nothing down. The model is
+    native afterwards.
+    """
     if recording := recorded(folder):
         return recording
-    recording = record(llm, policy, settings)
-    write_text(folder / FILE, json.dumps(asdict(recording)))
-    return recording
+    llm.set_residency("offload")
+    make_levels(llm, policy)
+    run = LiveRun(llm, policy, settings)
+    run.read_texts()
+    run.serve()
+    llm.apply(Plan())
+    write_text(folder / FILE, json.dumps(asdict(run.recording)))
+    return run.recording
 
 
 def live_figure(recording: Recording, until_s: float | None = None) -> Figure:
@@ -310,8 +293,6 @@ def live_figure(recording: Recording, until_s: float | None = None) -> Figure:
         recording: The run.
         until_s: The moment that it is drawn at; None for the end.
     """
-    from matplotlib.figure import Figure
-
     now_s = recording.seconds if until_s is None else until_s
     past = [step for step in recording.steps if step.end_s <= now_s] or recording.steps[:1]
     asked = [answer for answer in recording.answers if answer.asked_s <= now_s]
@@ -337,15 +318,15 @@ def live_figure(recording: Recording, until_s: float | None = None) -> Figure:
             fontsize=10.5,
             fontweight="bold",
         )
-    used = {"native"}.union(*(plan.values() for plan in recording.plans))
-    level_legend(figure, used, 5)
+        used = {"native"}.union(*(plan.values() for plan in recording.plans))
+        shown = {level: colour for level, colour in LEVEL_COLOURS.items() if level in used}
+        handles = [Patch(facecolor=c, edgecolor=FAINT, label=name) for name, c in shown.items()]
+        figure.legend(handles=handles, loc="outside lower center", ncols=5)
     return figure
 
 
 def save_film(recording: Recording, path: Path) -> None:
     """Write the figure at moments of the run as an animation."""
-    from PIL import Image
-
     images: list[Image.Image] = []
     for now_s in np.linspace(0, recording.seconds, _FRAMES):
         buffer = io.BytesIO()
@@ -395,13 +376,11 @@ def _draw_levels(
     axes: Sequence[Axes], recording: Recording, past: Sequence[RecordedStep], now_s: float
 ) -> None:
     """Draw the levels of the items of each kind up to a moment, the first layer on top."""
-    from matplotlib.colors import to_rgb
-
     runs = [next(steps) for _, steps in itertools.groupby(past, key=lambda step: step.plan)]
     edges = [0.0, *(step.end_s for step in runs[1:]), now_s]
     plans = [item_levels(recording.plans[step.plan], recording.num_layers) for step in runs]
     for axis, kind in zip(axes, ("KV caches", "Attention", "FFN", "Embeddings"), strict=True):
-        columns = [[to_rgb(level_colour(level)) for level in plan[kind]] for plan in plans]
+        columns = [[to_rgb(LEVEL_COLOURS[level]) for level in plan[kind]] for plan in plans]
         rows = len(columns[0])
         colours = np.array(columns).swapaxes(0, 1)
         axis.pcolormesh(edges, np.arange(rows + 1), colours, shading="flat", rasterized=True)
@@ -413,11 +392,8 @@ def _draw_levels(
 
 def program(config: Config, folder: Path) -> Path:
     """Record a run with the server's default policy, and draw it."""
-    from rap_env.models.files.loading import shared_llm
-    from rap_env.policies.loading import load_policy
-
     llm = shared_llm(config.model.name, dtype=config.model.dtype, weights=config.model.weights)
-    recording = record_once(folder, llm, load_policy("knapsack", llm), config.demo)
+    recording = record(folder, llm, load_policy("knapsack", llm), config.demo)
     save_film(recording, folder / "live.gif")
     say(f"{recording.summary}\n{folder / 'live.gif'}")
     return folder

@@ -23,7 +23,7 @@ from experiments.contexts import (
     EvaluationCell,
     build_context,
     evaluation_cells,
-    held_out_scorer,
+    held_out_text,
     make_ladder_bytes,
 )
 from experiments.launch import launch, swept_settings
@@ -34,8 +34,11 @@ from experiments.study.loggers import open_loggers
 from experiments.study.run_folder import RunFolder
 from rap_env.context.base import PruningContext
 from rap_env.leaderboard.tasks import pinned_tasks
+from rap_env.memory import MemoryModel
 from rap_env.policies.network_policy import NetworkPolicy
 from rap_env.reward import plan_scores
+from rap_env.scoring.score_table import TableScorer
+from rap_env.scoring.scorer import PlanScorer
 
 log = logging.getLogger(__name__)
 
@@ -72,14 +75,18 @@ def train(config: Config, folder: Path, *, swept: dict[str, Any] | None = None) 
     context = build_context(config)
     ladder_bytes = make_ladder_bytes(config, context)
     cells = evaluation_cells(config.evaluate, ladder_bytes)  # fails now, not later
-    scorer = ObjectiveScorer(config, context)
+    scorer: PlanScorer | TableScorer = context.scorer
+    selection = config.evaluate.selection_text
+    if selection is not None:
+        text = held_out_text(selection, "selection", context)
+        scorer = PlanScorer(context.llm, text, context.store)
     checkpoint = latest_checkpoint(folder / "checkpoints")
     step = checkpoint.step if checkpoint else 0
     trim_metrics(run.metrics, step)
     with open_loggers(config, folder, job="train", step=step) as loggers:
         facts = facts_of(learn(config, agent, context, folder, loggers.log))
         policy = TrainedPolicy.load(folder, context)
-        facts |= scorer.facts(policy, cells)
+        facts["objective"] = objective(policy, cells, scorer, context.memory)
         loggers.log({"objective": facts["objective"]}, facts["timesteps"])
     run.finish(started, **facts)
     log.info("Training: %s is finished (%d steps).", folder.name, facts["timesteps"])
@@ -107,35 +114,23 @@ def facts_of(result: TrainResult) -> dict[str, Any]:
     }
 
 
-class ObjectiveScorer:
-    """Computes a sweep's objective: what the chosen plans count as on the selection text.
+def objective(
+    policy: TrainedPolicy,
+    cells: Sequence[EvaluationCell],
+    scorer: PlanScorer | TableScorer,
+    memory: MemoryModel,
+) -> float:
+    """Return what a policy's plans count as on a text, mean in nats per token.
 
     They count as on the leaderboard (`plan_scores`), so that one poor plan hides no other.
-
-    The selection text is ``evaluate.selection``, or the calibration text where none is given.
-
-    Raises:
-        CorpusError: The selection text is too short or overlaps with the calibration text.
-        ModelNotAvailableError: There is a selection text, but the model is a score table.
     """
-
-    def __init__(self, config: Config, context: PruningContext) -> None:
-        self._scorer = context.scorer
-        self._memory = context.memory
-        selection = config.evaluate.selection_text
-        if selection is not None:
-            self._scorer = held_out_scorer(selection, "selection", context)
-
-    def facts(self, policy: TrainedPolicy, cells: Sequence[EvaluationCell]) -> dict[str, Any]:
-        """Return what a policy's plans count as, mean in nats per token."""
-        plans = [policy.choose(cell.request) for cell in cells]
-        delta_nll = [self._scorer.nll(plan) - self._scorer.native_nll for plan in plans]
-        fits = [
-            self._memory.peak_bytes(plan, cell.request) <= cell.request.budget_bytes
-            for plan, cell in zip(plans, cells, strict=True)
-        ]
-        scores = plan_scores(delta_nll, fits, self._memory.facts.vocab_size)
-        return {"objective": float(scores.mean())}
+    plans = [policy.choose(cell.request) for cell in cells]
+    delta_nll = [scorer.nll(plan) - scorer.native_nll for plan in plans]
+    fits = [
+        memory.peak_bytes(plan, cell.request) <= cell.request.budget_bytes
+        for plan, cell in zip(plans, cells, strict=True)
+    ]
+    return float(plan_scores(delta_nll, fits, memory.facts.vocab_size).mean())
 
 
 def task_of(config: Config) -> str | None:

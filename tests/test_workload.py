@@ -136,7 +136,7 @@ def test_a_bad_trace_is_rejected_with_its_line(memory, tmp_path, text, message):
 
 def test_a_trace_without_a_path_names_its_setting(memory):
     for spec in ("trace", {"name": "trace", "path": ""}):
-        with pytest.raises(TraceError, match=r"is empty: give a CSV file .* workload\.path, or as"):
+        with pytest.raises(TraceError, match=r"is empty: give a CSV file .* workload\.path"):
             make_sampler(spec, memory)
 
 

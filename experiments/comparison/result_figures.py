@@ -1,11 +1,11 @@
-"""Figures of a comparison, of chosen levels and of trainings."""
+"""Figures of a comparison and of trainings."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,20 +13,15 @@ from experiments.comparison.run_records import Records, TrainingRun
 from experiments.comparison.summaries import Comparison
 from experiments.config.common import Shape
 from experiments.study.plotting import (
-    INK,
-    Draw,
     Panel,
     draw_series,
-    item_levels,
-    level_colour,
-    level_legend,
     look,
     panel_figure,
     plain_log_ticks,
     save_png,
     short_label,
 )
-from experiments.study.table_format import mebibytes, percent, shape_words
+from experiments.study.table_format import shape_words
 from rap_env.extras import require_extra
 
 if TYPE_CHECKING:
@@ -91,54 +86,6 @@ def _draw_delta_nlls(axis: Axes, comparison: Comparison, shape: Shape) -> None:
         axis.set_xticks([100 * budget for budget in comparison.budgets])
 
 
-class LevelsLine(NamedTuple):
-    """A line of `levels_picture`: a request at a budget.
-
-    Attributes:
-        request: Batch size and sequence length in tokens; lines of a request stand together.
-        label: What the line is called.
-        levels: Levels of the items that are not native, by name.
-    """
-
-    request: Shape
-    label: str
-    levels: Mapping[str, str]
-
-
-def levels_picture(lines: Sequence[LevelsLine], num_layers: int) -> Figure:
-    """Draw the level of each item: a line for each request and budget, a column for each layer."""
-    from matplotlib.colors import to_rgb
-
-    levels = [item_levels(line.levels, num_layers) for line in lines]
-
-    def draw(axis: Axes, kind: str) -> None:
-        rows = [[to_rgb(level_colour(level)) for level in line[kind]] for line in levels]
-        columns = len(rows[0])
-        axis.pcolormesh(np.array(rows), edgecolors="white", linewidth=0.6, shading="flat")
-        axis.grid(False)
-        axis.tick_params(length=0)
-        axis.set_ylim(len(lines), 0)  # the first line on top
-        axis.set_yticks(np.arange(len(lines)) + 0.5, [line.label for line in lines])
-        shown = range(0, columns if columns > 1 else 0, 5 if columns > 12 else 1)
-        axis.set_xticks([tick + 0.5 for tick in shown], [str(tick) for tick in shown])
-        for place in range(1, len(lines)):
-            if lines[place].request != lines[place - 1].request:
-                axis.axhline(place, color=INK, linewidth=1.2)
-
-    embeddings = "Embeddings"
-    parts = [
-        Panel(partial(draw, kind=kind), kind if kind != embeddings else "Emb.",
-              "layer" if kind != embeddings else "")
-        for kind in levels[0]
-    ]  # fmt: skip
-    figure = panel_figure(
-        parts, columns=len(parts), height=1.1 + 0.21 * len(lines), legend=0, sharey=True,
-        width_ratios=[*[num_layers] * 3, max(1, num_layers / 6)],
-    )  # fmt: skip
-    level_legend(figure, {n for line in levels for kind in line.values() for n in kind}, 9)
-    return figure
-
-
 CURVES = {
     "episode/delta_nll": "ΔNLL at the end of the episode\n(calibration text, nats/token)",
     "episode/return": "return of the episode",
@@ -196,44 +143,15 @@ def _draw_curves(axis: Axes, method: str, series: Sequence[tuple[list[int], list
 
 
 def draw_figures(comparisons: Iterable[Records], folder: Path) -> None:
-    """Draw all figures of some comparisons into files ``NAME-FIGURE.png`` of a folder."""
+    """Draw the figures for which comparisons have records, ``NAME-FIGURE.png`` in a folder."""
     require_extra("plots", "Drawing figures")
     for records in comparisons:
-        for name, draw in comparison_figures(records).items():
-            save_png(draw(), folder / f"{records.name.replace('/', '-')}-{name}.png")
-
-
-def comparison_figures(records: Records) -> dict[str, Draw]:
-    """Return what draws the figures for which a comparison has records, by name."""
-    comparison, draw = records.comparison, dict[str, Draw]()
-    if comparison and comparison.summaries:
-        for method, lines in _chosen_levels(comparison).items():
-            draw[f"levels_{method}"] = partial(levels_picture, lines, comparison.num_layers)
-        if len(comparison.cells) > len(comparison.shapes):  # else its lines are points
-            draw["delta_nll_against_budget"] = partial(delta_nll_against_budget, comparison)
-    if logged_curves(records.runs):
-        draw["learning_curves"] = partial(learning_curves, records.runs)
-    return draw
-
-
-def _chosen_levels(comparison: Comparison) -> dict[str, list[LevelsLine]]:
-    """Return the levels that methods choose for the shortest and the longest request."""
-    shapes = {comparison.shapes[0], comparison.shapes[-1]}
-    shown = comparison.learned + [m for m in comparison.methods if m == "greedy_per_byte"]
-    lines: dict[str, list[LevelsLine]] = {}
-    for method in shown or comparison.compared[:1]:
-        rows = [row for row in comparison.rows if row.method == method and row.shape in shapes]
-        rows = [row for row in rows if row.seed == rows[0].seed]
-        rows.sort(key=lambda row: (row.shape[0] * row.shape[1], -row.budget_bytes))
-        if rows:
-            lines[method] = [
-                LevelsLine(
-                    row.shape,
-                    f"{shape_words(row.shape)}  {mebibytes(row.budget_bytes)} "
-                    f"({percent(row.budget_fraction, 0)}"
-                    f"{'' if row.target_delta_nll is None else f', ~{row.target_delta_nll:g}'})",
-                    row.plan.levels,
-                )
-                for row in rows
-            ]
-    return lines
+        comparison = records.comparison
+        figures: dict[str, Figure] = {}
+        # With one cell for each request, lines would be points.
+        if comparison and comparison.summaries and len(comparison.cells) > len(comparison.shapes):
+            figures["delta_nll_against_budget"] = delta_nll_against_budget(comparison)
+        if logged_curves(records.runs):
+            figures["learning_curves"] = learning_curves(records.runs)
+        for name, figure in figures.items():
+            save_png(figure, folder / f"{records.name.replace('/', '-')}-{name}.png")

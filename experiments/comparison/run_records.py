@@ -188,16 +188,9 @@ class TrainingRun(RunFolder):
         return None if recent is None else float(recent)
 
 
-def training_dirs(root: Path, *, finished: bool = False) -> list[Path]:
-    """Return the folders of a comparison's training runs, sorted by name.
-
-    Args:
-        root: The comparison's folder.
-        finished: Whether to skip unfinished runs.
-    """
+def finished_trainings(root: Path) -> list[Path]:
+    """Return the folders of a comparison's finished training runs, sorted by name."""
     folders = sorted(path.parent for path in (root / "train").glob("*/run.json"))
-    if not finished:
-        return folders
     return [path for path in folders if "finished" in (RunFolder(path).read() or {})]
 
 

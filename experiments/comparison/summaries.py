@@ -135,13 +135,6 @@ class Comparison:
         return all(self.budgets_of(shape) == self.budgets for shape in self.shapes)
 
     @cached_property
-    def num_layers(self) -> int:
-        """The number of layers that plans name at least."""
-        names = [name for row in self.rows for name in row.plan.levels]
-        layers = [int(name[5:].partition(".")[0]) for name in names if name.startswith("layer")]
-        return 1 + max(layers, default=0)
-
-    @cached_property
     def targets(self) -> dict[float, list[Cell]]:
         """The cells of each ΔNLL that budgets stand for, in ascending order; empty if none do."""
         by_target: dict[float, list[Cell]] = defaultdict(list)

@@ -15,7 +15,6 @@ from omegaconf import MISSING, OmegaConf
 
 from experiments.config import common
 from experiments.config import program_settings as programs
-from experiments.config import study_settings as studies
 from experiments.study.console import ExperimentError
 from rap_env.specs import check, setting
 
@@ -53,11 +52,8 @@ class Config:
     logger: programs.LoggerConfig = field(default_factory=programs.LoggerConfig)
     evaluate: programs.EvaluateConfig = field(default_factory=programs.EvaluateConfig)
     tight_grid: programs.TightGridConfig = field(default_factory=programs.TightGridConfig)
-    budget: studies.BudgetConfig = field(default_factory=studies.BudgetConfig)
-    replay: studies.ReplayConfig = field(default_factory=studies.ReplayConfig)
-    conversations: studies.ConversationsConfig = field(default_factory=studies.ConversationsConfig)
-    cgroup: studies.CgroupConfig = field(default_factory=studies.CgroupConfig)
-    equal_process: studies.EqualProcessConfig = field(default_factory=studies.EqualProcessConfig)
+    cgroup: programs.CgroupConfig = field(default_factory=programs.CgroupConfig)
+    equal_process: programs.EqualProcessConfig = field(default_factory=programs.EqualProcessConfig)
     demo: programs.DemoConfig = field(default_factory=programs.DemoConfig)
     export: programs.ExportConfig = field(default_factory=programs.ExportConfig)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -81,14 +81,12 @@ class Job(Generic[RowT]):
         depends_on: Hashes and settings that the row depends on. A row is measured once for
             each identity and `depends_on`.
         make: Measures the row; its provenance is added.
-        facts: More entries of its provenance, on which it does not depend.
     """
 
     row_type: type[RowT]
     identity: tuple[Any, ...]
     depends_on: Mapping[str, Any]
     make: Callable[[], RowT]
-    facts: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def key(self) -> str:
@@ -117,7 +115,7 @@ def measured(jobs: Sequence[Job[Any]], folder: Path, name: str, progress: bool) 
     git, done = git_state(), len(jobs) - len(missing)
     with progress_bar(progress, total=len(jobs), initial=done, desc=name, unit="row") as bar:
         for job in missing:
-            provenance = {"depends_on": dict(job.depends_on), "git": git, **job.facts}
+            provenance = {"depends_on": dict(job.depends_on), "git": git}
             row = rows[job.row_type, job.key] = replace(job.make(), provenance=provenance)
             append_record(folder / job.row_type.file, asdict(row))
             bar.update()
@@ -154,7 +152,6 @@ class Study:
         jobs: Returns all rows that belong to the study; called with the settings and run
             folder.
         tables: Makes the tables from the rows.
-        words: What the tables say, in a sentence or two above them; empty for nothing.
         frozen: Sections of the settings that must not change when a run resumes.
     """
 
@@ -163,7 +160,6 @@ class Study:
     row_types: Sequence[type[Record]]
     jobs: Callable[[Config, Path], Iterable[Job[Any]]]
     tables: Callable[[list[Any]], Sequence[TitledTable]]
-    words: Callable[[list[Any]], str] = lambda rows: ""
     frozen: tuple[str, ...] = ("model",)
 
     def run(self, config: Config, folder: Path) -> Path:
@@ -191,7 +187,5 @@ class Study:
         return [row for kind in self.row_types for row in kind.read(folder / kind.file)]
 
     def markdown(self, rows: list[Any]) -> str:
-        """Return title, words and all tables in Markdown."""
-        tables = document(self.tables(rows), captions=True)
-        parts = [f"# {self.title}", self.words(rows), tables]
-        return "\n\n".join(filter(None, parts))
+        """Return title and all tables in Markdown."""
+        return f"# {self.title}\n\n{document(self.tables(rows), captions=True)}"

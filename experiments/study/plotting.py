@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +27,6 @@ LEVEL_COLOURS = {
 }  # fmt: skip
 """Colours of levels, from the most to the least exact one: darker blues are fewer bits. Blue
 and orange are told apart with any kind of colour vision."""
-
-_OTHER_LEVEL = "#8D9299"  # of a level without a colour of its own
-
-
-def level_colour(level: str) -> str:
-    """Return the colour of a level, whatever it is."""
-    return LEVEL_COLOURS.get(level, _OTHER_LEVEL)
 
 
 def item_levels(levels: Mapping[str, str], num_layers: int) -> dict[str, list[str]]:
@@ -59,17 +52,6 @@ def item_levels(levels: Mapping[str, str], num_layers: int) -> dict[str, list[st
         "FFN": [level(block_name(2 * layer + 1)) for layer in layers],
         "Embeddings": [level(EMBEDDINGS)],
     }
-
-
-def level_legend(figure: Figure, used: Collection[str], columns: int) -> None:
-    """Draw a legend of levels below a figure, the most exact one first."""
-    from matplotlib.patches import Patch
-
-    ordered = [level for level in LEVEL_COLOURS if level in used]
-    ordered += sorted({*used} - {*ordered})
-    handles = [Patch(facecolor=level_colour(n), edgecolor=FAINT, label=n) for n in ordered]
-    with style():
-        figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 
 
 @dataclass(frozen=True)
@@ -154,9 +136,6 @@ def rank(method: str) -> int:
             return place
     return len(names)
 
-
-Draw = Callable[[], "Figure"]
-"""Draws a figure."""
 
 INK, FAINT, GRID = "#1F2328", "#6B7178", "#E6E4DE"
 

@@ -126,7 +126,6 @@ class PlanSwitcher:
         unreadable: Why the weights of a chosen plan cannot be read; empty if they can. Until
             `retry` finds that they can again, the plan is not to be raised.
         switches: How often the plan changed.
-        switch_s: Seconds spent switching.
     """
 
     def __init__(
@@ -140,7 +139,6 @@ class PlanSwitcher:
         self._unreadable_plan = Plan()
         self._retry_at_s = 0.0
         self.switches = 0
-        self.switch_s = 0.0
 
     def apply(self, plan: Plan, shape: BatchShape, trigger: Trigger) -> bool:
         """Apply a plan for a batch, because of a trigger, and return freed memory to the system.
@@ -148,7 +146,7 @@ class PlanSwitcher:
         Returns:
             Whether its weights can be read; else the present plan stays.
         """
-        before, started = self._llm.plan, time.perf_counter()
+        before = self._llm.plan
         try:
             self._llm.apply(plan)
         except _UNREADABLE as error:
@@ -157,7 +155,6 @@ class PlanSwitcher:
         synchronise(self._llm.device)
         self._monitor.trim()
         self.switches += 1
-        self.switch_s += time.perf_counter() - started
         rise = self._chooser.rise(plan, shape.at_least_one[1])
         log.info(
             "Plan changed (%s): %s; budget %.1f MiB, peak %.1f MiB%s.",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -56,8 +55,6 @@ class PlanChooser:
         max_delta_nll: The quality floor now, nats per token; None for no floor.
         most_delta_nll: The highest that `follow_queue` raises it to.
         rise: As `delta_nll`, with cached results.
-        decisions: How often the policy was asked for a decision.
-        decision_s: Seconds spent choosing plans.
 
     Raises:
         InvalidRequestError: The floor is no finite number of at least 0, or the policy
@@ -76,8 +73,6 @@ class PlanChooser:
         self.estimator = estimator
         self._guard_order = settings.guard_order
         self.use_policy(policy, settings.max_delta_nll, settings.most_delta_nll)
-        self.decisions = 0
-        self.decision_s = 0.0
 
     def use_policy(
         self,
@@ -179,10 +174,7 @@ class PlanChooser:
 
     def choose(self, shape: BatchShape, limit_bytes: int, floor: float) -> Plan | None:
         """The policy's plan for a batch, made to fit a limit; None if none fits that is allowed."""
-        started = time.perf_counter()
         plan = self._fitting(shape, limit_bytes)
-        self.decision_s += time.perf_counter() - started
-        self.decisions += plan is not None
         return plan if plan is not None and self.allows(plan, shape, floor) else None
 
     def fits(self, plan: Plan, shape: BatchShape, limit_bytes: int, floor: float) -> bool:

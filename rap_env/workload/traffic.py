@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import csv
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,8 +38,8 @@ from rap_env.workload.sampler import (
     check_range,
 )
 
-COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
-"""Header of a trace file in the public Azure format: one request per line, in time order."""
+COLUMNS = ("ContextTokens", "GeneratedTokens")
+"""Columns of a trace file in the public Azure format, which has one request per line."""
 
 LEVELS: tuple[float, ...] = (
     0.0,
@@ -78,70 +78,46 @@ class LengthTable:
         return np.rint(np.exp(np.interp(shares, _LEVELS, self._logs))).astype(np.int64)
 
 
-class TraceRequest(NamedTuple):
-    """A line of a trace file.
+def read_lengths(path: str | PathLike[str]) -> npt.NDArray[np.int64]:
+    """Tokens of each request's sequence (prompt and generated), in file order, shape (requests,).
 
-    Attributes:
-        line: Its number.
-        row: Its values by column.
-        prompt_tokens: Tokens of the prompt.
-        new_tokens: Generated tokens.
-    """
-
-    line: int
-    row: dict[str, str]
-    prompt_tokens: int
-    new_tokens: int
-
-
-def trace_requests(
-    path: str | PathLike[str], needed: Collection[str] = COLUMNS[1:]
-) -> Iterator[TraceRequest]:
-    """Read the requests of a CSV file line by line; a leading ``~`` is the user's home.
+    Args:
+        path: A CSV file with the columns `COLUMNS`; a leading ``~`` is the user's home.
 
     Raises:
-        TraceError: There is no path, the file is missing, is no CSV file or lacks a `needed`
-            column, or token counts are no whole numbers of at least 0 (with at least 1 in
+        TraceError: There is no path, the file is missing, is no CSV file, lacks a column or has
+            no request, or token counts are no whole numbers of at least 0 (with at least 1 in
             all).
     """
     if not str(path):
         raise TraceError(
             "The path of the trace is empty: give a CSV file with the columns "
-            f"{', '.join(COLUMNS)} as workload.path, or as replay.trace for a replay."
+            f"{', '.join(COLUMNS)} as workload.path."
         )
+    lengths = []
     try:
         with Path(str(path)).expanduser().open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             header = tuple(reader.fieldnames or ())
-            if not set(needed) <= set(header):
+            if not set(COLUMNS) <= set(header):
                 raise TraceError(
-                    f"The trace {path} needs the columns {', '.join(needed)}; its first line has "
+                    f"The trace {path} needs the columns {', '.join(COLUMNS)}; its first line has "
                     f"{', '.join(header) or 'nothing'}."
                 )
             for row in reader:
-                yield TraceRequest(reader.line_num, row, *_tokens(path, reader.line_num, row))
+                lengths.append(_length(path, reader.line_num, [row[name] for name in COLUMNS]))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise TraceError(
             f"The trace {path} cannot be read ({error}); give a CSV file with the columns "
             f"{', '.join(COLUMNS)}."
         ) from None
-
-
-def read_lengths(path: str | PathLike[str]) -> npt.NDArray[np.int64]:
-    """Tokens of each request's sequence (prompt and generated), in file order, shape (requests,).
-
-    Raises:
-        TraceError: As `trace_requests`, or there is no request.
-    """
-    lengths = [request.prompt_tokens + request.new_tokens for request in trace_requests(path)]
     if not lengths:
         raise TraceError(f"The trace {path} has a header but no request.")
     return np.array(lengths, dtype=np.int64)
 
 
-def _tokens(path: str | PathLike[str], line: int, row: dict[str, str]) -> tuple[int, int]:
-    """Prompt tokens and generated tokens of a line."""
-    values = [row[column] for column in COLUMNS[1:]]
+def _length(path: str | PathLike[str], line: int, values: list[str]) -> int:
+    """Tokens of the sequence of a line, from its values of `COLUMNS`."""
     try:
         prompt, new = map(int, values)
     except (TypeError, ValueError):
@@ -151,7 +127,7 @@ def _tokens(path: str | PathLike[str], line: int, row: dict[str, str]) -> tuple[
             f"Line {line} of the trace {path} should hold two token counts, not "
             f"{values[0]!r} and {values[1]!r}; correct or remove it."
         )
-    return prompt, new
+    return prompt + new
 
 
 _FITTED = package_json("rap_env.workload", "azure_2023.json")
@@ -241,7 +217,7 @@ class TraceSampler(TrafficSampler):
     """Takes lengths from a trace file, drawn with replacement.
 
     Attributes:
-        path: A CSV file with the columns TIMESTAMP, ContextTokens and GeneratedTokens.
+        path: A CSV file with the columns ContextTokens and GeneratedTokens.
 
     Raises:
         TraceError: The file is missing, empty or malformed.

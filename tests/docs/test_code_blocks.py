@@ -51,7 +51,6 @@ TINY = {
     "export_scores": _TEXT,
     "profile": (*_TEXT, *_GSI, "frontier.evaluations=120",
                 "workload.budget_fraction_range=[0.05,0.95]"),
-    "studies.replay": ("threads=1", "replay.systems=[dense]"),
     "tight_grid": COMPOSED,
     "train": _TRAINING,
 }  # fmt: skip

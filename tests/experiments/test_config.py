@@ -32,8 +32,8 @@ FOLDERS = {
 GROUPS = {**CHOICES, "agent": FOLDERS["agent"]}
 """Options of each group that sets the section of its name, with their values."""
 PROGRAMS = (
-    "profile", "train", "evaluate", "demo", "live", "export_scores", "replay",
-    "cgroup", "conversations", "tight_grid",
+    "profile", "train", "evaluate", "demo", "live", "export_scores", "cgroup",
+    "tight_grid",
 )  # fmt: skip
 PROGRAMS_AND_EXPERIMENTS = [
     (PROGRAMS[number % len(PROGRAMS)], name)
@@ -183,8 +183,7 @@ def test_a_misspelt_key_or_wrong_type_is_named(override, named):
         ("evaluate.budgets=[1.2]", "evaluate.budgets"),
         ("tight_grid.losses=[]", "tight_grid.losses"),
         ("evaluate.requests=[8by16]", "evaluate.requests"),
-        ("replay.timing=wal", "'wall'"),
-        ("replay.token_scale=.nan", "replay.token_scale"),
+        ("score_model.pessimism=.nan", "score_model.pessimism"),
         ("importance.method=gis", "'gsi'"),
         ("name=a/b", "folder name"),
     ],

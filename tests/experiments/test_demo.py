@@ -76,7 +76,7 @@ def test_four_stages_end_with_a_service_and_a_verdict(config, capsys, monkeypatc
     def never(*_):
         raise AssertionError("a finished stage is repeated")
 
-    monkeypatch.setattr(live, "record", never)
+    monkeypatch.setattr(live, "LiveRun", never)
     results = config.stage_dir("evaluate") / "results.jsonl"
     before = results.read_bytes()
     demo(config, config.root)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments.comparison.result_rows import ResultRow
-from experiments.comparison.run_records import training_dirs
+from experiments.comparison.run_records import finished_trainings
 from experiments.config.common import ImportanceConfig
 from experiments.config.program_settings import EvaluateConfig
 from experiments.evaluate import check_names, evaluate
@@ -73,7 +73,7 @@ def test_a_training_leaves_checkpoints_and_metrics(trained):
               if "episode/delta_nll" in r]  # fmt: skip
     assert len(losses) == facts["episodes"]
     assert any((folder / "checkpoints").iterdir())
-    assert training_dirs(trained.root, finished=True) == [folder]
+    assert finished_trainings(trained.root) == [folder]
 
 
 def test_a_longer_training_continues(trained):

@@ -56,7 +56,6 @@ class FakeEngine:
         self.unready = None
         self.closed = False
         chooser = SimpleNamespace(
-            decisions=5,
             max_delta_nll=0.1,
             policy=SimpleNamespace(name="dense"),
             delta_nll=delta_nll,

@@ -26,15 +26,13 @@ class FakeStudy:
 
     def __init__(self, levels):
         self.levels, self.made = levels, Counter()
-        self.study = Study(
-            "caches", "Caches", [CacheRow], self.jobs, self.tables, words=self.words,
-        )  # fmt: skip
+        self.study = Study("caches", "Caches", [CacheRow], self.jobs, self.tables)
 
     def jobs(self, config, folder):
         for level in self.levels:
             make = partial(self.row, level)
             depends_on = {"seed": config.seed}
-            yield Job(CacheRow, (level,), depends_on, make, {"by": "test"})
+            yield Job(CacheRow, (level,), depends_on, make)
 
     def row(self, level):
         self.made[level] += 1
@@ -44,9 +42,6 @@ class FakeStudy:
     def tables(self, rows):
         columns = {"Caches": lambda row: row.level, "ΔNLL": lambda row: str(row.estimate)}
         return [TitledTable(columns_table(rows, columns), "Caches", "What it means.")]
-
-    def words(self, rows):
-        return f"There are {len(rows)} levels."
 
 
 def test_a_study_measures_each_row_once_and_reads_what_it_wrote(tmp_path):
@@ -59,15 +54,13 @@ def test_a_study_measures_each_row_once_and_reads_what_it_wrote(tmp_path):
     assert second.made == Counter(["int4", "int16"])
     rows = second.study.read(folder)
     assert [row.level for row in rows] == ["int8", "int4", "int16"]
-    assert rows[0].provenance.keys() == {"depends_on", "git", "by"}
+    assert rows[0].provenance.keys() == {"depends_on", "git"}
     assert rows[0].key == next(iter(second.jobs(config, folder))).key
     second.study.run(config, folder)
     assert second.made.total() == 2, "nothing is measured again"
     text = second.study.markdown(rows)
     assert text == (folder / "tables.md").read_text()
-    assert text.startswith(
-        "# Caches\n\nThere are 3 levels.\n\n## Caches\n\nWhat it means.\n\n| Cach"
-    )
+    assert text.startswith("# Caches\n\n## Caches\n\nWhat it means.\n\n| Cach")
     assert "| int16 | 5.000 [5.000, 5.000] |" in text
     other = FakeStudy(["int8"])
     other.study.run(Config(stage="levels", progress=False, seed=1), folder)

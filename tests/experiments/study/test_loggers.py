@@ -61,7 +61,7 @@ def test_tensorboard_gets_scalars(config):
 
 def test_the_settings_of_trainings_and_evaluations_are_logged(config):
     logged = logged_settings(config)
-    assert not {"replay", "ladder", "logger"} & {key.split(".")[0] for key in logged}
+    assert not {"cgroup", "equal_process", "logger"} & {key.split(".")[0] for key in logged}
     assert {"model.name", "calibration.windows", "seed", "evaluate.budgets"} <= set(logged)
     assert {"agent.total_timesteps", "evaluate.baselines"} <= set(logged)
 

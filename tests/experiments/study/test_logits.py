@@ -16,7 +16,7 @@ def test_losses_and_agreement_are_those_of_the_scorer(tmp_path):
     text = EvaluateConfig(text=own_text(3, 44, 1))
     config = tiny_study(tmp_path, layers=3, stage="equal_process", store=None, evaluate=text)
     llm = build_context(config).llm
-    text = load_text(config.evaluate.text, "report", llm, progress=False)
+    text = load_text(config.evaluate.text, "report", llm)
     scorer, plan = (
         AgreementScorer(llm, text),
         Plan.of({"layer01.ffn": "int4", "layer02.attn": "int8"}),

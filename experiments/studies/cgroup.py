@@ -1,4 +1,4 @@
-"""``python -m experiments.studies.replay.cgroup``: servers beside a tenant in a memory cgroup.
+"""``python -m experiments.studies.cgroup``: servers beside a tenant in a memory cgroup.
 
 A group has a memory limit. In it, a tenant's memory walks at random, a step each second, and
 clients ask the server for one streamed answer after another, in conversations of

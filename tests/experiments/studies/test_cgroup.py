@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from experiments.config import Config
-from experiments.config.study_settings import CgroupConfig
-from experiments.studies.replay import cgroup
-from experiments.studies.replay.cgroup import STUDY, TrialRow, inside, memory_group
+from experiments.config.program_settings import CgroupConfig
+from experiments.studies import cgroup
+from experiments.studies.cgroup import STUDY, TrialRow, inside, memory_group
 from experiments.study import servers
 from experiments.study.console import ExperimentError
 from experiments.study.servers import Server, end_process
