@@ -20,9 +20,8 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.dqn.policies import DQNPolicy, MultiInputPolicy, QNetwork
 from torch import nn
 
-from rap_env.ladder.features import BYTES_OVER
 from rap_env.ladder.observation import Observation
-from rap_env.policies.network_rows import MOST_SPREADS, OVER_FLOOR, ROWS, SPREAD_FLOOR
+from rap_env.policies.network_rows import ROWS
 
 _VECTOR_SPREAD = 0.3
 
@@ -64,8 +63,6 @@ class Rows(BaseFeaturesExtractor):
     """
 
     vectors: torch.Tensor
-    _seen: torch.Tensor
-    _priced: torch.Tensor
 
     def __init__(
         self, observation_space: spaces.Dict, block_vectors: int = 0, without: Sequence[str] = ()
@@ -74,9 +71,8 @@ class Rows(BaseFeaturesExtractor):
         self.spec = spec = ROWS[key]
         super().__init__(observation_space, features_dim=spec.width(block_vectors))
         self.columns = spec.columns(block_vectors)
-        self.see_request = "request" not in without
-        for name, flags in zip(("_seen", "_priced"), spec.shown(without), strict=True):
-            self.register_buffer(name, torch.from_numpy(flags), persistent=False)
+        features, prices, request = map(torch.from_numpy, spec.shown(without))
+        self._shown = features, prices, request
         count = cast(tuple[int, ...], observation_space[spec.key].shape)[0]
         vectors = _VECTOR_SPREAD * torch.randn(count, block_vectors)
         if block_vectors:
@@ -87,66 +83,20 @@ class Rows(BaseFeaturesExtractor):
 
     def forward(self, observations: dict[str, torch.Tensor]) -> RowParts:
         """Return the rows."""
-        spec = self.spec
-        each = observations[spec.key] * self._seen
-        request = observations["request"] * float(self.see_request)
-        valid = observations["action_mask"].to(each.dtype).unsqueeze(-1)
-        over = request[:, BYTES_OVER].reshape(-1, 1, 1)
-        useful = (each[:, :, [spec.freed]] / (over + OVER_FLOOR)).clamp(max=1) * valid
-        log_costs = spec.log_costs(each[:, :, spec.costs], torch.log)
-        prices = (log_costs - torch.log(useful + spec.useful_floor)) * self._priced
-        level = spec.level(each).unsqueeze(-1)
-        lowest = (level >= 1).to(each.dtype)
-        kinds = torch.stack(spec.kinds(each), dim=2)
-        parts = {
-            "features": each,
-            "compared": _standardised(torch.cat([each, prices], dim=2), valid),
-            "useful": useful,
-            "valid": valid,
-            "neighbours": self._neighbours(each, level),
-            "request": request,
-            "mean_level": _by_kind(kinds, level),
-            "lowest": _by_kind(kinds[:, :, : spec.lowest_kinds], lowest),
-            "lowered_vectors": level.squeeze(2) @ self.vectors / each.shape[1],
-        }
-        if spec.means:
-            parts["mean_valid"], parts["mean_lowest"] = _mean(each, valid), _mean(each, lowest)
-            count = lowest.sum(dim=1).clamp(min=1)
-            parts["lowered_vectors"] = lowest.squeeze(2) @ self.vectors / count
-        own = [parts[name] for name in self.columns if name in parts and parts[name].dim() == 3]
-        shared = [parts[name] for name in self.columns if name in parts and parts[name].dim() == 2]
-        return RowParts(torch.cat(own, dim=2), self.vectors, torch.cat(shared, dim=1))
+        near = self._neighbours(observations[self.spec.key] * self._shown[0])
+        own, shared = self.spec.parts(torch, observations, self._shown, near, self.vectors)
+        return RowParts(own, self.vectors, shared)
 
-    def _neighbours(self, each: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-        """Return what is observed of the levels of each row's neighbours."""
-        placed = each[:, :, : self.spec.features.index("depth") + 1].detach()
+    def _neighbours(self, each: torch.Tensor) -> torch.Tensor:
+        """The neighbours of each row, (B, N, M)."""
+        placed = each[:, :, : self.spec.features.index("depth") + 1]
         if placed.shape != self._placed.shape or not torch.equal(placed, self._placed):
             self._placed = placed.clone()
             models, which = torch.unique(placed.flatten(1), return_inverse=True, dim=0)
-            rows = models.view(-1, *placed.shape[1:]).cpu().numpy()
+            rows = models.view(-1, *placed.shape[1:]).numpy()
             near = np.stack([self.spec.neighbours(of_model) for of_model in rows])
-            self._near = torch.from_numpy(near).to(placed.device)[which]
-        levels = nn.functional.pad(level.squeeze(2), (0, 1))  # 0 for missing neighbours
-        near_levels = levels.unsqueeze(1).expand(-1, levels.shape[1] - 1, -1)
-        near_levels = near_levels.gather(2, self._near.where(self._near >= 0, levels.shape[1] - 1))
-        return 1 - near_levels if self.spec.near_kept else near_levels
-
-
-def _by_kind(kinds: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Return the mean of values (B, N, 1) over each kind (B, N, kinds), (B, kinds); 0 if none."""
-    return (kinds * values).sum(dim=1) / kinds.sum(dim=1).clamp(min=1)
-
-
-def _mean(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return the weighted mean over rows, (B, F); 0 if all weights are 0."""
-    return (values * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
-
-
-def _standardised(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Return z-scores over the rows with a valid action, clamped; 0 for the others."""
-    centred = (values - _mean(values, valid).unsqueeze(1)) * valid
-    spread = _mean(centred.square(), valid).sqrt().unsqueeze(1)
-    return (centred / (spread + SPREAD_FLOOR)).clamp(-MOST_SPREADS, MOST_SPREADS)
+            self._near = torch.from_numpy(near)[which]
+        return self._near
 
 
 class BlockScores(nn.Module):

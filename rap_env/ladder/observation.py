@@ -8,7 +8,6 @@ same encoder; `RAPPrune` and `RAPLadder` differ in the columns of a row, see
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -251,30 +250,23 @@ class ObservedState:
         self._rows, self._valid, self._request = rows, valid, seen[0]
         self._show_bytes_over()
 
-    def lower(self, item: int) -> Collection[int]:
-        """Lower an item that has a lower level, with its companions.
+    def lower(self, item: int) -> None:
+        """Lower an item that has a lower level, with its companions."""
+        self.apply(self.state.preview(item))
 
-        Returns:
-            The items whose row changed.
-        """
-        return self.apply(self.state.preview(item))
-
-    def apply(self, lowering: Lowering) -> Collection[int]:
-        """Make what `LadderState.preview` returned happen; returns what `lower` does."""
+    def apply(self, lowering: Lowering) -> None:
+        """Make what `LadderState.preview` returned happen."""
         state = self.state
         state.apply(lowering)
         changed = state.changes(lowering)
         ladder = self._encoder.ladder
         caches_change = bool(ladder.together) and not changed.isdisjoint(ladder.caches)
-        if caches_change:
-            changed = frozenset(range(len(ladder)))
         if caches_change or len(changed) > _FEW:
             self._show_all()
         else:
             for item in changed:
                 self._show(item)
         self._show_bytes_over()
-        return changed
 
     def _show(self, item: int) -> None:
         position, row = self.state.positions[item], self._rows[item]

@@ -1,15 +1,16 @@
 """The input row of a policy network for each action: its columns and constants.
 
-Training (`agents.networks`, in torch) and the runtime (`rap_env.policies.network`, in NumPy)
-build the same rows from these definitions. A row is made from an observation: of blocks
+`RowSpec.parts` makes the rows, in torch for training (`agents.networks`) and in NumPy for the
+runtime (`rap_env.policies.network`). A row is made from an observation: of blocks
 (`RAPPrune-v0`) or of the items of a ladder (`RAPLadder-v0`).
 
-Shapes: N blocks or items, F observed features of each, V entries of a learned vector.
+Shapes: B observations, N blocks or items, F observed features of each, R entries of the request,
+V entries of a learned vector.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,6 +20,7 @@ import numpy.typing as npt
 
 from rap_env.ladder.features import (
     BLOCK_FEATURES,
+    BYTES_OVER,
     COST_CEILING,
     COST_FLOOR,
     ITEM_FEATURES,
@@ -41,14 +43,14 @@ ABLATIONS = tuple(_HIDES)
 """Names of the ablations: parts of the input that can be hidden from a network; ``request``
 hides the request too."""
 
-OVER_FLOOR = 1e-6
+_OVER_FLOOR = 1e-6
 """Added to the bytes over budget (a share of the peak) before a freed share is divided by
 it."""
 
-SPREAD_FLOOR = 1e-4
+_SPREAD_FLOOR = 1e-4
 """Added to the spread over rows before a deviation is divided by it."""
 
-MOST_SPREADS = 3.0
+_MOST_SPREADS = 3.0
 """Deviations are clipped at this many spreads."""
 
 _COST_SCALE = float(np.log1p(COST_CEILING / COST_FLOOR))
@@ -179,31 +181,94 @@ class RowSpec:
         """Number of columns of a row, W."""
         return int(self.columns(vectors)["lowered_vectors"].stop)
 
-    def shown(self, without: Collection[str]) -> tuple[Float32s, Float32s]:
-        """1 for features, and for prices, that a network sees; 0 for those that ablations hide."""
+    def shown(self, without: Collection[str]) -> tuple[Float32s, Float32s, Float32s]:
+        """1 for features, prices and the request if a network sees them, 0 if they are hidden.
+
+        Args:
+            without: Names of `ABLATIONS`.
+        """
         hidden = {column for name in without for column in _HIDES[name]}
         features, prices = (
             np.array([float(name not in hidden) for name in names], dtype=np.float32)
             for names in (self.features, self.priced)
         )
-        return features, prices
+        request = np.full(len(REQUEST_FEATURES), "request" not in without, dtype=np.float32)
+        return features, prices, request
 
-    def log_costs(self, costs: Any, log: Any) -> Any:
-        """The logs of observed costs, an array or a tensor, by the `log` of its library."""
-        return costs * _COST_SCALE if self.cost_floor is None else log(costs + self.cost_floor)
+    def parts(
+        self,
+        lib: Any,
+        seen: Mapping[str, Any],
+        shown: tuple[Any, Any, Any],
+        near: Any,
+        vectors: Any,
+    ) -> tuple[Any, Any]:
+        """The columns of rows, those of each row's own and those of the whole model.
 
-    def level(self, rows: Any) -> Any:
-        """The observed levels, (..., N), of rows (..., N, F)."""
-        return self._flag(rows, self.level_flag)
+        Args:
+            lib: The library of all arrays, numpy or torch.
+            seen: Observations, float32: ``request`` (B, R), the features of the rows (B, N, F)
+                and ``action_mask`` (B, N).
+            shown: As `shown` gives it.
+            near: As `neighbours` gives it, (B, N, M).
+            vectors: The learned vectors, (N, V).
 
-    def kinds(self, rows: Any) -> list[Any]:
-        """Whether rows, (..., N, F), are of each kind: 0 or 1, an array (..., N) for each kind."""
-        return [self._flag(rows, flag) for flag in self.kind_flags]
+        Returns:
+            The columns before ``vectors``, (B, N, O), and those after it, (B, S); see `columns`.
+        """
+        features, prices, of_request = shown
+        each, request = seen[self.key] * features, seen["request"] * of_request
+        valid = seen["action_mask"]
+        over = request[:, BYTES_OVER, None] + _OVER_FLOOR
+        useful = (each[..., self.freed] / over).clip(max=1) * valid
+        log_costs = each[..., self.costs]
+        if self.cost_floor is None:
+            log_costs = log_costs * _COST_SCALE
+        else:
+            log_costs = lib.log(log_costs + self.cost_floor)
+        log_prices = log_costs - lib.log(useful + self.useful_floor)[..., None]
+        compared = lib.concatenate([each, log_prices * prices], -1)
+        level = self._flag(each, self.level_flag)
+        lowest = lib.ones_like(level) * (level >= 1)
+        kinds = lib.stack([self._flag(each, flag) for flag in self.kind_flags], -1)
+        levels = lib.concatenate([level, lib.zeros_like(level[:, :1])], 1)  # 0 where near is -1
+        near_levels = levels[lib.arange(len(near))[:, None, None], near]
+        own = [
+            each,
+            _standardised(lib, compared, valid),
+            useful[..., None],
+            valid[..., None],
+            1 - near_levels if self.near_kept else near_levels,
+        ]
+        shared, lowered = [request], level / level.shape[1]
+        if self.means:
+            shared += [_mean(each, valid), _mean(each, lowest)]
+            lowered = lowest / lowest.sum(1)[:, None].clip(min=1)
+        shared += [_by_kind(kinds, level), _by_kind(kinds[..., : self.lowest_kinds], lowest)]
+        shared.append(lowered @ vectors)
+        return lib.concatenate(own, -1), lib.concatenate(shared, -1)
 
     def _flag(self, rows: Any, flag: str) -> Any:
-        """A feature of rows by its name, or 1 minus it behind the word ``not``."""
+        """A feature of rows, (B, N), by its name, or 1 minus it behind the word ``not``."""
         values = rows[..., self.features.index(flag.removeprefix("not "))]
         return 1 - values if flag.startswith("not ") else values
+
+
+def _mean(values: Any, weight: Any) -> Any:
+    """The mean over rows (B, N, F) with weights (B, N), (B, F); 0 if all weights are 0."""
+    return (weight[:, None] @ values)[:, 0] / weight.sum(1)[:, None].clip(min=1)
+
+
+def _by_kind(kinds: Any, values: Any) -> Any:
+    """The mean of values (B, N) over each kind (B, N, kinds), (B, kinds); 0 if there is none."""
+    return (values[:, None] @ kinds)[:, 0] / kinds.sum(1).clip(min=1)
+
+
+def _standardised(lib: Any, values: Any, valid: Any) -> Any:
+    """Deviations from the mean over the valid rows, in units of their spread; 0 for others."""
+    centred = (values - _mean(values, valid)[:, None]) * valid[..., None]
+    spread = lib.sqrt(_mean(centred * centred, valid))[:, None]
+    return (centred / (spread + _SPREAD_FLOOR)).clip(-_MOST_SPREADS, _MOST_SPREADS)
 
 
 BLOCK_ROWS = RowSpec(

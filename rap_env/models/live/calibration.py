@@ -39,8 +39,8 @@ from rap_env.plan import Plan
 log = logging.getLogger(__name__)
 
 _LEVELS: tuple[PackedLevel, ...] = tuple(level for level in PACKED_LEVELS if level != "int8")
-_VERSION, _QUICK_VERSION = 4, 1
-"""Parts of the names of files: increase one when the weights come out differently."""
+_VERSION = 1
+"""Part of the names of files: increase it when the weights come out differently."""
 
 QUICK = "quick-"
 """Beginning of the hash of a text that quick levels are made with."""
@@ -117,9 +117,8 @@ def use_text(
         quick: Whether they are quick ones.
     """
     text = hashlib.sha256(windows.cpu().contiguous().numpy().tobytes())
-    # "False" is a setting that went; score tables and caches have hashes with it.
-    how = f"quick v{_QUICK_VERSION}" if quick else f"False {_DAMPING} v{_VERSION}"
-    text.update(f"{tuple(windows.shape)} {how}".encode())
+    how = "quick" if quick else "thorough"
+    text.update(f"{tuple(windows.shape)} {how} v{_VERSION}".encode())
     digest = text.hexdigest()
     _use_files(llm, f"{QUICK}{digest}" if quick else digest, levels)
 
