@@ -47,10 +47,9 @@ from rap_env.export.llama_cpp import (
 from rap_env.levels import WeightLevel
 from rap_env.models.files.gguf_reader import GgufFile
 from rap_env.models.live.elastic import ElasticLLM
-from rap_env.models.weights.low_bits import LowBitMatrix
-from rap_env.models.weights.packed_layout import GROUP_INPUTS, LOW_BIT_FORMATS, MIDDLE, by_input
+from rap_env.models.weights.low_bits import LOW_BIT_FORMATS, LowBitMatrix
 from rap_env.models.weights.packed_modules import PackedModule
-from rap_env.models.weights.packing import PackedMatrix
+from rap_env.models.weights.packing import GROUP_INPUTS, MIDDLE, PackedMatrix, by_input
 from rap_env.models.weights.quantisers import quantise
 from rap_env.plan import Plan
 

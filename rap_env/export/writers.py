@@ -22,7 +22,7 @@ from rap_env.models.files.loading import load_llm
 from rap_env.models.files.pruned_checkpoint import save_pruned
 from rap_env.models.files.pruned_code import vllm_entries
 from rap_env.models.live.elastic import ElasticLLM
-from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS
+from rap_env.models.weights.low_bits import LOW_BIT_FORMATS
 from rap_env.plan import Plan
 from rap_env.policies.loading import uniform_policy
 from rap_env.scoring.corpus import CorpusConfig

@@ -27,9 +27,9 @@ from rap_env.models.files.gguf_reader import (
     widened_rows,
 )
 from rap_env.models.files.packed_folder import PACKED_FILE, model_without_weights, require_all
-from rap_env.models.weights.packed_layout import SCALE_DTYPE, PackedLevel, tensor_shapes
+from rap_env.models.weights.low_bits import tensor_shapes
 from rap_env.models.weights.packed_modules import is_packable, matrices_of
-from rap_env.models.weights.packing import PackedMatrix
+from rap_env.models.weights.packing import SCALE_DTYPE, PackedLevel, PackedMatrix
 from rap_env.models.weights.quantisers import quantise
 from rap_env.models.weights.tensors import TensorWriter
 

@@ -31,8 +31,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueTy
 from gguf.quants import dequantize
 
 from rap_env.errors import ChecksumError, UnsupportedModelError
-from rap_env.models.weights.packed_layout import MIDDLE
-from rap_env.models.weights.packing import PackedMatrix
+from rap_env.models.weights.packing import MIDDLE, PackedMatrix
 from rap_env.models.weights.quantisers import quantise
 
 

@@ -22,8 +22,8 @@ from rap_env.models.families.adapter import adapter_for, read_config
 from rap_env.models.files.hub import has_all_weights
 from rap_env.models.files.model_folder import file_states
 from rap_env.models.files.weight_files import auto_model_class, reject_other_shapes
-from rap_env.models.weights.packed_layout import PackedLevel
 from rap_env.models.weights.packed_modules import from_matrices, from_tensors
+from rap_env.models.weights.packing import PackedLevel
 from rap_env.models.weights.tensors import StoredTensor, check_lengths, stored_tensors
 
 PACKED_FILE = "packed.safetensors"

@@ -28,8 +28,9 @@ from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.shared_tasks import Tasks
 from rap_env.models.weights.gptq import DampedHessian, correction, hessians, quantise_gptq, recorded
-from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS, PACKED_LEVELS, PackedLevel
+from rap_env.models.weights.low_bits import LOW_BIT_FORMATS
 from rap_env.models.weights.packed_modules import raw_weights
+from rap_env.models.weights.packing import PACKED_LEVELS, PackedLevel
 from rap_env.models.weights.quantisers import Quantiser, quantise
 from rap_env.models.weights.tensors import verified_tensors, write_tensors
 from rap_env.models.weights.weight_levels import Place, WeightItem

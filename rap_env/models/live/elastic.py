@@ -25,7 +25,7 @@ from rap_env.models.families.placeholders import cache_in
 from rap_env.models.files.model_folder import remembered
 from rap_env.models.live.lean_llama import reject_lean
 from rap_env.models.live.live_blocks import HeldBytes, LiveBlocks, own_bytes, shared_facts
-from rap_env.models.weights.packed_layout import PackedLevel
+from rap_env.models.weights.packing import PackedLevel
 from rap_env.models.weights.residency import RESIDENCIES, Residency, WeightStore
 from rap_env.models.weights.tensors import StoredTensor, distinct_weights, fingerprint_of
 from rap_env.models.weights.weight_levels import WeightItem, block_items, embeddings_item

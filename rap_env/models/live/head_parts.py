@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from rap_env.models.live.partial_forward import PartialForward
-from rap_env.models.weights.packed_layout import BLOCK
 from rap_env.models.weights.packed_modules import PackedModule
+from rap_env.models.weights.packing import BLOCK
 
 _HEAD_VALUES = 2**23
 """Entries of the head's weights that are in memory at a time, in float32."""

@@ -23,15 +23,14 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from rap_env.models.weights.low_bits import matrix_from_tensors
-from rap_env.models.weights.packed_layout import (
+from rap_env.models.weights.low_bits import matrix_from_tensors, tensor_shapes
+from rap_env.models.weights.packing import (
     PackedLevel,
+    PackedMatrix,
     buffer_in_use,
     piece_rows,
-    tensor_shapes,
     widening_buffer,
 )
-from rap_env.models.weights.packing import PackedMatrix
 
 
 class PackedModule(nn.Module):

@@ -15,16 +15,14 @@ from dataclasses import dataclass
 import torch
 
 from rap_env.errors import check_name
-from rap_env.models.weights.low_bits import LowBitMatrix
-from rap_env.models.weights.packed_layout import (
+from rap_env.models.weights.low_bits import LOW_BIT_FORMATS, LowBitMatrix, stored_level
+from rap_env.models.weights.packing import (
     GROUP_INPUTS,
-    LOW_BIT_FORMATS,
     PACKED_LEVELS,
     SCALE_DTYPE,
     PackedLevel,
-    stored_level,
+    PackedMatrix,
 )
-from rap_env.models.weights.packing import PackedMatrix
 
 Quantiser = Callable[[torch.Tensor, PackedLevel], PackedMatrix]
 """Packs a matrix (out, in) at a level."""

@@ -21,12 +21,9 @@ from torch import nn
 
 from rap_env.levels import WeightLevel
 from rap_env.models.families.adapter import BlockSite, Slot
-from rap_env.models.weights.low_bits import matrix_from_tensors
-from rap_env.models.weights.packed_layout import (
-    BLOCK,
+from rap_env.models.weights.low_bits import (
     LOW_BIT_FORMATS,
-    PACKED_LEVELS,
-    PackedLevel,
+    matrix_from_tensors,
     packed_bytes,
     stored_level,
     tensor_shapes,
@@ -40,7 +37,7 @@ from rap_env.models.weights.packed_modules import (
     packable,
     skeleton,
 )
-from rap_env.models.weights.packing import PackedMatrix
+from rap_env.models.weights.packing import BLOCK, PACKED_LEVELS, PackedLevel, PackedMatrix
 from rap_env.models.weights.quantisers import Quantiser, quantise
 from rap_env.models.weights.tensors import StoredTensor, named_weights, tensor_key, verified_tensors
 from rap_env.plan import EMBEDDINGS

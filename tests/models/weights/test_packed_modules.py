@@ -11,7 +11,7 @@ from rap_env.errors import ArtifactError
 from rap_env.models.families.adapter import adapter_for
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward, WidenedWeights
-from rap_env.models.weights.packed_layout import PACKED_LEVELS, PackedLevel, packed_bytes
+from rap_env.models.weights.low_bits import packed_bytes
 from rap_env.models.weights.packed_modules import (
     PackedExperts,
     PackedModule,
@@ -20,6 +20,7 @@ from rap_env.models.weights.packed_modules import (
     matrices_of,
     packable,
 )
+from rap_env.models.weights.packing import PACKED_LEVELS, PackedLevel
 from rap_env.models.weights.quantisers import quantise
 from rap_env.plan import Plan
 from rap_env.scoring.scorer import PlanScorer
