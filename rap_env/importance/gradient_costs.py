@@ -38,9 +38,8 @@ from rap_env.levels import CacheLevel
 from rap_env.model_facts import ModelFacts
 from rap_env.models.files.loading import load_again
 from rap_env.models.live.elastic import ElasticLLM
-from rap_env.models.live.head_parts import head_divergences, head_nll
 from rap_env.models.live.lean_llama import LeanLlama
-from rap_env.models.live.partial_forward import PartialForward
+from rap_env.models.live.partial_forward import PartialForward, head_divergences, head_nll
 from rap_env.models.progress import progress_bar
 from rap_env.models.weights.low_bits import LOW_BIT_FORMATS
 from rap_env.models.weights.packing import PACKED_LEVELS

@@ -37,7 +37,7 @@ from rap_env.models.caches.grouped_attention import attend
 from rap_env.models.caches.grouped_cache import GroupedLayer
 from rap_env.models.caches.groups import CURRENT, Chunk, ForwardPass
 from rap_env.models.caches.kv_cache import PartedKeys, known_lengths, lower, note_rows
-from rap_env.models.families.adapter import FamilyAdapter, adapter_for
+from rap_env.models.families.families import FamilyAdapter, adapter_for
 from rap_env.models.families.placeholders import cache_in
 
 LEVEL_ATTENTIONS = {"sdpa": "sdpa_levels", "eager": "eager_levels"}

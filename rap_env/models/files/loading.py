@@ -25,7 +25,7 @@ from rap_env.models.device import (
     keep_freed_memory,
     return_freed_memory,
 )
-from rap_env.models.families.adapter import read_config
+from rap_env.models.families.families import read_config
 from rap_env.models.files.model_folder import in_child
 from rap_env.models.files.packed_folder import (
     files_key,

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from rap_env.errors import ModelNotAvailableError, UnsupportedModelError
-from rap_env.models.families.adapter import adapter_for, read_config
+from rap_env.models.families.families import adapter_for, read_config
 from rap_env.models.files.hub import has_all_weights
 from rap_env.models.files.model_folder import file_states
 from rap_env.models.files.weight_files import auto_model_class, reject_other_shapes

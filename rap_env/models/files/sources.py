@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rap_env.errors import ArtifactError, ModelNotAvailableError, UnknownNameError
-from rap_env.models.families.adapter import read_config
+from rap_env.models.families.families import read_config
 from rap_env.models.files.gguf_source import MODELS, SMOLLM2, converted_gguf, gguf_folder_name
 from rap_env.models.files.hub import hub_folder
 from rap_env.models.files.model_folder import manifest_source, models_dir

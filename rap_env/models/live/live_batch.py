@@ -1,7 +1,8 @@
 """A batch of sequences with their KV caches; sequences join and leave, and the plan may change.
 
 Shapes: B sequences (rows), T tokens cached for each, V entries of the head. Shorter rows are
-padded on the left; attention masks hide the padding.
+padded on the left; attention masks hide the padding. Rows whose caches have the same levels are a
+part (`RowPart`), and are padded to the longest row of the part alone.
 """
 
 from __future__ import annotations

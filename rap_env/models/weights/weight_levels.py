@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from rap_env.levels import WeightLevel
-from rap_env.models.families.adapter import BlockSite, Slot
+from rap_env.models.families.families import BlockSite, Slot
 from rap_env.models.weights.low_bits import (
     LOW_BIT_FORMATS,
     matrix_from_tensors,
@@ -387,10 +387,9 @@ def _place_of(model: nn.Module, module: nn.Module) -> Place:
     raise ValueError(f"{type(module).__name__} is no module of the model.")
 
 
-def level_bytes(
-    items: Sequence[WeightItem], own: Sequence[int], embeddings: WeightItem, base: int
-) -> dict[str, Any]:
+def level_bytes(items: Sequence[WeightItem], own: Sequence[int], base: int) -> dict[str, Any]:
     """The entries of `ModelFacts` about packed weights, given the bytes of native ones."""
+    *items, embeddings = items
     blocks = {
         level: tuple(
             native - item.native_bytes + item.levels[level] if level in item.levels else 0

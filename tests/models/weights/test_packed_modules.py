@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rap_env.errors import ArtifactError
-from rap_env.models.families.adapter import adapter_for
+from rap_env.models.families.families import adapter_for
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward, WidenedWeights
 from rap_env.models.weights.low_bits import packed_bytes
