@@ -155,7 +155,9 @@ class LowBitFormat:
         self, steps: torch.Tensor, zeros: torch.Tensor, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         values = torch.mul(steps, -(2 ** (self.zero_bits - 1)) * self.zero_step, out=out)
-        return upper_half(values.addcmul_(zeros, steps, value=self.zero_step))
+        values.addcmul_(zeros, steps, value=self.zero_step)
+        values.view(torch.int32).bitwise_and_(_UPPER_HALF)  # rounds toward zero to bfloat16
+        return values
 
 
 class ScaleMemory:
@@ -179,12 +181,6 @@ _LOWER_BITS, _FOUR = (torch.tensor(number, dtype=torch.uint8) for number in (15,
 
 
 _SIXTEEN, _UPPER_HALF = (torch.tensor(number, dtype=torch.int32) for number in (16, -(2**16)))
-
-
-def upper_half(values: torch.Tensor) -> torch.Tensor:
-    """Values rounded toward zero to bfloat16, in place; contiguous float32."""
-    values.view(torch.int32).bitwise_and_(_UPPER_HALF)
-    return values
 
 
 LOW_BIT_FORMATS: dict[PackedLevel, LowBitFormat] = {

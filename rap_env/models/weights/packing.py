@@ -148,16 +148,6 @@ def widen_blocks(
     torch.addcmul(zero, groups, scale, out=groups)
 
 
-def widen_pairs(
-    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, out: torch.Tensor
-) -> None:
-    """Codes (rows, in / 2), scale and zero (groups, rows), into (rows, in)."""
-    inputs = out.shape[1]
-    scale, zero = (by_input(part.to(out.dtype), inputs) for part in (scale, zero))
-    centred = unpaired(codes, inputs).to(out.dtype).sub_(MIDDLE)
-    torch.addcmul(zero, centred, scale, out=out)
-
-
 def by_input(scale: torch.Tensor, inputs: int) -> torch.Tensor:
     """(groups, rows) to (rows, in)."""
     return scale.T.repeat_interleave(GROUP_INPUTS, dim=1)[:, :inputs]
@@ -241,7 +231,10 @@ class PackedMatrix:
             return
         scale, zero = self.scales[:, rows].unbind(-1)
         if not self.in_blocks:
-            widen_pairs(codes, scale, zero, out)
+            inputs = self.shape[1]
+            scale, zero = (by_input(part.to(out.dtype), inputs) for part in (scale, zero))
+            centred = unpaired(codes, inputs).to(out.dtype).sub_(MIDDLE)
+            torch.addcmul(zero, centred, scale, out=out)
             return
         wide = out.T
         if out.dtype == torch.float16 or not wide.is_contiguous():  # its range is too short

@@ -128,7 +128,9 @@ class WeightGroup:
             self.host = torch.empty(self.buffer_bytes, dtype=torch.uint8, pin_memory=True)
             # Nothing waits for it: the memory is reused, and the copy read, in the same
             # stream.
-            self.host.copy_(self._packed(), non_blocking=True)
+            first = self.parts[0].tensor.data  # in the buffer that `pack` or `load` made
+            whole = torch.empty(0, dtype=torch.uint8, device=first.device)
+            self.host.copy_(whole.set_(first.untyped_storage()), non_blocking=True)
         for part in self.parts:
             part.tensor.data = part.tensor.data.new_empty(0)
         self.evicted = True
@@ -181,11 +183,6 @@ class WeightGroup:
             return
         if _digest(pieces_of(self.files)) != self._digest:
             raise _changed(self.files)
-
-    def _packed(self) -> torch.Tensor:
-        """The buffer that `pack` or `load` made, whole, (bytes,)."""
-        first = self.parts[0].tensor.data
-        return torch.empty(0, dtype=torch.uint8, device=first.device).set_(first.untyped_storage())
 
     def _point_to(self, buffer: torch.Tensor) -> None:
         for part in self.parts:
@@ -400,7 +397,12 @@ class WeightStore:
         groups = [group for group in self._native[item] if group.files is None]
         if self._pinned or not groups:
             return
-        known = {**item.aliased(self._known), **self._known}
+        known = dict(self._known)
+        for place in item.places:
+            if place.tied is not None:  # the file may have them under either name
+                for name, other in zip(place.tied.weights, place.weights, strict=True):
+                    if other in known:
+                        known.setdefault(name, known[other])
         if all(group.store_in(known, trusted=trusted) for group in groups):
             return
         if self.residency == "drop":
@@ -505,7 +507,12 @@ _ROW_VALUES = 2**22
 
 def _native_groups(item: WeightItem, weights: Mapping[str, torch.Tensor]) -> list[WeightGroup]:
     """The native weights of an item, a group for those that the same levels use."""
-    users, every_level = item.native_users(), frozenset(WEIGHT_LEVELS[:-1])
+    every_level = frozenset(WEIGHT_LEVELS[:-1])
+    users = {
+        name: frozenset(("native", *filter(place.keeps, item.levels)))
+        for place in item.places
+        for name in place.weights
+    }
     by_levels: dict[frozenset[WeightLevel], dict[str, torch.Tensor]] = {}
     for name, tensor in weights.items():
         by_levels.setdefault(users.get(name, every_level), {})[name] = tensor
