@@ -169,10 +169,15 @@ class BatchCache(DynamicCache):
         config: The config of the model.
         copies: Folder of files with copies of what is lowered, for `read_back`; None
             for no copies.
+        reserve_tokens: As for `ReservedLayer`, for layers without a sliding window.
     """
 
-    def __init__(self, config: Any, copies: Path | None) -> None:
+    def __init__(self, config: Any, copies: Path | None, reserve_tokens: int) -> None:
         super().__init__(config=config)
+        self.layers = [
+            ReservedLayer(reserve_tokens) if type(layer) is DynamicLayer else layer
+            for layer in self.layers
+        ]
         self.copies = copies
         self._interrupt: Callable[[], bool] | None = None
 
@@ -485,13 +490,9 @@ def _has_tokens(layer: Any) -> bool:
 
 
 def _check_layers(cache: Any, numbers: Sequence[int]) -> None:
-    layers = getattr(cache, "layers", None)
-    kinds: set[Any] = set()
-    for number in numbers:
-        if layers is not None and number < len(layers):
-            kinds.add(type(layers[number]))
-        else:
-            kinds.add(getattr(cache, "layer_class_to_replicate", None))
+    layers = getattr(cache, "layers", ())
+    new = getattr(cache, "layer_class_to_replicate", None)
+    kinds = {type(layers[number]) if number < len(layers) else new for number in numbers}
     wrong = sorted(getattr(kind, "__name__", "no layers") for kind in kinds - set(DYNAMIC_LAYERS))
     if wrong or getattr(cache, "offloading", False):
         raise UnsupportedCacheError(
@@ -557,6 +558,7 @@ class _PassPart:
         )
 
 
+@dataclass(frozen=True)
 class PartedKeys:
     """The keys and values of the parts after an update; stands for keys and for values.
 
@@ -564,8 +566,7 @@ class PartedKeys:
         parts: Each part with its keys and values as its own cache returns them.
     """
 
-    def __init__(self, parts: Sequence[tuple[_PassPart, Any, Any]]) -> None:
-        self.parts = parts
+    parts: Sequence[tuple[_PassPart, Any, Any]]
 
     def attend(
         self,

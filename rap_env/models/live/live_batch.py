@@ -26,7 +26,6 @@ from rap_env.models.caches.kv_cache import (
     PartedCache,
     PassInterruptedError,
     Past,
-    ReservedLayer,
     append_rows,
     cache_argument,
     cache_bytes,
@@ -83,7 +82,7 @@ class RowPart:
         self.rows, self.cache = [self.rows[row] for row in rows], None
         if cache is None:
             return
-        index = _index(rows, device)
+        index = send(torch.tensor(rows), device)
         for layer in cache.layers:
             select_rows(layer, self.length, index, before - self.length)
         self.cache = cache
@@ -138,10 +137,6 @@ def _at_levels(plan: Plan, levels: _Levels, absent: frozenset[int], lowest: bool
     own = {n: level.lowest(plan.cache_level(n)) if lowest else level for n, level in levels}
     caches = tuple(sorted({**dict(plan.caches), **own}.items()))
     return replace(plan, caches=caches, removed=plan.removed | {2 * layer for layer in absent})
-
-
-def _index(rows: Sequence[int], device: torch.device) -> torch.Tensor:
-    return send(torch.tensor(rows), device)
 
 
 class LiveBatch:
@@ -357,7 +352,6 @@ class LiveBatch:
             cache, plan = self._new_cache(), self._llm.plan
             removed = self._llm.removed_attention
             fill(cache, blocks, len(tokens), dict(plan.caches), removed, self._reserve_tokens)
-            self._llm.track_cache(cache)
             self._parts = [RowPart([list(tokens)], cache)]
             note_rows(cache, [len(tokens)])
 
@@ -397,7 +391,6 @@ class LiveBatch:
         for part in parts:
             if part.cache is None:
                 part.cache = self._new_cache()
-                self._llm.track_cache(part.cache)
                 if part.length > new:
                     past = columns_of(part.rows, 0, part.length - new, self._llm.device)
                     refill(self._llm, part.cache, past, self._most_tokens)
@@ -449,11 +442,6 @@ class LiveBatch:
         return last
 
     def _new_cache(self) -> Any:
-        from transformers.cache_utils import DynamicLayer
-
-        cache = BatchCache(self._llm.model.config, self._copies)
-        cache.layers = [
-            ReservedLayer(self.reserve_tokens) if type(layer) is DynamicLayer else layer
-            for layer in cache.layers
-        ]
+        cache = BatchCache(self._llm.model.config, self._copies, self._reserve_tokens)
+        self._llm.track_cache(cache)
         return cache

@@ -18,8 +18,8 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import lru_cache, partial, wraps
-from typing import Any, TypeVar, cast
+from functools import lru_cache, partial
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -118,18 +118,6 @@ _shared: weakref.WeakValueDictionary[int, WidenedWeights] = weakref.WeakValueDic
 
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
-_Method = TypeVar("_Method", bound=Callable[..., Any])
-
-
-def _in_own_mode(method: _Method) -> _Method:
-    """Run a method of `PartialForward` without gradients unless it passes them."""
-
-    @wraps(method)
-    def run(self: PartialForward, *args: Any, **kwargs: Any) -> Any:
-        with self._mode():
-            return method(self, *args, **kwargs)
-
-    return cast(_Method, run)
 
 
 class PartialForward:
@@ -183,7 +171,6 @@ class PartialForward:
         per_layer = 2 // step_blocks
         self.layer_steps = tuple(zip(*[iter(self.steps)] * per_layer, strict=True))
 
-    @_in_own_mode
     def enter(self, input_ids: torch.Tensor, embeddings: WeightLevel = "native") -> torch.Tensor:
         """The input of the first layer, (B, T) -> (B, T, H), with embeddings at a level."""
         entered: list[torch.Tensor] = []
@@ -192,11 +179,10 @@ class PartialForward:
             entered.append(hidden)
             return hidden
 
-        with self.embeddings(embeddings):
+        with self._mode(), self.embeddings(embeddings):
             self._pass(input_ids, note)
         return entered[0]
 
-    @_in_own_mode
     def run(
         self, blocks: tuple[int, ...], state: torch.Tensor, plan: Plan = Plan()
     ) -> torch.Tensor:
@@ -212,33 +198,33 @@ class PartialForward:
         layer, kept, inside = _layer_plan(blocks, plan, self._llm.plan)
         if not kept:
             return state
-        args, kwargs = self._calls_for(state)[layer]
         wide = self._wide(self._layers[layer])
-        with self._llm.applied(inside), wide, self._multiplying():
-            output = self._layers[layer](state, *args, **kwargs)
+        with self._mode():
+            args, kwargs = self._calls_for(state)[layer]
+            with self._llm.applied(inside), wide, self._multiplying():
+                output = self._layers[layer](state, *args, **kwargs)
         left: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return left
 
-    @_in_own_mode
     def leave(self, state: torch.Tensor) -> torch.Tensor:
         """The decoder's output for the output of the last layer, (B, T, H).
 
         Call it in the ``with`` block of `embeddings` that the head runs in.
         """
         last = len(self._layers) - 1
-        return self._pass(
-            self._placeholder(state), lambda number, hidden, _: state if number == last else hidden
-        )
+        with self._mode():
+            return self._pass(
+                self._placeholder(state), lambda n, hidden, _: state if n == last else hidden
+            )
 
-    @_in_own_mode
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The model's head on decoder outputs, (N, H) -> (N, V).
 
         Contiguous rows, not (B, T, H): torch multiplies a slice of a batch at half the speed.
         """
-        with self._multiplying():
+        with self._mode(), self._multiplying():
             logits: torch.Tensor = self.head(hidden)
-        return self.adapter.cap_logits(logits)
+            return self.adapter.cap_logits(logits)
 
     @contextlib.contextmanager
     def loaded(self, layer: Sequence[tuple[int, ...]]) -> Iterator[None]:

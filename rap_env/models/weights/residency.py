@@ -508,7 +508,7 @@ _ROW_VALUES = 2**22
 def _native_groups(item: WeightItem, weights: Mapping[str, torch.Tensor]) -> list[WeightGroup]:
     """The native weights of an item, a group for those that the same levels use."""
     every_level = frozenset(WEIGHT_LEVELS[:-1])
-    users = {
+    users: dict[str, frozenset[WeightLevel]] = {
         name: frozenset(("native", *filter(place.keeps, item.levels)))
         for place in item.places
         for name in place.weights
