@@ -17,7 +17,7 @@ ROOT = Path(rap_env.__file__).parent
 LAYERS = (
     (
         "version", "errors", "extras", "paths", "plugins", "specs", "artifacts", "levels",
-        "plan", "model_facts", "request", "memory", "ladder",
+        "plan", "request", "memory", "ladder",
     ),
     ("workload",),
     ("models",),

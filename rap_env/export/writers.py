@@ -20,8 +20,7 @@ from rap_env.export.gguf_export import (
 from rap_env.export.plan_options import ChosenPlan, PlanOptions
 from rap_env.extras import package_versions
 from rap_env.levels import WeightLevel
-from rap_env.memory import MemoryModel
-from rap_env.model_facts import ModelFacts
+from rap_env.memory import MemoryModel, ModelFacts
 from rap_env.models.files.gguf_conversion import GgufFile
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.pruned_checkpoint import save_pruned, vllm_entries

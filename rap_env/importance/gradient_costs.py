@@ -35,7 +35,7 @@ from rap_env.importance.level_costs import (
     window_share,
 )
 from rap_env.levels import CacheLevel
-from rap_env.model_facts import ModelFacts
+from rap_env.memory import ModelFacts
 from rap_env.models.files.loading import load_again
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.lean_llama import LeanLlama

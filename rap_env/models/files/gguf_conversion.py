@@ -36,7 +36,7 @@ from torch import nn
 
 from rap_env.errors import ChecksumError, UnsupportedModelError
 from rap_env.models.families.families import adapter_for, check_family
-from rap_env.models.files.packed_folder import PACKED_FILE, model_without_weights, require_all
+from rap_env.models.files.weight_files import PACKED_FILE, model_without_weights, require_all
 from rap_env.models.weights.low_bits import tensor_shapes
 from rap_env.models.weights.packed_modules import is_packable, matrices_of
 from rap_env.models.weights.packing import MIDDLE, SCALE_DTYPE, PackedLevel, PackedMatrix

@@ -27,18 +27,19 @@ from rap_env.models.device import (
 )
 from rap_env.models.families.families import read_config
 from rap_env.models.files.model_folder import in_child
-from rap_env.models.files.packed_folder import (
+from rap_env.models.files.prepared_files import find_prepared
+from rap_env.models.files.pruned_checkpoint import PRUNED_FILE, load_pruned
+from rap_env.models.files.sources import TINY_MODELS, locate, looks_like_path
+from rap_env.models.files.weight_files import (
     files_key,
     has_all,
     is_packed,
     load_native,
+    load_tokenizer,
+    load_weights,
     model_without_weights,
     tensors_to_read,
 )
-from rap_env.models.files.prepared_files import find_prepared
-from rap_env.models.files.pruned_checkpoint import PRUNED_FILE, load_pruned
-from rap_env.models.files.sources import TINY_MODELS, locate, looks_like_path
-from rap_env.models.files.weight_files import load_tokenizer, load_weights
 from rap_env.models.live.calibration import (
     calibrate_on_own_text,
     use_prepared_levels,

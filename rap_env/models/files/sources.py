@@ -71,7 +71,7 @@ def locate(
     Args:
         model: A name or a path.
         packed: Let a GGUF file keep its own bits: the folder is then one for
-            `rap_env.models.files.packed_folder.load_native`, which `is_packed` tells.
+            `rap_env.models.files.weight_files.load_native`, which `is_packed` tells.
         accept_terms: The user accepts the model's terms; see `models.files.gguf_source`.
     """
     name = os.fspath(model)

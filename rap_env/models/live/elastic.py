@@ -19,7 +19,7 @@ from torch import nn
 
 from rap_env.errors import UnsupportedModelError, check_name
 from rap_env.levels import NATIVE_CACHE, CacheLevel, WeightLevel
-from rap_env.model_facts import ModelFacts
+from rap_env.memory import ModelFacts
 from rap_env.models.caches.attention import check_attention, install_levels
 from rap_env.models.caches.kv_cache import cache_bytes, check_same_blocks, evict, lower
 from rap_env.models.device import return_freed_memory

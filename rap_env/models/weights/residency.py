@@ -242,8 +242,8 @@ class WeightStore:
         fingerprint: Fingerprint of the model; names the files that have to be written, under
             ``"offload"``.
         as_stored: All weights were just read from the folder's files, each tensor into memory of
-            its own (see `packed_folder.load_native`): they are neither compared nor copied.
-        unread: The tensors of all items are placeholders (see `packed_folder.load_native`):
+            its own (see `weight_files.load_native`): they are neither compared nor copied.
+        unread: The tensors of all items are placeholders (see `weight_files.load_native`):
             they are evicted from the beginning. Blocks are read from the folder when a plan
             needs them; of native embeddings and head only some rows at a time are ever read.
     """

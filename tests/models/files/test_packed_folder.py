@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM
 from rap_env.errors import ChecksumError, ModelNotAvailableError, UnsupportedModelError
 from rap_env.models.files.gguf_source import converted_gguf
 from rap_env.models.files.loading import load_llm
-from rap_env.models.files.packed_folder import PACKED_FILE, load_native
-from rap_env.models.files.weight_files import load_weights
+from rap_env.models.files.weight_files import PACKED_FILE, load_native, load_weights
 from rap_env.models.weights.packed_modules import PackedEmbedding, PackedLinear, PackedModule
 from rap_env.plan import Plan
 from tests.models.states import tensor_bytes
