@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from rap_env.levels import WEIGHT_LEVELS, CacheLevel
-from rap_env.model_facts import ModelFacts
+from rap_env.memory import ModelFacts
 from rap_env.paths import prepared_dir
 from rap_env.plan import EMBEDDINGS, layer_ranges, layers_by_level
 from rap_env.serving.settings import ServerSettings

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from rap_env.model_facts import ModelFacts
+from rap_env.memory import ModelFacts
 
 
 def made_facts(

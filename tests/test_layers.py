@@ -17,7 +17,7 @@ ROOT = Path(rap_env.__file__).parent
 LAYERS = (
     (
         "version", "errors", "extras", "paths", "plugins", "specs", "artifacts", "levels",
-        "plan", "model_facts", "request", "memory", "ladder",
+        "plan", "request", "memory", "ladder",
     ),
     ("workload",),
     ("models",),
@@ -107,17 +107,6 @@ def test_imports_never_go_up():
 
 def test_the_runtime_does_not_need_the_environments():
     check(lambda name, to: top(name) in ("runtime", "serving") and top(to) == "envs")
-
-
-def test_only_the_live_model_itself_uses_its_blocks():
-    """`ElasticLLM` has public names for what other files need."""
-    wrong = [
-        f"{FILES[name]}:{number}"
-        for name in FILES
-        for number, line in enumerate(FILES[name].read_text(encoding="utf-8").splitlines(), 1)
-        if "._live" in line.replace("self._live", "")
-    ]
-    assert not wrong, "\n".join(wrong)
 
 
 def test_no_files_import_each_other_in_a_circle():

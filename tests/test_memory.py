@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from rap_env.errors import InfeasibleBudgetError, InvalidRequestError, UnknownNameError
 from rap_env.ladder.ladder_bytes import mask_bytes
-from rap_env.memory import MAX_BATCH_SIZE, PREFILL_CHUNK_TOKENS, MemoryModel
-from rap_env.model_facts import ModelFacts
+from rap_env.memory import MAX_BATCH_SIZE, PREFILL_CHUNK_TOKENS, MemoryModel, ModelFacts
 from rap_env.plan import Plan
 from rap_env.request import Request
 

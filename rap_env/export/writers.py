@@ -10,19 +10,22 @@ from typing import Any
 
 from rap_env.artifacts import atomic_write
 from rap_env.errors import InvalidRequestError, UnsupportedModelError
-from rap_env.export.gguf_export import GgufModel, export_gguf, low_bit_tensors
-from rap_env.export.llama_cpp import cache_type, server_flags
+from rap_env.export.gguf_export import (
+    GgufModel,
+    cache_type,
+    export_gguf,
+    low_bit_tensors,
+    server_flags,
+)
 from rap_env.export.plan_options import ChosenPlan, PlanOptions
 from rap_env.extras import package_versions
 from rap_env.levels import WeightLevel
-from rap_env.memory import MemoryModel
-from rap_env.model_facts import ModelFacts
-from rap_env.models.files.gguf_reader import GgufFile
+from rap_env.memory import MemoryModel, ModelFacts
+from rap_env.models.files.gguf_conversion import GgufFile
 from rap_env.models.files.loading import load_llm
-from rap_env.models.files.pruned_checkpoint import save_pruned
-from rap_env.models.files.pruned_code import vllm_entries
+from rap_env.models.files.pruned_checkpoint import save_pruned, vllm_entries
 from rap_env.models.live.elastic import ElasticLLM
-from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS
+from rap_env.models.weights.low_bits import LOW_BIT_FORMATS
 from rap_env.plan import Plan
 from rap_env.policies.loading import uniform_policy
 from rap_env.scoring.corpus import CorpusConfig

@@ -35,14 +35,14 @@ from rap_env.importance.level_costs import (
     window_share,
 )
 from rap_env.levels import CacheLevel
-from rap_env.model_facts import ModelFacts
+from rap_env.memory import ModelFacts
 from rap_env.models.files.loading import load_again
 from rap_env.models.live.elastic import ElasticLLM
-from rap_env.models.live.head_parts import head_divergences, head_nll
 from rap_env.models.live.lean_llama import LeanLlama
-from rap_env.models.live.partial_forward import PartialForward
+from rap_env.models.live.partial_forward import PartialForward, head_divergences, head_nll
 from rap_env.models.progress import progress_bar
-from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS, PACKED_LEVELS
+from rap_env.models.weights.low_bits import LOW_BIT_FORMATS
+from rap_env.models.weights.packing import PACKED_LEVELS
 from rap_env.plan import EMBEDDINGS, Plan, block_name, cache_name, is_cache
 from rap_env.scoring.corpus import Corpus
 

@@ -16,7 +16,7 @@ from typing import Self
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.importance.profiles import OneShotProfile, Profile
 from rap_env.levels import GROUP_TOKENS, NATIVE_CACHE, SINK_GROUPS, WEIGHT_LEVELS, CacheLevel
-from rap_env.model_facts import HasFacts
+from rap_env.memory import HasFacts
 from rap_env.paths import COSTS_FILE, prepared_dir
 from rap_env.plan import EMBEDDINGS, Plan, block_name, cache_name, is_cache, item_names
 

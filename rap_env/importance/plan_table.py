@@ -22,7 +22,7 @@ from rap_env.errors import UnknownNameError
 from rap_env.importance.profiles import load_profile
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.state import LadderCosts
-from rap_env.model_facts import HasFacts
+from rap_env.memory import HasFacts
 from rap_env.plan import Plan
 
 _FORMAT = 1

@@ -57,7 +57,8 @@ from rap_env.models.live.elastic import ElasticLLM, LevelFiles
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.progress import progress_bar
 from rap_env.models.shared_tasks import FORMAT, KIND, Check, Note, Tasks, helpers, keep_usable
-from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS, PackedLevel
+from rap_env.models.weights.low_bits import LOW_BIT_FORMATS
+from rap_env.models.weights.packing import PackedLevel
 from rap_env.paths import COSTS_FILE, prepared_dir
 from rap_env.plan import Plan, is_cache
 from rap_env.request import human_bytes

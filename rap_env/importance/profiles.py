@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from rap_env.artifacts import load_artifact, save_artifact, with_tuples
 from rap_env.errors import ArtifactError
-from rap_env.model_facts import HasFacts
+from rap_env.memory import HasFacts
 from rap_env.plan import block_index, block_name
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from rap_env.levels import (
     parse_levels,
     parse_together,
 )
-from rap_env.model_facts import ModelFacts
+from rap_env.memory import ModelFacts
 from rap_env.plan import EMBEDDINGS, Plan, block_name, cache_name
 
 SHARER_UNITS = np.array([1, 2**16, 2**32])

@@ -15,8 +15,7 @@ from rap_env.ladder.items import Item, Ladder, Sharers
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.state import LadderCosts
 from rap_env.levels import WEIGHT_LEVELS
-from rap_env.memory import MemoryModel
-from rap_env.model_facts import ModelFacts
+from rap_env.memory import MemoryModel, ModelFacts
 from rap_env.plan import Plan, block_name, cache_name, is_cache
 from rap_env.policies.base import Policy
 from rap_env.policies.method import Basis

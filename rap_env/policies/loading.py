@@ -14,8 +14,7 @@ from rap_env.context.base import PruningContext
 from rap_env.errors import ArtifactError
 from rap_env.ladder.ladder_bytes import LadderBytes, mask_bytes
 from rap_env.levels import WEIGHT_LEVELS
-from rap_env.memory import MemoryModel
-from rap_env.model_facts import HasFacts
+from rap_env.memory import HasFacts, MemoryModel
 from rap_env.plan import Plan
 from rap_env.plugins import find_plugin
 from rap_env.policies.base import Policy, as_policy

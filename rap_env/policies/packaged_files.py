@@ -13,8 +13,7 @@ from rap_env.errors import ArtifactError, UnknownNameError, counted
 from rap_env.importance.level_costs import LevelCosts, prepared_costs
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
-from rap_env.memory import MemoryModel
-from rap_env.model_facts import ModelFacts
+from rap_env.memory import MemoryModel, ModelFacts
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.policies.method import Basis

@@ -14,8 +14,7 @@ from rap_env.importance.plan_table import PlanTable
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.levels import CACHE_LADDER, WEIGHT_LEVELS
-from rap_env.memory import MemoryModel
-from rap_env.model_facts import ModelFacts
+from rap_env.memory import MemoryModel, ModelFacts
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.policies.knapsack import knapsack

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rap_env.importance.orders import LadderOrder, greedy_order
 from rap_env.ladder.ladder_bytes import mask_bytes
 from rap_env.levels import WEIGHT_LEVELS
-from rap_env.model_facts import ModelFacts
+from rap_env.memory import ModelFacts
 from rap_env.plan import EMBEDDINGS, Plan
 from rap_env.policies.method import Basis, CountingScorer, Method
 from rap_env.policies.registry import register

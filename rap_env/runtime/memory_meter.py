@@ -20,7 +20,7 @@ import torch
 
 from rap_env.errors import MemorySourceError
 from rap_env.models.device import free_memory_early, mark_and_resident, return_freed_memory
-from rap_env.models.weights.packed_layout import buffer_bytes
+from rap_env.models.weights.packing import buffer_bytes
 from rap_env.plan import EMBEDDINGS, Plan
 from rap_env.policies.base import Policy
 

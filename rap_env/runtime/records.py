@@ -10,7 +10,7 @@ from rap_env.memory import PREFILL_CHUNK_TOKENS
 from rap_env.plan import Plan
 
 if TYPE_CHECKING:
-    from rap_env.models.live.live_blocks import HeldBytes
+    from rap_env.models.live.elastic import HeldBytes
 
 StepKind = Literal["prefill", "decode"]
 

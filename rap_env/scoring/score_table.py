@@ -20,7 +20,7 @@ import numpy.typing as npt
 from rap_env.artifacts import load_artifact, save_artifact, with_tuples
 from rap_env.errors import ArtifactError, ModelNotAvailableError, UnknownNameError
 from rap_env.ladder.items import Counts, Ladder
-from rap_env.model_facts import ModelFacts
+from rap_env.memory import ModelFacts
 from rap_env.plan import Plan
 from rap_env.scoring.fidelity import Fidelity
 from rap_env.scoring.held_out import HeldOutLosses

@@ -17,8 +17,7 @@ from dataclasses import replace
 
 from rap_env.errors import InvalidRequestError, ServingSettingsError, check_name
 from rap_env.extras import require_extra
-from rap_env.memory import MemoryModel
-from rap_env.model_facts import ModelFacts
+from rap_env.memory import MemoryModel, ModelFacts
 from rap_env.policies.loading import check_policy, load_policy
 from rap_env.policies.packaged_files import default_facts, lacks_costs
 from rap_env.policies.registry import policy_names

@@ -14,8 +14,7 @@ from rap_env.envs.prune import RAPPruneEnv, RAPPruneVectorEnv
 from rap_env.importance.plan_table import PlanTable
 from rap_env.importance.profiles import OneShotProfile
 from rap_env.ladder.features import ImportanceFeatures
-from rap_env.memory import MemoryModel
-from rap_env.model_facts import ModelFacts
+from rap_env.memory import MemoryModel, ModelFacts
 from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.made_facts import made_facts

@@ -21,8 +21,7 @@ import gymnasium as gym
 import numpy as np
 
 from rap_env.ladder.features import ImportanceFeatures
-from rap_env.memory import MemoryModel
-from rap_env.model_facts import ModelFacts
+from rap_env.memory import MemoryModel, ModelFacts
 from rap_env.plan import block_name
 
 PATH = Path(__file__).with_name("golden.json.gz")

@@ -11,7 +11,7 @@ import torch
 from gguf.quants import dequantize
 from torch.nn import functional
 
-from rap_env.models.files.gguf_reader import GgufFile
+from rap_env.models.files.gguf_conversion import GgufFile
 
 
 def deci_logits(path: Path, ids: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.export.plan_options import read_plan
 from rap_env.memory import MemoryModel
-from rap_env.models.files.gguf_reader import GgufFile
+from rap_env.models.files.gguf_conversion import GgufFile
 from rap_env.models.files.loading import load_llm
 from rap_env.models.live import calibration_text
 from rap_env.plan import Plan

@@ -13,11 +13,11 @@ from gguf.quants import dequantize
 
 from rap_env.errors import StorageFullError, UnknownNameError, UnsupportedModelError
 from rap_env.export.gguf_export import GgufModel, export_gguf, low_bit_tensors
-from rap_env.models.files.gguf_reader import GgufFile
+from rap_env.models.files.gguf_conversion import GgufFile
 from rap_env.models.files.loading import load_llm
 from rap_env.models.live.calibration import calibrate
 from rap_env.models.live.elastic import ElasticLLM
-from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS
+from rap_env.models.weights.low_bits import LOW_BIT_FORMATS
 from rap_env.plan import Plan
 from tests.export.deci_forward import deci_logits
 from tests.models.tiny_gguf import write_tiny_gguf

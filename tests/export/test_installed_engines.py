@@ -18,8 +18,7 @@ from experiments.llama_cpp import PACKAGE, VERSION
 from rap_env.errors import UnsupportedModelError
 from rap_env.export.gguf_export import GgufModel, GgufTensor, export_gguf
 from rap_env.models.files.loading import load_llm
-from rap_env.models.files.pruned_checkpoint import save_pruned
-from rap_env.models.files.pruned_code import vllm_entries
+from rap_env.models.files.pruned_checkpoint import save_pruned, vllm_entries
 from rap_env.models.files.sources import gguf_source
 from rap_env.plan import Plan
 

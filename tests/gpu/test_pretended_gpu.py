@@ -14,7 +14,7 @@ from rap_env.models.live.calibration import calibrate
 from rap_env.models.live.calibration_text import generate_windows
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
-from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS
+from rap_env.models.weights.low_bits import LOW_BIT_FORMATS
 from rap_env.plan import Plan
 from rap_env.runtime.sampling import RowSampler, SamplingParams, sample_rows
 from rap_env.scoring.scorer import PlanScorer

@@ -13,8 +13,7 @@ from rap_env.importance.gradient_costs import (
     scaled_costs,
     window_costs,
 )
-from rap_env.models.live.head_parts import head_nll
-from rap_env.models.live.partial_forward import PartialForward
+from rap_env.models.live.partial_forward import PartialForward, head_nll
 from rap_env.plan import Plan, block_name, cache_name, is_cache
 from tests.tiny import VOCAB_SIZE, each_family, tiny_llm
 
@@ -112,7 +111,7 @@ def test_the_measured_nll_is_that_of_the_model_under_the_plan(family):
 @each_family("family")
 def test_removals_cost_their_divergence_from_the_native_predictions(family, monkeypatch):
     monkeypatch.setattr("rap_env.importance.gradient_costs.REMOVAL_TOKENS", 10)
-    monkeypatch.setattr("rap_env.models.live.head_parts._HEAD_VALUES", 1)
+    monkeypatch.setattr("rap_env.models.live.partial_forward._HEAD_VALUES", 1)
     llm = tiny_llm(family)
     levels = item_levels(llm.facts, (), TOKENS.shape[1])
     costs = window_costs(PartialForward(llm, widen=True, gradients=True), TOKENS, levels)
@@ -132,7 +131,7 @@ def test_removals_cost_their_divergence_from_the_native_predictions(family, monk
 
 @pytest.mark.parametrize("family", ["llama_tied", "gemma2"])
 def test_the_head_in_parts_has_the_nll_and_gradient_of_the_whole(family, monkeypatch):
-    monkeypatch.setattr("rap_env.models.live.head_parts._HEAD_VALUES", 1)
+    monkeypatch.setattr("rap_env.models.live.partial_forward._HEAD_VALUES", 1)
     llm = tiny_llm(family)
     forward = PartialForward(llm, widen=True, gradients=True)
     hidden = torch.randn(9, llm.adapter.hidden_size, generator=torch.Generator().manual_seed(0))

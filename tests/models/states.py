@@ -8,7 +8,7 @@ import torch
 import transformers as tf
 from safetensors.torch import save_file
 
-from rap_env.models.files.packed_folder import PACKED_FILE
+from rap_env.models.files.weight_files import PACKED_FILE
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.weights.tensors import named_weights, tensor_key, weights_of
 from rap_env.plan import Plan

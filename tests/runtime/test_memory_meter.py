@@ -11,7 +11,7 @@ import torch
 from rap_env.memory import MemoryModel
 from rap_env.models.device import resident_bytes
 from rap_env.models.live.live_batch import LiveBatch
-from rap_env.models.weights.packed_layout import buffer_bytes
+from rap_env.models.weights.packing import buffer_bytes
 from rap_env.plan import Plan
 from rap_env.policies.loading import OrderPolicy, StaticPolicy
 from rap_env.policies.uniform import uniform_plans

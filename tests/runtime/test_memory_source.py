@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rap_env.errors import MemorySourceError, UnknownNameError
-from rap_env.models.weights.packed_layout import buffer_bytes
+from rap_env.models.weights.packing import buffer_bytes
 from rap_env.policies.loading import StaticPolicy
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.decision import Snapshot

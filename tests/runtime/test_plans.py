@@ -50,7 +50,7 @@ def test_estimates_cover_the_held_bytes_of_plans(plan):
     batch.prefill([prompt(60, n) for n in range(3)])
     held = llm.held_bytes.total
     more = estimator.memory.facts.widen_bytes
-    more += estimator.memory.attention_workspace_bytes(LONG.request(1))
+    more += estimator.memory.attention_workspaces(*LONG.at_least_one)
     assert need == estimator.peak_bytes(plan, LONG)  # levels in use are not counted twice
     assert held <= need <= held + estimator.workspace_bytes(LONG) + more
 

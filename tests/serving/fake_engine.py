@@ -5,7 +5,7 @@ import threading
 import time
 from types import SimpleNamespace
 
-from rap_env.models.live.live_blocks import HeldBytes
+from rap_env.models.live.elastic import HeldBytes
 from rap_env.plan import Plan
 from rap_env.runtime.memory_monitor import GivenMemory
 from rap_env.runtime.records import EngineStats

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -34,48 +33,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rap_env.errors import UnsupportedCacheError
 from rap_env.levels import NATIVE_CACHE, CacheLevel
-from rap_env.models.caches.block_attention import BlockAttention
+from rap_env.models.caches.grouped_attention import attend
 from rap_env.models.caches.grouped_cache import GroupedLayer
-from rap_env.models.caches.groups import Chunk, ForwardPass, set_current_step, split
-from rap_env.models.caches.kv_cache import known_lengths, lower, note_rows
-from rap_env.models.caches.row_parts import PartedKeys
-from rap_env.models.caches.token_attention import TokenAttention
-from rap_env.models.families.adapter import FamilyAdapter, adapter_for
+from rap_env.models.caches.groups import CURRENT, Chunk, ForwardPass
+from rap_env.models.caches.kv_cache import PartedKeys, known_lengths, lower, note_rows
+from rap_env.models.families.families import FamilyAdapter, adapter_for
 from rap_env.models.families.placeholders import cache_in
-
-
-def attend(
-    query: torch.Tensor,
-    chunk: Chunk,
-    scaling: float | None,
-    softcap: float | None = None,
-    window: int | None = None,
-) -> torch.Tensor:
-    """Attention of the new tokens of a chunk, (B, N, Q, D) -> (B, Q, N, D).
-
-    Args:
-        query: Queries of the chunk's columns.
-        chunk: What the tokens see.
-        scaling: Factor of the scores; by default ``D ** -0.5``.
-        softcap: Scores s become ``softcap * tanh(s / softcap)`` (Gemma 2).
-        window: Tokens that the model's own attention sees, itself included, or None.
-    """
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if chunk.token is not None:
-        return TokenAttention(query, chunk.token, chunk.step, scale, softcap, window).attend()
-    attended = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
-    for bundle in chunk.bundles:
-        heads = bundle.keys.shape[1]
-        mine = query if bundle.rows is None else query[bundle.rows]
-        mine = split(mine[:, :, -bundle.new :], 1, heads, -1)
-        output = BlockAttention(mine, bundle, chunk.level, scale, softcap, window).attend()
-        output = output.flatten(1, 2).transpose(1, 2)
-        if bundle.rows is None:
-            attended[:, -bundle.new :] = output
-        else:
-            attended[bundle.rows, -bundle.new :] = output
-    return attended
-
 
 LEVEL_ATTENTIONS = {"sdpa": "sdpa_levels", "eager": "eager_levels"}
 """Names of attention in the config of a live model, by their public names."""
@@ -190,28 +153,19 @@ def _eager(module: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
     return eager(module, *args, **kwargs)
 
 
-class _Pass(threading.local):
-    """The padding mask that this thread gave the model, which may give its decoder another one."""
-
-    mask: Any = None
-
-
-_PASS = _Pass()
-
-
 def _note(_model: Any, _args: Any, kwargs: dict[str, Any]) -> None:
-    _PASS.mask = kwargs.get("attention_mask")
+    CURRENT.mask = kwargs.get("attention_mask")
 
 
 def _forget(*_: Any) -> None:
-    _PASS.mask = None
+    CURRENT.mask = None
 
 
 def _enter(adapter: FamilyAdapter, decoder: Any, args: tuple[Any, ...], kwargs: Any) -> None:
     """Set the rows of a pass of the decoder, and bring its cache to the levels of its layers."""
     mask = kwargs.get("attention_mask")
     if not isinstance(mask, torch.Tensor):
-        mask = _PASS.mask
+        mask = CURRENT.mask  # the model may give its decoder another one
     attention = adapter.family.attn
     levels = {
         number: layer._modules[attention].__dict__.get("cache_level", NATIVE_CACHE)
@@ -234,7 +188,7 @@ def _enter(adapter: FamilyAdapter, decoder: Any, args: tuple[Any, ...], kwargs: 
             step = ForwardPass.of(batch, queries, cached, mask)
         else:
             step = ForwardPass([max(0, count - queries) for count in rows], rows, cached + queries)
-        set_current_step(step)
+        CURRENT.step = step
         if cache is not None:
             lower(cache, levels, step.before)
     if cache is not None and rows is None:
@@ -242,7 +196,7 @@ def _enter(adapter: FamilyAdapter, decoder: Any, args: tuple[Any, ...], kwargs: 
 
 
 def _leave(*_: Any) -> None:
-    set_current_step(None)
+    CURRENT.step = None
 
 
 PACKED_ATTENTION = "sdpa_packed"

@@ -28,9 +28,15 @@ import torch
 from rap_env.levels import GROUP_TOKENS, NATIVE_CACHE, CacheLevel
 from rap_env.models.caches.grouped_cache import GroupedLayer
 from rap_env.models.caches.groups import Groups, pack, stored_groups, widen
-from rap_env.models.caches.kv_cache import filled_layers, missing, placeholder_layer, tensors_of
-from rap_env.models.caches.layers import ReservedLayer, with_room
-from rap_env.models.caches.row_parts import select_rows
+from rap_env.models.caches.kv_cache import (
+    ReservedLayer,
+    filled_layers,
+    missing,
+    placeholder_layer,
+    select_rows,
+    tensors_of,
+    with_room,
+)
 from rap_env.models.caches.tensor_file import TensorFile
 from rap_env.models.device import own_pages
 from rap_env.plan import Plan

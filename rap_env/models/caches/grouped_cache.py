@@ -41,11 +41,11 @@ from transformers.cache_utils import DynamicLayer
 from rap_env.errors import UnsupportedCacheError
 from rap_env.levels import GROUP_TOKENS, SINK_GROUPS, CacheLevel
 from rap_env.models.caches.groups import (
+    CURRENT,
     Bundle,
     Chunk,
     ForwardPass,
     Groups,
-    current_step,
     equal_rows,
     in_groups,
     pack,
@@ -123,7 +123,7 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return chunk, chunk
 
     def _step(self, batch: int, queries: int) -> ForwardPass:
-        step, columns = current_step(), self.cumulative_length + queries
+        step, columns = CURRENT.step, self.cumulative_length + queries
         if step is None or len(step.after) != batch or step.columns != columns:
             return ForwardPass(self.lengths, [n + queries for n in self.lengths], columns)
         if step.before != self.lengths:
@@ -401,15 +401,6 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorder rows for a beam search."""
         self.select_rows(beam_idx)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep some rows, given by their indices or by a mask."""
-        rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
-        self.select_rows(rows)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row."""
-        self.select_rows(torch.arange(len(self.lengths)).repeat_interleave(repeats))
 
     def reset(self) -> None:
         """Free everything; the layer can be filled again."""

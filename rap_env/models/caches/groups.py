@@ -216,22 +216,14 @@ class ForwardPass:
 
 
 class _Current(threading.local):
+    """This thread's forward pass, and the padding mask that the model was given."""
+
     step: ForwardPass | None = None
+    mask: Any = None
 
 
-_CURRENT = _Current()
-
-
-def current_step() -> ForwardPass | None:
-    """The step of this thread's forward pass; `rap_env.models.caches.attention` sets it."""
-    return _CURRENT.step
-
-
-def set_current_step(step: ForwardPass | None) -> ForwardPass | None:
-    """Set the step of this thread's forward pass; returns the one before."""
-    before = current_step()
-    _CURRENT.step = step
-    return before
+CURRENT = _Current()
+"""Set by the hooks of `rap_env.models.caches.attention`."""
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,21 @@ the plan from the start, in every layer.
 A removed attention block has a uint8 placeholder for each token in the cache, (B, 1, T, 1)
 (see `RemovedAttention`), so that lengths and positions stay right for all other layers. The
 cache itself therefore shows which layers are missing; no other record of it exists.
+
+transformers' own layer copies all keys and values to new memory for each new token. The copies
+take time, and the freed ones leave holes in the heap that no later, longer copy fits: with 450
+tokens of the default model they took as much memory as the cache again. A `ReservedLayer` of a
+service, which knows how long its rows can get, is allocated once.
+
+Rows whose caches have different levels run in one pass too (`PartedCache`): weights are read once
+for all rows, and attention runs once for the rows of each cache.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -32,18 +41,121 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rap_env.errors import UnsupportedCacheError
 from rap_env.levels import NATIVE_CACHE, CacheLevel
 from rap_env.models.caches.grouped_cache import GroupedLayer
-from rap_env.models.caches.layers import (
-    DYNAMIC_LAYERS,
-    native_layer,
-    reserved_tokens,
-    with_room,
-)
+from rap_env.models.caches.groups import CURRENT, ForwardPass
 from rap_env.models.caches.tensor_file import NativeCopy, NewCopies, TensorFile, native_states
+from rap_env.models.device import own_pages
 from rap_env.models.families.placeholders import PLACEHOLDER_DTYPE, placeholder_entries
+
+
+class ReservedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """One attention block's keys and values, of shape (B, K, T, D), in memory with room for more.
+
+    Keys and values may be replaced by any others of that shape. Room is then made at the next
+    update.
+
+    Args:
+        reserve_tokens: Tokens of a row to have room for when memory is allocated. With fewer
+            than there are, memory is allocated at every update, as transformers' own layer
+            does.
+    """
+
+    keys: Any  # a tensor, or None without rows
+    values: Any
+
+    def __init__(self, reserve_tokens: int = 0) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.reserve_tokens = reserve_tokens
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append new keys and values, (B, K, Q, D) each; returns all of them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._appended(self.keys, key_states)
+        self.values = self._appended(self.values, value_states)
+        return self.keys, self.values
+
+    def _appended(self, cached: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        if not cached.numel():
+            return with_room([new], new.shape[2], self.reserve_tokens)
+        tokens = cached.shape[2]
+        longer = _extended(cached, tokens + new.shape[2])
+        if longer is None:
+            longer = _allocated(cached, cached.shape[0], tokens + new.shape[2], self.reserve_tokens)
+            longer[:, :, :tokens] = cached
+        longer[:, :, tokens:] = new
+        return longer
+
+
+def reserve(cache: Any, tokens: int) -> None:
+    """Let the layers of a cache have room for `tokens` tokens of a row when they next allocate."""
+    for layer in cache.layers:
+        if not layer.is_sliding:
+            layer.reserve_tokens = tokens
+
+
+def with_room(rows: Sequence[torch.Tensor], tokens: int, reserve_tokens: int) -> torch.Tensor:
+    """Rows of several tensors (b, K, T, D) in new memory, padded on the left to `tokens` tokens.
+
+    Args:
+        rows: What to copy; of more than `tokens` tokens the last ones are kept.
+        tokens: Tokens of each row of the result.
+        reserve_tokens: Tokens of a row to have room for, if that is more.
+    """
+    made = _allocated(rows[0], sum(len(part) for part in rows), tokens, reserve_tokens)
+    first = 0
+    for part in rows:
+        padding = max(0, tokens - part.shape[2])
+        place = made[first : first + len(part)]
+        place[:, :, :padding] = 0
+        place[:, :, padding:] = part[:, :, part.shape[2] - (tokens - padding) :]
+        first += len(part)
+    return made
+
+
+def _allocated(like: torch.Tensor, batch: int, tokens: int, reserve_tokens: int) -> torch.Tensor:
+    """A new tensor (B, K, T, D), whose memory has room for `reserve_tokens` tokens."""
+    _, heads, _, size = like.shape
+    shape = (batch, heads, max(tokens, reserve_tokens), size)
+    if reserve_tokens <= tokens:
+        return like.new_empty(shape)
+    if like.device.type == "cpu":
+        made = own_pages(math.prod(shape) * like.itemsize).view(like.dtype).view(shape)
+    else:
+        made = like.new_empty(shape)
+    return made.zero_()[:, :, :tokens]  # written to, so that the system counts it from now on
+
+
+def _extended(cached: torch.Tensor, tokens: int) -> torch.Tensor | None:
+    """The same memory as a tensor of more tokens; None if it has no room for them."""
+    batch, heads, _, size = cached.shape
+    room = cached.untyped_storage().nbytes() // (cached.itemsize * batch * heads * size)
+    strides = (heads * room * size, room * size, size, 1)
+    if tokens > room or cached.storage_offset() or cached.stride() != strides:
+        return None
+    return cached.as_strided((batch, heads, tokens, size), strides)
+
+
+DYNAMIC_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, ReservedLayer, GroupedLayer)
+"""Kinds of layers that grow, and can have levels."""
+
+
+def native_layer(layer: Any) -> Any:
+    """An empty dynamic layer with the sliding window of another layer."""
+    if layer.is_sliding:
+        return DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
+    return ReservedLayer(reserved_tokens(layer))
+
+
+def reserved_tokens(layer: Any) -> int:
+    """Tokens of a row that a layer gets room for when memory is allocated; 0 for no more room."""
+    return layer.reserve_tokens if isinstance(layer, ReservedLayer | GroupedLayer) else 0
 
 
 class PassInterruptedError(Exception):
@@ -57,10 +169,15 @@ class BatchCache(DynamicCache):
         config: The config of the model.
         copies: Folder of files with copies of what is lowered, for `read_back`; None
             for no copies.
+        reserve_tokens: As for `ReservedLayer`, for layers without a sliding window.
     """
 
-    def __init__(self, config: Any, copies: Path | None) -> None:
+    def __init__(self, config: Any, copies: Path | None, reserve_tokens: int) -> None:
         super().__init__(config=config)
+        self.layers = [
+            ReservedLayer(reserve_tokens) if type(layer) is DynamicLayer else layer
+            for layer in self.layers
+        ]
         self.copies = copies
         self._interrupt: Callable[[], bool] | None = None
 
@@ -373,16 +490,137 @@ def _has_tokens(layer: Any) -> bool:
 
 
 def _check_layers(cache: Any, numbers: Sequence[int]) -> None:
-    layers = getattr(cache, "layers", None)
-    kinds: set[Any] = set()
-    for number in numbers:
-        if layers is not None and number < len(layers):
-            kinds.add(type(layers[number]))
-        else:
-            kinds.add(getattr(cache, "layer_class_to_replicate", None))
+    layers = getattr(cache, "layers", ())
+    new = getattr(cache, "layer_class_to_replicate", None)
+    kinds = {type(layers[number]) if number < len(layers) else new for number in numbers}
     wrong = sorted(getattr(kind, "__name__", "no layers") for kind in kinds - set(DYNAMIC_LAYERS))
     if wrong or getattr(cache, "offloading", False):
         raise UnsupportedCacheError(
             f"A {type(cache).__name__} with {', '.join(wrong) or 'offloaded layers'} cannot be "
             "quantised or windowed; use a DynamicCache, which is the default, or native caches."
         )
+
+
+def _cached_tokens(layer: Any, length: int) -> int:
+    """Tokens that a layer holds of sequences of `length` tokens."""
+    return min(length, layer.sliding_window - 1) if layer.is_sliding else length
+
+
+def select_rows(layer: Any, length: int, rows: torch.Tensor, cut: int) -> None:
+    """Select rows of a layer, and cut off padding on the left that they do not need."""
+    if layer.keys is None:
+        return
+    if isinstance(layer, GroupedLayer):
+        layer.select_rows(rows)
+        layer.cumulative_length -= cut
+        return
+    cached = _cached_tokens(layer, length)
+    room = reserved_tokens(layer)
+    layer.keys = with_room([layer.keys[rows]], cached, room)
+    layer.values = with_room([layer.values[rows]], cached, room)
+    if layer.is_sliding:
+        layer.cumulative_length -= cut
+
+
+def append_rows(mine: Any, theirs: Any, length: int) -> None:
+    """Append the rows of a layer, padded to `length` tokens, to another one of its level."""
+    if isinstance(mine, GroupedLayer):
+        mine.append_rows(theirs, length)
+        return
+    cached = _cached_tokens(mine, length)
+    room = reserved_tokens(mine)
+    mine.keys, theirs.keys = with_room([mine.keys, theirs.keys], cached, room), None
+    mine.values, theirs.values = with_room([mine.values, theirs.values], cached, room), None
+    if mine.is_sliding:
+        mine.cumulative_length = length
+
+
+@dataclass(frozen=True)
+class _PassPart:
+    """What a pass does with the rows of one part.
+
+    Attributes:
+        rows: The rows in the batch.
+        cache: Their cache.
+        step: Their tokens before and after the pass.
+    """
+
+    rows: slice
+    cache: Any
+    step: ForwardPass
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether each row has one new token, which sees all columns of its part."""
+        return all(
+            n == self.step.columns == m + 1
+            for m, n in zip(self.step.before, self.step.after, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class PartedKeys:
+    """The keys and values of the parts after an update; stands for keys and for values.
+
+    Attributes:
+        parts: Each part with its keys and values as its own cache returns them.
+    """
+
+    parts: Sequence[tuple[_PassPart, Any, Any]]
+
+    def attend(
+        self,
+        attention: Callable[..., tuple[torch.Tensor, Any]],
+        module: Any,
+        query: torch.Tensor,
+        mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Attention of all rows, one part after another, (B, N, Q, D) -> (B, Q, N, D)."""
+        outputs = []
+        for part, keys, values in self.parts:
+            own = None
+            if mask is not None and isinstance(keys, torch.Tensor) and not part.sees_all:
+                own = mask if len(mask) == 1 else mask[part.rows]
+                own = own[..., -keys.shape[-2] :]  # columns of longer parts are on the left
+            outputs.append(attention(module, query[part.rows], keys, values, own, **kwargs)[0])
+        return torch.cat(outputs)
+
+
+class PartedCache(DynamicCache):
+    """The caches of several parts, as a model sees them in one pass: with all columns.
+
+    Args:
+        caches: The cache of each part.
+        lengths: Tokens of each row of each part after the pass.
+        new: Tokens of each row in the pass, padding included.
+    """
+
+    def __init__(self, caches: Sequence[Any], lengths: Sequence[list[int]], new: int) -> None:
+        super().__init__()
+        self.layers = max(caches, key=lambda cache: int(cache.get_seq_length())).layers
+        self._parts, first = [], 0
+        for cache, after in zip(caches, lengths, strict=True):
+            step = ForwardPass([max(0, count - new) for count in after], after, max(after))
+            self._parts.append(_PassPart(slice(first, first + len(after)), cache, step))
+            first += len(after)
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Any, Any]:
+        """Add new columns, (B, K, Q, D) each, to each part; returns `PartedKeys` twice."""
+        before, parts = CURRENT.step, []
+        try:
+            for part in self._parts:
+                CURRENT.step = part.step
+                states = key_states[part.rows], value_states[part.rows]
+                parts.append((part, *part.cache.update(*states, layer_idx, *args, **kwargs)))
+        finally:
+            CURRENT.step = before
+        keys = PartedKeys(parts)
+        return keys, keys

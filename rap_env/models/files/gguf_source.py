@@ -50,7 +50,7 @@ def converted_gguf(path: Path, sha256: str | None = None, *, packed: bool = Fals
         path: The file.
         sha256: Its SHA-256, in hex, if it was already computed.
         packed: Keep the file's own bits, for
-            `rap_env.models.files.packed_folder.load_native`, and one copy of a vocabulary that
+            `rap_env.models.files.weight_files.load_native`, and one copy of a vocabulary that
             is there twice; else quantised tensors become the float32 values that they
             represent, so that the folder takes 4 bytes per parameter and transformers can
             load it.

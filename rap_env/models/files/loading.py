@@ -25,27 +25,27 @@ from rap_env.models.device import (
     keep_freed_memory,
     return_freed_memory,
 )
-from rap_env.models.families.adapter import read_config
+from rap_env.models.families.families import read_config
 from rap_env.models.files.model_folder import in_child
-from rap_env.models.files.packed_folder import (
+from rap_env.models.files.prepared_files import find_prepared
+from rap_env.models.files.pruned_checkpoint import PRUNED_FILE, load_pruned
+from rap_env.models.files.sources import TINY_MODELS, locate, looks_like_path
+from rap_env.models.files.weight_files import (
     files_key,
     has_all,
     is_packed,
     load_native,
+    load_tokenizer,
+    load_weights,
     model_without_weights,
     tensors_to_read,
 )
-from rap_env.models.files.prepared_files import find_prepared
-from rap_env.models.files.pruned_checkpoint import PRUNED_FILE, load_pruned
-from rap_env.models.files.sources import TINY_MODELS, locate, looks_like_path
-from rap_env.models.files.weight_files import load_tokenizer, load_weights
 from rap_env.models.live.calibration import (
     calibrate_on_own_text,
-    use_packaged_text,
     use_prepared_levels,
     use_text,
 )
-from rap_env.models.live.calibration_text import calibration_windows
+from rap_env.models.live.calibration_text import calibration_windows, packaged_windows
 from rap_env.models.live.elastic import ElasticLLM, LevelFiles
 from rap_env.models.live.lean_llama import LeanLlama, lean_config
 from rap_env.models.weights.packed_modules import PackedModule, from_matrices, skeleton
@@ -151,8 +151,9 @@ def load_llm(
     else:
         llm.calibrator = calibrate_on_own_text
     # The others have none, and hashing their weights takes seconds.
-    if found.packed or found.name in TINY_MODELS:
-        use_packaged_text(llm)
+    has_text = found.packed or found.name in TINY_MODELS
+    if has_text and (windows := packaged_windows(llm)) is not None:
+        use_text(llm, windows)  # so that scores and facts have its hash from the beginning
     if not again:
         find_prepared(model, llm)
     use_prepared_levels(llm, quick=quick_levels)

@@ -17,7 +17,7 @@ from typing import Any
 
 from rap_env.artifacts import atomic_write
 from rap_env.errors import ArtifactError
-from rap_env.model_facts import HasFacts, ModelFacts
+from rap_env.memory import HasFacts, ModelFacts
 from rap_env.models.files.sources import looks_like_path
 from rap_env.paths import COSTS_FILE, LEVELS_FILE, calibrated_dir, prepared_dir
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rap_env.errors import ArtifactError, ModelNotAvailableError, UnknownNameError
-from rap_env.models.families.adapter import read_config
+from rap_env.models.families.families import read_config
 from rap_env.models.files.gguf_source import MODELS, SMOLLM2, converted_gguf, gguf_folder_name
 from rap_env.models.files.hub import hub_folder
 from rap_env.models.files.model_folder import manifest_source, models_dir
@@ -71,7 +71,7 @@ def locate(
     Args:
         model: A name or a path.
         packed: Let a GGUF file keep its own bits: the folder is then one for
-            `rap_env.models.files.packed_folder.load_native`, which `is_packed` tells.
+            `rap_env.models.files.weight_files.load_native`, which `is_packed` tells.
         accept_terms: The user accepts the model's terms; see `models.files.gguf_source`.
     """
     name = os.fspath(model)

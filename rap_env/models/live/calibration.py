@@ -13,8 +13,7 @@ import contextlib
 import hashlib
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,14 @@ import torch
 from rap_env.artifacts import load_artifact, save_artifact
 from rap_env.errors import ChecksumError
 from rap_env.models.files.model_folder import locked, scratch
-from rap_env.models.live.calibration_text import calibration_windows, packaged_windows
+from rap_env.models.live.calibration_text import calibration_windows
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.shared_tasks import Tasks
 from rap_env.models.weights.gptq import DampedHessian, correction, hessians, quantise_gptq, recorded
-from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS, PACKED_LEVELS, PackedLevel
+from rap_env.models.weights.low_bits import LOW_BIT_FORMATS
 from rap_env.models.weights.packed_modules import raw_weights
+from rap_env.models.weights.packing import PACKED_LEVELS, PackedLevel
 from rap_env.models.weights.quantisers import Quantiser, quantise
 from rap_env.models.weights.tensors import verified_tensors, write_tensors
 from rap_env.models.weights.weight_levels import Place, WeightItem
@@ -59,15 +59,6 @@ _CORRECTION_DAMPING = 0.3
 _EVERY = 2  # of the windows that it is fitted on; with 4, int3 lost 0.03 nats per token more
 _LEAST_IMPORTANCE = 1e-3  # of an input, in units of the mean: the text may never use it
 _WINDOWS = 8  # that a block runs at a time
-
-
-def use_packaged_text(llm: ElasticLLM) -> None:
-    """Name the text of a model whose text is in the package.
-
-    So its scores and facts have the hash of the text from the beginning.
-    """
-    if (windows := packaged_windows(llm)) is not None:
-        use_text(llm, windows)
 
 
 def use_prepared_levels(llm: ElasticLLM, *, quick: bool) -> None:
@@ -185,14 +176,6 @@ def calibrate(
         llm.set_residency(residency)
 
 
-def _intact(path: Path) -> bool:
-    try:
-        verified_tensors(path)
-    except (FileNotFoundError, ChecksumError):
-        return False
-    return True
-
-
 def make_levels(
     llm: ElasticLLM, windows: torch.Tensor, tasks: Tasks, levels: Sequence[PackedLevel]
 ) -> None:
@@ -242,97 +225,69 @@ def make_levels(
     tasks.run("levels", count + len(levels), make)
 
 
-@dataclass(frozen=True)
-class _NativePass:
-    """What the native blocks of a step saw.
-
-    Attributes:
-        step: The blocks.
-        states: Their inputs.
-        sums: Hessians of the inputs of matrices, by name (`hessians`); for quick levels their
-            diagonals.
-        last_outputs: Outputs of the last matrix of each block, of every second window, for each
-            entry of `states`.
-        quick: Whether quick levels are made.
-    """
-
-    step: tuple[int, ...]
-    states: list[torch.Tensor]
-    sums: dict[str, torch.Tensor]
-    last_outputs: dict[int, list[torch.Tensor]]
-    quick: bool
-
-    @cached_property
-    def _quantisers(self) -> dict[int, Quantiser]:
-        """A quantiser for each of the distinct sums, by its identity."""
-        totals = {id(total): total for total in self.sums.values()}
-        if self.quick:
-            return {key: _by_importance(total) for key, total in totals.items()}
-        damped = {key: DampedHessian.of(total, _DAMPING) for key, total in totals.items()}
-        return {key: partial(quantise_gptq, hessian=each) for key, each in damped.items()}
-
-    def quantisers(self, item: WeightItem) -> dict[Place, Quantiser]:
-        """How the matrices of a block are quantised."""
-        own = {place: self.sums[place.name] for place in item.places if place.name in self.sums}
-        return {place: self._quantisers[id(total)] for place, total in own.items()}
+def _quantiser(total: torch.Tensor, quick: bool) -> Quantiser:
+    """A quantiser for inputs with this Hessian (in, in), or for quick levels its diagonal (in,)."""
+    if quick:
+        least = _LEAST_IMPORTANCE * total.mean() + torch.finfo(torch.float32).tiny
+        return partial(quantise, importance=total + least)
+    return partial(quantise_gptq, hessian=DampedHessian.of(total, _DAMPING))
 
 
 def _make_head(
     llm: ElasticLLM, forward: PartialForward, states: list[torch.Tensor], level: PackedLevel
 ) -> None:
     """Write the file of a level of the head, unless it is intact; `states` left the last layer."""
-    item = llm.weight_items[-1]
+    item, quick = llm.weight_items[-1], llm.calibration.startswith(QUICK)
     if level not in _missing(item):
         return
     hidden = [window.float() for state in states for window in forward.leave(state)]
+    total = sum(part.square().sum(dim=0) if quick else part.T @ part for part in hidden)
     head = item.places[-1]
-    if llm.calibration.startswith(QUICK):
-        quantiser = _by_importance(sum(part.square().sum(dim=0) for part in hidden))
-    else:
-        total = sum((part.T @ part for part in hidden[1:]), hidden[0].T @ hidden[0])
-        quantiser = partial(quantise_gptq, hessian=DampedHessian.of(total, _DAMPING))
-    item.quantise(level, {head.tied or head: quantiser})
+    item.quantise(level, {head.tied or head: _quantiser(total, quick)})
     _write(item, level)
 
 
-def _by_importance(squares: torch.Tensor) -> Quantiser:
-    """A quantiser for inputs with these sums of squares, (in,)."""
-    least = _LEAST_IMPORTANCE * squares.mean() + torch.finfo(torch.float32).tiny
-    return partial(quantise, importance=squares + least)
+_NativePass = tuple[
+    tuple[int, ...], list[torch.Tensor], dict[str, torch.Tensor], dict[int, list[torch.Tensor]]
+]
+"""What the native blocks of a step saw: the blocks; their inputs; Hessians of the inputs of
+matrices by name (`hessians`), for quick levels their diagonals; outputs of the last matrix of each
+block, of every second window, for each entry of the inputs."""
 
 
 def _run_natively(
     llm: ElasticLLM, forward: PartialForward, step: tuple[int, ...], states: list[torch.Tensor]
 ) -> tuple[_NativePass, list[torch.Tensor]]:
     """What the blocks of a step see and their outputs."""
-    items = {index: llm.weight_items[index] for index in step}
-    missing = [index for index, item in items.items() if _missing(item)]
+    missing = {n: item for n in step if _missing(item := llm.weight_items[n])}
     layers = {
         place.name: place.original
-        for index in missing
-        for place in items[index].places
+        for item in missing.values()
+        for place in item.places
         if not raw_weights(place.original)
     }
     quick = llm.calibration.startswith(QUICK)
     with hessians(layers, diagonal=quick) as sums, contextlib.ExitStack() as hooks:
         last_outputs = {
-            index: hooks.enter_context(
-                recorded(items[index].places[-1].original, _EVERY, outputs=True)
-            )
-            for index in missing
+            n: hooks.enter_context(recorded(item.places[-1].original, _EVERY, outputs=True))
+            for n, item in missing.items()
         }
         outputs = [forward.run(step, state) for state in states]
-    return _NativePass(step, states, sums, last_outputs, quick), outputs
+    return (step, states, sums, last_outputs), outputs
 
 
 def _round(llm: ElasticLLM, forward: PartialForward, native: _NativePass) -> None:
     """Write the missing levels of the blocks of a step."""
-    for index, outputs in native.last_outputs.items():
+    step, states, sums, last_outputs = native
+    quick = llm.calibration.startswith(QUICK)
+    distinct = {id(total): total for total in sums.values()}
+    made = {key: _quantiser(total, quick) for key, total in distinct.items()}
+    for index, outputs in last_outputs.items():
         item = llm.weight_items[index]
-        quantisers = native.quantisers(item)
-        run = partial(forward.run, native.step)
+        own = [place for place in item.places if place.name in sums]
+        quantisers = {place: made[id(sums[place.name])] for place in own}
         for level in _missing(item):
-            _quantise(item, level, quantisers, outputs, native.states, run)
+            _quantise(item, level, quantisers, outputs, states, partial(forward.run, step))
             _write(item, level)
 
 
@@ -378,7 +333,14 @@ def _quantise(
 
 
 def _missing(item: WeightItem) -> list[PackedLevel]:
-    return [level for level, path in item.files.items() if not _intact(path)]
+    """The levels of an item whose files do not exist, or are damaged."""
+    levels = []
+    for level, path in item.files.items():
+        try:
+            verified_tensors(path)
+        except (FileNotFoundError, ChecksumError):
+            levels.append(level)
+    return levels
 
 
 def _write(item: WeightItem, level: PackedLevel) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -15,24 +18,49 @@ import torch
 from torch import nn
 
 from rap_env.errors import UnsupportedModelError, check_name
-from rap_env.levels import WeightLevel
-from rap_env.model_facts import ModelFacts
+from rap_env.levels import NATIVE_CACHE, CacheLevel, WeightLevel
+from rap_env.memory import ModelFacts
 from rap_env.models.caches.attention import check_attention, install_levels
-from rap_env.models.caches.kv_cache import check_same_blocks
+from rap_env.models.caches.kv_cache import cache_bytes, check_same_blocks, evict, lower
 from rap_env.models.device import return_freed_memory
-from rap_env.models.families.adapter import adapter_for
+from rap_env.models.families.families import adapter_for
 from rap_env.models.families.placeholders import cache_in
 from rap_env.models.files.model_folder import remembered
 from rap_env.models.live.lean_llama import reject_lean
-from rap_env.models.live.live_blocks import HeldBytes, LiveBlocks, own_bytes, shared_facts
-from rap_env.models.weights.packed_layout import PackedLevel
+from rap_env.models.weights.packed_modules import PackedModule
+from rap_env.models.weights.packing import PackedLevel
 from rap_env.models.weights.residency import RESIDENCIES, Residency, WeightStore
-from rap_env.models.weights.tensors import StoredTensor, distinct_weights, fingerprint_of
-from rap_env.models.weights.weight_levels import WeightItem, block_items, embeddings_item
+from rap_env.models.weights.tensors import (
+    StoredTensor,
+    distinct_weights,
+    fingerprint_of,
+    named_weights,
+    tensor_key,
+)
+from rap_env.models.weights.weight_levels import (
+    block_items,
+    embeddings_item,
+    level_bytes,
+    packed_level,
+)
 from rap_env.plan import Plan, check_levels
 
 LevelFiles = Sequence[Mapping[PackedLevel, Path]]
 """The files of levels that a text made, for each of `ElasticLLM.weight_items`."""
+
+
+@dataclass(frozen=True)
+class HeldBytes:
+    """Bytes in memory of the weights, of the KV caches in use, and of those that are kept."""
+
+    weights: int
+    kv_cache: int
+    kept: int = 0
+
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return self.weights + self.kv_cache + self.kept
 
 
 class ElasticLLM:
@@ -61,6 +89,9 @@ class ElasticLLM:
     Attributes:
         model: The live model, as the current plan leaves it.
         adapter: Describes the blocks, from the config.
+        plan: The plan that is applied now; `apply` changes it.
+        sites: Where each block is, (2L,).
+        weight_items: The weights of each block, and last those of embeddings with head, (2L + 1,).
         calibration: Hash of the text with which levels of few bits are made; empty without
             one.
         files_key: Names the files that hold exactly its weights, their state and its dtype;
@@ -91,13 +122,20 @@ class ElasticLLM:
         self.tokenizer = tokenizer
         self.name = name
         self.folder = folder
-        sites = self.adapter.sites(model)
-        self._live = LiveBlocks(sites, block_items(model, sites), embeddings_item(model))
+        self.plan = Plan()
+        self.sites = self.adapter.sites(model)
+        self.weight_items = (*block_items(model, self.sites), embeddings_item(model))
         self.calibration = ""
         self.files_key: str | None = None
         self.as_stored = False
         self.kept_bytes = 0
         self.calibrator: Callable[[ElasticLLM], object] | None = None
+        self._lock = threading.RLock()
+        self._caches: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._store: WeightStore | None = None  # None: weights that are not in use stay in memory
+        self._removed: set[int] = set()
+        self._cache_levels: dict[int, CacheLevel] = {}
+        self._added_bytes: int | None = None  # None: to be counted
         self._unread: list[tuple[str, torch.Tensor | StoredTensor]] = []
         if unread:
             self._begin_unread()
@@ -107,7 +145,7 @@ class ElasticLLM:
         weights, _ = list(distinct_weights(self.model)), self._own_bytes
         stored = self._add_store("drop", "", unread=True).stored()
         self._unread = [(name, stored.get(id(tensor), tensor)) for name, tensor in weights]
-        self._live.set(Plan.removing(*range(self.num_blocks)), evict=True)
+        self._set(Plan.removing(*range(self.num_blocks)), evict=True)
 
     @property
     def on_demand(self) -> bool:
@@ -131,24 +169,14 @@ class ElasticLLM:
         return dtype
 
     @property
-    def weight_items(self) -> tuple[WeightItem, ...]:
-        """The weights of each block, and last those of embeddings with head, (2L + 1,)."""
-        return self._live.all_items
-
-    @property
     def level_files(self) -> LevelFiles:
         """The files of the levels that a text made, for each of `weight_items`."""
         return [dict(item.files) for item in self.weight_items]
 
-    @property
-    def plan(self) -> Plan:
-        """The plan that is applied now."""
-        return self._live.plan
-
     @cached_property
     def pruned(self) -> Plan:
         """Blocks that the model was built without (`load_pruned`); no mask restores them."""
-        return Plan(frozenset(site.index for site in self._live.sites if site.pruned))
+        return Plan(frozenset(site.index for site in self.sites if site.pruned))
 
     def apply(self, plan: Plan) -> None:
         """Give every item its level in a plan; a mask's kept blocks are native.
@@ -170,8 +198,11 @@ class ElasticLLM:
         """
         with self.exclusive():
             self.prepare(plan)
-            self._live.lower_caches(plan)
-            self._live.set(plan, evict=True)
+            layers = frozenset(index // 2 for index in plan.removed if index % 2 == 0)
+            for cache in list(self._caches):
+                evict(cache, layers)
+                lower(cache, dict(plan.caches))
+            self._set(plan, evict=True)
 
     def prepare(self, plan: Plan) -> None:
         """Check that a plan can be applied now, and make levels that did not exist so far.
@@ -180,7 +211,7 @@ class ElasticLLM:
             RapError: As for `apply`.
         """
         with self.exclusive():
-            self._live.prepare(self._target(plan))
+            self._prepare(self._target(plan))
 
     @contextlib.contextmanager
     def applied(self, plan: Plan) -> Iterator[ElasticLLM]:
@@ -192,24 +223,24 @@ class ElasticLLM:
         with self.exclusive():
             before = self.plan
             try:
-                self._live.set(self._target(plan))
+                self._set(self._target(plan))
                 yield self
             finally:
-                self._live.set(before, evict=True)
+                self._set(before, evict=True)
 
     def exclusive(self) -> AbstractContextManager[object]:
         """Keep other threads from running the model or changing its plan; may be nested."""
-        return self._live.lock
+        return self._lock
 
     @contextlib.contextmanager
     def without(self, blocks: AbstractSet[int]) -> Iterator[None]:
         """Run without more blocks than the mask removes, for the duration of one step."""
         before = self.plan
         try:
-            self._live.set(before.without(*blocks - self.pruned.removed))
+            self._set(before.without(*blocks - self.pruned.removed))
             yield
         finally:
-            self._live.set(before)
+            self._set(before)
 
     def end_layers(self) -> AbstractContextManager[None]:
         """Run the first and the last layer alone, whose workspace is that of all layers."""
@@ -218,7 +249,7 @@ class ElasticLLM:
     @property
     def residency(self) -> Residency:
         """Where weights are kept that are not in use; see `rap_env.models.weights.residency`."""
-        return "resident" if self._live.store is None else self._live.store.residency
+        return "resident" if self._store is None else self._store.residency
 
     def set_residency(self, residency: Residency) -> None:
         """Select where weights are kept that the plan does not use, including those unused now.
@@ -239,14 +270,29 @@ class ElasticLLM:
         with self.exclusive():
             if residency == self.residency:
                 return
-            with self._live.without_store():
+            before = self.plan
+            self._set(Plan())
+            self._remove_store()
+            try:
                 if residency != "resident":
                     self._add_store(residency, self.fingerprint, as_stored=self.as_stored)
+            finally:
+                self._set(before, evict=True)
         return_freed_memory(self.device)
 
+    def _remove_store(self) -> None:
+        """Have all native weights in memory; levels that are not are forgotten."""
+        if self._store is not None:
+            self._store.load_embeddings(self.weight_items[-1])
+            for item in self.weight_items:
+                for level in item.made:
+                    if not self._store.holds(item, level):
+                        item.forget(level)
+        self._store = None
+
     def _add_store(self, residency: Residency, fingerprint: str, **options: bool) -> WeightStore:
-        blocks, items = [site.modules for site in self._live.sites], self._live.all_items
-        self._live.store = store = WeightStore(
+        blocks, items = [site.modules for site in self.sites], self.weight_items
+        self._store = store = WeightStore(
             self.model, items, blocks, self.folder, residency, fingerprint, **options
         )
         # From now on, refuse to move or convert the model as a whole.
@@ -258,13 +304,16 @@ class ElasticLLM:
         """Bytes that the model's tensors and the KV caches in use take in memory now."""
         with self.exclusive():
             own, base = self._own_bytes
-            weights = base + sum(own) + self._live.added_bytes
-            return HeldBytes(weights, self._live.kv_bytes(), self.kept_bytes)
+            if self._added_bytes is None:  # counted once for each plan: engines ask in each pass
+                made_bytes = (item.made_bytes for item in self.weight_items)
+                store = self._store
+                self._added_bytes = sum(made_bytes) if store is None else store.added_bytes
+            kv_bytes = sum(cache_bytes(cache) for cache in list(self._caches))
+            return HeldBytes(base + sum(own) + self._added_bytes, kv_bytes, self.kept_bytes)
 
     def track_cache(self, cache: Any) -> None:
         """Let a `BatchCache` follow the plans that `apply` sets, until it is deleted."""
-        if cache is not None:
-            self._live.caches.add(cache)
+        self._caches.add(cache)
 
     @property
     def removed_attention(self) -> frozenset[int]:
@@ -272,32 +321,134 @@ class ElasticLLM:
         removed = self.plan.removed | self.pruned.removed
         return frozenset(index // 2 for index in removed if index % 2 == 0)
 
+    def absent_levels(self, levels: Iterable[WeightLevel]) -> frozenset[WeightLevel]:
+        """Those levels that a text would have to make before a plan can have them."""
+        return frozenset(n for n in levels if any(item.lacks(n) for item in self.weight_items))
+
     def _target(self, plan: Plan) -> Plan:
         """A plan whose levels all exist: those that a text makes are made."""
-        self._check_levels(plan.check(self.num_blocks))
-        if absent := self.absent_levels(plan.weight_levels):
-            self._make_levels(absent)
-        return plan
-
-    def _check_levels(self, plan: Plan) -> None:
+        plan.check(self.num_blocks)
         if plan.caches:
             check_attention(self.model)
         for index, level in plan.weights:
-            if level not in (known := self._live.items[index].levels):
+            if level not in (known := self.weight_items[index].levels):
                 check_levels(plan, known)
-        check_levels(Plan(embeddings=plan.embeddings), self._live.embeddings.levels)
+        check_levels(Plan(embeddings=plan.embeddings), self.weight_items[-1].levels)
+        if absent := self.absent_levels(plan.weight_levels):
+            if self.calibrator is None:
+                raise UnsupportedModelError(
+                    f"{self.name} has no weights at {', '.join(sorted(absent))} so far: they are "
+                    "made with a text; call rap_env.models.live.calibration.calibrate(llm, "
+                    "windows) first."
+                )
+            self.calibrator(self)
+        return plan
 
-    def absent_levels(self, levels: Iterable[WeightLevel]) -> frozenset[WeightLevel]:
-        """Those levels that a text would have to make before a plan can have them."""
-        return self._live.absent_levels(levels)
+    # Weights that are loaded or made now are used outside of it too.
+    @torch.inference_mode(False)
+    def _prepare(self, target: Plan) -> None:
+        """Make levels that did not exist so far, as far as they can be kept out of memory.
 
-    def _make_levels(self, absent: AbstractSet[WeightLevel]) -> None:
-        if self.calibrator is None:
-            raise UnsupportedModelError(
-                f"{self.name} has no weights at {', '.join(sorted(absent))} so far: they are made "
-                "with a text; call rap_env.models.live.calibration.calibrate(llm, windows) first."
-            )
-        self.calibrator(self)
+        Raises:
+            ChecksumError: A file that `_set` will read is damaged or was changed; nothing
+                changes.
+            ModelNotAvailableError: It is missing or cannot be read; nothing changes.
+        """
+        self._added_bytes = None
+        if self._store is not None:
+            for key, level in self._changes(target).items():
+                self._store.prepare(self.weight_items[key], level)
+                self._store.check(self.weight_items[key], level)
+
+    @torch.inference_mode(False)
+    def _set(self, target: Plan, *, evict: bool = False) -> None:
+        """Give every item its level in `target`; after an error all have the levels of before.
+
+        Where those cannot be read any more either, blocks are removed.
+
+        Args:
+            target: The new plan; it is prepared first.
+            evict: Free the weights that it does not use, unless the residency keeps them.
+                This happens before others are loaded, so that memory never holds more than
+                either plan needs.
+        """
+        if target == self.plan and not evict:
+            return
+        self._prepare(target)
+        before = self.plan
+        try:
+            self._change(target, self._changes(target), evict)
+        except BaseException:
+            self._set_back(before)
+            raise
+        finally:
+            self._added_bytes = None
+        self.plan = target
+
+    def _change(self, target: Plan, changes: Mapping[int, WeightLevel], evict: bool) -> None:
+        for index in target.removed:
+            self._remove(index)
+        self._set_caches(target.caches)
+        if self._store is not None and evict:
+            for key, item in enumerate(self.weight_items):
+                self._store.release(item, self._level(target, key))
+        for key, level in changes.items():
+            self._set_level(key, level)
+
+    def _set_back(self, plan: Plan) -> None:
+        """Give every item its level in a plan again, wherever `_change` has failed."""
+        self._change(plan, {}, evict=True)
+        lost = []
+        for key in range(self.num_blocks + 1):
+            if key not in plan.removed:
+                try:
+                    self._set_level(key, self._level(plan, key))
+                except Exception:  # memory may be short, too
+                    lost.append(key)
+        for key in set(lost) - {self.num_blocks}:
+            self._remove(key)
+        self.plan = plan.without(*self._removed - plan.removed)
+
+    def _remove(self, index: int) -> None:
+        if index not in self._removed:
+            self.sites[index].remove()
+            self._removed.add(index)
+
+    def _changes(self, target: Plan) -> dict[int, WeightLevel]:
+        """New levels of weights that stay or come into use; the key 2L stands for embeddings."""
+        before = self.plan
+        keys: set[int] = set()
+        if before.embeddings != target.embeddings:
+            keys.add(self.num_blocks)
+        if before.weights != target.weights:
+            changed = {*before.weights} ^ {*target.weights}
+            keys.update(index for index, _ in changed)
+        keys.update(self._removed)
+        keys -= target.removed
+        return {key: self._level(target, key) for key in sorted(keys, reverse=True)}
+
+    def _set_level(self, key: int, level: WeightLevel) -> None:
+        item = self.weight_items[key]
+        if self._store is not None:
+            self._store.load(item, level)
+        elif (packed := packed_level(level)) is not None and packed not in item.made:
+            item.make(packed)
+        item.put(level)
+        if key in self._removed:
+            self.sites[key].restore()
+            self._removed.remove(key)
+
+    def _level(self, plan: Plan, key: int) -> WeightLevel:
+        return plan.weight_level(key) if key < self.num_blocks else plan.embeddings
+
+    def _set_caches(self, levels: Iterable[tuple[int, CacheLevel]]) -> None:
+        target = dict(levels)
+        for layer in self._cache_levels.keys() - target.keys():
+            self.sites[2 * layer].set_cache_level(NATIVE_CACHE)
+        for layer, level in target.items():
+            if self._cache_levels.get(layer) != level:
+                self.sites[2 * layer].set_cache_level(level)
+        self._cache_levels = target
 
     def hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The decoder's output for unpadded sequences, (B, T) -> (B, T, H), with gradients."""
@@ -329,8 +480,15 @@ class ElasticLLM:
 
     @cached_property
     def _own_bytes(self) -> tuple[tuple[int, ...], int]:
+        """Bytes of each block's own tensors, (2L,), and bytes of all other tensors."""
         with self.applied(Plan()):
-            return own_bytes(self.model, self._live.sites)
+            uses = Counter(tensor_key(tensor) for _, tensor in named_weights(self.model))
+            own = []
+            for site in self.sites:
+                inside = Counter(tensor_key(t) for m in site.modules for _, t in named_weights(m))
+                # A tensor that is also used elsewhere (tied) is not freed with the block.
+                own.append(sum(key[-1] for key, count in inside.items() if count == uses[key]))
+        return tuple(own), sum(key[-1] for key in uses) - sum(own)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -352,11 +510,30 @@ class ElasticLLM:
     @cached_property
     def facts(self) -> ModelFacts:
         """Facts about the unmasked model for the memory arithmetic."""
+        adapter, dtype, (own, base) = self.adapter, self.dtype, self._own_bytes
+        per_token = adapter.kv_bytes_per_token(dtype.itemsize)
+        has_cache = [not site.pruned for site in self.sites[::2]]
+        native = (place.original for item in self.weight_items for place in item.places)
+        packed = any(isinstance(module, PackedModule) for module in native)
         return ModelFacts(
             name=self.name,
             fingerprint=self.fingerprint,
             calibration=self.calibration,
-            **shared_facts(self.adapter, self._live, self._own_bytes, self.dtype),
+            dtype=str(dtype).removeprefix("torch."),
+            block_param_bytes=own,
+            base_bytes=base,
+            kv_bytes_per_token=tuple(per_token if cached else 0 for cached in has_cache),
+            kv_window_tokens=adapter.kv_window_tokens,
+            itemsize=dtype.itemsize,
+            hidden_size=adapter.hidden_size,
+            ffn_width=adapter.ffn_width,
+            vocab_size=adapter.vocab_size,
+            max_positions=adapter.max_positions,
+            weights="packed" if packed else "unquantised",
+            **level_bytes(self.weight_items, own, base),
+            widen_bytes=max(item.widen_bytes for item in self.weight_items),
+            kv_heads=tuple(adapter.kv_heads if cached else 0 for cached in has_cache),
+            kv_head_size=(adapter.kv_head_size,) * adapter.num_layers,
         )
 
 

@@ -1,36 +1,142 @@
 """A batch of sequences with their KV caches; sequences join and leave, and the plan may change.
 
 Shapes: B sequences (rows), T tokens cached for each, V entries of the head. Shorter rows are
-padded on the left; attention masks hide the padding.
+padded on the left; attention masks hide the padding. Rows whose caches have the same levels are a
+part (`RowPart`), and are padded to the longest row of the part alone.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rap_env.errors import InvalidRequestError
+from rap_env.levels import CacheLevel
 from rap_env.memory import PREFILL_CHUNK_TOKENS
 from rap_env.models.caches.cache_blocks import CacheBlock, CachedRow, fill
 from rap_env.models.caches.kv_cache import (
     BatchCache,
+    PartedCache,
     PassInterruptedError,
+    Past,
+    append_rows,
     cache_argument,
     cache_bytes,
+    levels_of,
     missing,
     note_rows,
     refill,
+    reserve,
+    select_rows,
     update_cache,
 )
-from rap_env.models.caches.layers import ReservedLayer, reserve
-from rap_env.models.caches.row_parts import PartedCache, RowPart, columns_of, merged
+from rap_env.models.device import send
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import Plan
+
+
+@dataclass
+class RowPart:
+    """Rows whose caches have the same levels.
+
+    Attributes:
+        rows: Their tokens.
+        cache: Their cache; None if it has to be computed.
+    """
+
+    rows: list[list[int]]
+    cache: Any = None
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        return [len(row) for row in self.rows]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest row."""
+        return max(self.lengths, default=0)
+
+    def plan(self, plan: Plan, *, lowest: bool = False) -> Plan:
+        """A plan with the levels that the cache has, or with the lowest of both that stay.
+
+        Attention blocks that the cache lacks are removed.
+        """
+        if self.cache is None:
+            return plan
+        levels = levels_of(self.cache, lasting=lowest)
+        return _at_levels(plan, levels, missing(self.cache), lowest)
+
+    def select(self, rows: Sequence[int], device: torch.device) -> None:
+        """Keep some rows, in this order, and free the memory of the others and common padding."""
+        if list(rows) == list(range(len(self.rows))):
+            return
+        before, cache = self.length, self.cache
+        self.rows, self.cache = [self.rows[row] for row in rows], None
+        if cache is None:
+            return
+        index = send(torch.tensor(rows), device)
+        for layer in cache.layers:
+            select_rows(layer, self.length, index, before - self.length)
+        self.cache = cache
+        note_rows(cache, self.lengths)
+
+
+def merged(parts: Sequence[RowPart], new: int = 0) -> list[RowPart]:
+    """Parts in which neighbours with caches at equal levels, of the same layers, are one.
+
+    Those that copies can raise and those that they cannot stay apart.
+
+    Args:
+        parts: Parts with caches; they must not be used afterwards.
+        new: Last tokens of each row that are not cached yet.
+    """
+    neighbours: list[RowPart] = []
+    for _, group in itertools.groupby(parts, key=_kind):
+        first, *others = group
+        for part in others:
+            length = max(first.length, part.length) - new
+            for mine, theirs in zip(first.cache.layers, part.cache.layers, strict=True):
+                append_rows(mine, theirs, length)
+            first.rows = first.rows + part.rows
+            note_rows(first.cache, [length - new for length in first.lengths])
+        neighbours.append(first)
+    return neighbours
+
+
+def _kind(part: RowPart) -> tuple[Any, ...]:
+    cache = part.cache
+    return levels_of(cache), levels_of(cache, lasting=True), missing(cache)
+
+
+def columns_of(rows: Sequence[Sequence[int]], first: int, end: int, device: torch.device) -> Past:
+    """Columns of the matrix of rows, padded on the left; the mask starts at column 0."""
+    length = max(map(len, rows))
+    pads = [length - len(row) for row in rows]
+    lines = [
+        [pad, *[0] * (min(end, pad) - first), *row[max(0, first - pad) : max(0, end - pad)]]
+        for pad, row in zip(pads, rows, strict=True)
+    ]
+    sent = send(torch.tensor(lines), device)  # all in one tensor
+    positions = torch.arange(end, device=device) - sent[:, :1]
+    return Past(sent[:, 1:], (positions >= 0).long(), positions[:, first:].clamp(min=0))
+
+
+_Levels = tuple[tuple[int, CacheLevel], ...]
+
+
+@functools.lru_cache(maxsize=64)
+def _at_levels(plan: Plan, levels: _Levels, absent: frozenset[int], lowest: bool) -> Plan:
+    own = {n: level.lowest(plan.cache_level(n)) if lowest else level for n, level in levels}
+    caches = tuple(sorted({**dict(plan.caches), **own}.items()))
+    return replace(plan, caches=caches, removed=plan.removed | {2 * layer for layer in absent})
 
 
 class LiveBatch:
@@ -41,7 +147,7 @@ class LiveBatch:
     immediately; rows go on without a block that is restored, and with caches below the plan's
     levels unless there are copies (see `models.caches.kv_cache`). Rows whose caches have
     different levels are in parts, each with a cache of its own; one pass runs them all (see
-    `models.caches.row_parts`), and another one those that lack other attention blocks. Each
+    `caches.kv_cache.PartedCache`), and another one those that lack other attention blocks. Each
     call holds the model exclusively; all calls of one batch must come from one thread. After
     a call that failed the rows are unchanged, and the next call computes their cache again.
 
@@ -246,7 +352,6 @@ class LiveBatch:
             cache, plan = self._new_cache(), self._llm.plan
             removed = self._llm.removed_attention
             fill(cache, blocks, len(tokens), dict(plan.caches), removed, self._reserve_tokens)
-            self._llm.track_cache(cache)
             self._parts = [RowPart([list(tokens)], cache)]
             note_rows(cache, [len(tokens)])
 
@@ -286,7 +391,6 @@ class LiveBatch:
         for part in parts:
             if part.cache is None:
                 part.cache = self._new_cache()
-                self._llm.track_cache(part.cache)
                 if part.length > new:
                     past = columns_of(part.rows, 0, part.length - new, self._llm.device)
                     refill(self._llm, part.cache, past, self._most_tokens)
@@ -338,11 +442,6 @@ class LiveBatch:
         return last
 
     def _new_cache(self) -> Any:
-        from transformers.cache_utils import DynamicLayer
-
-        cache = BatchCache(self._llm.model.config, self._copies)
-        cache.layers = [
-            ReservedLayer(self.reserve_tokens) if type(layer) is DynamicLayer else layer
-            for layer in cache.layers
-        ]
+        cache = BatchCache(self._llm.model.config, self._copies, self._reserve_tokens)
+        self._llm.track_cache(cache)
         return cache

@@ -5,6 +5,9 @@ their arguments (positions, rotary tables, attention masks). After that any laye
 called with the same arguments on any hidden state. A single block runs as its layer with the
 other block removed. Packed weights are widened once and kept while many rows run through
 them, as in scoring.
+
+The head runs on some entries of its vocabulary at a time (`head_nll`, `head_divergences`): its
+weights are widened in parts, so that neither they nor all logits are in memory as a whole.
 """
 
 from __future__ import annotations
@@ -15,8 +18,8 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import lru_cache, partial, wraps
-from typing import Any, TypeVar, cast
+from functools import lru_cache, partial
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -26,6 +29,7 @@ from rap_env.models import device
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.lean_llama import reject_lean
 from rap_env.models.weights.packed_modules import PackedEmbedding, PackedModule
+from rap_env.models.weights.packing import BLOCK
 from rap_env.plan import Plan
 
 _FEW_TOKENS = 4096
@@ -114,18 +118,6 @@ _shared: weakref.WeakValueDictionary[int, WidenedWeights] = weakref.WeakValueDic
 
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
-_Method = TypeVar("_Method", bound=Callable[..., Any])
-
-
-def _in_own_mode(method: _Method) -> _Method:
-    """Run a method of `PartialForward` without gradients unless it passes them."""
-
-    @wraps(method)
-    def run(self: PartialForward, *args: Any, **kwargs: Any) -> Any:
-        with self._mode():
-            return method(self, *args, **kwargs)
-
-    return cast(_Method, run)
 
 
 class PartialForward:
@@ -179,7 +171,6 @@ class PartialForward:
         per_layer = 2 // step_blocks
         self.layer_steps = tuple(zip(*[iter(self.steps)] * per_layer, strict=True))
 
-    @_in_own_mode
     def enter(self, input_ids: torch.Tensor, embeddings: WeightLevel = "native") -> torch.Tensor:
         """The input of the first layer, (B, T) -> (B, T, H), with embeddings at a level."""
         entered: list[torch.Tensor] = []
@@ -188,11 +179,10 @@ class PartialForward:
             entered.append(hidden)
             return hidden
 
-        with self.embeddings(embeddings):
+        with self._mode(), self.embeddings(embeddings):
             self._pass(input_ids, note)
         return entered[0]
 
-    @_in_own_mode
     def run(
         self, blocks: tuple[int, ...], state: torch.Tensor, plan: Plan = Plan()
     ) -> torch.Tensor:
@@ -208,33 +198,33 @@ class PartialForward:
         layer, kept, inside = _layer_plan(blocks, plan, self._llm.plan)
         if not kept:
             return state
-        args, kwargs = self._calls_for(state)[layer]
         wide = self._wide(self._layers[layer])
-        with self._llm.applied(inside), wide, self._multiplying():
-            output = self._layers[layer](state, *args, **kwargs)
+        with self._mode():
+            args, kwargs = self._calls_for(state)[layer]
+            with self._llm.applied(inside), wide, self._multiplying():
+                output = self._layers[layer](state, *args, **kwargs)
         left: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return left
 
-    @_in_own_mode
     def leave(self, state: torch.Tensor) -> torch.Tensor:
         """The decoder's output for the output of the last layer, (B, T, H).
 
         Call it in the ``with`` block of `embeddings` that the head runs in.
         """
         last = len(self._layers) - 1
-        return self._pass(
-            self._placeholder(state), lambda number, hidden, _: state if number == last else hidden
-        )
+        with self._mode():
+            return self._pass(
+                self._placeholder(state), lambda n, hidden, _: state if n == last else hidden
+            )
 
-    @_in_own_mode
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The model's head on decoder outputs, (N, H) -> (N, V).
 
         Contiguous rows, not (B, T, H): torch multiplies a slice of a batch at half the speed.
         """
-        with self._multiplying():
+        with self._mode(), self._multiplying():
             logits: torch.Tensor = self.head(hidden)
-        return self.adapter.cap_logits(logits)
+            return self.adapter.cap_logits(logits)
 
     @contextlib.contextmanager
     def loaded(self, layer: Sequence[tuple[int, ...]]) -> Iterator[None]:
@@ -374,3 +364,120 @@ def recorded_states(llm: ElasticLLM) -> Iterator[list[torch.Tensor]]:
         yield states
     finally:
         hook.remove()
+
+
+_HEAD_VALUES = 2**23
+"""Entries of the head's weights that are in memory at a time, in float32."""
+
+
+@torch.no_grad()
+def head_nll(
+    forward: PartialForward, hidden: torch.Tensor, targets: torch.Tensor, *, gradient: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """NLL of each target, (N,), and the gradient of their sum with respect to `hidden`, (N, H).
+
+    Args:
+        forward: Has the head.
+        hidden: The decoder's output, (N, H).
+        targets: The tokens to predict, (N,).
+        gradient: Whether the gradient is computed.
+    """
+    hidden, targets = hidden.float(), targets.to(hidden.device)
+    target_logits = hidden.new_empty(len(hidden))
+
+    def keep(first: int, logits: torch.Tensor) -> None:
+        rows, columns = _within(targets, first, logits.shape[1])
+        target_logits[rows] = logits[rows, columns]
+
+    (total,) = _log_sums(forward, [hidden], keep)
+    nll = total - target_logits
+    if not gradient:
+        return nll, None
+    slope = torch.zeros_like(hidden)
+    for first, weight, bias in _parts(forward):
+        logits, steepness = _capped(forward, hidden, weight, bias)
+        errors = logits.sub_(total[:, None]).exp_()
+        rows, columns = _within(targets, first, len(weight))
+        errors[rows, columns] -= 1
+        slope.addmm_(errors if steepness is None else errors.mul_(steepness), weight)
+    return nll, slope
+
+
+@torch.no_grad()
+def head_divergences(
+    forward: PartialForward, native: torch.Tensor, others: Sequence[torch.Tensor]
+) -> list[float]:
+    """KL divergence of the predictions for each of some outputs from those for the native one.
+
+    Args:
+        forward: Has the head.
+        native: The native model's output of the decoder, (N, H).
+        others: The decoder's output under plans, (N, H) each.
+
+    Returns:
+        Nats per token.
+    """
+    hidden = [each.float() for each in (native, *others)]
+    native_total, *totals = _log_sums(forward, hidden)
+    sums = [0.0] * len(others)
+    for _, weight, bias in _parts(forward):
+        expected = _capped(forward, hidden[0], weight, bias)[0] - native_total[:, None]
+        shares = expected.exp()
+        for number, (each, total) in enumerate(zip(hidden[1:], totals, strict=True)):
+            logits, _ = _capped(forward, each, weight, bias)
+            lost = expected - logits.sub_(total[:, None])
+            sums[number] += float(lost.mul_(shares).sum(-1).double().mean())
+    return sums
+
+
+def _log_sums(
+    forward: PartialForward,
+    hidden: Sequence[torch.Tensor],
+    note: Callable[[int, torch.Tensor], object] = lambda first, logits: None,
+) -> list[torch.Tensor]:
+    """The log of the sum of ``exp(logit)`` over the vocabulary, (N,) for each output (N, H).
+
+    `note` is called with the first entry of each part of the vocabulary and its logits.
+    """
+    totals = [each.new_full((len(each),), -torch.inf) for each in hidden]
+    for first, weight, bias in _parts(forward):
+        for number, each in enumerate(hidden):
+            logits, _ = _capped(forward, each, weight, bias)
+            totals[number] = torch.logaddexp(totals[number], logits.logsumexp(-1))
+            note(first, logits)
+    return totals
+
+
+def _parts(forward: PartialForward) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
+    """Parts of the head's rows in float32: the first row, weights (rows, H), and biases (rows,)."""
+    head: Any = forward.model.get_output_embeddings()
+    matrix = head.matrices["weight"] if isinstance(head, PackedModule) else None
+    shape = head.weight.shape if matrix is None else matrix.shape
+    size = max(BLOCK, _HEAD_VALUES // shape[1] // BLOCK * BLOCK)
+    for first in range(0, shape[0], size):
+        part = slice(first, min(first + size, shape[0]))
+        if matrix is None:
+            weight = head.weight[part].to(forward.model.device).float()
+        else:
+            weight = torch.empty(part.stop - first, shape[1], device=matrix.device)
+            matrix.widen(weight, first)
+        yield first, weight, None if head.bias is None else head.bias[part].float()
+
+
+def _capped(
+    forward: PartialForward, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Logits of a part of the vocabulary, (N, rows), and their slope under Gemma's soft cap."""
+    logits = nn.functional.linear(hidden, weight, bias)
+    with torch.enable_grad():
+        inner = logits.detach().requires_grad_()
+        capped = forward.adapter.cap_logits(inner)
+        if capped is inner:
+            return inner.detach(), None
+        return capped.detach(), torch.autograd.grad(capped.sum(), inner)[0]
+
+
+def _within(targets: torch.Tensor, first: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The positions of targets in a part of the vocabulary, and their places there."""
+    rows = ((targets >= first) & (targets < first + size)).nonzero()[:, 0]
+    return rows, targets[rows] - first

@@ -20,8 +20,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from rap_env.models.weights.packed_layout import PackedLevel, stored_level
-from rap_env.models.weights.packing import PackedMatrix
+from rap_env.models.weights.low_bits import stored_level
+from rap_env.models.weights.packing import PackedLevel, PackedMatrix
 from rap_env.models.weights.quantisers import CodedRows, Grid, concatenated, nonzero, searched
 
 _ROWS = 4096  # of a matrix that are quantised at a time, to bound temporary memory

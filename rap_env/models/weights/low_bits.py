@@ -33,31 +33,187 @@ Matrices that do not fill blocks of 64 rows and groups of 64 inputs have none of
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from rap_env.errors import ArtifactError, check_name
-from rap_env.models.weights.packed_layout import (
+from rap_env.models.weights.packing import (
     BLOCK,
     GROUP_INPUTS,
     HALF,
-    LOW_BIT_FORMATS,
     MIDDLE,
     PACKED_LEVELS,
     SCALE_DTYPE,
-    LowBitFormat,
     PackedLevel,
-    ScaleMemory,
+    PackedMatrix,
+    blocks_product,
     buffer_in_use,
+    fills_blocks,
     piece_rows,
-    stored_level,
-    tensor_shapes,
     widen_blocks,
     widening_buffer,
 )
-from rap_env.models.weights.packing import PackedMatrix, blocks_product
+
+LARGEST_SCALE = 255
+"""Scales are whole multiples, up to this one, of their row's factor."""
+
+
+@dataclass(frozen=True)
+class LowBitFormat:
+    """How a level stores codes, scales and zeros.
+
+    Attributes:
+        bits: Bits of a code.
+        group_inputs: Inputs that share a scale and a zero.
+        zero_bits: Bits of a zero, 4 or 8.
+        zero_step: Difference of two zeros, in units of a scale.
+    """
+
+    bits: int
+    group_inputs: int
+    zero_bits: int
+    zero_step: float
+
+    @property
+    def lift(self) -> int:
+        """What a code is multiplied by, so that it is at the top of a half byte."""
+        return int(2 ** (4 - self.bits))
+
+    def shapes(self, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors of a matrix (out, in)."""
+        out, inputs = shape
+        groups = inputs // self.group_inputs
+        return {
+            "codes": (out // BLOCK, inputs * self.bits // 4, HALF),
+            "scales": (groups, out),
+            "zeros": (groups * self.zero_bits // 8, out),
+            "factors": (out,),
+        }
+
+    def factors(self, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        """The factor of each row, (out,), for groups with these ends of their ranges.
+
+        Args:
+            low: Least weights, (out, groups).
+            high: Greatest weights, (out, groups).
+        """
+        scale = self._positive((high - low) / (2**self.bits - 1), high)
+        least = torch.finfo(torch.float32).tiny * LARGEST_SCALE * self.lift
+        most = scale.amax(dim=1).clamp_min(least)
+        return (most / (LARGEST_SCALE * self.lift)).to(SCALE_DTYPE).float()
+
+    def rounded(
+        self, scale: torch.Tensor, zero: torch.Tensor, factors: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scales and zeros as a matrix stores them; all of shapes that broadcast."""
+        steps, zeros = self.stored(scale, zero, factors)
+        return steps * self.lift * factors, self._zero_values(steps, zeros) * factors
+
+    def stored(
+        self, scale: torch.Tensor, zero: torch.Tensor, factors: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The whole numbers that stand for scales and for zeros, as floats."""
+        scale = self._positive(scale, zero)
+        steps = (scale / (factors * self.lift)).round_().clamp_(1, LARGEST_SCALE)
+        most = 2 ** (self.zero_bits - 1)
+        zeros = (zero / (steps * factors * self.zero_step)).round_().clamp_(-most, most - 1)
+        return steps, zeros + most
+
+    def _positive(self, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        """Scales, with one that can express the zero where all weights of a group are equal."""
+        reach = self.zero_step * (2 ** (self.zero_bits - 1) - 1) / self.lift
+        return torch.where(scale == 0, zero.abs() / reach, scale)
+
+    def kernel_scales(
+        self, scales: torch.Tensor, zeros: torch.Tensor, memory: ScaleMemory | None = None
+    ) -> torch.Tensor:
+        """Scale and zero of lifted codes in units of the factor, (groups, rows, 2), bfloat16.
+
+        Args:
+            scales: (groups, rows), uint8.
+            zeros: (groups, rows) or half as many groups, uint8.
+            memory: Where they are computed and returned; by default in new memory.
+        """
+        memory = memory or ScaleMemory(scales.new_empty(3, *scales.shape, dtype=torch.int32))
+        steps = memory.steps.copy_(scales)
+        if self.zero_bits == 4:
+            first, second = memory.halves
+            torch.bitwise_and(zeros, _LOWER_BITS, out=first)
+            torch.bitwise_right_shift(zeros, _FOUR, out=second)
+            zeros = memory.unpacked
+        self._zero_values(steps, memory.zeros.copy_(zeros), memory.values)
+        # Both numbers of a pair are written at once, as one of 32 bits: torch computes one
+        # value at a time where it would have to write every second one. Scales are whole
+        # numbers to 255, and so exact.
+        memory.pairs.bitwise_or_(memory.bits.bitwise_right_shift_(_SIXTEEN))
+        return memory.result
+
+    def _zero_values(
+        self, steps: torch.Tensor, zeros: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        values = torch.mul(steps, -(2 ** (self.zero_bits - 1)) * self.zero_step, out=out)
+        values.addcmul_(zeros, steps, value=self.zero_step)
+        values.view(torch.int32).bitwise_and_(_UPPER_HALF)  # rounds toward zero to bfloat16
+        return values
+
+
+class ScaleMemory:
+    """Memory of `LowBitFormat.kernel_scales`, and the parts of it that operations write to.
+
+    Args:
+        numbers: (3, groups, rows), int32.
+    """
+
+    def __init__(self, numbers: torch.Tensor) -> None:
+        self.bits, _, self.pairs = numbers.unbind()
+        self.steps, self.zeros, self.values = numbers.view(torch.float32).unbind()
+        groups, rows = self.bits.shape
+        self.unpacked = self.pairs.view(torch.uint8).view(-1)[: groups * rows].view(groups, rows)
+        self.halves = self.unpacked.chunk(2)
+        self.result = self.pairs.view(SCALE_DTYPE).view(groups, rows, 2)
+
+
+# An operation on a tensor and a number makes a tensor of the number, which takes longer.
+_LOWER_BITS, _FOUR = (torch.tensor(number, dtype=torch.uint8) for number in (15, 4))
+
+
+_SIXTEEN, _UPPER_HALF = (torch.tensor(number, dtype=torch.int32) for number in (16, -(2**16)))
+
+
+LOW_BIT_FORMATS: dict[PackedLevel, LowBitFormat] = {
+    "int4-compact": LowBitFormat(4, 32, zero_bits=8, zero_step=1 / 16),
+    "int3": LowBitFormat(3, 32, zero_bits=4, zero_step=1 / 2),
+    "int2": LowBitFormat(2, 16, zero_bits=4, zero_step=1.0),
+}
+"""The formats by level."""
+
+
+def stored_level(level: PackedLevel, shape: tuple[int, int]) -> PackedLevel:
+    """The level at which a matrix (out, in) is stored where its block is at `level`."""
+    fits_low_bits = shape[0] % BLOCK == 0 and shape[1] % (2 * GROUP_INPUTS) == 0
+    return "int4" if level in LOW_BIT_FORMATS and not fits_low_bits else level
+
+
+def tensor_shapes(level: PackedLevel, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a matrix (out, in); see `models.weights.packing` and `low_bits`."""
+    level, (out, inputs) = stored_level(level, shape), shape
+    if level in LOW_BIT_FORMATS:
+        return LOW_BIT_FORMATS[level].shapes(shape)
+    if level == "int8":
+        return {"codes": (out, inputs), "scales": (out,)}
+    groups = -(-inputs // GROUP_INPUTS)
+    blocks = (out // BLOCK, inputs, HALF) if fills_blocks(shape) else (out, -(-inputs // 2))
+    return {"codes": blocks, "scales": (groups, out, 2)}
+
+
+def packed_bytes(level: PackedLevel, shape: tuple[int, int]) -> int:
+    """Bytes of a matrix at a level, without making it."""
+    sizes = {name: math.prod(part) for name, part in tensor_shapes(level, shape).items()}
+    wide = "factors" if "factors" in sizes else "scales"  # the others are bytes
+    return sum(sizes.values()) + sizes[wide] * (SCALE_DTYPE.itemsize - 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,11 +378,15 @@ class _Target:
         return self.lifted
 
 
-# Of both half bytes; tensors, as in `packed_layout`.
+# Of both half bytes; tensors, as in `models.weights.packing`.
 _UPPER_2_BITS, _UPPER_3_BITS, _LOWEST_BIT, _TWO = (
     torch.tensor(number, dtype=torch.uint8) for number in (0xCC, 0xEE, 0x11, 2)
 )
+
+
 _Parts = tuple[_Target, ScaleMemory]
+
+
 _parts: dict[tuple[PackedLevel, int, int, torch.device], _Parts] = {}
 
 

@@ -17,21 +17,20 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from rap_env.models.weights.low_bits import matrix_from_tensors
-from rap_env.models.weights.packed_layout import (
+from rap_env.models.weights.low_bits import matrix_from_tensors, tensor_shapes
+from rap_env.models.weights.packing import (
     PackedLevel,
+    PackedMatrix,
     buffer_in_use,
     piece_rows,
-    tensor_shapes,
     widening_buffer,
 )
-from rap_env.models.weights.packing import PackedMatrix
 
 
 class PackedModule(nn.Module):
@@ -189,26 +188,6 @@ class PackedExperts(PackedModule):
         return wide
 
 
-def packable(
-    module: nn.Module, parent: nn.Module | None = None, attribute: str = ""
-) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """The parts of a block's module that are packed or can be, as (parent, attribute, child).
-
-    Args:
-        module: A module of a block.
-        parent: The module that holds it; needed where `module` itself can be packed, as in
-            OPT.
-        attribute: Its name there.
-    """
-    if isinstance(module, PackedModule) or is_packable(module):
-        if parent is None:
-            raise ValueError(f"{type(module).__name__} can be packed only in its parent.")
-        yield parent, attribute, module
-        return
-    for name, child in module.named_children():
-        yield from packable(child, module, name)
-
-
 def is_packable(module: nn.Module) -> bool:
     """Whether a module can be packed. A linear layer with a single output (a gate) is left."""
     if isinstance(module, PackedModule):
@@ -234,7 +213,7 @@ def matrices_of(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def from_matrices(child: nn.Module, matrices: Mapping[str, PackedMatrix]) -> PackedModule:
-    """The packed module for a child of `packable` with given weights, such as those of a file.
+    """The packed module for one that `is_packable` with given weights, such as those of a file.
 
     Of the child only the bias and the sizes are used, so its weights may be on the meta
     device.
@@ -252,7 +231,7 @@ def from_matrices(child: nn.Module, matrices: Mapping[str, PackedMatrix]) -> Pac
 def from_tensors(
     child: nn.Module, level: PackedLevel, tensors: Mapping[str, torch.Tensor]
 ) -> PackedModule:
-    """The packed module for a child of `packable` from the `PackedModule.tensors` of another."""
+    """The packed module for such a module from the `PackedModule.tensors` of another."""
     matrices = {}
     for name, weight in matrices_of(child).items():
         shape = (weight.shape[0], weight.shape[1])
@@ -269,7 +248,7 @@ def skeleton(module: nn.Module) -> nn.Module:
     """A child for `from_tensors` without weights of its own: they are on the meta device.
 
     Args:
-        module: A child of `packable`, or a packed module, whose unquantised shape is then
+        module: A module that can be packed, or a packed module, whose unquantised shape is then
             meant.
     """
     if isinstance(module, PackedLinear):

@@ -9,22 +9,20 @@ weight is among them, so weights on a grid of 16 steps keep their values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from rap_env.errors import check_name
-from rap_env.models.weights.low_bits import LowBitMatrix
-from rap_env.models.weights.packed_layout import (
+from rap_env.models.weights.low_bits import LOW_BIT_FORMATS, LowBitMatrix, stored_level
+from rap_env.models.weights.packing import (
     GROUP_INPUTS,
-    LOW_BIT_FORMATS,
     PACKED_LEVELS,
     SCALE_DTYPE,
     PackedLevel,
-    stored_level,
+    PackedMatrix,
 )
-from rap_env.models.weights.packing import PackedMatrix
 
 Quantiser = Callable[[torch.Tensor, PackedLevel], PackedMatrix]
 """Packs a matrix (out, in) at a level."""
@@ -137,24 +135,12 @@ def quantise(
     check_name("level of packed weights", level, PACKED_LEVELS)
     weight = weight.detach()
     if level == "int8":
-        return _quantise_int8(weight)
-    level = stored_level(level, (weight.shape[0], weight.shape[1]))
-    return _packed(torch.split(weight, _ROWS), level, importance)
-
-
-def _quantise_int8(weight: torch.Tensor) -> PackedMatrix:
-    weight = weight.float()
-    scale = (weight.abs().amax(dim=1) / 127).to(SCALE_DTYPE)
-    codes = (weight / nonzero(scale).float()[:, None]).round_().clamp_(-127, 127)
-    return PackedMatrix.from_codes(codes.to(torch.int8), scale)
-
-
-def _packed(
-    parts: Iterable[torch.Tensor], level: PackedLevel, importance: torch.Tensor | None
-) -> PackedMatrix:
-    """Pack the rows of a matrix, some at a time, (rows, in) each."""
-    coded = []
-    for part in parts:
+        weight = weight.float()
+        scale = (weight.abs().amax(dim=1) / 127).to(SCALE_DTYPE)
+        whole = (weight / nonzero(scale).float()[:, None]).round_().clamp_(-127, 127)
+        return PackedMatrix.from_codes(whole.to(torch.int8), scale)
+    level, coded = stored_level(level, (weight.shape[0], weight.shape[1])), []
+    for part in torch.split(weight, _ROWS):
         columns = part.float().T.contiguous()
         grid, codes, scales, zeros = Grid.of(level, columns), [], [], []
         for groups, factors in _grouped(columns, grid.group_inputs, importance):

@@ -11,22 +11,19 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from rap_env.levels import WeightLevel
-from rap_env.models.families.adapter import BlockSite, Slot
-from rap_env.models.weights.low_bits import matrix_from_tensors
-from rap_env.models.weights.packed_layout import (
-    BLOCK,
+from rap_env.models.families.families import BlockSite, Slot
+from rap_env.models.weights.low_bits import (
     LOW_BIT_FORMATS,
-    PACKED_LEVELS,
-    PackedLevel,
+    matrix_from_tensors,
     packed_bytes,
     stored_level,
     tensor_shapes,
@@ -35,17 +32,15 @@ from rap_env.models.weights.packed_modules import (
     PackedModule,
     from_matrices,
     from_tensors,
+    is_packable,
     matrices_of,
     module_widen_bytes,
-    packable,
     skeleton,
 )
-from rap_env.models.weights.packing import PackedMatrix
+from rap_env.models.weights.packing import BLOCK, PACKED_LEVELS, PackedLevel, PackedMatrix
 from rap_env.models.weights.quantisers import Quantiser, quantise
 from rap_env.models.weights.tensors import StoredTensor, named_weights, tensor_key, verified_tensors
 from rap_env.plan import EMBEDDINGS
-
-T = TypeVar("T")
 
 
 class Place:
@@ -68,10 +63,10 @@ class Place:
         self.name, self.slot = name, slot
         self.original = self.native = slot.original
         self.tied: Place | None = None
-        self._skeleton = skeleton(slot.original)  # native weights may be evicted later
-        weights = matrices_of(self._skeleton)
+        self.skeleton = skeleton(slot.original)  # native weights may be evicted later
+        weights = matrices_of(self.skeleton)
         self.shapes = [(w.shape[0], w.shape[1]) for w in weights.values()]
-        self.widen_bytes = module_widen_bytes(self._skeleton)
+        self.widen_bytes = module_widen_bytes(self.skeleton)
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
@@ -79,7 +74,7 @@ class Place:
         own = (
             self.original.tensors()
             if isinstance(self.original, PackedModule)
-            else {name: getattr(self.original, name) for name in matrices_of(self._skeleton)}
+            else {name: getattr(self.original, name) for name in matrices_of(self.skeleton)}
         )
         return {f"{self.name}.{name}": tensor for name, tensor in own.items()}
 
@@ -90,22 +85,15 @@ class Place:
         return isinstance(native, PackedModule) and order(native.level) >= max(map(order, stored))
 
     def quantised(
-        self,
-        level: PackedLevel,
-        ahead: Mapping[Place, PackedModule],
-        quantiser: Quantiser = quantise,
-        added: torch.Tensor | None = None,
+        self, level: PackedLevel, quantiser: Quantiser, added: torch.Tensor | None = None
     ) -> PackedModule:
-        """The module at a level, made from native weights.
+        """The module at a level, made from native weights; the place is not tied.
 
         Args:
             level: The level.
-            ahead: Modules of tied places.
-            quantiser: By default weights are packed with the least squared error.
+            quantiser: Packs the weights.
             added: What is added to the weights of its only matrix first, (out, in).
         """
-        if self.tied is not None:
-            return from_matrices(self._skeleton, ahead[self.tied].matrices)
         if isinstance(self.original, PackedModule):
             matrices: dict[str, Any] = dict(self.original.matrices)
         elif self.native is not self.original:
@@ -117,17 +105,10 @@ class Place:
             name: quantise_by_rows(matrix, level, quantiser, device, added)
             for name, matrix in matrices.items()
         }
-        return from_matrices(self._skeleton, made)
+        return from_matrices(self.skeleton, made)
 
-    def stored(
-        self,
-        level: PackedLevel,
-        tensors: Mapping[str, torch.Tensor],
-        ahead: Mapping[Place, PackedModule],
-    ) -> PackedModule:
+    def stored(self, level: PackedLevel, tensors: Mapping[str, torch.Tensor]) -> PackedModule:
         """As `quantised`, from tensors of a file, on any device, by their names in the model."""
-        if self.tied is not None:
-            return from_matrices(self._skeleton, ahead[self.tied].matrices)
         prefix = f"{self.name}."
         device = next(iter(self.weights.values())).device
         own = {
@@ -135,7 +116,7 @@ class Place:
             for name, tensor in tensors.items()
             if name.startswith(prefix)
         }
-        return from_tensors(self._skeleton, level, own)
+        return from_tensors(self.skeleton, level, own)
 
 
 _VALUES_AT_ONCE = 2**20
@@ -226,24 +207,6 @@ class WeightItem:
         """Bytes in memory of the packed weights that were made."""
         return sum(t.nbytes for level in self._made for t in self.tensors(level).values())
 
-    def native_users(self) -> dict[str, frozenset[WeightLevel]]:
-        """The levels that use each native tensor in the places, by its name."""
-        return {
-            name: frozenset(("native", *filter(place.keeps, self.levels)))
-            for place in self.places
-            for name in place.weights
-        }
-
-    def aliased(self, stored: Mapping[str, T]) -> dict[str, T]:
-        """Entries of `stored` for tensors that are stored under the name of a tied one."""
-        return {
-            name: stored[tied_name]
-            for place in self.places
-            if place.tied is not None
-            for name, tied_name in zip(place.tied.weights, place.weights, strict=True)
-            if tied_name in stored
-        }
-
     def tensors(self, level: PackedLevel) -> dict[str, torch.Tensor]:
         """The tensors that were made for a level, by name in the model; tied ones once."""
         return {
@@ -268,11 +231,9 @@ class WeightItem:
             quantisers: For places whose weights are not packed with the least squared error.
             native: A place whose module stays the native one until `quantise_again`.
         """
-        made: dict[Place, PackedModule] = {}
-        for place in self._changed(level):
-            if place is not native:
-                made[place] = place.quantised(level, made, quantisers.get(place, quantise))
-        self._made[level] = made
+        self._make(
+            level, lambda place: place.quantised(level, quantisers.get(place, quantise)), native
+        )
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -284,12 +245,7 @@ class WeightItem:
         added: torch.Tensor | None = None,
     ) -> None:
         """Make the module of one place of a level that was made; see `Place.quantised`."""
-        made = self._made[level]
-        made[place] = place.quantised(level, made, quantiser, added)
-
-    def module(self, level: PackedLevel, place: Place) -> nn.Module:
-        """The module in a place at a level that was made."""
-        return self._made[level].get(place, place.original)
+        self._made[level][place] = place.quantised(level, quantiser, added)
 
     def lacks(self, level: WeightLevel) -> bool:
         """Whether it has a level that a text has to make first, as few bits of a block."""
@@ -309,9 +265,21 @@ class WeightItem:
 
     def build(self, level: PackedLevel, tensors: Mapping[str, torch.Tensor]) -> None:
         """Make a level's modules from what `tensors` returned for it, here or elsewhere."""
+        self._make(level, lambda place: place.stored(level, tensors))
+
+    def _make(
+        self,
+        level: PackedLevel,
+        module: Callable[[Place], PackedModule],
+        native: Place | None = None,
+    ) -> None:
+        """Make the modules of places that differ at a level; tied ones share their matrices."""
         made: dict[Place, PackedModule] = {}
-        for place in self._changed(level):
-            made[place] = place.stored(level, tensors, made)
+        for place in self.places:
+            if place.tied is not None and place.tied in made:
+                made[place] = from_matrices(place.skeleton, made[place.tied].matrices)
+            elif place is not native and not place.keeps(level):
+                made[place] = module(place)
         self._made[level] = made
 
     def forget(self, level: PackedLevel) -> None:
@@ -336,9 +304,6 @@ class WeightItem:
             place.slot.put(made.get(place, place.native))
         self.level = level
 
-    def _changed(self, level: PackedLevel) -> Iterator[Place]:
-        return (place for place in self.places if not place.keeps(level))
-
 
 def packed_level(level: WeightLevel) -> PackedLevel | None:
     """The level itself if other modules compute at it, else None."""
@@ -354,17 +319,20 @@ def block_items(model: nn.Module, sites: Iterable[BlockSite]) -> tuple[WeightIte
     uses = Counter(tensor_key(tensor) for _, tensor in named_weights(model))
     items = []
     for site in sites:
-        slots = [] if site.pruned else list(itertools.chain(*map(_packable_slots, site.slots)))
+        slots = [] if site.pruned else list(itertools.chain(*map(packable_slots, site.slots)))
         places = [Place(names[slot.original], slot) for slot in slots]
         alone = [p for p in places if all(uses[tensor_key(t)] == 1 for t in p.weights.values())]
         items.append(WeightItem(f"block{site.index:03d}", alone))
     return tuple(items)
 
 
-def _packable_slots(slot: Slot) -> Iterator[Slot]:
-    """The slot of a block itself, or those inside of its module."""
-    for parent, attribute, child in packable(slot.original, slot.parent, slot.attribute):
-        yield slot if child is slot.original else Slot(parent, attribute, child)
+def packable_slots(slot: Slot) -> Iterator[Slot]:
+    """The slot of a module that is packed or can be, or such slots inside of the module."""
+    if isinstance(slot.original, PackedModule) or is_packable(slot.original):
+        yield slot
+        return
+    for name, child in slot.original.named_children():
+        yield from packable_slots(Slot(slot.original, name, child))
 
 
 def embeddings_item(model: Any) -> WeightItem:
@@ -390,10 +358,9 @@ def _place_of(model: nn.Module, module: nn.Module) -> Place:
     raise ValueError(f"{type(module).__name__} is no module of the model.")
 
 
-def level_bytes(
-    items: Sequence[WeightItem], own: Sequence[int], embeddings: WeightItem, base: int
-) -> dict[str, Any]:
+def level_bytes(items: Sequence[WeightItem], own: Sequence[int], base: int) -> dict[str, Any]:
     """The entries of `ModelFacts` about packed weights, given the bytes of native ones."""
+    *items, embeddings = items
     blocks = {
         level: tuple(
             native - item.native_bytes + item.levels[level] if level in item.levels else 0

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from rap_env.levels import GROUP_TOKENS, CacheLevel, channel_groups
-from rap_env.models.caches import block_attention, token_attention
-from rap_env.models.caches.attention import attend
+from rap_env.models.caches import grouped_attention
+from rap_env.models.caches.grouped_attention import attend
 from rap_env.models.caches.grouped_cache import GroupedLayer
 from rap_env.models.caches.groups import pack, parts, widen
 
@@ -97,9 +97,8 @@ def test_small_pieces_give_the_same(monkeypatch) -> None:
         return [several, attend(query[:, :, 199:], chunk, None)]
 
     whole = both()
-    for module in (block_attention, token_attention):
-        monkeypatch.setattr(module, "PIECE_VALUES", 2 * 2 * GROUP_TOKENS * 16 * 2)
-    monkeypatch.setattr(token_attention, "_UNPACKED_BYTES", 5 * 2 * 2 * GROUP_TOKENS * 16 * 2)
+    monkeypatch.setattr(grouped_attention, "PIECE_VALUES", 2 * 2 * GROUP_TOKENS * 16 * 2)
+    monkeypatch.setattr(grouped_attention, "_UNPACKED_BYTES", 5 * 2 * 2 * GROUP_TOKENS * 16 * 2)
     for actual, expected in zip(both(), whole, strict=True):
         torch.testing.assert_close(actual, expected)
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from rap_env.models.caches.layers import ReservedLayer
+from rap_env.models.caches.kv_cache import ReservedLayer
 from rap_env.models.device import own_pages
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan

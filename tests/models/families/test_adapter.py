@@ -5,8 +5,8 @@ import torch
 import transformers as tf
 
 from rap_env.errors import UnsupportedModelError
-from rap_env.models.families.adapter import adapter_for
 from rap_env.models.families.families import FAMILIES as KNOWN
+from rap_env.models.families.families import adapter_for
 from tests.tiny import FAMILIES, LAYERS, padded_batch, tiny_config, tiny_model
 
 

@@ -9,7 +9,7 @@ from gguf.gguf_reader import GGUFReader
 from gguf.quants import dequantize
 
 from rap_env.errors import UnsupportedModelError
-from rap_env.models.files.gguf_reader import GgufFile, packed_blocks, packs_as_int4
+from rap_env.models.files.gguf_conversion import GgufFile, packed_blocks, packs_as_int4
 
 _HALF_ULP = 2.0**-8  # largest relative error of rounding to bfloat16, and as much for arithmetic
 # where blocks of each type have their 16-bit scales, in bytes
@@ -114,7 +114,7 @@ def test_rows_are_put_in_order(name: str) -> None:
 def test_large_tensors_are_rounded_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = random_blocks("Q8_0")
     whole = packed_blocks(blocks, GGMLQuantizationType.Q8_0)
-    monkeypatch.setattr("rap_env.models.files.gguf_reader._PIECE_VALUES", 5 * 512)
+    monkeypatch.setattr("rap_env.models.files.gguf_conversion._PIECE_VALUES", 5 * 512)
     pieces = packed_blocks(blocks, GGMLQuantizationType.Q8_0)
     assert torch.equal(pieces.codes, whole.codes)
     assert torch.equal(pieces.scales, whole.scales)

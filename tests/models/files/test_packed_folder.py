@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM
 from rap_env.errors import ChecksumError, ModelNotAvailableError, UnsupportedModelError
 from rap_env.models.files.gguf_source import converted_gguf
 from rap_env.models.files.loading import load_llm
-from rap_env.models.files.packed_folder import PACKED_FILE, load_native
-from rap_env.models.files.weight_files import load_weights
+from rap_env.models.files.weight_files import PACKED_FILE, load_native, load_weights
 from rap_env.models.weights.packed_modules import PackedEmbedding, PackedLinear, PackedModule
 from rap_env.plan import Plan
 from tests.models.states import tensor_bytes
@@ -169,7 +168,7 @@ def test_gemma_with_mixed_types(lonely: Path, tmp_path: Path) -> None:
 def test_the_finer_copy_of_a_vocabulary_is_kept(
     rows, head, lonely, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rap_env.models.files.gguf_reader._PIECE_VALUES", 5 * 64)
+    monkeypatch.setattr("rap_env.models.files.gguf_conversion._PIECE_VALUES", 5 * 64)
     source = write_tiny_gguf(tmp_path / "tied.gguf", kind=rows, head=head, **SIZES)
     native = load_native(converted_gguf(tmp_path / "tied.gguf", packed=True), torch.float32)
     embeddings, shared = native.model.embed_tokens, native.lm_head

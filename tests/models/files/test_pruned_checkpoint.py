@@ -15,8 +15,12 @@ from rap_env.errors import ArtifactError, StorageFullError, UnknownNameError, Un
 from rap_env.memory import MemoryModel
 from rap_env.models.caches.attention import attention_name
 from rap_env.models.files import pruned_checkpoint
-from rap_env.models.files.pruned_checkpoint import PRUNED_FILE, load_pruned, save_pruned
-from rap_env.models.files.pruned_code import vllm_entries
+from rap_env.models.files.pruned_checkpoint import (
+    PRUNED_FILE,
+    load_pruned,
+    save_pruned,
+    vllm_entries,
+)
 from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.models.states import logits

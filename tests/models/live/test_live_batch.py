@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from rap_env.errors import InvalidRequestError
-from rap_env.models.caches import row_parts
 from rap_env.models.caches.kv_cache import PassInterruptedError
+from rap_env.models.live import live_batch
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
 from tests.models.generation import gated_logits
@@ -140,7 +140,7 @@ def test_a_failed_join_leaves_both_batches(monkeypatch) -> None:
     batch, other = LiveBatch(llm), LiveBatch(llm)
     batch.prefill(random_rows(6))
     other.prefill(random_rows(4))
-    real, calls = row_parts._concatenate, []
+    real, calls = live_batch.append_rows, []
 
     def fails_at_the_second(*args):
         calls.append(args)
@@ -148,7 +148,7 @@ def test_a_failed_join_leaves_both_batches(monkeypatch) -> None:
             raise MemoryError
         real(*args)
 
-    monkeypatch.setattr(row_parts, "_concatenate", fails_at_the_second)
+    monkeypatch.setattr(live_batch, "append_rows", fails_at_the_second)
     with pytest.raises(MemoryError):
         batch.join(other)
     assert (batch.size, other.size) == (1, 1)

@@ -48,7 +48,7 @@ def offloaded() -> ElasticLLM:
 def tensor_bytes(llm: ElasticLLM) -> int:
     """Bytes of all tensors of weights in memory, of the model and of what stands aside."""
     tensors = [tensor for _, tensor in named_weights(llm.model)]
-    for site in llm._live.sites:
+    for site in llm.sites:
         tensors += [tensor for part in site.modules for _, tensor in named_weights(part)]
     for item in llm.weight_items:
         tensors += [tensor for place in item.places for tensor in place.weights.values()]

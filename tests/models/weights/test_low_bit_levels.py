@@ -11,7 +11,7 @@ from rap_env.models.live import calibration
 from rap_env.models.live.calibration import calibrate
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
-from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS
+from rap_env.models.weights.low_bits import LOW_BIT_FORMATS
 from rap_env.models.weights.residency import Residency
 from rap_env.plan import Plan, block_name
 from rap_env.request import Request

@@ -8,19 +8,20 @@ import torch
 from torch import nn
 
 from rap_env.errors import ArtifactError
-from rap_env.models.families.adapter import adapter_for
+from rap_env.models.families.families import Slot, adapter_for
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward, WidenedWeights
-from rap_env.models.weights.packed_layout import PACKED_LEVELS, PackedLevel, packed_bytes
+from rap_env.models.weights.low_bits import packed_bytes
 from rap_env.models.weights.packed_modules import (
     PackedExperts,
     PackedModule,
     from_matrices,
     from_tensors,
     matrices_of,
-    packable,
 )
+from rap_env.models.weights.packing import PACKED_LEVELS, PackedLevel
 from rap_env.models.weights.quantisers import quantise
+from rap_env.models.weights.weight_levels import packable_slots
 from rap_env.plan import Plan
 from rap_env.scoring.scorer import PlanScorer
 from tests.models.live.test_partial_forward import by_blocks
@@ -32,7 +33,7 @@ Place = tuple[nn.Module, str, nn.Module]
 
 
 def packed(child: nn.Module, level: PackedLevel) -> PackedModule:
-    """The packed module for a child of `packable`."""
+    """The packed module for a module that can be packed."""
     weights = matrices_of(child).items()
     return from_matrices(child, {name: quantise(weight, level) for name, weight in weights})
 
@@ -40,7 +41,8 @@ def packed(child: nn.Module, level: PackedLevel) -> PackedModule:
 def _places(model: Any) -> list[Place]:
     sites = adapter_for(model.config).sites(model)
     slots = [slot for site in sites for slot in site.slots]
-    return [p for slot in slots for p in packable(slot.original, slot.parent, slot.attribute)]
+    places = [place for slot in slots for place in packable_slots(slot)]
+    return [(place.parent, place.attribute, place.original) for place in places]
 
 
 @torch.inference_mode()
@@ -129,9 +131,9 @@ def packed_llm(family="llama", level="int4", wide=False, dtype=torch.bfloat16):
     """A model whose native blocks are packed, or have the weights that packed ones widen to."""
     model = tiny_model(family, dtype=dtype)
     for layer in adapter_for(model.config).layers(model):
-        for parent, name, child in list(packable(layer)):
-            module = packed(child, level)
-            setattr(parent, name, module.widened() if wide else module)
+        for slot in list(packable_slots(Slot(layer, "", layer))):
+            module = packed(slot.original, level)
+            setattr(slot.parent, slot.attribute, module.widened() if wide else module)
     return ElasticLLM(model, None, name="packed")
 
 

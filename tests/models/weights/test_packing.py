@@ -10,15 +10,9 @@ from torch.nn import functional
 
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.models import device
-from rap_env.models.weights import packed_layout, packing
-from rap_env.models.weights.low_bits import matrix_from_tensors
-from rap_env.models.weights.packed_layout import (
-    PACKED_LEVELS,
-    PackedLevel,
-    buffer_in_use,
-    packed_bytes,
-)
-from rap_env.models.weights.packing import PackedMatrix
+from rap_env.models.weights import packing
+from rap_env.models.weights.low_bits import matrix_from_tensors, packed_bytes
+from rap_env.models.weights.packing import PACKED_LEVELS, PackedLevel, PackedMatrix, buffer_in_use
 from rap_env.models.weights.quantisers import quantise
 from tests.programs import run_python
 
@@ -97,8 +91,8 @@ def test_widening_in_pieces_changes_nothing(level, dtype, monkeypatch) -> None:
     matrix = quantise(_random((320, 64)), level)
     states = _random((200, 64), seed=3).to(dtype)
     whole = matrix.product(states)
-    monkeypatch.setattr(packed_layout, "PIECE_VALUES", 128 * 64)
-    assert packed_layout.piece_rows(matrix.shape) == 128
+    monkeypatch.setattr(packing, "PIECE_VALUES", 128 * 64)
+    assert packing.piece_rows(matrix.shape) == 128
     assert torch.equal(matrix.product(states), whole)
 
 
@@ -108,7 +102,7 @@ def test_a_cpu_that_emulates_bfloat16_multiplies_exact_weights_and_rounds_once(
     level: PackedLevel, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device, "emulated", lambda: True)
-    monkeypatch.setattr(packed_layout, "PIECE_VALUES", 128 * 64)
+    monkeypatch.setattr(packing, "PIECE_VALUES", 128 * 64)
     matrix = quantise(_random((320, 64)), level)
     states = _random((tokens, 64), seed=3).bfloat16()
     actual = matrix._by_widening(states)
@@ -153,7 +147,7 @@ PRODUCTS_OF_HALF_BLOCKS = """
 import torch
 from rap_env.models.weights import packing
 from rap_env.models.weights.quantisers import quantise
-from rap_env.models.weights.packed_layout import buffer_in_use, widening_buffer
+from rap_env.models.weights.packing import buffer_in_use, widening_buffer
 
 print(packing.kernel_block_rows())
 for shape in ((64, 32), (192, 96)) if packing.kernel_block_rows() else ():

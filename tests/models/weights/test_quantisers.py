@@ -6,8 +6,8 @@ from torch import nn
 
 from rap_env.models.weights import weight_levels
 from rap_env.models.weights.gptq import DampedHessian, correction, hessians, quantise_gptq
-from rap_env.models.weights.packed_layout import PACKED_LEVELS, PackedLevel, stored_level
-from rap_env.models.weights.packing import PackedMatrix
+from rap_env.models.weights.low_bits import stored_level
+from rap_env.models.weights.packing import PACKED_LEVELS, PackedLevel, PackedMatrix
 from rap_env.models.weights.quantisers import quantise
 
 

@@ -49,7 +49,7 @@ def test_weights_as_stored_are_neither_copied_nor_hashed(residency, tmp_path, mo
     before = weights_hash(llm.model)
     places = [tensor.data_ptr() for _, tensor in weights_of(llm.model)]
     llm.fingerprint  # noqa: B018  it is remembered
-    monkeypatch.setattr("rap_env.models.weights.weight_groups._digest", None)
+    monkeypatch.setattr("rap_env.models.weights.residency._digest", None)
     llm.set_residency(residency)
     assert [tensor.data_ptr() for _, tensor in weights_of(llm.model)] == places
     held = llm.held_bytes.weights
