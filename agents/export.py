@@ -17,8 +17,9 @@ from agents.networks import ActorCriticHeads, DuelingHeads, Rows
 from agents.trained_policy import fitting_policy
 from rap_env.context.base import make_encoder
 from rap_env.errors import ArtifactError
-from rap_env.policies.network import Float32s, NetworkWeights
+from rap_env.policies.network import NetworkWeights
 from rap_env.policies.network_policy import PolicyFile
+from rap_env.policies.network_rows import Float32s
 from rap_env.version import __version__
 
 if TYPE_CHECKING:

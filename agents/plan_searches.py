@@ -19,6 +19,7 @@ import numpy.typing as npt
 from agents.trained_policy import PlanObserver
 from rap_env.context.base import make_encoder
 from rap_env.envs.base import PruningEnv
+from rap_env.errors import InvalidRequestError
 from rap_env.importance.gradient_costs import native_changes
 from rap_env.ladder.features import BYTES_OVER, COST_CEILING, COST_FLOOR, EveryLevel
 from rap_env.ladder.items import Counts, Ladder
@@ -26,6 +27,7 @@ from rap_env.ladder.observation import Observation, ObservationEncoder
 from rap_env.plan import Plan
 from rap_env.policies.method import Basis, CountingScorer, Method
 from rap_env.request import Request
+from rap_env.scoring.scorer import PlanScorer
 from rap_env.workload.sampler import GridSampler
 
 Floats = npt.NDArray[np.float64]
@@ -289,6 +291,11 @@ class CrossTerms(Searched):
     def __init__(self, basis: Basis) -> None:
         super().__init__(basis)
         scorer = self.context.scorer
+        if not isinstance(scorer, PlanScorer):
+            raise InvalidRequestError(
+                "cross_terms needs a running model for its gradients; this task reads a table of "
+                "scores. Take a task whose plans are run, such as RAPLadder/Unseen-Tune-v1."
+            )
         levels = {i.name: i.levels[1:] for i in self.ladder.items if i.kind != "embeddings"}
         made = native_changes(scorer.llm, scorer.corpus.tokens, levels)
         windows, tokens = scorer.corpus.tokens.shape

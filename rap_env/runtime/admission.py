@@ -19,13 +19,18 @@ from rap_env.errors import (
     counted,
 )
 from rap_env.request import human_bytes
+from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.decision import Admit
-from rap_env.runtime.executor import Executor
 from rap_env.runtime.memory_estimator import BatchShape, PassSize
 from rap_env.runtime.records import EngineSettings
-from rap_env.runtime.request_handle import AdmitEvent, Rejection, rejection_of
+from rap_env.runtime.request_handle import (
+    AdmitEvent,
+    OutputProcessor,
+    Rejection,
+    TokenSequence,
+    rejection_of,
+)
 from rap_env.runtime.running import RunningBatch
-from rap_env.runtime.sequence import OutputProcessor, TokenSequence
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +110,7 @@ class Admission:
     """Lets waiting requests begin, as far as the controller finds plans for them.
 
     Args:
-        executor: Finds plans.
+        controller: Finds plans.
         queue: The requests that wait.
         batch: What runs.
         output: Rejects requests that can never fit.
@@ -120,14 +125,13 @@ class Admission:
 
     def __init__(
         self,
-        executor: Executor,
+        controller: RuntimeController,
         queue: RequestQueue,
         batch: RunningBatch,
         output: OutputProcessor,
         settings: EngineSettings,
     ) -> None:
-        controller = executor.controller
-        self._executor = executor
+        self._controller = controller
         self._monitor = controller.monitor
         self._chooser = controller.chooser
         self._clock = controller.clock
@@ -186,7 +190,7 @@ class Admission:
             return
         self._next_try_s = self._clock() + _STALLED_S
         if long := self.stalled_s >= _LONG_STALL_S:
-            self._executor.forget_margin()
+            self._controller.forget_margin()
         waiting = sorted(self._queue.waiting, key=lambda each: each.handle.final_tokens)
         chunks = [max(1, self._batch.chunk_tokens // parts) for parts in _CHUNK_PARTS]
         tries = [(sequence, size) for sequence in waiting[:1] for size in chunks]
@@ -202,7 +206,7 @@ class Admission:
         batch = self._batch
         kept_tokens = self._kept.match(sequence).tokens
         unread = sequence.known_tokens - kept_tokens
-        shape = batch.shape_with(sequence, unread, chunk_tokens)
+        shape = batch.shape_of(batch.decoding, sequence, -(-unread // chunk_tokens))
         tokens = min(unread, chunk_tokens)
         asked = replace(
             batch.snapshot(prefill=False),
@@ -212,12 +216,12 @@ class Admission:
             waiting=self.waiting - 1,
             stalled=stalled,
         )
-        if isinstance(self._executor.act(asked), Admit):
+        if isinstance(self._controller.act(asked, self._kept), Admit):
             self._queue.remove(sequence)
-            self._executor.new_chunk()
+            self._controller.new_chunk()
             taken = batch.prefill(sequence, chunk_tokens)
             self._output.counters.kept_tokens += taken.tokens
-            sequence.handle.emit(AdmitEvent(self._clock(), *taken))
+            sequence.handle.emit(AdmitEvent(self._clock(), taken))
             return True
         if not batch.decoding and not self.could_ever_fit(shape):
             self._queue.remove(sequence)
@@ -225,7 +229,7 @@ class Admission:
                 self._output.end(sequence, "length")
                 return False
             error = self.misfit(shape, expected=True)
-            self._output.reject(sequence, rejection_of(error), str(error))
+            self._output.end(sequence, "error", str(error), rejection=rejection_of(error))
         return False
 
     def _within_own_floor(self, sequence: TokenSequence) -> bool:
@@ -234,7 +238,7 @@ class Admission:
             return True
         budget = self._monitor.budget_bytes
         if budget > sequence.unfit_bytes:
-            if self._chooser.could_fit(self._batch.shape_alone(sequence), budget):
+            if self._chooser.could_fit(self._batch.shape_of([], sequence), budget):
                 return True
             sequence.unfit_bytes = budget
         return False
@@ -291,7 +295,7 @@ class Admission:
             return
         oldest_s = self._clock() - timeout_s
         for sequence in self._queue.remove_if(lambda waiting: waiting.queued_since_s < oldest_s):
-            shape = self._batch.shape_alone(sequence)
+            shape = self._batch.shape_of([], sequence)
             message = f"The request waited longer than {timeout_s} s."
             rejection: Rejection = "queue_timeout"
             if not self._chooser.could_fit(shape, self._monitor.budget_bytes):
@@ -299,7 +303,7 @@ class Admission:
                 message = f"{message} {error}"
                 if isinstance(error, QualityFloorError):
                     rejection = "below_floor"
-            self._output.reject(sequence, rejection, message)
+            self._output.end(sequence, "error", message, rejection=rejection)
 
     def _note_stall(self) -> None:
         """After nothing that waits fitted, and nothing runs: log why, once."""

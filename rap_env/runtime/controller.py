@@ -7,12 +7,25 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rap_env.errors import ChecksumError, ModelNotAvailableError, RapError
 from rap_env.models.device import synchronise
 from rap_env.plan import Plan
 from rap_env.policies.base import PolicyLike, as_policy
+from rap_env.runtime.decision import (
+    Action,
+    Apply,
+    Borrow,
+    FreeKept,
+    Preempt,
+    RowAction,
+    Snapshot,
+    Wait,
+    decide,
+)
+from rap_env.runtime.kept_sequences import KeptSequences
 from rap_env.runtime.memory_estimator import BatchShape, MemoryEstimator
 from rap_env.runtime.memory_meter import Meter, process_meter
 from rap_env.runtime.memory_monitor import MemoryMonitor, MemorySource, SafetyMargin
@@ -31,6 +44,8 @@ IDLE_RESTORE_S = 60.0
 """Seconds without a request after which everything that fits is restored, without a
 reserve."""
 _UNREADABLE = (ChecksumError, ModelNotAvailableError)
+_LOOK_S = 0.02  # between looks at the budget within a prefill chunk
+_MOST_INTERRUPTIONS = 3  # of one chunk; with a budget that jumps, it would never end
 
 
 class RuntimeController:
@@ -108,6 +123,10 @@ class RuntimeController:
         self.switcher = PlanSwitcher(self.chooser, self.monitor, clock)
         self.headroom = Headroom(settings.hold_s, clock)
         self.overhead_s = 0.0
+        # Bytes that were available when no plan fitted a batch and a quality floor.
+        self._rejected: dict[tuple[BatchShape, float], int] = {}
+        self._next_look_s = 0.0
+        self._interruptions = 0  # of the chunk that is next
 
     @contextmanager
     def timed(self) -> Iterator[None]:
@@ -117,6 +136,136 @@ class RuntimeController:
             yield
         finally:
             self.overhead_s += time.perf_counter() - started
+
+    def act(self, asked: Snapshot, kept: KeptSequences) -> RowAction | None:
+        """Act until the next pass may run, or until it is the turn of rows.
+
+        Args:
+            asked: What is known of the batch; what is measured is filled in.
+            kept: What is kept beside the batch.
+
+        Returns:
+            What is to be done with rows; None if the pass may run.
+        """
+        with self.timed():
+            snapshot = self._begin(asked)
+            while actions := decide(snapshot, self.chooser):
+                for action in actions:
+                    if not isinstance(action, Action):
+                        return self._end(action, snapshot)
+                    done = self._do(action, snapshot, kept)
+                    progress = snapshot.progress.after(action, failed=not done)
+                    snapshot = replace(snapshot, progress=progress)
+                snapshot = self._measured(snapshot)
+            self._note_unraised(snapshot)
+            return None
+
+    def _begin(self, asked: Snapshot) -> Snapshot:
+        """The first snapshot of several decisions that follow one another."""
+        monitor = self.monitor
+        monitor.poll()
+        looks_at_rows = asked.joined is None
+        if looks_at_rows and not asked.running:
+            monitor.borrow(0)
+            monitor.observe_idle()
+        if looks_at_rows and self.switcher.retry():
+            self._rejected = {}
+            self.headroom.forget_failure()
+        floor = self.chooser.follow_queue(
+            asked.waiting, self.llm.plan, asked.running, stalled=asked.stalled
+        )
+        snapshot = self._measured(
+            replace(
+                asked,
+                floor=floor,
+                rests=looks_at_rows and self.headroom.was_idle(asked.running),
+                rejected_bytes=None if looks_at_rows else self._rejected.get((asked.shape, floor)),
+            )
+        )
+        if looks_at_rows and snapshot.plan and snapshot.readable and not snapshot.rests:
+            return replace(snapshot, lasting_bytes=self._lasting_bytes(snapshot))
+        return snapshot
+
+    def _measured(self, snapshot: Snapshot) -> Snapshot:
+        """The snapshot with what is measured now."""
+        monitor = self.monitor
+        return replace(
+            snapshot,
+            plan=self.llm.plan,
+            budget_bytes=monitor.budget_bytes,
+            reserve_bytes=monitor.usable_reserve_bytes,
+            borrowed_bytes=monitor.borrowed_bytes,
+            used_bytes=monitor.used_bytes,
+            held_bytes=monitor.held.total,
+            kept_bytes=self.llm.kept_bytes,
+            margin_bytes=monitor.margin.bytes_for(prefills=snapshot.next_pass.prefills),
+            spare_bytes=int(monitor.budget_bytes * self.settings.spare_share),
+            readable=not self.switcher.unreadable,
+        )
+
+    def _lasting_bytes(self, snapshot: Snapshot) -> int | None:
+        estimator, plan, shape = self.estimator, snapshot.plan, snapshot.running
+        need_bytes = snapshot.spare_bytes + snapshot.borrowed_bytes + snapshot.margin_bytes
+        need_bytes += estimator.peak_bytes(plan, shape)
+        least_bytes = estimator.least_raise_bytes(plan, shape)
+        return self.headroom.lasting_bytes(shape, snapshot.budget_bytes - need_bytes, least_bytes)
+
+    def _do(self, action: Action, snapshot: Snapshot, kept: KeptSequences) -> bool:
+        """Do an action, so that memory is measured after it; whether that was all of it."""
+        done = True
+        if isinstance(action, Apply):
+            self.headroom.reset()
+            return self.switcher.apply(action.plan, snapshot.shape, action.trigger)
+        if isinstance(action, FreeKept):
+            done = not kept.free(action.bytes, action.at_once)
+        elif isinstance(action, Borrow):
+            self.monitor.borrow(action.bytes)
+        self.monitor.trim()
+        return done
+
+    def _end(self, action: RowAction, snapshot: Snapshot) -> RowAction:
+        """Note what was too little for a batch."""
+        tried = isinstance(action, Preempt)
+        if isinstance(action, Wait) and (too_few_bytes := action.too_few_bytes) is not None:
+            known_bytes = snapshot.rejected_bytes
+            if known_bytes is None or too_few_bytes > known_bytes:
+                self._rejected = {(snapshot.shape, snapshot.floor): too_few_bytes}
+                tried = True
+        if tried:
+            self.headroom.reset()
+        return action
+
+    def _note_unraised(self, snapshot: Snapshot) -> None:
+        """Note in how much headroom nothing better fitted."""
+        if snapshot.lasting_bytes is not None and not snapshot.progress.exact:
+            least_bytes = self.estimator.least_raise_bytes(snapshot.plan, snapshot.running)
+            self.headroom.note_failure(snapshot.running, snapshot.lasting_bytes + least_bytes)
+
+    # Within a pass
+
+    def new_chunk(self) -> None:
+        """The next chunk is another one than the last, which may have been interrupted."""
+        self._interruptions = 0
+
+    def must_interrupt(self, kept: KeptSequences) -> bool:
+        """Whether a chunk is to end: the budget fell below what is used without what is kept."""
+        now = time.perf_counter()
+        if now < self._next_look_s or self._interruptions >= _MOST_INTERRUPTIONS:
+            return False
+        self._next_look_s = now + _LOOK_S
+        excess_bytes = self.monitor.excess_bytes()
+        if excess_bytes and self.llm.kept_bytes:
+            kept.free(excess_bytes)
+            excess_bytes = self.monitor.excess_bytes()
+        self._interruptions += excess_bytes > 0
+        return excess_bytes > 0
+
+    def forget_margin(self) -> None:
+        """Expect no more than what is measured now, where requests wait and nothing runs."""
+        with self.timed():
+            self.monitor.margin.forget()
+            self.monitor.trim()
+            self._rejected = {}
 
 
 class PlanSwitcher:

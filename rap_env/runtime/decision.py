@@ -2,8 +2,8 @@
 
 What happens after a fall of the limit is read from `decide` downwards: what is kept beside
 the batch goes first, then the plan is lowered, then a part of the reserve is used, and then
-the newest request is preempted. The executor does what is decided, measures, and asks again
-(`rap_env.runtime.executor`).
+the newest request is preempted. The controller does what is decided, measures, and asks
+again (`rap_env.runtime.controller`).
 """
 
 from __future__ import annotations

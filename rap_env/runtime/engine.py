@@ -17,10 +17,9 @@ from rap_env.errors import (
 from rap_env.runtime.admission import RequestQueue
 from rap_env.runtime.plan_chooser import no_prediction_text, predicts
 from rap_env.runtime.records import EngineSettings, EngineStats
-from rap_env.runtime.request_handle import Listener, RequestHandle
+from rap_env.runtime.request_handle import Listener, RequestHandle, TokenSequence
 from rap_env.runtime.sampling import SamplingParams
 from rap_env.runtime.scheduler import Scheduler
-from rap_env.runtime.sequence import TokenSequence
 
 if TYPE_CHECKING:
     from rap_env.runtime.controller import RuntimeController

@@ -15,7 +15,8 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import ref
@@ -24,10 +25,10 @@ from rap_env.levels import GROUP_TOKENS
 from rap_env.models.caches.cache_blocks import EMPTY_BLOCK, CacheBlock, CachedRow
 from rap_env.models.caches.tensor_file import TensorFile
 from rap_env.plan import Plan, with_lowest_caches
-from rap_env.runtime.kept_tree import KeptQuality, Match, Node, Tokens, TreeKey, longest_match
 from rap_env.runtime.memory_estimator import BatchShape
 from rap_env.runtime.memory_monitor import MemoryMonitor
-from rap_env.runtime.sequence import ReadPlans, TokenSequence
+from rap_env.runtime.plan_chooser import KeptQuality
+from rap_env.runtime.request_handle import ReadPlans, Taken, TokenSequence
 
 if TYPE_CHECKING:
     from rap_env.models.live.elastic import ElasticLLM
@@ -40,6 +41,7 @@ _LOWERING_S = 0.05
 
 _PARTS = 32  # files in which the blocks are: one ends, and its bytes with it, once all are gone
 _LEAST_BYTES = 4 * 2**20  # of a file, before another one is begun
+Tokens = tuple[int, ...]
 _NEW_SHARE = 0.1  # of the last measurement in the average seconds of a byte and a token
 
 
@@ -104,20 +106,86 @@ class KeptFiles:
         self._token_s += (seconds / tokens - self._token_s) * (_NEW_SHARE if self._token_s else 1)
 
 
-class Taken(NamedTuple):
-    """What a sequence took over.
+@dataclass(eq=False)
+class Node:
+    """A block of a sequence, with the blocks that follow it; only whole blocks have some.
 
     Attributes:
-        tokens: Number of its first tokens.
-        levels: Number of them by the levels that their keys and values had, in words.
-        file_tokens: Number of them that were in files.
-        plans: The plans under which they were read, with those levels.
+        tokens: Its tokens; none for the root of a tree.
+        parent: The block before it.
+        block: Their keys and values; an empty one for a root and for what was dropped.
+        plans: The plans under which they and all tokens before them were read.
+        children: The blocks that follow it, by their tokens.
+        temporary: Whether only preempted requests have it, and none has read its prompt.
     """
 
-    tokens: int = 0
-    levels: Mapping[str, int] = {}
-    file_tokens: int = 0
+    tokens: Tokens
+    parent: Node | None = None
+    block: CacheBlock = EMPTY_BLOCK
     plans: frozenset[Plan] = frozenset()
+    children: dict[Tokens, Node] = field(default_factory=dict)
+    temporary: bool = False
+
+
+class TreeKey(NamedTuple):
+    """What all sequences of a tree have in common.
+
+    Attributes:
+        owner: Whose they are.
+        absent: Layers whose keys and values they lack.
+        ending: Layers that know only the last tokens (see `CachedRow`).
+    """
+
+    owner: str
+    absent: frozenset[int]
+    ending: frozenset[int]
+
+
+class Match(NamedTuple):
+    """The beginning of a sequence that is kept: its blocks, and tokens of them all."""
+
+    path: tuple[Node, ...] = ()
+    tokens: int = 0
+
+
+def longest_match(
+    root: Node, tokens: Tokens, may_use: Callable[[Node], bool], whole: bool
+) -> Match:
+    """The longest beginning of tokens below a root.
+
+    Args:
+        root: The root.
+        tokens: The tokens.
+        may_use: Whether a block may be used.
+        whole: Whether only whole sequences serve.
+    """
+    path: list[Node] = []
+    best, node = Match(), root
+    while True:
+        first = len(path) * GROUP_TOKENS
+        rest = tokens[first : first + GROUP_TOKENS]
+        following = node.children.get(rest) if len(rest) == GROUP_TOKENS else None
+        if following is not None and not may_use(following):
+            following = None
+        if following is None or whole:
+            for child in node.children.values():
+                count = _common(child.tokens, rest)
+                if whole and (count < len(child.tokens) or not child.block.ends):
+                    continue
+                if count and first + count > best.tokens and may_use(child):
+                    best = Match((*path, child), first + count)
+        if following is None:
+            return best
+        path.append(following)
+        if not whole:
+            best = Match(tuple(path), first + GROUP_TOKENS)
+        node = following
+
+
+def _common(tokens: Tokens, others: Tokens) -> int:
+    """Tokens with which two sequences begin alike."""
+    pairs = zip(tokens, others, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 class KeptSequences:
@@ -168,7 +236,7 @@ class KeptSequences:
         if sequence.scores_prompt:
             return best
         tokens = tuple(sequence.tokens[:-1])
-        allows = functools.cache(functools.partial(self.quality.may_use, sequence=sequence))
+        allows = functools.cache(functools.partial(self._allows, sequence))
 
         def may_use(node: Node) -> bool:
             if node.temporary and node not in self._waiting.get(sequence, ()):
@@ -212,6 +280,11 @@ class KeptSequences:
             log.warning("A kept cache cannot be read, and is computed again: %s.", error)
         self._release(sequence)
         return taken
+
+    def _allows(self, sequence: TokenSequence, plans: frozenset[Plan], levels: Plan) -> bool:
+        handle = sequence.handle
+        floor = handle.params.max_delta_nll
+        return self.quality.may_use(plans, levels, handle.final_tokens, floor)
 
     def _owner(self, sequence: TokenSequence) -> str:
         return sequence.owner if self._keep else f"request {sequence.handle.id}"
@@ -293,8 +366,7 @@ class KeptSequences:
         for child in children:
             if ends and not child.block.ends:
                 continue
-            levels = child.block.levels
-            if child.plans == plans or self.quality.may_use(child.plans, levels, sequence):
+            if child.plans == plans or self._allows(sequence, child.plans, child.block.levels):
                 return child
         return None
 

@@ -1,15 +1,19 @@
-"""Finds plans that fit: asks a policy, removes more blocks in the guard's order, keeps a floor."""
+"""Finds plans that fit: asks a policy, removes more blocks in the guard's order, keeps a floor.
+
+It also says which plans are good enough for what is kept.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from rap_env.errors import ArtifactError, InvalidRequestError, UnknownNameError
-from rap_env.plan import Plan
+from rap_env.levels import CacheLevel
+from rap_env.plan import Plan, with_lowest_caches
 from rap_env.policies.base import Policy
 from rap_env.runtime.memory_estimator import BatchShape, MemoryEstimator
 from rap_env.runtime.records import ControllerSettings
@@ -23,6 +27,8 @@ FLOOR_STEP = 0.1
 """Nats per token by which each waiting request raises a floor that follows the queue."""
 _ASKS = 4  # of a policy, each with a lower limit
 _CACHED_RISES = 1024
+RECENT_S = 30.0
+"""Seconds for which a plan that ran may be the one that a new request will run with."""
 
 
 def predicts(policy: Policy) -> bool:
@@ -266,3 +272,109 @@ class PlanChooser:
         except Exception:
             log.exception("Policy %r failed; the guard chooses the plan.", self.policy.name)
             return Plan()
+
+
+class KeptQuality:
+    """The bound on how much worse than the plan of a request what is kept may be.
+
+    A block is used for a request if each plan under which it was read, with the levels that
+    its keys and values have now, predicts a rise in NLL of at most `max_rise` more than the
+    plan of the request, and no more than the floors allow. The plan of a request is the worst
+    of the present one and of those that ran in the last `RECENT_S`: where the budget moves, a
+    request that begins in a good moment runs under lower plans too. With a `max_rise` of 0 it
+    is the present plan alone. Without predictions, only equal plans are used.
+
+    Args:
+        llm: The live model.
+        chooser: Predicts the rise in NLL of plans.
+        max_rise: Nats per token.
+        clock: Gives the time in seconds.
+
+    Attributes:
+        max_rise: As given.
+    """
+
+    def __init__(
+        self,
+        llm: ElasticLLM,
+        chooser: PlanChooser,
+        max_rise: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._llm = llm
+        self._chooser = chooser
+        self._clock = clock
+        self._last_ran_s: dict[Plan, float] = {}
+        self.max_rise = max_rise
+        self._useful_bits = lru_cache(maxsize=16)(self._find_useful_bits)
+
+    def note_pass(self, plan: Plan) -> None:
+        """The model has run with a plan."""
+        self._last_ran_s[plan] = self._clock()
+
+    def may_use(
+        self, plans: frozenset[Plan], levels: Plan, tokens: int, floor: float | None = None
+    ) -> bool:
+        """Whether blocks read under plans may serve, with the levels that they have now.
+
+        Args:
+            plans: The plans.
+            levels: A plan with the levels.
+            tokens: Tokens of the sequence that they would serve.
+            floor: The floor of its request; None for none of its own.
+        """
+        plan = self._llm.plan
+        own = {with_lowest_caches(each, levels) for each in plans}
+        if own == {plan}:
+            return True
+        rise = self._chooser.rise
+        of_plan = rise(plan, tokens)
+        if of_plan is None:
+            return False
+        recent = (rise(each, tokens) for each in self._recent_plans())
+        worst = max([of_plan, *(each for each in recent if each is not None)])
+        floors = self._chooser.max_delta_nll, floor
+        most = min([worst + self.max_rise, *(each for each in floors if each is not None)])
+        return all(
+            (own_rise := rise(each, tokens)) is not None and own_rise <= most for each in own
+        )
+
+    def useful_bits(self, plans: frozenset[Plan]) -> list[dict[int, int]]:
+        """Bits of layers to which what was read under plans may be lowered, and still serve."""
+        tokens = self._llm.facts.max_positions
+        useful = self._useful_bits(self._llm.plan, self._chooser.max_delta_nll)
+        return [bits for bits in useful if self.may_use(plans, _caches(bits), tokens)]
+
+    def _recent_plans(self) -> Iterable[Plan]:
+        oldest_s = self._clock() - RECENT_S
+        self._last_ran_s = {p: s for p, s in self._last_ran_s.items() if s >= oldest_s}
+        return self._last_ran_s if self.max_rise else ()
+
+    def _find_useful_bits(self, plan: Plan, floor: float | None) -> list[dict[int, int]]:
+        """As `useful_bits`, for what is read under the present plan, with a floor.
+
+        First int8 in all layers, then int4 in as many as the bound allows, those with the
+        least predicted rise first.
+        """
+        layers, useful = range(self._llm.adapter.num_layers), list[dict[int, int]]()
+        most = self._rise_at(plan, {}) + self.max_rise
+        most = most if floor is None else min(most, floor)
+        extra = {n: self._rise_at(plan, {n: 4}) - self._rise_at(plan, {n: 8}) for n in layers}
+        bits = dict.fromkeys(layers, 8)
+        for layer in (None, *sorted(extra, key=extra.__getitem__)):
+            lowered = bits if layer is None else bits | {layer: 4}
+            if not self._rise_at(plan, lowered) <= most:
+                break
+            useful, bits = [*useful[:1], lowered], lowered
+        return useful
+
+    def _rise_at(self, plan: Plan, bits: Mapping[int, int]) -> float:
+        """Rise in NLL of a plan with caches of so many bits; NaN without a prediction."""
+        tokens = self._llm.facts.max_positions
+        rise = self._chooser.rise(with_lowest_caches(plan, _caches(bits)), tokens)
+        return math.nan if rise is None else rise
+
+
+def _caches(bits: Mapping[int, int]) -> Plan:
+    """A plan in which caches have so many bits, by layer."""
+    return Plan(caches=tuple((layer, CacheLevel(count)) for layer, count in bits.items()))

@@ -1,4 +1,4 @@
-"""The caller's side of a request: its tokens so far, its end, events, and cancellation.
+"""A request: its handle for the caller, its sequence in the engine, and delivery between them.
 
 All times are in seconds on the engine's clock.
 """
@@ -8,13 +8,17 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
-from rap_env.errors import InfeasibleBudgetError, QualityFloorError
+import torch
+
+from rap_env.errors import InfeasibleBudgetError, QualityFloorError, RapError
 from rap_env.plan import Plan
-from rap_env.runtime.sampling import Sample, SamplingParams
+from rap_env.runtime.records import Counters
+from rap_env.runtime.sampling import RowSampler, Sample, SamplingParams, sample_rows
 
 log = logging.getLogger(__name__)
 
@@ -34,27 +38,36 @@ def rejection_of(error: InfeasibleBudgetError) -> Rejection:
 EXPECTED_TOKENS = 256
 """An answer is expected to end within so many tokens, and within so many more each time that it
 does not: what runs is admitted and planned for that, not for the most tokens that may come."""
+NOT_FINITE = "The model returned logits that are not finite."
 _ids = itertools.count(1)
 _NATIVE = Plan()
 
 
-@dataclass(frozen=True)
-class AdmitEvent:
-    """A request left the queue; after a preemption it waits, and is admitted, once more.
+class Taken(NamedTuple):
+    """What a request took over of earlier requests, or of itself before a preemption.
 
     Attributes:
-        kept_tokens: Its first tokens that were kept of earlier requests, or of itself before a
-            preemption, and are not read again.
-        kept_levels: Number of them by the levels that their keys and values had, in words.
-        kept_file_tokens: Number of them that were in files.
-        kept_plans: The plans under which they were read, with those levels.
+        tokens: Number of its first tokens, which are not read again.
+        levels: Number of them by the levels that their keys and values had, in words.
+        file_tokens: Number of them that were in files.
+        plans: The plans under which they were read, with those levels.
     """
 
+    tokens: int = 0
+    levels: Mapping[str, int] = {}
+    file_tokens: int = 0
+    plans: frozenset[Plan] = frozenset()
+
+
+NOTHING_TAKEN = Taken()
+
+
+@dataclass(frozen=True)
+class AdmitEvent:
+    """A request left the queue; after a preemption it waits, and is admitted, once more."""
+
     time_s: float
-    kept_tokens: int = 0
-    kept_levels: Mapping[str, int] = field(default_factory=dict)
-    kept_file_tokens: int = 0
-    kept_plans: frozenset[Plan] = frozenset()
+    taken: Taken = NOTHING_TAKEN
 
 
 @dataclass(frozen=True)
@@ -126,9 +139,7 @@ class RequestHandle:
         reason: Why the request ended; None before its end.
         error: The error message, if the request failed.
         rejection: Why the engine rejected the request after it had waited, if it did.
-        kept_tokens: Tokens of its prompt that were kept of earlier requests.
-        kept_levels: Number of them by the levels that their keys and values had, in words.
-        kept_file_tokens: Number of them that were in files.
+        taken: What it took over of earlier requests.
         kept_plans: The plans under which tokens that it took over were read, with the levels
             that they had, also after preemptions. Its own tokens depend on them.
         preemptions: How often the request was preempted and restarted from its tokens.
@@ -159,9 +170,7 @@ class RequestHandle:
         self.reason: Reason | None = None
         self.error: str | None = None
         self.rejection: Rejection | None = None
-        self.kept_tokens = 0
-        self.kept_levels: Mapping[str, int] = {}
-        self.kept_file_tokens = 0
+        self.taken = NOTHING_TAKEN
         self.kept_plans: frozenset[Plan] = frozenset()
         self.preemptions = 0
         self.cancelled = False
@@ -220,12 +229,9 @@ class RequestHandle:
             elif isinstance(event, PlanEvent):
                 self.plan = event.plan
             elif isinstance(event, AdmitEvent):
-                self.kept_plans |= event.kept_plans
+                self.kept_plans |= event.taken.plans
                 if self.admitted_s is None:
-                    self.admitted_s = event.time_s
-                    self.kept_tokens = event.kept_tokens
-                    self.kept_levels = event.kept_levels
-                    self.kept_file_tokens = event.kept_file_tokens
+                    self.admitted_s, self.taken = event.time_s, event.taken
             else:
                 self.ended_s, self.reason, self.error = event.time_s, event.reason, event.error
                 self.rejection = event.rejection
@@ -240,3 +246,165 @@ class RequestHandle:
             if isinstance(event, EndEvent):
                 self._ended.set()
                 self._listener = self._on_cancel = None
+
+
+class ReadPlans:
+    """Under which plans the tokens of a cache were computed.
+
+    Args:
+        spans: For each span of tokens where it ends, and the plans of all tokens up to there.
+    """
+
+    def __init__(self, spans: Sequence[tuple[int, frozenset[Plan]]] = ()) -> None:
+        self._spans = list(spans)
+
+    def note(self, tokens: int, plan: Plan) -> None:
+        """Note that the cache has `tokens` tokens now, the last ones computed under a plan."""
+        before = self._spans[-1][1] if self._spans else frozenset()
+        if plan in before:
+            self._spans[-1] = tokens, before
+        else:
+            self._spans.append((tokens, before | {plan}))
+
+    def plans(self, tokens: int) -> frozenset[Plan]:
+        """The plans of the first so many tokens."""
+        index = bisect_left(self._spans, tokens, key=lambda span: span[0])
+        return self._spans[index][1]
+
+
+class TokenSequence:
+    """The tokens of one request, and the sampler that draws the next ones.
+
+    Attributes:
+        owner: Whose kept sequences it may use; see `KeptSequences`.
+        read: The plans under which its cache was computed.
+        queued_since_s: When it last entered the queue, on the engine's clock.
+        computed_tokens: Most of its tokens that were in a cache so far.
+        refills: Whether its cache may be computed again at better levels.
+        unkept: Whether keeping it has to go on (see `KeptSequences.put`).
+        unfit_bytes: The largest budget in which it did not fit alone above its own floor.
+    """
+
+    def __init__(self, handle: RequestHandle, owner: str = "") -> None:
+        self.handle = handle
+        self.owner = owner
+        self.read = ReadPlans()
+        self.sampler = RowSampler(handle.params, handle.prompt_ids)
+        self.queued_since_s = handle.arrived_s
+        self.computed_tokens = 0
+        self.refills = True
+        self.unkept = False
+        self.unfit_bytes = 0
+
+    @property
+    def tokens(self) -> list[int]:
+        """All known tokens: the prompt's and the generated ones."""
+        return [*self.handle.prompt_ids, *self.handle.token_ids]
+
+    @property
+    def known_tokens(self) -> int:
+        """The number of known tokens."""
+        return len(self.handle.prompt_ids) + len(self.handle.token_ids)
+
+    def progress(self, *, in_batch: bool) -> tuple[int, int]:
+        """Cached tokens and tokens to come.
+
+        Args:
+            in_batch: Whether the sequence is decoding, so that its last token is not cached
+                yet; else the numbers hold for the end of its prefill.
+        """
+        cached = self.known_tokens - in_batch
+        return cached, self.handle.final_tokens - cached
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether its whole prompt has to be read, for log-probabilities that it has not got."""
+        return self.handle.params.prompt_logprobs and self.handle.prompt_samples is None
+
+    def preempt(self, time_s: float) -> None:
+        """Note that the sequence goes back to the queue."""
+        self.handle.preemptions += 1
+        self.queued_since_s = time_s
+
+
+class OutputProcessor:
+    """Samples tokens, delivers tokens and ends to request handles, and counts them.
+
+    `counters` has the totals.
+    """
+
+    def __init__(self, clock: Callable[[], float], counters: Counters) -> None:
+        self._clock = clock
+        self.counters = counters
+
+    def deliver(
+        self, sequences: Sequence[TokenSequence], logits: torch.Tensor, plans: Sequence[Plan]
+    ) -> list[bool]:
+        """Sample a token for each sequence and deliver it.
+
+        Args:
+            sequences: B sequences.
+            logits: (B, V), float32.
+            plans: The plan that each of them was computed with.
+
+        Returns:
+            For each sequence whether it continues.
+        """
+        samples = sample_rows([sequence.sampler for sequence in sequences], logits)
+        now = self._clock()
+        for sequence, plan in zip(sequences, plans, strict=True):
+            sequence.handle.note_plan(plan, now)
+        return [
+            self._deliver(sequence, sample, plan, now)
+            for sequence, sample, plan in zip(sequences, samples, plans, strict=True)
+        ]
+
+    def end(
+        self,
+        sequence: TokenSequence,
+        reason: Reason,
+        error: str | None = None,
+        *,
+        rejection: Rejection | None = None,
+        stop_token: Sample | None = None,
+    ) -> None:
+        """End a request, unless it has ended."""
+        if not sequence.handle.done:
+            if rejection not in (None, "constraint"):
+                self.counters.refused += 1
+            elif reason == "cancelled":
+                self.counters.cancelled += 1
+            elif reason == "error":
+                self.counters.failed += 1
+            else:
+                self.counters.served += 1
+            end = EndEvent(reason, error, self._clock(), rejection, stop_token)
+            sequence.handle.emit(end)
+
+    def fail(self, sequences: Iterable[TokenSequence], error: Exception) -> None:
+        """End requests whose step raised an error."""
+        if isinstance(error, RapError):
+            log.warning("A step failed: %s", error)
+        else:
+            log.error("A step failed.", exc_info=error)
+        for sequence in sequences:
+            self.end(sequence, "error", f"The step failed: {error}")
+
+    def _deliver(
+        self, sequence: TokenSequence, sample: Sample | None, plan: Plan, now: float
+    ) -> bool:
+        handle, params = sequence.handle, sequence.handle.params
+        if sample is None:
+            reason = sequence.sampler.error
+            rejection: Rejection | None = None if reason is None else "constraint"
+            self.end(sequence, "error", reason or NOT_FINITE, rejection=rejection)
+            return False
+        if sample.token_id in params.stop_token_ids:
+            self.end(sequence, "stop", stop_token=sample)
+            return False
+        handle.emit(TokenEvent(sample.token_id, sample.logprob, now, plan, sample.top))
+        self.counters.tokens += 1
+        if len(handle.token_ids) < params.max_new_tokens:
+            return True
+        self.end(sequence, "length")
+        return False

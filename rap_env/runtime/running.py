@@ -4,69 +4,131 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
+
+from rap_env.errors import RapError
+from rap_env.models.device import send
 from rap_env.models.live.live_batch import LiveBatch
+from rap_env.models.live.partial_forward import recorded_states
+from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.decision import CachedRow, Snapshot
-from rap_env.runtime.executor import Executor
-from rap_env.runtime.kept_sequences import KeptSequences, Taken
+from rap_env.runtime.kept_sequences import KeptSequences
 from rap_env.runtime.memory_estimator import BatchShape, PassSize
-from rap_env.runtime.request_handle import EXPECTED_TOKENS
-from rap_env.runtime.sequence import PrefillingSequence, TokenSequence, shape_of
+from rap_env.runtime.request_handle import (
+    EXPECTED_TOKENS,
+    NOT_FINITE,
+    ReadPlans,
+    Taken,
+    TokenSequence,
+)
+from rap_env.runtime.sampling import Sample, scored
 
 if TYPE_CHECKING:
     from rap_env.models.live.elastic import ElasticLLM
 
 
-_NEW_SHARE = 0.1  # of the last step in the average time of a step
-_LEAST_SHARE = 1.0
-"""Time that a decode step gives to prompts, as a share of its own, if the target leaves less:
-half of all time. Otherwise requests would wait without end on a machine that misses the
-target."""
+_POSITIONS = 8
+"""Positions of a prompt whose logits are in memory at a time."""
 
 
-class Pace:
-    """Decode steps between two prompt chunks, so that tokens keep coming at a target rate.
-
-    A chunk takes as long as many decode steps. With a target of t seconds between tokens,
-    steps of d and a chunk of c, ``c / (t - d)`` steps follow the chunk before the next one.
-    The longest time between two tokens is that of a chunk in any case; smaller chunks shorten
-    it.
+class PrefillingSequence:
+    """A sequence whose known tokens are prefilled in chunks, in its own batch.
 
     Args:
-        target_itl_s: Mean seconds between the tokens of an answer while prompts are read;
-            None for one step between two chunks.
+        sequence: The sequence.
+        batch: A batch for it: empty, or with what was kept of the beginning of its tokens.
+        llm: The live model.
+        chunk_tokens: Most tokens of a chunk.
+        refills: Whether it decodes meanwhile, with another cache that this one will replace.
+            Then its last token is left out, as decoding does.
 
     Attributes:
-        decode_s: Seconds of a decode step, as a moving average; 0 before the first one.
+        read: The plans under which the batch was computed.
     """
 
-    def __init__(self, target_itl_s: float | None) -> None:
-        self._target_s = target_itl_s
-        self._steps = 0
-        self.decode_s = 0.0
+    def __init__(
+        self,
+        sequence: TokenSequence,
+        batch: LiveBatch,
+        llm: ElasticLLM,
+        chunk_tokens: int,
+        *,
+        refills: bool = False,
+    ) -> None:
+        self.sequence = sequence
+        self.refills = refills
+        self.batch = batch
+        self.read = sequence.read if batch.size else ReadPlans()
+        self._llm = llm
+        self._chunk_tokens = chunk_tokens
+        self._prompt_samples: list[Sample] = []
 
     @property
-    def decodes_first(self) -> bool:
-        """Whether decode steps are due before the next chunk."""
-        return self._steps > 0
+    def tokens_left(self) -> int:
+        """Tokens that are not prefilled yet."""
+        return self.sequence.known_tokens - self.refills - self.batch.length
 
-    def note_chunk(self, seconds: float, waiting: int = 0) -> None:
-        """A prompt chunk has taken so long; one of the steps follows it in the same turn.
+    @property
+    def chunks_left(self) -> int:
+        """Chunks that are not prefilled yet."""
+        return -(-self.tokens_left // self._chunk_tokens)
+
+    @property
+    def next_tokens(self) -> int:
+        """Tokens of the next chunk."""
+        return min(self.tokens_left, self._chunk_tokens)
+
+    def advance(self) -> tuple[torch.Tensor | None, int]:
+        """Prefill the next chunk.
+
+        Returns:
+            Logits after the last token, (1, V), or None if more chunks are left; and the
+            number of tokens in the chunk.
+
+        Raises:
+            RapError: The prompt's log-probabilities are wanted, and logits are not finite.
+            PassInterruptedError: `interrupt` has ended the chunk. The next call repeats it.
+        """
+        cached = self.batch.length
+        chunk = self.sequence.tokens[cached : cached + self.next_tokens]
+        run = self.batch.append if self.batch.size else self.batch.prefill
+        scores = self.sequence.scores_prompt
+        recording: AbstractContextManager[list[torch.Tensor]] = nullcontext([])
+        if scores:
+            recording = recorded_states(self._llm)
+        with recording as states:
+            logits = run([chunk])
+        self.read.note(self.batch.length, self.batch.plans[0])
+        if scores:
+            self._score(torch.cat(states, dim=1)[0, -len(chunk) :], cached + 1)
+            if not self.tokens_left:
+                self.sequence.handle.prompt_samples = tuple(self._prompt_samples)
+        return (None if self.tokens_left else logits), len(chunk)
+
+    @torch.no_grad()
+    def _score(self, states: torch.Tensor, first: int) -> None:
+        """Note the log-probabilities of the prompt's tokens from `first` on.
 
         Args:
-            seconds: What it took.
-            waiting: Requests that have not begun: the target is 1 + `waiting` times as long.
+            states: The last hidden states at the tokens before them, (T, width).
+            first: The index of a token.
         """
-        if self._target_s is not None and self.decode_s:
-            spare_s = self._target_s * (1 + waiting) - self.decode_s
-            self._steps = math.ceil(seconds / max(spare_s, _LEAST_SHARE * self.decode_s))
-
-    def note_step(self, seconds: float) -> None:
-        """A decode step has taken so long."""
-        self._steps = max(0, self._steps - 1)
-        self.decode_s += _NEW_SHARE * (seconds - self.decode_s) if self.decode_s else seconds
+        prompt, params = self.sequence.handle.prompt_ids, self.sequence.handle.params
+        head = self._llm.model.get_output_embeddings()
+        for some in torch.split(states, _POSITIONS):
+            tokens = prompt[first : first + len(some)]
+            logits = self._llm.adapter.cap_logits(head(some[: len(tokens)]).float())
+            index = send(torch.tensor(tokens, dtype=torch.long), logits.device)
+            for sample in scored(logits, index, [params.top_logprobs or 0] * len(tokens)):
+                if sample is None:
+                    raise RapError(NOT_FINITE)
+                self._prompt_samples.append(sample)
+            first += len(tokens)
 
 
 class RunningBatch:
@@ -77,7 +139,7 @@ class RunningBatch:
     which there are no copies: without a disk, and with sliding windows.
 
     Args:
-        executor: Ends a chunk of a prefill when the budget falls.
+        controller: Ends a chunk of a prefill when the budget falls.
         kept: Sequences that were read before, preempted ones included.
         chunk_tokens: Most tokens of a prefill chunk.
 
@@ -90,15 +152,15 @@ class RunningBatch:
 
     def __init__(
         self,
-        executor: Executor,
+        controller: RuntimeController,
         kept: KeptSequences,
         chunk_tokens: int,
     ) -> None:
-        self._executor = executor
-        self._llm: ElasticLLM = executor.controller.llm
+        self._controller = controller
+        self._llm: ElasticLLM = controller.llm
         self.chunk_tokens = chunk_tokens
         self.kept = kept
-        windows = executor.controller.estimator.memory.facts.kv_window_tokens
+        windows = controller.estimator.memory.facts.kv_window_tokens
         self._uniform = any(window is not None for window in windows)
         self._shape: BatchShape | None = None  # None: to be computed
         self.rows = self.new_rows()
@@ -140,17 +202,34 @@ class RunningBatch:
             if self.prefilling and not (refilling or self.prefilling.sequence.handle.done):
                 joining, chunks = self.prefilling.sequence, self.prefilling.chunks_left
             running = [sequence for sequence in self.decoding if not sequence.handle.done]
-            self._shape = shape_of(running, joining, chunks, uniform=self._uniform)
+            self._shape = self.shape_of(running, joining, chunks)
         return replace(self._shape, kept_bytes=kept_bytes) if kept_bytes else self._shape
 
-    def shape_with(self, sequence: TokenSequence, unread: int, chunk_tokens: int) -> BatchShape:
-        """The largest batch with a sequence that joins after `unread` tokens were read."""
-        chunks = -(-unread // chunk_tokens)
-        return shape_of(self.decoding, sequence, chunks, uniform=self._uniform)
+    def shape_of(
+        self,
+        running: Sequence[TokenSequence],
+        joining: TokenSequence | None = None,
+        steps: int = 0,
+    ) -> BatchShape:
+        """The largest batch that sequences will form, with the strictest of their floors.
 
-    def shape_alone(self, sequence: TokenSequence) -> BatchShape:
-        """The shape of a sequence with nothing else running."""
-        return shape_of([], sequence, uniform=self._uniform)
+        Args:
+            running: Sequences that decode.
+            joining: A sequence that will join them; all of its known tokens are counted from
+                now on.
+            steps: Tokens that the running ones generate before it joins.
+        """
+        rows = []
+        for sequence in running:
+            cached, to_come = sequence.progress(in_batch=True)
+            ahead = min(steps, to_come)
+            rows.append((cached + ahead, to_come - ahead))
+        if joining is not None:
+            rows.append(joining.progress(in_batch=False))
+            running = [*running, joining]
+        floors = [sequence.handle.params.max_delta_nll for sequence in running]
+        floor = min((each for each in floors if each is not None), default=math.inf)
+        return replace(BatchShape.of(rows, uniform=self._uniform), max_delta_nll=floor)
 
     def pass_size(self, *, prefill: bool) -> PassSize:
         """The size of the next pass: a prefill chunk if there is one, or a decode step."""
@@ -266,10 +345,11 @@ class RunningBatch:
 
     def new_rows(self, chunk_tokens: int | None = None) -> LiveBatch:
         """An empty batch, whose passes end when the budget falls if they are chunks."""
+        interrupt = partial(self._controller.must_interrupt, self.kept)
         return LiveBatch(
             self._llm,
             most_tokens=chunk_tokens or self.chunk_tokens,
-            interrupt=None if chunk_tokens is None else self._executor.must_interrupt,
+            interrupt=None if chunk_tokens is None else interrupt,
             copies=self.kept.files.folder,
         )
 

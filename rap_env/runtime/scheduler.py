@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,13 +17,12 @@ from rap_env.paths import cache_dir
 from rap_env.plan import Plan
 from rap_env.runtime.admission import Admission, RequestQueue
 from rap_env.runtime.decision import CachedRow, EndRefill, Preempt, Refill
-from rap_env.runtime.executor import Executor
 from rap_env.runtime.kept_sequences import KeptFiles, KeptSequences
-from rap_env.runtime.kept_tree import KeptQuality
 from rap_env.runtime.memory_estimator import BatchShape
+from rap_env.runtime.plan_chooser import KeptQuality
 from rap_env.runtime.records import Counters, EngineSettings, StepKind, StepRecord
-from rap_env.runtime.running import Pace, RunningBatch
-from rap_env.runtime.sequence import OutputProcessor, PrefillingSequence, TokenSequence
+from rap_env.runtime.request_handle import OutputProcessor, TokenSequence
+from rap_env.runtime.running import PrefillingSequence, RunningBatch
 
 if TYPE_CHECKING:
     from rap_env.models.live.elastic import ElasticLLM
@@ -31,6 +31,54 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _REFILL_S = 0.1  # between looks for a row whose cache should be computed again
+_NEW_SHARE = 0.1  # of the last step in the average time of a step
+_LEAST_SHARE = 1.0
+"""Time that a decode step gives to prompts, as a share of its own, if the target leaves less:
+half of all time. Otherwise requests would wait without end on a machine that misses the
+target."""
+
+
+class Pace:
+    """Decode steps between two prompt chunks, so that tokens keep coming at a target rate.
+
+    A chunk takes as long as many decode steps. With a target of t seconds between tokens,
+    steps of d and a chunk of c, ``c / (t - d)`` steps follow the chunk before the next one.
+    The longest time between two tokens is that of a chunk in any case; smaller chunks shorten
+    it.
+
+    Args:
+        target_itl_s: Mean seconds between the tokens of an answer while prompts are read;
+            None for one step between two chunks.
+
+    Attributes:
+        decode_s: Seconds of a decode step, as a moving average; 0 before the first one.
+    """
+
+    def __init__(self, target_itl_s: float | None) -> None:
+        self._target_s = target_itl_s
+        self._steps = 0
+        self.decode_s = 0.0
+
+    @property
+    def decodes_first(self) -> bool:
+        """Whether decode steps are due before the next chunk."""
+        return self._steps > 0
+
+    def note_chunk(self, seconds: float, waiting: int = 0) -> None:
+        """A prompt chunk has taken so long; one of the steps follows it in the same turn.
+
+        Args:
+            seconds: What it took.
+            waiting: Requests that have not begun: the target is 1 + `waiting` times as long.
+        """
+        if self._target_s is not None and self.decode_s:
+            spare_s = self._target_s * (1 + waiting) - self.decode_s
+            self._steps = math.ceil(seconds / max(spare_s, _LEAST_SHARE * self.decode_s))
+
+    def note_step(self, seconds: float) -> None:
+        """A decode step has taken so long."""
+        self._steps = max(0, self._steps - 1)
+        self.decode_s += _NEW_SHARE * (seconds - self.decode_s) if self.decode_s else seconds
 
 
 def kept_sequences(controller: RuntimeController, settings: EngineSettings) -> KeptSequences:
@@ -46,7 +94,6 @@ class Scheduler:
     """Runs sequences on a live model, within its budget. For one thread.
 
     Attributes:
-        executor: Makes the passes fit.
         admission: Lets requests begin, and says why some cannot.
         batch: What runs.
         counters: Totals of requests and tokens.
@@ -65,12 +112,11 @@ class Scheduler:
         self._max_batch_size = settings.max_batch_size
         self._pace = Pace(settings.target_itl_s)
         self._kept = kept_sequences(controller, settings)
-        self.executor = Executor(controller, self._kept)
-        self.batch = RunningBatch(self.executor, self._kept, settings.prefill_chunk_tokens)
+        self.batch = RunningBatch(controller, self._kept, settings.prefill_chunk_tokens)
         self._next_refill_s = float("-inf")
         self.counters = Counters()
         self.output = OutputProcessor(self._clock, self.counters)
-        self.admission = Admission(self.executor, queue, self.batch, self.output, settings)
+        self.admission = Admission(controller, queue, self.batch, self.output, settings)
         self.plan = self._llm.plan
         self.observers: list[Callable[[StepRecord], None]] = []
 
@@ -96,7 +142,7 @@ class Scheduler:
 
     def check_feasible(self, sequence: TokenSequence) -> None:
         """Raise `InfeasibleBudgetError` if no plan can ever fit a sequence; from any thread."""
-        shape = self.batch.shape_alone(sequence)
+        shape = self.batch.shape_of([], sequence)
         if not self.admission.could_ever_fit(shape):
             raise self.admission.misfit(shape, expected=True)
 
@@ -116,7 +162,7 @@ class Scheduler:
                 plan = self._llm.plan
                 logits, count = prefilling.advance()
                 synchronise(self._llm.device)
-            self.executor.new_chunk()
+            self._controller.new_chunk()
             seconds = time.perf_counter() - started
             length = prefilling.batch.length
             self._pace.note_chunk(seconds, len(self._queue))
@@ -236,7 +282,8 @@ class Scheduler:
         batch, waiting = self.batch, self.admission.waiting
         while True:
             asked = replace(batch.snapshot(prefill=prefill), waiting=waiting)
-            action = self.executor.act(replace(asked, refillable=self._refillable()))
+            asked = replace(asked, refillable=self._refillable())
+            action = self._controller.act(asked, self._kept)
             if isinstance(action, Refill):
                 batch.prefill(action.row, batch.chunk_tokens, refills=True)
             elif isinstance(action, EndRefill):

@@ -208,12 +208,12 @@ class Generation:
     def _delta_of(self, choice: _Choice, event: Event) -> OutputDelta | None:
         """Take in an event; return the new output, if there is any."""
         if isinstance(event, AdmitEvent):
-            self._plans.add_kept(event.kept_plans)
+            self._plans.add_kept(event.taken.plans)
             handles = [choice.handle for choice in self._choices[:: self.request.n]]
-            self._plans.kept_file_tokens = sum(handle.kept_file_tokens for handle in handles)
+            self._plans.kept_file_tokens = sum(handle.taken.file_tokens for handle in handles)
             self._plans.kept_levels = Counter()
             for handle in handles:
-                self._plans.kept_levels.update(handle.kept_levels)
+                self._plans.kept_levels.update(handle.taken.levels)
             return None
         if isinstance(event, PlanEvent):
             self._plans.add(event.plan)

@@ -12,7 +12,6 @@ from rap_env.policies.loading import OrderPolicy, StaticPolicy
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.decision import Admit, Snapshot
 from rap_env.runtime.engine import Engine
-from rap_env.runtime.executor import Executor
 from rap_env.runtime.memory_estimator import EMPTY_BATCH, UNKNOWN_PASS, BatchShape, MemoryEstimator
 from rap_env.runtime.memory_meter import TensorMeter
 from rap_env.runtime.records import ControllerSettings, EngineSettings
@@ -80,9 +79,7 @@ class Harness:
             meter=self.meter,
             clock=clock or (lambda: self.time_s),
         )
-        self.executor = Executor(
-            self.controller, kept_sequences(self.controller, EngineSettings(keep=False))
-        )
+        self.kept = kept_sequences(self.controller, EngineSettings(keep=False))
         self.records = []
 
     @property
@@ -104,11 +101,12 @@ class Harness:
     def check(self, shape, next_pass=UNKNOWN_PASS, **known) -> bool:
         """Whether a batch may go on, with whatever plan."""
         asked = Snapshot(running=shape, next_pass=next_pass, rows_plan=self.llm.plan, **known)
-        return self.executor.act(asked) is None
+        return self.controller.act(asked, self.kept) is None
 
     def admit(self, shape, running=EMPTY_BATCH) -> bool:
         """Whether a request may join, which makes a batch of this shape."""
-        return isinstance(self.executor.act(Snapshot(running=running, joined=shape)), Admit)
+        asked = Snapshot(running=running, joined=shape)
+        return isinstance(self.controller.act(asked, self.kept), Admit)
 
     def engine(self, **settings) -> Engine:
         engine = Engine(self.controller, EngineSettings(**settings))

@@ -10,7 +10,6 @@ from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.runtime.memory_estimator import BatchShape, PassSize
-from rap_env.runtime.sequence import shape_of
 from tests.policies.test_knapsack import costs
 from tests.runtime.harness import PLENTY, Harness, greedy, prompt
 from tests.tiny import tiny_llm
@@ -124,7 +123,7 @@ class Schedule:
             return False
         estimator, chooser = self.controller.estimator, self.controller.chooser
         for sequence in waiting:
-            shape = shape_of([], sequence)
+            shape = self.engine._scheduler.batch.shape_of([], sequence)
             first = estimator.pass_estimate(Plan(), shape, PassSize(1, 1)).workspace
             excess = max(0, first - estimator.workspace_bytes(shape))
             limit = self.harness.budget_bytes - self.harness.meter.noise_bytes - excess

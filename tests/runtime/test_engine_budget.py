@@ -7,7 +7,7 @@ import time
 import pytest
 
 from rap_env.plan import Plan
-from rap_env.runtime import executor
+from rap_env.runtime import controller
 from rap_env.runtime.memory_estimator import BatchShape
 from rap_env.runtime.request_handle import EXPECTED_TOKENS
 from tests.runtime.harness import (
@@ -157,7 +157,7 @@ def test_threads_that_submit_cancel_and_move_the_budget_corrupt_nothing(served):
 
 @pytest.fixture
 def looks_before_each_layer(monkeypatch):
-    monkeypatch.setattr(executor, "_LOOK_S", 0.0)
+    monkeypatch.setattr(controller, "_LOOK_S", 0.0)
 
 
 class Fall:

@@ -11,10 +11,9 @@ from rap_env.memory import MemoryModel
 from rap_env.models.caches.cache_blocks import CacheBlock
 from rap_env.plan import Plan
 from rap_env.policies.knapsack import KnapsackPolicy
-from rap_env.runtime.kept_tree import RECENT_S
 from rap_env.runtime.memory_estimator import BatchShape
-from rap_env.runtime.request_handle import RequestHandle
-from rap_env.runtime.sequence import TokenSequence
+from rap_env.runtime.plan_chooser import RECENT_S
+from rap_env.runtime.request_handle import RequestHandle, TokenSequence
 from tests.policies.test_knapsack import costs
 from tests.runtime.harness import PLENTY, Harness, alone, greedy, preempt, prompt, steps
 from tests.runtime.test_sampling import reading
@@ -73,7 +72,7 @@ class TestBeginnings:
         second = answer(harness, engine, history)
         assert second.token_ids == alone(harness.llm, history, 8)
         # The last token of an answer is not fed back.
-        assert second.kept_tokens == 57
+        assert second.taken.tokens == 57
         assert engine.stats().prompt_tokens == 50 + 1 + 9
         assert engine.stats().kept_tokens == 57
 
@@ -83,7 +82,7 @@ class TestBeginnings:
         for common in (1, 31, 32, 33, 70, 89, 90):
             branch = [*prompt(90)[:common], *prompt(12, 2)]
             handle = answer(harness, engine, branch)
-            assert handle.kept_tokens in (common, common + 1), common  # or luck
+            assert handle.taken.tokens in (common, common + 1), common  # or luck
             assert handle.token_ids == alone(harness.llm, branch, 8)
 
     @pytest.mark.parametrize("name", ["gemma3", "mistral_sliding"])
@@ -92,17 +91,17 @@ class TestBeginnings:
         harness, engine = conversing(name=name)
         answer(harness, engine, prompt(50))
         branch = [*prompt(50)[:40], *prompt(12, 2)]
-        assert answer(harness, engine, branch).kept_tokens == 0
+        assert answer(harness, engine, branch).taken.tokens == 0
         longer = [*prompt(50), *prompt(12, 3)]
         handle = answer(harness, engine, longer)  # the prompt is an entry of its own
-        assert handle.kept_tokens == 50
+        assert handle.taken.tokens == 50
         assert handle.token_ids == alone(harness.llm, longer, 8)
 
     def test_answers_at_one_time_share_one_prompt(self):
         harness, engine = conversing()
         handles = [engine.submit(prompt(70), greedy(8)) for _ in range(4)]
         harness.run(engine)
-        assert [handle.kept_tokens for handle in handles] == [0, 69, 69, 69]
+        assert [handle.taken.tokens for handle in handles] == [0, 69, 69, 69]
         assert {tuple(handle.token_ids) for handle in handles} == {(*handles[0].token_ids,)}
         blocks = harness.estimator.memory.kv_bytes_by_layer(1, 64).sum()
         assert blocks < kept_bytes(harness) < 2 * blocks  # stored once
@@ -112,7 +111,7 @@ class TestBeginnings:
         answer(harness, engine, prompt(40))
         handle = engine.submit(prompt(40), reading(4))
         harness.run(engine)
-        assert handle.kept_tokens == 0
+        assert handle.taken.tokens == 0
         assert len(handle.prompt_samples) == 39
 
 
@@ -133,7 +132,7 @@ class TestWhoseTheyAre:
         handle.cancel()
         harness.run(engine)
         history = [*prompt(40), *handle.token_ids, 5]
-        assert answer(harness, engine, history).kept_tokens == 49
+        assert answer(harness, engine, history).taken.tokens == 49
 
 
 class TestRoom:
@@ -151,7 +150,7 @@ class TestRoom:
         harness.budget_bytes = harness.need(Plan(), BatchShape()) + kept_bytes(harness) * 2 // 3
         engine.step()
         harness.budget_bytes = PLENTY
-        hits = [answer(harness, engine, prompt(64, number)).kept_tokens for number in (0, 2, 1)]
+        hits = [answer(harness, engine, prompt(64, number)).taken.tokens for number in (0, 2, 1)]
         assert hits[:2] == [63, 63]
         assert hits[2] < 63
 
@@ -160,8 +159,8 @@ class TestRoom:
         assert 0 < kept_bytes(harness) <= kept * 0.7
         history = [*prompt(96), *prompt(9, 1)]
         handle = answer(harness, engine, history)
-        assert handle.kept_tokens == 96
-        assert handle.kept_levels == {"native": 32, "int8": 64}
+        assert handle.taken.tokens == 96
+        assert handle.taken.levels == {"native": 32, "int8": 64}
         assert set(handle.plans) == {Plan()}
         assert handle.kept_plans == {Plan.uniform(3, caches="int8")}
         # What was read after it knows that.
@@ -188,7 +187,7 @@ class TestRoom:
             assert len(running.token_ids) == tokens + 1
             found += [kept.match(same).tokens] * bool(handles[0].token_ids)
         assert found[:4] == [32, 64, 96, 128]
-        assert handles[1].kept_tokens == 128
+        assert handles[1].taken.tokens == 128
         assert {level.name for n in kept._order for _, level in n.block.levels.caches} == {"int8"}
 
     def test_room_for_an_answer_that_ends_is_that_beside_what_goes_on(self):
@@ -198,7 +197,7 @@ class TestRoom:
         blocks = harness.estimator.memory.kv_bytes_by_layer(1, 96).sum()
         assert blocks < kept_bytes(harness)
         handle = answer(harness, engine, [*prompt(90), 5], 1)
-        assert handle.kept_levels == {"int8": 90}
+        assert handle.taken.levels == {"int8": 90}
 
     def test_as_many_layers_have_int4_as_the_bound_allows(self):
         harness, engine, _ = lowering(2.0, share=0.29)
@@ -207,13 +206,13 @@ class TestRoom:
         assert {level.bits for _, level in levels.caches} == {8, 4}
         rises = [policy.delta_nll(plan, LONG) for plan in (levels, Plan.uniform(3, caches="int4"))]
         assert rises[0] <= 2.0 < rises[1]
-        assert answer(harness, engine, [*prompt(96), 5]).kept_levels == {"int4/int8": 64}
+        assert answer(harness, engine, [*prompt(96), 5]).taken.levels == {"int4/int8": 64}
 
     def test_it_is_not_lowered_below_the_floor(self):
         rise = predicting().delta_nll(Plan.uniform(3, caches="int8"), LONG)
         harness, engine, _ = lowering(1.5, max_delta_nll=rise / 2)
         assert {node.block.levels for node in engine._scheduler._kept._order} == {Plan()}
-        assert answer(harness, engine, [*prompt(96), 5]).kept_tokens == 64
+        assert answer(harness, engine, [*prompt(96), 5]).taken.tokens == 64
 
     def test_what_was_read_under_a_worse_plan_is_lowered_less(self):
         worse, policy = Plan.uniform(3, weights="int4"), fixed_policy()
@@ -224,11 +223,11 @@ class TestRoom:
         harness.set_plan(worse)
         answer(harness, engine, prompt(96), 1)
         harness.set_plan(Plan())
-        engine._scheduler.executor.forget_margin()
+        engine.controller.forget_margin()
         harness.time_s += RECENT_S + 0.1
         squeeze(harness, engine, 0.7)
         assert {node.block.levels for node in engine._scheduler._kept._order} == {Plan()}
-        assert answer(harness, engine, [*prompt(96), 5]).kept_tokens == 64
+        assert answer(harness, engine, [*prompt(96), 5]).taken.tokens == 64
 
     @pytest.mark.parametrize("max_rise", [0.0, 0.5])
     def test_what_was_read_under_a_worse_plan_is_used_while_plans_like_it_return(self, max_rise):
@@ -236,12 +235,12 @@ class TestRoom:
         lowered = Plan.uniform(3, weights="int4")
         harness.set_plan(lowered)
         answer(harness, engine, prompt(40))
-        assert answer(harness, engine, prompt(40)).kept_tokens == 39  # equal plans
+        assert answer(harness, engine, prompt(40)).taken.tokens == 39  # equal plans
         harness.set_plan(Plan())
         # Within a bound, the plan of a request is one that ran just now.
         if max_rise:
-            assert answer(harness, engine, prompt(40)).kept_tokens == 39
-            assert answer(harness, engine, prompt(40), max_delta_nll=0.1).kept_tokens == 0
+            assert answer(harness, engine, prompt(40)).taken.tokens == 39
+            assert answer(harness, engine, prompt(40), max_delta_nll=0.1).taken.tokens == 0
             harness.time_s += RECENT_S
             engine._scheduler._kept.free(PLENTY)
             harness.set_plan(lowered)
@@ -249,9 +248,9 @@ class TestRoom:
             harness.set_plan(Plan())
             harness.time_s += RECENT_S + 0.1
         handle = answer(harness, engine, prompt(40))
-        assert handle.kept_tokens == 0
+        assert handle.taken.tokens == 0
         assert handle.token_ids == alone(harness.llm, prompt(40), 8)
-        assert answer(harness, engine, prompt(40)).kept_tokens == 39  # what was read anew
+        assert answer(harness, engine, prompt(40)).taken.tokens == 39  # what was read anew
 
 
 class TestFiles:
@@ -277,13 +276,13 @@ class TestFiles:
         files = []
         for number in (0, 1, 0):
             handle = answer(harness, engine, [*prompt(96, number), 5])
-            assert (handle.kept_tokens, handle.kept_levels) == (96, {"native": 96})
-            files.append(handle.kept_file_tokens)
+            assert (handle.taken.tokens, handle.taken.levels) == (96, {"native": 96})
+            files.append(handle.taken.file_tokens)
             assert handle.token_ids == alone(harness.llm, [*prompt(96, number), 5], 8)
         assert files == [96, 96, 0]
         assert engine.stats().kept_file_bytes == 0
         assert kept_bytes(harness) >= self.kept
-        assert answer(harness, engine, [*prompt(96), 5], owner="other").kept_tokens == 0
+        assert answer(harness, engine, [*prompt(96), 5], owner="other").taken.tokens == 0
 
     def test_least_recently_used_blocks_leave_a_full_file(self):
         _, engine = self.squeezed(1, prompts=1)
@@ -291,7 +290,7 @@ class TestFiles:
         most = self.kept * 3 // 2
         harness, engine = self.squeezed(most, prompts=3)
         assert 0 < engine.stats().kept_file_bytes <= most
-        hits = [answer(harness, engine, [*prompt(96, number), 5]).kept_tokens for number in (2, 0)]
+        hits = [answer(harness, engine, [*prompt(96, number), 5]).taken.tokens for number in (2, 0)]
         assert hits[0] == 96
         assert hits[1] < 96
 
@@ -299,21 +298,21 @@ class TestFiles:
         harness, engine = self.squeezed()
         files = engine._scheduler._kept.files
         files.note_read(1, 1.0)
-        assert answer(harness, engine, [*prompt(96), 5]).kept_tokens == 0
+        assert answer(harness, engine, [*prompt(96), 5]).taken.tokens == 0
         files._byte_s = 1e-12
-        assert answer(harness, engine, [*prompt(96, 1), 5]).kept_tokens == 96
+        assert answer(harness, engine, [*prompt(96, 1), 5]).taken.tokens == 96
 
     def test_what_cannot_be_written_in_time_is_dropped(self, monkeypatch):
         monkeypatch.setattr("rap_env.runtime.kept_sequences._LOWERING_S", 0.0)
         harness, engine = self.squeezed()
         assert engine.stats().kept_file_bytes == 0
-        assert answer(harness, engine, [*prompt(96), 5]).kept_tokens == 0
+        assert answer(harness, engine, [*prompt(96), 5]).taken.tokens == 0
 
     def test_a_full_disk_is_logged_once_and_blocks_are_dropped(self, monkeypatch, caplog):
         break_files(monkeypatch, "append", "No space left on device")
         harness, engine = self.squeezed()
         assert caplog.text.count("No space left") == 1
-        assert answer(harness, engine, [*prompt(96), 5]).kept_tokens == 0
+        assert answer(harness, engine, [*prompt(96), 5]).taken.tokens == 0
 
     def test_a_file_that_cannot_be_read_is_logged_and_the_prompt_is_read(self, monkeypatch, caplog):
         harness, engine = self.squeezed()
@@ -428,8 +427,8 @@ class Conversations:
         self.finish(handles)
         for handle in handles:
             assert set(handle.plans) <= {Plan()}
-            assert sum(handle.kept_levels.values()) == handle.kept_tokens
-            self.used.update(handle.kept_levels)
+            assert sum(handle.taken.levels.values()) == handle.taken.tokens
+            self.used.update(handle.taken.levels)
             if handle.kept_plans <= {Plan()}:  # else tokens may differ
                 assert handle.token_ids == likeliest(self.harness.llm, handle)
             else:
@@ -645,7 +644,7 @@ def test_of_a_prompt_that_is_never_read_to_its_end_nothing_is_kept(disk, end):
     assert handle.done
     assert sum(node.block.bytes + node.block.file_bytes for node in kept._order) == before
     harness.budget_bytes = PLENTY
-    assert answer(harness, engine, unread).kept_tokens == 40
+    assert answer(harness, engine, unread).taken.tokens == 40
 
 
 def test_a_full_disk_is_logged_once_and_the_request_is_read_again(monkeypatch, caplog):

@@ -203,7 +203,7 @@ def test_what_is_loaded_late_is_never_charged_to_the_model(process, machine, lim
     machine.meminfo(total_mib=8192, available_mib=4096 - 90)
     monitor.observe_step(shape, "decode")
     engine = Engine(controller)
-    act = engine._scheduler.executor.act
+    act = partial(controller.act, kept=engine._scheduler.batch.kept)
     assert act(Snapshot(running=shape)) is None
     write(595)
     machine.meminfo(total_mib=8192, available_mib=4096 - 95)

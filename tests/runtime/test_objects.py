@@ -7,7 +7,7 @@ from graphlib import CycleError, TopologicalSorter
 
 import pytest
 
-from rap_env.runtime.kept_tree import Node
+from rap_env.runtime.kept_sequences import Node
 from tests.runtime.harness import Harness, greedy, prompt
 
 APART = (Node, Harness)
@@ -88,7 +88,7 @@ def test_no_object_of_the_runtime_can_call_one_above_it(engine):
     graph, things = graph_of(engine)
     names = {number: type(thing).__name__ for number, thing in things.items()}
     assert {*names.values()} >= {
-        "Engine", "Scheduler", "Admission", "RunningBatch", "LiveBatch", "Executor",
+        "Engine", "Scheduler", "Admission", "RunningBatch", "LiveBatch",
         "KeptSequences", "RuntimeController", "PlanChooser", "MemoryMonitor", "NoisyMeter",
     }  # fmt: skip
     try:

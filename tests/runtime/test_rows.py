@@ -5,7 +5,7 @@ import torch
 from rap_env.plan import Plan
 from rap_env.runtime import decision
 from rap_env.runtime.memory_estimator import BatchShape
-from rap_env.runtime.running import Pace
+from rap_env.runtime.scheduler import Pace
 from tests.runtime.harness import FakePolicy, Harness, alone, greedy, prompt
 
 INT4 = Plan.uniform(3, caches="int4")
