@@ -89,7 +89,7 @@ def readme_numbers() -> dict[str, str]:
         "printed": printed.getvalue().strip(),
         "more_tokens": percent(more_tokens, 0),
         "unseen_policy": str(tables.unseen().estimate(POLICY, 0)),
-        "unseen_regression": str(tables.unseen().estimate("Regression", 0)),
+        "unseen_quadratic": str(tables.unseen().estimate("Quadratic knapsack", 0)),
         "unseen_search": str(tables.unseen().estimate("Evolution", 64)),
         "unseen_seeds": tables.unseen().by_seed(POLICY),
         "unseen_evaluations": str(tables.unseen().body["test_evaluations"]),

@@ -28,7 +28,7 @@ from experiments.study.harness import Study
 from experiments.study.plotting import look
 from experiments.study.statistics import paired_ratio
 from experiments.study.table_format import columns_table, markdown, percent, seconds
-from experiments.unseen import ORDER, POLICY, RUNS, UnseenRecord
+from experiments.unseen import ORDER, RUNS, UnseenRecord
 from rap_env.leaderboard.entries import (
     UNCHOSEN,
     Entry,
@@ -214,9 +214,8 @@ def unseen() -> UnseenRecord:
 
 
 def unseen_table() -> str:
-    """Scores on the models that no method was trained or tuned on, a row for each method."""
-    names = dict.fromkeys(row["name"] for row in unseen().body["rows"])
-    rows = [[n, *(str(unseen().estimate(n, runs) or "-") for runs in RUNS)] for n in names]
+    """Scores on the models that no method was trained or tuned on, the best without a run first."""
+    rows = [[n, *(str(unseen().estimate(n, runs) or "-") for runs in RUNS)] for n in unseen().names]
     return markdown(pd.DataFrame(rows, columns=["Method", *(f"{runs} runs" for runs in RUNS)]))
 
 
@@ -364,7 +363,8 @@ def task_row(name: str) -> list[str]:
 def to_beat(name: str) -> str:
     """The least published loss on a task, and the method that has it."""
     if name == UNSEEN:
-        return f"{str(unseen().estimate(POLICY, 0)).split()[0]} of the order's ({POLICY})"
+        best = unseen().names[0]
+        return f"{str(unseen().estimate(best, 0)).split()[0]} of the order's ({best})"
     scores = {
         entry.name: float(entry.scores("test").mean())
         for entry in published_entries(pinned_task(name).comparison)

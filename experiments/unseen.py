@@ -100,6 +100,13 @@ class UnseenRecord:
         result = UnseenEvaluation(name, part, "test", runs, models)
         return Estimate(result.score, *result.interval, len(rows))
 
+    @property
+    def names(self) -> list[str]:
+        """The methods that were judged, the one that loses least without a run first."""
+        judged = {row["name"] for row in self.rows(part="Test")}
+        made = [(estimate.mean, n) for n in judged if (estimate := self.estimate(n, 0))]
+        return [name for _, name in sorted(made)]
+
     def by_seed(self, name: str) -> str:
         """The scores without a run on the part to be judged on, by seed."""
         rows = self.rows(name=name, runs=0, part="Test", trained_on=MODELS)
