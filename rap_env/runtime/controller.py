@@ -27,9 +27,14 @@ from rap_env.runtime.decision import (
 )
 from rap_env.runtime.kept_sequences import KeptSequences
 from rap_env.runtime.memory_estimator import BatchShape, MemoryEstimator
-from rap_env.runtime.memory_meter import Meter, process_meter
-from rap_env.runtime.memory_monitor import MemoryMonitor, MemorySource, SafetyMargin
-from rap_env.runtime.memory_source import open_memory
+from rap_env.runtime.memory_limit import open_memory
+from rap_env.runtime.memory_monitor import (
+    MemoryMonitor,
+    MemorySource,
+    Meter,
+    SafetyMargin,
+    process_meter,
+)
 from rap_env.runtime.plan_chooser import PlanChooser
 from rap_env.runtime.records import ControllerSettings, Trigger
 

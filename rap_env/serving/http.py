@@ -23,7 +23,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rap_env.errors import RapError, ServingSettingsError
-from rap_env.serving.limits import file_state
+from rap_env.runtime.memory_limit import file_state
 
 log = logging.getLogger(__name__)
 

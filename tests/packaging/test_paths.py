@@ -58,7 +58,7 @@ def serving_paths() -> tuple[set[str], set[str]]:
     from rap_env.memory import MemoryModel
     from rap_env.plan import Plan
     from rap_env.runtime.memory_estimator import BatchShape
-    from rap_env.runtime.memory_meter import TensorMeter
+    from rap_env.runtime.memory_monitor import TensorMeter
     from rap_env.serving.settings import ServerSettings
     from rap_env.serving.stack import build_stack
     from tests.serving.background import BackgroundServer
