@@ -162,7 +162,10 @@ class RuntimeController:
                     progress = snapshot.progress.after(action, failed=not done)
                     snapshot = replace(snapshot, progress=progress)
                 snapshot = self._measured(snapshot)
-            self._note_unraised(snapshot)
+            if snapshot.lasting_bytes is not None and not snapshot.progress.exact:
+                # Nothing better fitted in so much headroom.
+                least_bytes = self.estimator.least_raise_bytes(snapshot.plan, snapshot.running)
+                self.headroom.note_failure(snapshot.running, snapshot.lasting_bytes + least_bytes)
             return None
 
     def _begin(self, asked: Snapshot) -> Snapshot:
@@ -239,12 +242,6 @@ class RuntimeController:
         if tried:
             self.headroom.reset()
         return action
-
-    def _note_unraised(self, snapshot: Snapshot) -> None:
-        """Note in how much headroom nothing better fitted."""
-        if snapshot.lasting_bytes is not None and not snapshot.progress.exact:
-            least_bytes = self.estimator.least_raise_bytes(snapshot.plan, snapshot.running)
-            self.headroom.note_failure(snapshot.running, snapshot.lasting_bytes + least_bytes)
 
     # Within a pass
 

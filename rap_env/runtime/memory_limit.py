@@ -10,7 +10,6 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -393,14 +392,10 @@ def open_memory(
             return CgroupMemory(reserve_bytes or 0)
     elif isinstance(source, MemorySource):
         return source
-    elif callable(source) or _is_whole(source):
+    elif callable(source) or (hasattr(source, "__index__") and not isinstance(source, bool)):
         return GivenMemory(source)
     hint = "Or give a number of bytes, or a function that returns one."
     raise UnknownNameError("memory source", source, ["auto", "cgroup", "cuda"], hint)
-
-
-def _is_whole(value: Any) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)
 
 
 def _find_groups(mount: Path, proc: Path) -> tuple[_CgroupVersion, tuple[Path, ...]]:

@@ -130,7 +130,12 @@ def _controller(
     """Make the controller, which keeps the model within its memory and its floor of quality."""
     if memory is None:
         meter = meter or process_meter(llm)
-        memory = _open_budget(settings, llm, limit, meter)
+        if limit is None:
+            reserve = settings.reserve_bytes
+            memory = open_memory(settings.memory, device=llm.device, reserve_bytes=reserve)
+        else:
+            resident = meter if isinstance(meter, ResidentMeter) else None
+            memory = GivenMemory(limit, meter=resident if limit.of_process else None)
     floor, most = floors_of(settings, policy)
     return RuntimeController(
         llm,
@@ -166,21 +171,6 @@ def _engine(
         if chooser.max_delta_nll is not None and (problem := engine.nothing_fits()):
             raise ServingSettingsError(problem)
     return engine
-
-
-def _open_budget(
-    settings: ServerSettings, llm: ElasticLLM, limit: LiveLimit | None, meter: Meter
-) -> MemorySource:
-    """The source of the model's budget; `meter` measures what the model uses.
-
-    Raises:
-        MemorySourceError: The system does not report its free memory.
-    """
-    if limit is None:
-        reserve = settings.reserve_bytes
-        return open_memory(settings.memory, device=llm.device, reserve_bytes=reserve)
-    resident = meter if limit.of_process and isinstance(meter, ResidentMeter) else None
-    return GivenMemory(limit, meter=resident)
 
 
 def greeting(stack: ServerStack, url: str) -> str:
