@@ -80,7 +80,7 @@ def engine_on(llm: ElasticLLM, limit_bytes: list[int], *, keep: bool) -> Engine:
     from rap_env.policies.loading import load_policy
     from rap_env.runtime.controller import RuntimeController
     from rap_env.runtime.engine import Engine
-    from rap_env.runtime.memory_meter import TensorMeter
+    from rap_env.runtime.memory_monitor import TensorMeter
     from rap_env.runtime.records import EngineSettings
 
     policy, limit, meter = load_policy("dense"), lambda: limit_bytes[-1], TensorMeter(llm)

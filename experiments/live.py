@@ -40,8 +40,8 @@ from rap_env.policies.loading import load_policy
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_estimator import BatchShape
-from rap_env.runtime.memory_meter import make_levels
-from rap_env.runtime.memory_monitor import GivenMemory
+from rap_env.runtime.memory_limit import GivenMemory
+from rap_env.runtime.memory_monitor import make_levels
 from rap_env.runtime.records import ControllerSettings, EngineSettings, StepRecord
 from rap_env.runtime.request_handle import RequestHandle
 from rap_env.runtime.sampling import SamplingParams

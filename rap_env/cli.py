@@ -33,12 +33,11 @@ from rap_env.errors import RapError
 from rap_env.export.commands import export, prune
 from rap_env.extras import missing_extra
 from rap_env.memory import MemoryModel
-from rap_env.request import Request, human_bytes
+from rap_env.request import Request, human_bytes, parse_bytes
 from rap_env.serving.settings import (
     DEFAULT_MAX_DELTA_NLL,
     DEFAULT_MOST_DELTA_NLL,
     ServerSettings,
-    parse_bytes,
 )
 from rap_env.specs import Setting, settings_of
 from rap_env.version import __version__

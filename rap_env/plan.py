@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
-from rap_env.errors import ArtifactError, UnknownNameError, check_name
+from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.levels import NATIVE_CACHE, WEIGHT_LEVELS, CacheLevel, WeightLevel
 
 BlockKind = Literal["attn", "ffn"]
@@ -119,8 +119,10 @@ class Plan:
         if self.is_mask:
             return
         for _, level in self.weights:
-            check_name("level of weights", level, WEIGHT_LEVELS)
-        check_name("level of embeddings", self.embeddings, ("native", *_LOWERED))
+            if level not in WEIGHT_LEVELS:
+                raise UnknownNameError("level of weights", level, WEIGHT_LEVELS)
+        if self.embeddings not in (known := ("native", *_LOWERED)):
+            raise UnknownNameError("level of embeddings", self.embeddings, known)
         weights = {block_index(index): level for index, level in self.weights}
         removed = removed.union(i for i, level in weights.items() if level == "removed")
         kept = {i: v for i, v in weights.items() if v in _LOWERED and i not in removed}

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rap_env.errors import InvalidRequestError
+from rap_env.errors import InvalidRequestError, ServingSettingsError
+
+_UNITS = {
+    **{"": 1, "B": 1, "KB": 1000},
+    **{f"{prefix}B": 1000**power for power, prefix in enumerate("kMGT", start=1)},
+    **{f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", start=1)},
+}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)")
 
 
 class DensePeak(Protocol):
@@ -79,3 +87,27 @@ def human_bytes(count: float) -> str:
             return f"{count:,.0f} B" if unit == "B" else f"{count:,.1f} {unit}"
         count /= 1024
     return f"{count:,.2f} GiB"
+
+
+def parse_bytes(name: str, text: str | int) -> int:
+    """Convert ``"2.5GiB"``, ``"800 MB"`` or ``"1048576"`` to a number of bytes.
+
+    Args:
+        name: What error messages call the value.
+        text: The text, or a number of bytes.
+
+    Raises:
+        ServingSettingsError: The text has another form.
+    """
+    match = _SIZE.fullmatch(str(text).strip())
+    if match is None or match[2] not in _UNITS:
+        raise ServingSettingsError(
+            f"{name} must be a number of bytes such as 2.5GiB, 800MB or 1048576, not {text!r}; "
+            "instead of 200M, write 200MB or 200MiB."
+        )
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def mebibytes(number: int) -> str:
+    """A number of bytes, rounded up to whole MiB, as settings accept it."""
+    return f"{-(-number // 2**20)}MiB"

@@ -13,7 +13,7 @@ from experiments.config.common import Pinned, TasksConfig, TextConfig, parse_pin
 from experiments.llama_cpp import FileKind
 from experiments.study.console import ExperimentError
 from rap_env.envs.config import ENVIRONMENTS, EnvConfig
-from rap_env.serving.settings import parse_bytes
+from rap_env.request import parse_bytes
 from rap_env.specs import check, setting
 
 TEACHERS = ("none", "frontier", "greedy", "knapsack", "gsi", "one_shot", "score_model")

@@ -13,8 +13,7 @@ from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.policies.loading import StaticPolicy, load_policy
 from rap_env.policies.packaged_files import find_delta_nll
-from rap_env.request import Request
-from rap_env.serving.settings import parse_bytes
+from rap_env.request import Request, parse_bytes
 
 DEFAULT_POLICY = "rap-v0"
 """The policy that chooses for folders."""

@@ -82,15 +82,7 @@ class LadderBytes:
         if not len(self._caches):
             self._kind(self._caches)
         cached_shapes = max(_LEAST_SHAPES, _CACHED_LEVELS // item_bytes.size)
-        self.cached_costs = lru_cache(cached_shapes)(self._make)
-
-    def costs(self, batch_size: int, seq_len_tokens: int) -> LadderCosts:
-        """The costs of a batch size and a sequence length.
-
-        Raises:
-            InvalidRequestError: The model cannot serve the batch or the length.
-        """
-        return self.cached_costs(batch_size, seq_len_tokens)
+        self.costs = lru_cache(cached_shapes)(self._make)
 
     def stacked(self, batch_sizes: Counts, seq_lens_tokens: Counts) -> StackedCosts:
         """The costs of s shapes that the model can serve, (s,) each."""

@@ -27,9 +27,14 @@ from rap_env.runtime.decision import (
 )
 from rap_env.runtime.kept_sequences import KeptSequences
 from rap_env.runtime.memory_estimator import BatchShape, MemoryEstimator
-from rap_env.runtime.memory_meter import Meter, process_meter
-from rap_env.runtime.memory_monitor import MemoryMonitor, MemorySource, SafetyMargin
-from rap_env.runtime.memory_source import open_memory
+from rap_env.runtime.memory_limit import open_memory
+from rap_env.runtime.memory_monitor import (
+    MemoryMonitor,
+    MemorySource,
+    Meter,
+    SafetyMargin,
+    process_meter,
+)
 from rap_env.runtime.plan_chooser import PlanChooser
 from rap_env.runtime.records import ControllerSettings, Trigger
 
@@ -157,7 +162,10 @@ class RuntimeController:
                     progress = snapshot.progress.after(action, failed=not done)
                     snapshot = replace(snapshot, progress=progress)
                 snapshot = self._measured(snapshot)
-            self._note_unraised(snapshot)
+            if snapshot.lasting_bytes is not None and not snapshot.progress.exact:
+                # Nothing better fitted in so much headroom.
+                least_bytes = self.estimator.least_raise_bytes(snapshot.plan, snapshot.running)
+                self.headroom.note_failure(snapshot.running, snapshot.lasting_bytes + least_bytes)
             return None
 
     def _begin(self, asked: Snapshot) -> Snapshot:
@@ -234,12 +242,6 @@ class RuntimeController:
         if tried:
             self.headroom.reset()
         return action
-
-    def _note_unraised(self, snapshot: Snapshot) -> None:
-        """Note in how much headroom nothing better fitted."""
-        if snapshot.lasting_bytes is not None and not snapshot.progress.exact:
-            least_bytes = self.estimator.least_raise_bytes(snapshot.plan, snapshot.running)
-            self.headroom.note_failure(snapshot.running, snapshot.lasting_bytes + least_bytes)
 
     # Within a pass
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -331,7 +331,9 @@ class KeptQuality:
         of_plan = rise(plan, tokens)
         if of_plan is None:
             return False
-        recent = (rise(each, tokens) for each in self._recent_plans())
+        oldest_s = self._clock() - RECENT_S
+        self._last_ran_s = {p: s for p, s in self._last_ran_s.items() if s >= oldest_s}
+        recent = (rise(each, tokens) for each in (self._last_ran_s if self.max_rise else ()))
         worst = max([of_plan, *(each for each in recent if each is not None)])
         floors = self._chooser.max_delta_nll, floor
         most = min([worst + self.max_rise, *(each for each in floors if each is not None)])
@@ -344,11 +346,6 @@ class KeptQuality:
         tokens = self._llm.facts.max_positions
         useful = self._useful_bits(self._llm.plan, self._chooser.max_delta_nll)
         return [bits for bits in useful if self.may_use(plans, _caches(bits), tokens)]
-
-    def _recent_plans(self) -> Iterable[Plan]:
-        oldest_s = self._clock() - RECENT_S
-        self._last_ran_s = {p: s for p, s in self._last_ran_s.items() if s >= oldest_s}
-        return self._last_ran_s if self.max_rise else ()
 
     def _find_useful_bits(self, plan: Plan, floor: float | None) -> list[dict[int, int]]:
         """As `useful_bits`, for what is read under the present plan, with a floor.

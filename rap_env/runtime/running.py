@@ -248,7 +248,7 @@ class RunningBatch:
         return Snapshot(
             running=self.shape,
             next_pass=self.pass_size(prefill=prefill),
-            rows_plan=self.rows.lowest_plan,
+            rows_plan=self.rows.lowest_plan if self.decoding else self._llm.plan,
             newest=self.newest if self.sequences else None,
             refills=self.refilling is not None,
         )

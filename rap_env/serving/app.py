@@ -19,8 +19,7 @@ from starlette.responses import JSONResponse, Response
 
 from rap_env.errors import RapError
 from rap_env.runtime.structured_output import GrammarCompiler
-from rap_env.serving.answers import AnswerPlans
-from rap_env.serving.generation import Generation
+from rap_env.serving.generation import AnswerPlans, Generation
 from rap_env.serving.http import (
     CLIENT_CLOSED_REQUEST,
     REQUEST_ID_HEADER,

@@ -14,7 +14,8 @@ from rap_env.memory import MemoryModel
 from rap_env.models.device import resident_bytes
 from rap_env.models.live.calibration import use_prepared_levels
 from rap_env.policies.packaged_files import lacks_costs
-from rap_env.serving.limits import LiveLimit, mebibytes
+from rap_env.request import mebibytes
+from rap_env.runtime.memory_limit import LiveLimit
 from rap_env.serving.served_model import choose_policy, floors_of
 from rap_env.serving.settings import ServerSettings
 

@@ -1,4 +1,4 @@
-"""What all routes share: request ids, API keys, bodies within limits, and the API's errors."""
+"""What all routes share: request ids, API keys, bodies within limits, errors, and timeouts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import hmac
 import json
 import logging
 import re
+import socket
 import time
 import uuid
 import zlib
@@ -21,9 +22,10 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rap_env.errors import RapError, ServingSettingsError
-from rap_env.serving.limits import file_state
+from rap_env.runtime.memory_limit import file_state
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,12 @@ MOST_BODIES_BYTES = 32 * 2**20
 """Most bytes of the bodies of all requests together."""
 BODY_TIMEOUT_S = 20.0
 """Seconds until a body must be complete."""
+HEADER_TIMEOUT_S = 20.0
+"""Seconds until a header must be complete."""
+WRITE_TIMEOUT_S = 60.0
+"""Seconds that an answer may stay unread before its connection is closed."""
+_UNREAD_BYTES = 16 * 1024
+"""Bytes of an answer that wait for its client here, and about as many in the system."""
 LINGER_BYTES = 8 * 1024 * 1024
 """Bytes of a rejected body that are still read and dropped: a client that is cut off while it
 sends seldom reads the error response."""
@@ -435,3 +443,66 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
 def _reject_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
+
+
+# Connections
+
+
+class GuardedProtocol(H11Protocol):
+    """uvicorn's HTTP protocol with timeouts.
+
+    It closes connections that do not send a header in time or do not read their answer.
+    """
+
+    _header_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the timer of the header."""
+        super().connection_made(transport)
+        # So that what a client does not read is noticed here, not kept by the system.
+        transport.set_write_buffer_limits(high=_UNREAD_BYTES)
+        transport.get_extra_info("socket").setsockopt(
+            socket.SOL_SOCKET, socket.SO_SNDBUF, _UNREAD_BYTES
+        )
+        self._start_header_timer()
+
+    def _start_header_timer(self) -> None:
+        self._header_timer = self.loop.call_later(HEADER_TIMEOUT_S, self._no_header)
+
+    def handle_events(self) -> None:
+        """Stop the timer at a whole header; start it at the first bytes of another request."""
+        before = self.cycle
+        super().handle_events()
+        if self.cycle is not before:
+            self._header_timer = _cancelled(self._header_timer)
+        elif self._header_timer is None and (before is None or before.response_complete):
+            # The first bytes of another request on this connection.
+            self._start_header_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the timers."""
+        self._header_timer = _cancelled(self._header_timer)
+        self._write_timer = _cancelled(self._write_timer)
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Start the timer of unread bytes."""
+        super().pause_writing()
+        self._write_timer = self.loop.call_later(WRITE_TIMEOUT_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Stop the timer of unread bytes."""
+        self._write_timer = _cancelled(self._write_timer)
+        super().resume_writing()
+
+    def _no_header(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.abort()
+
+
+def _cancelled(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+    """Cancel a timer; return None, the new value of its variable."""
+    if timer is not None:
+        timer.cancel()
+    return None

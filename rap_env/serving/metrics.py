@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector
 
 from rap_env.levels import WEIGHT_LEVELS
 from rap_env.plan import BLOCK_KINDS, EMBEDDINGS, Plan, cache_name, is_cache, item_names
-from rap_env.runtime.memory_meter import ResidentMeter
+from rap_env.runtime.memory_monitor import ResidentMeter
 from rap_env.serving.settings import ServerSettings
 from rap_env.version import __version__
 

@@ -6,7 +6,7 @@ import inspect
 import json
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,6 @@ from rap_env.runtime.structured_output import (
     GrammarMatcher,
     closed_schema,
 )
-from rap_env.serving.answers import WrittenAnswers, encode_parts, plain_text
 from rap_env.serving.http import ApiError, invalid, shown
 from rap_env.serving.schemas import (
     BaseCompletionRequest,
@@ -101,6 +100,36 @@ class GenerationRequest:
         if self.params.seed is None:
             return self.params
         return replace(self.params, seed=(self.params.seed + number) % 2**63)
+
+
+class WrittenAnswers:
+    """The text and token ids of recent chat answers, by the messages that clients got.
+
+    A tokenizer may encode the text of an answer in other tokens than the model wrote, and a
+    template may write tool calls in other words, so that what was kept of a conversation would
+    not be found. Any thread may call it.
+
+    Args:
+        most_tokens: Most tokens of all answers, and one more for each; the oldest are
+            forgotten.
+    """
+
+    def __init__(self, most_tokens: int = 2**16) -> None:
+        self._most_tokens = most_tokens
+        self._answers: dict[tuple[str, str], tuple[str, tuple[int, ...]]] = {}
+        self._lock = threading.Lock()
+
+    def add(self, owner: str, message: str, text: str, token_ids: Sequence[int]) -> None:
+        """Remember an answer that a client of an owner got as a message."""
+        with self._lock:
+            self._answers.pop((owner, message), None)
+            self._answers[owner, message] = text, tuple(token_ids)
+            while sum(1 + len(ids) for _, ids in self._answers.values()) > self._most_tokens:
+                del self._answers[next(iter(self._answers))]
+
+    def get(self, owner: str, message: str) -> tuple[str, tuple[int, ...]] | None:
+        """Text and token ids of an answer of an owner; None if it is not known."""
+        return self._answers.get((owner, message))
 
 
 class RequestBuilder:
@@ -395,6 +424,49 @@ class RequestBuilder:
                 text, add_special_tokens=add_special, verbose=False
             )
         return list(ids)
+
+
+def encode_parts(
+    text: str,
+    parts: Iterable[tuple[str, Sequence[int] | None]],
+    encode: Callable[[str], list[int]],
+    special_token: re.Pattern[str],
+) -> list[int]:
+    """Token ids of a text of which some parts have known ones.
+
+    Args:
+        text: The text of a chat.
+        parts: What its messages say, in order, with the token ids where they are known; some
+            may not be in the text as they are.
+        encode: Gives the token ids of a text.
+        special_token: Matches the texts of special tokens, within which no part begins or ends.
+    """
+    ids: list[int] = []
+    inside = {
+        place
+        for match in special_token.finditer(text)
+        for place in range(match.start() + 1, match.end())
+    }
+    done = at = 0
+    for part, known in parts:
+        begin = text.find(part, at)
+        while begin >= 0 and not inside.isdisjoint((begin, begin + len(part))):
+            begin = text.find(part, begin + 1)
+        if begin < 0 or not part:
+            continue
+        at = begin + len(part)
+        if known is not None:
+            ids += [*encode(text[done:begin]), *known]
+            done = at
+    return [*ids, *encode(text[done:])]
+
+
+def plain_text(tokenizer: Any, token_ids: Sequence[int]) -> str:
+    """Decode tokens, without special tokens and without cleaning up spaces."""
+    text: str = tokenizer.decode(
+        list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return text
 
 
 def _bias(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:

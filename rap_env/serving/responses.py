@@ -14,8 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from rap_env.serving.answers import AnswerPlans
-from rap_env.serving.generation import Generation, OutputDelta, TokenLogprob
+from rap_env.serving.generation import AnswerPlans, Generation, OutputDelta, TokenLogprob
 from rap_env.serving.http import ApiError
 from rap_env.serving.prompts import GenerationRequest
 

@@ -9,8 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from rap_env.serving.answers import AnswerPlans
-from rap_env.serving.generation import OutputDelta
+from rap_env.serving.generation import AnswerPlans, OutputDelta
 from rap_env.serving.http import invalid, shown
 from rap_env.serving.prompts import GenerationRequest
 from rap_env.serving.responses import event

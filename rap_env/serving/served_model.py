@@ -18,9 +18,9 @@ from rap_env.models.live.elastic import ElasticLLM
 from rap_env.paths import any_prepared
 from rap_env.policies.base import Policy
 from rap_env.policies.loading import load_policy
-from rap_env.request import Request
+from rap_env.request import Request, mebibytes
+from rap_env.runtime.memory_limit import LiveLimit
 from rap_env.runtime.plan_chooser import predicts
-from rap_env.serving.limits import LiveLimit, mebibytes
 from rap_env.serving.settings import DEFAULT_MOST_DELTA_NLL, ServerSettings
 
 if TYPE_CHECKING:

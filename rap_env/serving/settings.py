@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from rap_env.errors import ServingSettingsError
+from rap_env.request import parse_bytes
 from rap_env.runtime.records import EngineSettings
 from rap_env.specs import check, setting
 
@@ -20,32 +20,6 @@ piqa and hellaswag; one with 0.15 loses five on piqa (`docs/results/plan_tasks.m
 """
 DEFAULT_MOST_DELTA_NLL = 0.3
 """What the default floor rises to while requests wait; see `PlanChooser.follow_queue`."""
-
-_UNITS = {
-    **{"": 1, "B": 1, "KB": 1000},
-    **{f"{prefix}B": 1000**power for power, prefix in enumerate("kMGT", start=1)},
-    **{f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", start=1)},
-}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)")
-
-
-def parse_bytes(name: str, text: str | int) -> int:
-    """Convert ``"2.5GiB"``, ``"800 MB"`` or ``"1048576"`` to a number of bytes.
-
-    Args:
-        name: What error messages call the value.
-        text: The text, or a number of bytes.
-
-    Raises:
-        ServingSettingsError: The text has another form.
-    """
-    match = _SIZE.fullmatch(str(text).strip())
-    if match is None or match[2] not in _UNITS:
-        raise ServingSettingsError(
-            f"{name} must be a number of bytes such as 2.5GiB, 800MB or 1048576, not {text!r}; "
-            "instead of 200M, write 200MB or 200MiB."
-        )
-    return int(float(match[1]) * _UNITS[match[2]])
 
 
 @dataclass(frozen=True, kw_only=True)

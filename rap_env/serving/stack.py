@@ -11,15 +11,21 @@ from rap_env.errors import ServingSettingsError
 from rap_env.models.device import choose_device, drop_unused_pages
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.policies.base import Policy, PolicyLike, as_policy
+from rap_env.request import mebibytes
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.engine import Engine
-from rap_env.runtime.memory_meter import Meter, ResidentMeter, make_levels, process_meter
-from rap_env.runtime.memory_monitor import GivenMemory, MemorySource
-from rap_env.runtime.memory_source import open_memory
+from rap_env.runtime.memory_estimator import BatchShape
+from rap_env.runtime.memory_limit import GivenMemory, LiveLimit, open_memory
+from rap_env.runtime.memory_monitor import (
+    MemorySource,
+    Meter,
+    ResidentMeter,
+    make_levels,
+    process_meter,
+)
 from rap_env.runtime.records import ControllerSettings, EngineSettings
 from rap_env.runtime.structured_output import GrammarCompiler
 from rap_env.serving.app import create_app
-from rap_env.serving.limits import LiveLimit, least_check, mebibytes
 from rap_env.serving.prompts import grammar_compiler
 from rap_env.serving.served_model import (
     check_started,
@@ -124,7 +130,12 @@ def _controller(
     """Make the controller, which keeps the model within its memory and its floor of quality."""
     if memory is None:
         meter = meter or process_meter(llm)
-        memory = _open_budget(settings, llm, limit, meter)
+        if limit is None:
+            reserve = settings.reserve_bytes
+            memory = open_memory(settings.memory, device=llm.device, reserve_bytes=reserve)
+        else:
+            resident = meter if isinstance(meter, ResidentMeter) else None
+            memory = GivenMemory(limit, meter=resident if limit.of_process else None)
     floor, most = floors_of(settings, policy)
     return RuntimeController(
         llm,
@@ -154,25 +165,12 @@ def _engine(
     )
     engine = Engine(controller, engine_settings)
     if limit is not None:
-        limit.attach(least_check(settings.model, controller))
-        if controller.chooser.max_delta_nll is not None and (problem := engine.nothing_fits()):
+        one, chooser = BatchShape(1, 1), controller.chooser
+        least = controller.estimator.memory.peak_bytes(chooser.smallest(one, 1), one.request(1))
+        limit.attach(settings.model, least, controller.monitor.source)
+        if chooser.max_delta_nll is not None and (problem := engine.nothing_fits()):
             raise ServingSettingsError(problem)
     return engine
-
-
-def _open_budget(
-    settings: ServerSettings, llm: ElasticLLM, limit: LiveLimit | None, meter: Meter
-) -> MemorySource:
-    """The source of the model's budget; `meter` measures what the model uses.
-
-    Raises:
-        MemorySourceError: The system does not report its free memory.
-    """
-    if limit is None:
-        reserve = settings.reserve_bytes
-        return open_memory(settings.memory, device=llm.device, reserve_bytes=reserve)
-    resident = meter if limit.of_process and isinstance(meter, ResidentMeter) else None
-    return GivenMemory(limit, meter=resident)
 
 
 def greeting(stack: ServerStack, url: str) -> str:

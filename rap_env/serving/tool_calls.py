@@ -11,7 +11,6 @@ from typing import Any, Self
 
 from rap_env.errors import UnsupportedModelError
 from rap_env.runtime.structured_output import WHITESPACE, closed_schema
-from rap_env.serving.answers import partial_match
 from rap_env.serving.http import ApiError
 
 _ID = "example01"  # Mistral's templates accept only ids of nine characters
@@ -216,3 +215,12 @@ class ToolCallParser:
                 content = content.replace(around, "")
             content = ("\n" + content.lstrip("\n ,;[]")).rstrip()
         return content, calls[: self._most]
+
+
+def partial_match(text: str, strings: Sequence[str]) -> int:
+    """Length of the longest suffix of a text that is a prefix, not all, of one of some strings."""
+    longest = min(len(text), max((len(string) - 1 for string in strings), default=0))
+    for length in range(longest, 0, -1):
+        if any(string.startswith(text[-length:]) for string in strings):
+            return length
+    return 0

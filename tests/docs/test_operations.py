@@ -10,8 +10,8 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from rap_env.policies.loading import StaticPolicy
-from rap_env.runtime.memory_meter import TensorMeter
-from rap_env.runtime.memory_monitor import GivenMemory
+from rap_env.runtime.memory_limit import GivenMemory
+from rap_env.runtime.memory_monitor import TensorMeter
 from rap_env.serving.settings import ServerSettings
 from rap_env.serving.stack import build_stack
 from tests.serving.background import BackgroundServer

@@ -12,7 +12,7 @@ from experiments.contexts import build_context, make_ladder_bytes
 from experiments.demo import POLICY_FILE, RUN, demo
 from rap_env.plan import Plan
 from rap_env.policies.network_policy import PolicyFile
-from rap_env.runtime.memory_meter import TensorMeter
+from rap_env.runtime.memory_monitor import TensorMeter
 from tests.experiments.tiny_study import short_training, tiny_ladder_study
 from tests.scoring.tiny_table import all_masks, fitted_again, table_of
 

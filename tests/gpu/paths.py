@@ -14,7 +14,7 @@ from rap_env.policies.uniform import uniform_plans
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_estimator import BatchShape, MemoryEstimator
-from rap_env.runtime.memory_meter import TensorMeter
+from rap_env.runtime.memory_monitor import TensorMeter
 from rap_env.runtime.records import EngineSettings
 from rap_env.runtime.sampling import SamplingParams
 from rap_env.scoring.scorer import PlanScorer

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-MOST_LOWERED, MOST_ASKED, MOST_TRAINED = 41, 42, 75
+MOST_LOWERED, MOST_ASKED, MOST_TRAINED = 29, 32, 75
 """Most files on each of the ways; the first one makes levels, as the first fall of a limit does."""
 OURS = tuple(f"{ROOT / package}/" for package in ("rap_env", "agents", "experiments"))
 
@@ -58,7 +58,7 @@ def serving_paths() -> tuple[set[str], set[str]]:
     from rap_env.memory import MemoryModel
     from rap_env.plan import Plan
     from rap_env.runtime.memory_estimator import BatchShape
-    from rap_env.runtime.memory_meter import TensorMeter
+    from rap_env.runtime.memory_monitor import TensorMeter
     from rap_env.serving.settings import ServerSettings
     from rap_env.serving.stack import build_stack
     from tests.serving.background import BackgroundServer

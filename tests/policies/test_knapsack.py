@@ -10,9 +10,8 @@ from rap_env.errors import ArtifactError, InvalidRequestError
 from rap_env.importance.level_costs import LevelCosts, ordered_costs
 from rap_env.memory import MemoryModel
 from rap_env.plan import EMBEDDINGS, Plan, block_name, cache_name
-from rap_env.policies.knapsack import KnapsackPolicy
+from rap_env.policies.knapsack import KnapsackPolicy, MultipleChoice
 from rap_env.policies.loading import make_method
-from rap_env.policies.multiple_choice import MultipleChoice
 from rap_env.request import Request
 from tests.agents.synthetic import SyntheticContext
 from tests.made_facts import made_facts

@@ -13,7 +13,7 @@ from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.decision import Admit, Snapshot
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_estimator import EMPTY_BATCH, UNKNOWN_PASS, BatchShape, MemoryEstimator
-from rap_env.runtime.memory_meter import TensorMeter
+from rap_env.runtime.memory_monitor import TensorMeter
 from rap_env.runtime.records import ControllerSettings, EngineSettings
 from rap_env.runtime.sampling import SamplingParams
 from rap_env.runtime.scheduler import kept_sequences

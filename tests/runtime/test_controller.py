@@ -7,7 +7,7 @@ import pytest
 
 from rap_env.errors import MemorySourceError
 from rap_env.plan import Plan
-from rap_env.runtime.memory_estimator import EMPTY_BATCH, PassSize
+from rap_env.runtime.memory_estimator import EMPTY_BATCH
 from tests.runtime.harness import ORDER, PLENTY, SHAPE, FakePolicy, Harness, between, ordered
 
 
@@ -52,24 +52,6 @@ def test_unpredicted_bytes_are_learned_and_reserved(harness):
     harness.budget_bytes += learned
     assert harness.check(SHAPE)
     assert len(harness.mask.removed) == 2
-
-
-def test_measured_bytes_over_the_budget_remove_blocks_although_the_prediction_fits(harness):
-    harness.budget_bytes = harness.need(Plan(), SHAPE)
-    assert harness.check(SHAPE)
-    harness.meter.noise_bytes = harness.budget_bytes - harness.llm.held_bytes.total + 1000
-    assert harness.check(SHAPE)
-    assert harness.mask
-    assert harness.meter.used_bytes() <= harness.budget_bytes
-
-
-def test_a_pass_that_could_exceed_the_budget_removes_blocks_before_it_runs(harness):
-    harness.budget_bytes = harness.need(Plan(), SHAPE)
-    next_pass = PassSize(80, 160)
-    assert harness.check(SHAPE, next_pass)
-    assert harness.mask
-    estimate = harness.estimator.pass_estimate(harness.mask, SHAPE, next_pass)
-    assert harness.meter.used_bytes() + estimate.total <= harness.budget_bytes
 
 
 def test_while_idle_a_burst_expires_and_freed_memory_is_returned(harness):

@@ -22,9 +22,10 @@ from rap_env.runtime.decision import (
     Snapshot,
     Trim,
     Wait,
+    available_bytes,
     decide,
 )
-from rap_env.runtime.memory_estimator import EMPTY_BATCH, BatchShape, MemoryEstimator
+from rap_env.runtime.memory_estimator import EMPTY_BATCH, UNKNOWN_PASS, BatchShape, MemoryEstimator
 from rap_env.runtime.plan_chooser import PlanChooser
 from rap_env.runtime.records import ControllerSettings
 from tests.policies.test_knapsack import costs as level_costs
@@ -144,6 +145,19 @@ def test_a_minute_without_requests_restores_all_that_fits(table):
     budget = table.need(NATIVE, EMPTY_BATCH)
     assert table.decide(budget, **idle) == (Trim(),)
     assert table.decide(budget, progress=DONE, **idle) == (Apply(NATIVE, "room"),)
+
+
+def test_measured_bytes_beside_tensors_count_where_the_next_pass_could_exceed_the_budget(costs):
+    budget, estimator = 10**6, costs.estimator
+    estimate = estimator.pass_estimate(NATIVE, SHAPE, UNKNOWN_PASS)
+    excess = estimate.workspace - estimator.workspace_bytes(SHAPE)
+    most = budget - estimate.total
+    for used, held, counts in ((0, 0, False), (most, 0, False), (most + 1, 0, True),
+                               (budget, 0, True), (budget, budget, True)):  # fmt: skip
+        known = {"used_bytes": used, "held_bytes": held, "margin_bytes": 10}
+        snapshot = Snapshot(running=SHAPE, budget_bytes=budget, **known)
+        reserved = max(10, used - held + excess) if counts else 10
+        assert available_bytes(snapshot, costs) == budget - reserved
 
 
 # What is kept goes first

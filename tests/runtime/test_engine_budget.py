@@ -57,27 +57,6 @@ def test_an_engine_says_why_it_cannot_serve(harness, engine):
     assert engine.unready_reason() == "The engine does not run."
 
 
-def test_the_newest_request_is_preempted_and_continues_from_its_tokens():
-    harness = Harness(guard_order=())
-    engine = harness.engine()
-    first = engine.submit(prompt(4), greedy(20))
-    second = engine.submit(prompt(5, 1), greedy(20))
-    for _ in range(6):
-        engine.step()
-    assert engine.stats().running == 2
-    harness.budget_bytes = harness.need(Plan(), BatchShape(1, 30))
-    engine.step()
-    assert (engine.stats().running, engine.stats().queued) == (1, 1)
-    assert second.preemptions == 1
-    kept = list(second.token_ids)
-    assert kept
-    harness.run(engine)
-    assert second.admitted_s == 0.0 < first.ended_s < second.ended_s
-    for handle, ids in ((first, prompt(4)), (second, prompt(5, 1))):
-        assert handle.token_ids == alone(harness.llm, ids, 20)
-    assert second.token_ids[: len(kept)] == kept
-
-
 def test_a_queued_request_that_can_no_longer_fit_is_rejected(harness, engine):
     handle = engine.submit(prompt(5), greedy(20))
     harness.budget_bytes = harness.controller.monitor.max_budget_bytes = 1000

@@ -28,11 +28,11 @@ def _a_file_for_each_block(monkeypatch):
     monkeypatch.setattr("rap_env.runtime.kept_sequences._LEAST_BYTES", 0)
 
 
-def break_files(monkeypatch, method, text):
+def break_files(monkeypatch, method):
     """Let a method of the files of kept blocks fail."""
 
     def fail(*_args):
-        raise OSError(text)
+        raise OSError("Input/output error")
 
     monkeypatch.setattr(f"rap_env.models.caches.tensor_file.TensorFile.{method}", fail)
 
@@ -308,19 +308,18 @@ class TestFiles:
         assert engine.stats().kept_file_bytes == 0
         assert answer(harness, engine, [*prompt(96), 5]).taken.tokens == 0
 
-    def test_a_full_disk_is_logged_once_and_blocks_are_dropped(self, monkeypatch, caplog):
-        break_files(monkeypatch, "append", "No space left on device")
-        harness, engine = self.squeezed()
-        assert caplog.text.count("No space left") == 1
-        assert answer(harness, engine, [*prompt(96), 5]).taken.tokens == 0
-
-    def test_a_file_that_cannot_be_read_is_logged_and_the_prompt_is_read(self, monkeypatch, caplog):
-        harness, engine = self.squeezed()
-
-        break_files(monkeypatch, "read", "Input/output error")
+    @pytest.mark.parametrize("method", ["append", "read"])
+    def test_a_disk_that_fails_is_logged_and_the_prompt_is_read(self, monkeypatch, caplog, method):
+        if method == "read":
+            harness, engine = self.squeezed()
+            break_files(monkeypatch, method)
+        else:
+            break_files(monkeypatch, method)
+            harness, engine = self.squeezed()
         handle = answer(harness, engine, [*prompt(96), 5])
+        assert handle.taken.tokens == 0
         assert handle.token_ids == alone(harness.llm, [*prompt(96), 5], 8)
-        assert "Input/output error" in caplog.text
+        assert caplog.text.count("Input/output error") == 1
 
 
 class FixedPolicy(KnapsackPolicy):
@@ -647,24 +646,17 @@ def test_of_a_prompt_that_is_never_read_to_its_end_nothing_is_kept(disk, end):
     assert answer(harness, engine, unread).taken.tokens == 40
 
 
-def test_a_full_disk_is_logged_once_and_the_request_is_read_again(monkeypatch, caplog):
+@pytest.mark.parametrize("method", ["append", "read"])
+def test_a_disk_that_fails_is_logged_and_the_request_is_read_again(monkeypatch, caplog, method):
     harness, engine, (_, second) = squeezed()
-    break_files(monkeypatch, "append", "No space left on device")
+    break_files(monkeypatch, method)
     harness.budget_bytes = PLENTY
-    harness.time_s += 1
-    steps(engine, 3)
-    harness.budget_bytes = harness.need(Plan(), BatchShape(1, 54))
-    steps(engine, 1)
-    assert second.preemptions == 2
-    assert "No space left" in caplog.text
-    harness.run(engine)
-    assert second.token_ids == alone(harness.llm, prompt(38, 1), 16)
-
-
-def test_a_file_that_cannot_be_read_is_logged_and_the_request_is_read_again(monkeypatch, caplog):
-    harness, engine, (_, second) = squeezed()
-    break_files(monkeypatch, "read", "Input/output error")
-    harness.budget_bytes = PLENTY
+    if method == "append":
+        harness.time_s += 1
+        steps(engine, 3)
+        harness.budget_bytes = harness.need(Plan(), BatchShape(1, 54))
+        steps(engine, 1)
+        assert second.preemptions == 2
     harness.run(engine)
     assert "Input/output error" in caplog.text
     assert second.token_ids == alone(harness.llm, prompt(38, 1), 16)

@@ -8,8 +8,8 @@ from rap_env.policies.loading import StaticPolicy
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_estimator import BatchShape, PassSize
+from rap_env.runtime.memory_limit import SystemMemory
 from rap_env.runtime.memory_monitor import HEADROOM_BYTES
-from rap_env.runtime.memory_source import SystemMemory
 from rap_env.runtime.records import ControllerSettings, EngineSettings
 from tests.runtime.harness import PLENTY, Harness, NoisyMeter, greedy, prompt
 from tests.runtime.schedules import knapsack

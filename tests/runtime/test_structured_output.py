@@ -18,7 +18,7 @@ from rap_env.errors import InvalidGrammarError, UnsupportedModelError
 from rap_env.plan import Plan
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.engine import Engine
-from rap_env.runtime.memory_meter import TensorMeter
+from rap_env.runtime.memory_monitor import TensorMeter
 from rap_env.runtime.records import EngineSettings
 from rap_env.runtime.sampling import SamplingParams
 from rap_env.runtime.structured_output import MAX_GRAMMAR_CHARS, GrammarCompiler

@@ -36,8 +36,8 @@ def client_of(server, **kwargs):
 def tiny_stack(tokenizer, policy_of, read_budget, **settings):
     """A whole server of a tiny model, with a policy of its memory and a budget that moves."""
     from rap_env.memory import MemoryModel
-    from rap_env.runtime.memory_meter import TensorMeter
-    from rap_env.runtime.memory_monitor import GivenMemory
+    from rap_env.runtime.memory_limit import GivenMemory
+    from rap_env.runtime.memory_monitor import TensorMeter
     from rap_env.serving.settings import ServerSettings
     from rap_env.serving.stack import build_stack
     from tests.tiny import tiny_llm
@@ -61,7 +61,7 @@ def dense_engine(llm, **settings):
     from rap_env.policies.loading import StaticPolicy
     from rap_env.runtime.controller import RuntimeController
     from rap_env.runtime.engine import Engine
-    from rap_env.runtime.memory_meter import TensorMeter
+    from rap_env.runtime.memory_monitor import TensorMeter
     from rap_env.runtime.records import EngineSettings
 
     policy = StaticPolicy(Plan(), "dense")

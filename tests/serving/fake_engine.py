@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 from rap_env.models.live.elastic import HeldBytes
 from rap_env.plan import Plan
-from rap_env.runtime.memory_monitor import GivenMemory
+from rap_env.runtime.memory_limit import GivenMemory
 from rap_env.runtime.records import EngineStats
 from rap_env.runtime.request_handle import AdmitEvent, EndEvent, RequestHandle, TokenEvent
 

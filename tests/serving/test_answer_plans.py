@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from rap_env.plan import Plan
 from rap_env.runtime.request_handle import AdmitEvent, EndEvent, PlanEvent, TokenEvent
-from rap_env.serving.answers import AnswerPlans, AnswerTimer
+from rap_env.serving.generation import AnswerPlans, AnswerTimer
 from rap_env.serving.metrics import ServingMetrics
 from rap_env.serving.settings import ServerSettings
 from tests.serving.conftest import served

@@ -75,7 +75,7 @@ def test_bodies_that_are_never_complete_keep_none_out(tokenizer, monkeypatch):
 
 
 def test_a_missing_header_closes_the_connection(tokenizer, monkeypatch):
-    monkeypatch.setattr("rap_env.serving.server.HEADER_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("rap_env.serving.http.HEADER_TIMEOUT_S", 0.3)
     with served(FakeEngine(tokenizer), tokenizer) as server:
         for begun in (b"", b"POST /v1/completions HTTP/1.1\r\nhost: te"):
             assert everything(raw(server, begun)) == b""
@@ -87,7 +87,7 @@ def test_a_missing_header_closes_the_connection(tokenizer, monkeypatch):
 
 
 def test_a_long_answer_is_no_idle_connection(tokenizer, monkeypatch):
-    monkeypatch.setattr("rap_env.serving.server.HEADER_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("rap_env.serving.http.HEADER_TIMEOUT_S", 0.2)
     engine = FakeEngine(tokenizer, "abcdef", pace_s=0.1)
     with served(engine, tokenizer) as server:
         assert answers(server)
@@ -152,7 +152,7 @@ def test_a_disconnect_in_a_body_leaves_nothing_behind(tokenizer):
 
 
 def test_an_answer_that_is_not_read_is_cut_off(tokenizer, monkeypatch):
-    monkeypatch.setattr("rap_env.serving.server.WRITE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("rap_env.serving.http.WRITE_TIMEOUT_S", 0.5)
     engine = FakeEngine(tokenizer, "a" * 60)
     engine.max_seq_len_tokens = 10**6
     engine.tokens = engine.tokens * 1000

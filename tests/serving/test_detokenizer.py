@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rap_env.serving.answers import UNFINISHED, Detokenizer, StopStrings
+from rap_env.serving.generation import UNFINISHED, Detokenizer, StopStrings
 from tests.serving.conftest import served
 from tests.serving.fake_engine import FakeEngine
 from tests.serving.test_app import CHAT, PLAIN, error_of, post

@@ -9,7 +9,7 @@ import pytest
 from rap_env.errors import RapError
 from rap_env.plan import Plan
 from rap_env.policies.loading import StaticPolicy
-from rap_env.serving.answers import WrittenAnswers, encode_parts
+from rap_env.serving.prompts import WrittenAnswers, encode_parts
 from rap_env.serving.settings import ServerSettings
 from tests.serving.background import BackgroundServer
 from tests.serving.conftest import HI, chat, client_of, dense_engine, served, tiny_stack

@@ -11,11 +11,12 @@ from rap_env.models.files import model_folder
 from rap_env.plan import Plan
 from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.policies.packaged_files import default_facts
+from rap_env.request import parse_bytes
 from rap_env.runtime.memory_estimator import BatchShape
-from rap_env.runtime.memory_meter import TensorMeter
-from rap_env.serving.limits import LiveLimit
+from rap_env.runtime.memory_limit import LiveLimit
+from rap_env.runtime.memory_monitor import TensorMeter
 from rap_env.serving.served_model import choose_policy
-from rap_env.serving.settings import ServerSettings, parse_bytes
+from rap_env.serving.settings import ServerSettings
 from rap_env.serving.stack import build_stack
 from rap_env.serving.startup import check_before_loading
 from tests.models.states import saved

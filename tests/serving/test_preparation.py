@@ -15,9 +15,9 @@ from rap_env.models.live import calibration_text
 from rap_env.plan import Plan
 from rap_env.policies.loading import load_policy
 from rap_env.runtime.controller import RuntimeController
-from rap_env.runtime.memory_meter import TensorMeter
+from rap_env.runtime.memory_limit import LiveLimit
+from rap_env.runtime.memory_monitor import TensorMeter
 from rap_env.serving.background_preparation import BackgroundPreparation, start_preparation
-from rap_env.serving.limits import LiveLimit
 from rap_env.serving.served_model import load_served_model
 from rap_env.serving.settings import ServerSettings
 from rap_env.serving.startup import prepare_before

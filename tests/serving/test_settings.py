@@ -12,9 +12,10 @@ from rap_env.memory import MemoryModel
 from rap_env.models.weights.residency import RESIDENCIES
 from rap_env.policies.loading import load_policy
 from rap_env.policies.packaged_files import PACKAGED, default_facts
+from rap_env.request import parse_bytes
 from rap_env.runtime.plan_chooser import predicts
 from rap_env.serving.prompts import MILD_SAMPLING, default_sampling
-from rap_env.serving.settings import ServerSettings, parse_bytes
+from rap_env.serving.settings import ServerSettings
 from rap_env.serving.startup import bind, check_before_loading, url_of
 from rap_env.specs import settings_of
 

@@ -30,8 +30,8 @@ from rap_env.plan import Plan, block_name, cache_name
 from rap_env.policies.base import Policy
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_estimator import BatchShape
-from rap_env.runtime.memory_meter import TensorMeter
-from rap_env.runtime.memory_monitor import GivenMemory
+from rap_env.runtime.memory_limit import GivenMemory
+from rap_env.runtime.memory_monitor import TensorMeter
 from rap_env.runtime.request_handle import EndEvent, TokenEvent
 from rap_env.runtime.sampling import SamplingParams
 from rap_env.serving import stack

@@ -15,7 +15,7 @@ from experiments.study.harness import DeltaNLLRecord
 from experiments.study.json_records import Record
 from experiments.study.plotting import INK, Panel, panel_figure
 from experiments.study.table_format import TitledTable, mebibytes, percent, precise
-from rap_env.serving.settings import parse_bytes
+from rap_env.request import parse_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

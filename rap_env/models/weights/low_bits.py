@@ -39,7 +39,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rap_env.errors import ArtifactError, check_name
+from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.models.weights.packing import (
     BLOCK,
     GROUP_INPUTS,
@@ -417,7 +417,8 @@ def matrix_from_tensors(
     Raises:
         ArtifactError: The tensors do not belong to such a matrix.
     """
-    check_name("level of packed weights", level, PACKED_LEVELS)
+    if level not in PACKED_LEVELS:
+        raise UnknownNameError("level of packed weights", level, PACKED_LEVELS)
     expected = tensor_shapes(level, shape)
     given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if given != expected:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rap_env.errors import check_name
+from rap_env.errors import UnknownNameError
 from rap_env.models.weights.low_bits import LOW_BIT_FORMATS, LowBitMatrix, stored_level
 from rap_env.models.weights.packing import (
     GROUP_INPUTS,
@@ -132,7 +132,8 @@ def quantise(
         importance: Factors of the squared errors of each input's weights, (in,), positive, such
             as the mean square of the input; None for equal ones. Not used at int8.
     """
-    check_name("level of packed weights", level, PACKED_LEVELS)
+    if level not in PACKED_LEVELS:
+        raise UnknownNameError("level of packed weights", level, PACKED_LEVELS)
     weight = weight.detach()
     if level == "int8":
         weight = weight.float()

@@ -9,7 +9,7 @@ from rap_env.models.caches.kv_cache import ReservedLayer
 from rap_env.models.device import own_pages
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
-from rap_env.runtime.memory_meter import ResidentMeter
+from rap_env.runtime.memory_monitor import ResidentMeter
 from tests.models.grouped import long_llm, uniform
 from tests.tiny import FAMILIES, LAYERS, tiny_llm
 

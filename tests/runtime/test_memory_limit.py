@@ -11,9 +11,8 @@ from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.decision import Snapshot
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_estimator import BatchShape
-from rap_env.runtime.memory_meter import ResidentMeter
-from rap_env.runtime.memory_monitor import GivenMemory, MemorySource
-from rap_env.runtime.memory_source import CgroupMemory, CudaMemory, open_memory
+from rap_env.runtime.memory_limit import CgroupMemory, CudaMemory, GivenMemory, open_memory
+from rap_env.runtime.memory_monitor import MemorySource, ResidentMeter
 from tests.runtime.harness import set_status
 from tests.tiny import tiny_llm
 

@@ -18,8 +18,15 @@ from rap_env.policies.uniform import uniform_plans
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_estimator import EMPTY_BATCH, BatchShape, MemoryEstimator
-from rap_env.runtime.memory_meter import ResidentMeter, TensorMeter, make_levels, process_meter
-from rap_env.runtime.memory_monitor import GivenMemory, MemoryMonitor, SafetyMargin
+from rap_env.runtime.memory_limit import GivenMemory
+from rap_env.runtime.memory_monitor import (
+    MemoryMonitor,
+    ResidentMeter,
+    SafetyMargin,
+    TensorMeter,
+    make_levels,
+    process_meter,
+)
 from rap_env.runtime.sampling import SamplingParams
 from tests.runtime.harness import NoisyMeter, set_status
 from tests.tiny import tiny_llm

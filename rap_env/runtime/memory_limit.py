@@ -1,20 +1,207 @@
-"""Budgets that a system reports: the free memory of a device, of control groups, of the machine."""
+"""Where a memory limit comes from: a set value, a file, or what the system reports as free."""
 
 from __future__ import annotations
 
+import logging
+import math
+import threading
+import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from rap_env.errors import MemorySourceError, UnknownNameError
+from rap_env.errors import MemorySourceError, ServingSettingsError, UnknownNameError
 from rap_env.models.device import free_bytes
-from rap_env.runtime.memory_monitor import GivenMemory, MemorySource
+from rap_env.request import mebibytes, parse_bytes
+from rap_env.runtime.memory_monitor import HEADROOM_BYTES, MemorySource, ResidentMeter
+
+log = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
+_SETTLE_S = 0.05  # for which a file must be unchanged: a half-written one changes again
+_LONGEST_TEXT = 64
+
+
+class GivenMemory(MemorySource):
+    """A budget set from outside: of the model, or of the whole process.
+
+    Of a process, the model may use what is left beside everything else that is resident
+    (interpreter, libraries, tokenizer, server, freed memory that the C library keeps), which
+    is the meter's baseline (`Meter.measure_others`).
+
+    Args:
+        budget: The budget in bytes, or a function that returns it whenever it is called.
+        limit_bytes: The largest budget that the function will ever return, if known. A
+            request that does not fit it is rejected on arrival; one that does waits.
+        meter: Measures the process, if the budget is that of the process.
+    """
+
+    name = "given"
+    is_given = True
+
+    def __init__(
+        self,
+        budget: Callable[[], float] | int,
+        *,
+        limit_bytes: int | None = None,
+        meter: ResidentMeter | None = None,
+    ) -> None:
+        self._limit_bytes = limit_bytes
+        self._meter = meter
+        if callable(budget):
+            self._read = budget
+        else:
+            fixed = budget
+            self._read = lambda: fixed
+            self._limit_bytes = fixed if limit_bytes is None and meter is None else limit_bytes
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """The given limit, or the given number of bytes."""
+        return self._limit_bytes
+
+    @property
+    def process_bytes(self) -> int | None:
+        """The given budget, if it is that of the process."""
+        return None if self._meter is None else int(self._read())
+
+    @property
+    def other_bytes(self) -> int | None:
+        """Resident bytes of all that is not the model, if the budget is that of the process."""
+        return None if self._meter is None else self._meter.baseline_bytes
+
+    def budget_bytes(self, used_bytes: int) -> int:
+        """The given budget; of a process, less `other_bytes` and the headroom.
+
+        Raises:
+            MemorySourceError: The function did not return a finite number.
+        """
+        budget = self._read()
+        if not math.isfinite(budget):
+            raise MemorySourceError(
+                f"The budget function returned {budget!r}; it should return a number of bytes."
+            )
+        others = self.other_bytes
+        return max(0, int(budget) - (0 if others is None else others + HEADROOM_BYTES))
+
+
+def file_state(path: str | Path) -> tuple[int, int, int] | None:
+    """What changes with the content of a file; None if there is none."""
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+class LiveLimit:
+    """A limit that operators change while the server runs; call it to get the present bytes.
+
+    As long as the file does not exist the limit stays as it is. A file that is incomplete,
+    wrong or too small changes nothing, and one warning is logged.
+
+    Args:
+        name: The setting that it is: ``memory``, of the whole process, or ``model_memory``.
+        limit_bytes: Value of the setting.
+        file: A file with a size such as ``300MiB``, which is read whenever it changes.
+
+    Raises:
+        ServingSettingsError: The file exists and does not hold a size.
+    """
+
+    def __init__(self, name: str, limit_bytes: int, file: str | None = None) -> None:
+        self.name = name
+        self.of_process = name == "memory"
+        self._bytes = limit_bytes
+        self._source: MemorySource | None = None
+        self._model, self._least_bytes = "", 0
+        self._aside_bytes = 0
+        self._file = None if file is None else Path(file)
+        self._lock = threading.RLock()
+        self._read_state = self._state()
+        if self._read_state is not None:
+            self.set(self._read())
+
+    def __call__(self) -> int:
+        """The bytes that are allowed now."""
+        if self._file is not None:
+            with self._lock:
+                self._follow()
+        return self._bytes - self._aside_bytes
+
+    def set_aside(self, own_bytes: int) -> None:
+        """Leave so many bytes of the limit to another process."""
+        self._aside_bytes = own_bytes
+
+    def attach(self, model: str, least_bytes: int, source: MemorySource) -> None:
+        """Check the present value and all later ones against what is served.
+
+        Args:
+            model: What messages call the model.
+            least_bytes: What one token takes with the smallest plan.
+            source: The budget that the limit gives.
+
+        Raises:
+            ServingSettingsError: The present value is too small.
+        """
+        self._model, self._least_bytes, self._source = model, least_bytes, source
+        self._check(self())
+
+    def _check(self, limit_bytes: int) -> None:
+        others = None if self._source is None else self._source.other_bytes
+        least = self._least_bytes + (0 if others is None else others + HEADROOM_BYTES)
+        if limit_bytes < least:
+            beside = (
+                ""
+                if others is None
+                else f", {mebibytes(least - self._least_bytes)} of it for everything but the model"
+            )
+            raise ServingSettingsError(
+                f"{self.name} must be at least {least:,} bytes ({mebibytes(least)}) for "
+                f"{self._model}, which its smallest plan needs for one token{beside}, not "
+                f"{limit_bytes:,}; give more."
+            )
+
+    def set(self, limit_bytes: int) -> None:
+        """Change the limit; a `ServingSettingsError` if it is too small, and it stays as it was."""
+        self._check(limit_bytes)
+        with self._lock:
+            if limit_bytes == self._bytes:
+                return
+            self._bytes = limit_bytes
+            log.info("%s is now %s.", self.name, mebibytes(limit_bytes))
+
+    def _follow(self) -> None:
+        """Read the file if it has changed, once its own time says that it is no longer written."""
+        state = self._state()
+        if state == self._read_state:
+            return
+        if state is not None and abs(time.time() - state[2] / 1e9) < _SETTLE_S:
+            return
+        self._read_state = state
+        try:
+            self.set(self._read())
+        except ServingSettingsError as error:
+            log.warning("%s stays at %s: %s", self.name, mebibytes(self._bytes), error)
+
+    def _state(self) -> tuple[int, int, int] | None:
+        return None if self._file is None else file_state(self._file)
+
+    def _read(self) -> int:
+        assert self._file is not None
+        try:
+            with self._file.open("rb") as file:
+                text = file.read(_LONGEST_TEXT + 1).decode("ascii", errors="replace")
+        except OSError as error:
+            raise ServingSettingsError(
+                f"Cannot read memory_file {self._file}: {error.strerror}."
+            ) from None
+        if len(text) > _LONGEST_TEXT:
+            text = f"{text[:_LONGEST_TEXT]}..."
+        return parse_bytes(f"memory_file {self._file}", text)
 
 
 class SystemMemory(MemorySource):
@@ -205,14 +392,10 @@ def open_memory(
             return CgroupMemory(reserve_bytes or 0)
     elif isinstance(source, MemorySource):
         return source
-    elif callable(source) or _is_whole(source):
+    elif callable(source) or (hasattr(source, "__index__") and not isinstance(source, bool)):
         return GivenMemory(source)
     hint = "Or give a number of bytes, or a function that returns one."
     raise UnknownNameError("memory source", source, ["auto", "cgroup", "cuda"], hint)
-
-
-def _is_whole(value: Any) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)
 
 
 def _find_groups(mount: Path, proc: Path) -> tuple[_CgroupVersion, tuple[Path, ...]]:
