@@ -7,11 +7,10 @@ import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-MOST_CODE_LINES = 35_000
+MOST_CODE_LINES = 35_006
 """Lowered with every merge; the aim is 32,500. A feature raises it by its own budget of lines."""
 MOST_FUNCTION_LINES, MOST_PARAMETERS = 60, 8
 """Of a function; a command has as many parameters as options."""
-MORE_PARAMETERS = {"load_llm": 9}
 FOLDERS = ("rap_env", "agents", "experiments", "benchmarks", "examples", "docs", "tools")
 NO_CODE = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
@@ -78,8 +77,7 @@ def test_functions_are_short_and_take_few_parameters():
             taken = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
             taken = [argument for argument in taken if argument.arg not in ("self", "cls")]
             is_command = any("command" in ast.unparse(each) for each in node.decorator_list)
-            most = MORE_PARAMETERS.get(node.name, MOST_PARAMETERS)
-            if len(taken) > most and not is_command:
+            if len(taken) > MOST_PARAMETERS and not is_command:
                 too_many.append(f"{name} takes {len(taken)}")
     assert too_long == []
     assert too_many == []

@@ -67,7 +67,6 @@ def load_llm(
     weights: str = "native",
     lean: bool = False,
     on_demand: bool = False,
-    again: bool = False,
     quick_levels: bool = False,
     before_weights: Callable[[int], object] | None = None,
 ) -> ElasticLLM:
@@ -94,8 +93,6 @@ def load_llm(
             packed; else some of their rows are read at a time. A pruned checkpoint is loaded
             whole, and so is an unquantised model whose files have other tensors than
             transformers' model, such as single experts.
-        again: Whether the model was loaded before and its tokenizer is not needed again:
-            nothing is logged, and there is none.
         quick_levels: Whether quick levels of a prepared model are used, as a server does, and
             not only thorough ones, as environments and studies do.
         before_weights: Called with an estimate of the bytes that loading (and
@@ -114,6 +111,38 @@ def load_llm(
         ChecksumError: A file is damaged.
         StorageFullError: The disk is full.
     """
+    llm = _load(
+        model, device, dtype, weights, lean=lean, on_demand=on_demand, before_weights=before_weights
+    )
+    find_prepared(model, llm)
+    use_prepared_levels(llm, quick=quick_levels)
+    return llm
+
+
+def _load(
+    model: str | os.PathLike[str],
+    device: str,
+    dtype: str,
+    weights: str = "native",
+    *,
+    lean: bool = False,
+    on_demand: bool = False,
+    again: bool = False,
+    before_weights: Callable[[int], object] | None = None,
+) -> ElasticLLM:
+    """Load a model without what was prepared for it.
+
+    Args:
+        model: As for `load_llm`, as are the others.
+        device: Device.
+        dtype: Dtype.
+        weights: Format of the weights.
+        lean: Whether the lean model may be used.
+        on_demand: Whether blocks stay in the files.
+        again: Whether this process has loaded it before: nothing is logged, and there is no
+            tokenizer.
+        before_weights: Called with the bytes that loading still takes.
+    """
     free_memory_early()  # what loading frees would leave the heap full of holes
     bound_kernel_caches()
     found = _find(model, device, dtype, weights)
@@ -123,9 +152,7 @@ def load_llm(
         if before_weights is not None:
             before_weights(2 * _bytes_of(stored_tensors(found.folder)))
         own = None if dtype == "auto" else found.dtype
-        llm = load_pruned(found.folder, device=str(found.device), dtype=own)
-        find_prepared(model, llm)
-        return llm
+        return load_pruned(found.folder, device=str(found.device), dtype=own)
     loader = _choose_loader(found, lean=lean, on_demand=on_demand)
     if before_weights is not None:
         size = _loading_bytes(found.folder, found.dtype, lean=loader.bare is not None)
@@ -154,9 +181,6 @@ def load_llm(
     has_text = found.packed or found.name in TINY_MODELS
     if has_text and (windows := packaged_windows(llm)) is not None:
         use_text(llm, windows)  # so that scores and facts have its hash from the beginning
-    if not again:
-        find_prepared(model, llm)
-    use_prepared_levels(llm, quick=quick_levels)
     return llm
 
 
@@ -174,7 +198,8 @@ def load_again(
     Returns:
         The model, whose blocks and levels are in their files.
     """
-    llm = load_llm(model, device=device, dtype=dtype, on_demand=True, again=True)
+    llm = _load(model, device, dtype, on_demand=True, again=True)
+    use_prepared_levels(llm, quick=False)
     if files:
         for item, own in zip(llm.weight_items, files, strict=True):
             item.files.update(own)
