@@ -47,7 +47,7 @@ bench: setup  ## Run all benchmarks and print their table (needs an idle machine
 
 soak: setup  ## Serve 10,000 valid and invalid requests under a changing budget (at most an hour).
 	@OMP_NUM_THREADS=1 RAP_SOAK_REQUESTS=10000 RAP_SOAK_MODEL=smollm2-135m \
-		$(RUN) -m pytest -m slow tests/serving/test_soak.py
+		$(RUN) -m pytest --timeout=3600 -m slow tests/serving/test_soak.py
 
 lint: setup  ## Check style and formatting.
 	@$(RUN) -m ruff check .

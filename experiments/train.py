@@ -81,9 +81,8 @@ def train(config: Config, folder: Path, *, swept: dict[str, Any] | None = None) 
         text = held_out_text(selection, "selection", context)
         scorer = PlanScorer(context.llm, text, context.store)
     checkpoint = latest_checkpoint(folder / "checkpoints")
-    step = checkpoint.step if checkpoint else 0
-    trim_metrics(run.metrics, step)
-    with open_loggers(config, folder, job="train", step=step) as loggers:
+    trim_metrics(run.metrics, checkpoint.step if checkpoint else 0)
+    with open_loggers(config, folder, job="train") as loggers:
         facts = facts_of(learn(config, agent, context, folder, loggers.log))
         policy = TrainedPolicy.load(folder, context)
         facts["objective"] = objective(policy, cells, scorer, context.memory)

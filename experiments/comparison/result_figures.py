@@ -1,15 +1,15 @@
-"""Figures of a comparison and of trainings."""
+"""The figure of a comparison."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from experiments.comparison.run_records import Records, TrainingRun
+from experiments.comparison.run_records import Records
 from experiments.comparison.summaries import Comparison
 from experiments.config.common import Shape
 from experiments.study.plotting import (
@@ -86,72 +86,11 @@ def _draw_delta_nlls(axis: Axes, comparison: Comparison, shape: Shape) -> None:
         axis.set_xticks([100 * budget for budget in comparison.budgets])
 
 
-CURVES = {
-    "episode/delta_nll": "ΔNLL at the end of the episode\n(calibration text, nats/token)",
-    "episode/return": "return of the episode",
-}
-"""Metrics drawn as learning curves, with axis labels."""
-
-SMOOTHED_EPISODES = 50
-"""Number of episodes that each point of a learning curve averages."""
-
-
-def logged_curves(runs: Sequence[TrainingRun]) -> list[str]:
-    """Return those of `CURVES` that some run has logged."""
-    return [name for name in CURVES if any(run.series(name)[0] for run in runs)]
-
-
-def learning_curves(runs: Sequence[TrainingRun]) -> Figure:
-    """Draw the logged learning curves: thin for each seed, thick for the mean."""
-
-    def draw(axis: Axes, name: str) -> None:
-        for method in sorted({run.method for run in runs}):
-            series = [_smooth(*run.series(name)) for run in runs if run.method == method]
-            _draw_curves(axis, method, [(steps, values) for steps, values in series if steps])
-
-    steps = "training step (one action each)"
-    parts = [
-        Panel(partial(draw, name=name), x=steps, y=CURVES[name]) for name in logged_curves(runs)
-    ]
-    return panel_figure(parts, height=2.8, legend=4)
-
-
-def _smooth(steps: list[int], values: list[float]) -> tuple[list[int], list[float]]:
-    """Return moving averages over `SMOOTHED_EPISODES` episodes."""
-    if not values:
-        return [], []
-    width = min(SMOOTHED_EPISODES, max(1, len(values) // 4))
-    means = np.convolve(values, np.full(width, 1 / width), mode="valid")
-    return steps[width - 1 :], means.tolist()
-
-
-def _draw_curves(axis: Axes, method: str, series: Sequence[tuple[list[int], list[float]]]) -> None:
-    colour = look(method).colour
-    if not series:
-        return
-    label = f"{short_label(method)} ({len(series)} seed{'s' if len(series) > 1 else ''})"
-    if len(series) == 1:
-        axis.plot(*series[0], color=colour, linewidth=1.8, label=label)
-        return
-    for steps, values in series:
-        axis.plot(steps, values, color=colour, linewidth=0.7, alpha=0.45)
-    # The mean covers the steps that all seeds reached.
-    last = min(steps[-1] for steps, _ in series)
-    grid = np.linspace(max(steps[0] for steps, _ in series), last, 200)
-    mean = np.mean([np.interp(grid, steps, values) for steps, values in series], axis=0)
-    axis.plot(grid, mean, color=colour, linewidth=2.2, label=label)
-
-
 def draw_figures(comparisons: Iterable[Records], folder: Path) -> None:
-    """Draw the figures for which comparisons have records, ``NAME-FIGURE.png`` in a folder."""
+    """Draw the figure of each comparison with several budgets of a request, in a folder."""
     require_extra("plots", "Drawing figures")
     for records in comparisons:
         comparison = records.comparison
-        figures: dict[str, Figure] = {}
-        # With one cell for each request, lines would be points.
         if comparison and comparison.summaries and len(comparison.cells) > len(comparison.shapes):
-            figures["delta_nll_against_budget"] = delta_nll_against_budget(comparison)
-        if logged_curves(records.runs):
-            figures["learning_curves"] = learning_curves(records.runs)
-        for name, figure in figures.items():
-            save_png(figure, folder / f"{records.name.replace('/', '-')}-{name}.png")
+            name = f"{records.name.replace('/', '-')}-delta_nll_against_budget.png"
+            save_png(delta_nll_against_budget(comparison), folder / name)

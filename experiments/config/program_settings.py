@@ -120,13 +120,11 @@ class FrontierConfig:
 
 @dataclass
 class LoggerConfig:
-    """Loggers besides ``metrics.jsonl`` in the run folder, which is always written."""
+    """Where metrics go besides ``metrics.jsonl`` in the run folder, which is always written."""
 
     wandb: bool = False
     """Whether to log to Weights & Biases: as WANDB_MODE says, else online if a login is
     found."""
-    tensorboard: bool = False
-    """Whether to log to TensorBoard."""
     project: str = "rap"
     """Project of wandb."""
 

@@ -1,11 +1,11 @@
-"""Loggers of metrics: JSON lines always, TensorBoard and wandb if configured."""
+"""Where metrics go: a file of JSON lines always, and wandb if configured."""
 
 from __future__ import annotations
 
 import netrc
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,64 +18,39 @@ from experiments.study.run_folder import RunFolder, flatten
 
 
 class Loggers:
-    """Logs to ``metrics.jsonl``, a line ``{"step": ..., name: value, ...}`` each, and elsewhere.
+    """Logs to ``metrics.jsonl``, a line ``{"step": ..., name: value, ...}`` each, and to wandb.
 
     Args:
         metrics: That file.
-        parts: The other loggers.
+        wandb: The run of wandb, if there is one.
     """
 
-    def __init__(self, metrics: Path, parts: Sequence[TensorBoard | Wandb]) -> None:
-        self.metrics, self.parts = metrics, parts
+    def __init__(self, metrics: Path, wandb: Wandb | None) -> None:
+        self.metrics, self.wandb = metrics, wandb
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Log metrics by name at a step; in the file, values that are not finite become null."""
         finite = {k: v if abs(v) < float("inf") else None for k, v in metrics.items()}
         append_record(self.metrics, {"step": step, **finite}, durable=False)
-        for part in self.parts:
-            part.log(metrics, step)
+        if self.wandb is not None:
+            self.wandb.log(metrics, step)
 
 
 @contextmanager
-def open_loggers(config: Config, folder: Path, *, job: str, step: int = 0) -> Iterator[Loggers]:
+def open_loggers(config: Config, folder: Path, *, job: str) -> Iterator[Loggers]:
     """Open the configured loggers and close them at the end of the block.
 
     Args:
         config: All settings.
         folder: The run folder; its name is the name of the run.
         job: Kind of run (``train``, ``evaluate``).
-        step: Step from which a resumed run continues; metrics of later steps are logged
-            again.
     """
-    with ExitStack() as stack:
-        parts: list[TensorBoard | Wandb] = []
-        if config.logger.tensorboard:
-            parts.append(TensorBoard(folder / "tensorboard", step))
-        if config.logger.wandb:
-            parts.append(Wandb(config, folder, job))
-        for part in parts:
-            stack.callback(part.close)
-        yield Loggers(RunFolder(folder).metrics, parts)
-
-
-class TensorBoard:
-    """Event files for ``tensorboard --logdir``."""
-
-    def __init__(self, folder: Path, step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise MissingGroupError("tensorboard", "logger=tensorboard", "agents") from None
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        """Add scalars."""
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Flush and close."""
-        self._writer.close()
+    wandb = Wandb(config, folder, job) if config.logger.wandb else None
+    try:
+        yield Loggers(RunFolder(folder).metrics, wandb)
+    finally:
+        if wandb is not None:
+            wandb.close()
 
 
 _INIT_TIMEOUT_S = 30

@@ -24,7 +24,7 @@ from rap_env.extras import package_versions
 
 PACKAGES = (
     "rap-env", "torch", "transformers", "numpy", "gymnasium", "stable-baselines3", "sb3-contrib",
-    "lm-eval", "hydra-core", "wandb", "tensorboard", "matplotlib",
+    "lm-eval", "hydra-core", "wandb", "matplotlib",
 )  # fmt: skip
 
 _INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16")

@@ -62,16 +62,6 @@ def test_across_models():
     assert after < 0.9 * before
 
 
-@pytest.mark.slow
-def test_torchrl_ppo():
-    module = example("torchrl_ppo")
-    module.ENVS = 16
-    before, after = (
-        rap_env.evaluate(module.train(updates), module.TASK, name="torchrl") for updates in (0, 8)
-    )
-    assert after.mean_delta_nll < 0.8 * before.mean_delta_nll
-
-
 def test_first_steps():
     """The notebook's cells run, and its outputs are those of its cells."""
     path = EXAMPLES / "first_steps.ipynb"

@@ -76,7 +76,7 @@ def test_nothing_imports_a_study():
     ("module", "unneeded"),
     [
         ("experiments.compare", ("torch", "transformers", "wandb")),
-        ("experiments.study.loggers", ("torch", "matplotlib", "tensorboard", "wandb")),
+        ("experiments.study.loggers", ("torch", "matplotlib", "wandb")),
     ],
 )
 def test_large_libraries_are_not_loaded_where_they_are_not_needed(module, unneeded):

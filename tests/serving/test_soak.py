@@ -44,7 +44,7 @@ from tests.tiny import tiny_model
 REQUESTS = int(os.environ.get("RAP_SOAK_REQUESTS", "150"))
 MODEL = os.environ.get("RAP_SOAK_MODEL")  # or else a tiny one
 DTYPE, PHASE_S = ("float32", 0.1) if MODEL is None else ("auto", 2.0)
-CLIENTS, HANG_S = 4, 60.0
+CLIENTS, HANG_S, REST_TOKENS = 4, 60.0, 200
 CHECKS, RSS_SAMPLES = 400, min(60, REQUESTS // 10)
 UNLIMITED_BYTES = 2**50
 TIE_ROUNDINGS, MIN_TOLERANCE = 4.0, 1e-3
@@ -205,7 +205,8 @@ class Soak:
                     self._stop.set()
                     return
                 time.sleep(0.02)
-            handle = self.engine.submit(self._token_ids[::5], SamplingParams(max_new_tokens=8))
+            prompt = self._token_ids[::5][:REST_TOKENS]
+            handle = self.engine.submit(prompt, SamplingParams(max_new_tokens=8))
             self.rest_answers.add(tuple(handle.result(HANG_S).token_ids))
             with self.engine.llm.exclusive():
                 return_freed_memory()
