@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import netrc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
 
 from experiments.config import Config
 from experiments.study.console import ExperimentError, MissingGroupError
 from experiments.study.json_records import append_record
 from experiments.study.run_folder import RunFolder, flatten
+
+if TYPE_CHECKING:
+    import wandb
 
 
 class Loggers:
@@ -22,18 +23,18 @@ class Loggers:
 
     Args:
         metrics: That file.
-        wandb: The run of wandb, if there is one.
+        run: The run of wandb, if there is one.
     """
 
-    def __init__(self, metrics: Path, wandb: Wandb | None) -> None:
-        self.metrics, self.wandb = metrics, wandb
+    def __init__(self, metrics: Path, run: wandb.Run | None) -> None:
+        self._metrics, self.run = metrics, run
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Log metrics by name at a step; in the file, values that are not finite become null."""
         finite = {k: v if abs(v) < float("inf") else None for k, v in metrics.items()}
-        append_record(self.metrics, {"step": step, **finite}, durable=False)
-        if self.wandb is not None:
-            self.wandb.log(metrics, step)
+        append_record(self._metrics, {"step": step, **finite}, durable=False)
+        if self.run is not None:
+            self.run.log({"step": step, **metrics})
 
 
 @contextmanager
@@ -44,78 +45,68 @@ def open_loggers(config: Config, folder: Path, *, job: str) -> Iterator[Loggers]
         config: All settings.
         folder: The run folder; its name is the name of the run.
         job: Kind of run (``train``, ``evaluate``).
+
+    Raises:
+        ExperimentError: wandb cannot be reached.
     """
-    wandb = Wandb(config, folder, job) if config.logger.wandb else None
+    run = wandb_run(config, folder, job) if config.logger.wandb else None
     try:
-        yield Loggers(RunFolder(folder).metrics, wandb)
+        yield Loggers(RunFolder(folder).metrics, run)
     finally:
-        if wandb is not None:
-            wandb.close()
+        if run is not None:
+            run.finish()
 
 
 _INIT_TIMEOUT_S = 30
 
 
-class Wandb:
-    """A wandb run: named after its folder, grouped by comparison, tagged by agent and model.
+def wandb_run(config: Config, folder: Path, job: str) -> wandb.Run:
+    """Start a wandb run: named after its folder, grouped by comparison, tagged by agent and model.
 
     All runs of a comparison use its folder as wandb's, so that ``wandb leet`` shows them
     together. The run is online if a login is found, otherwise offline. A resumed training
-    keeps its id.
-
-    Raises:
-        ExperimentError: wandb cannot be reached.
+    keeps its id. For arguments and errors see `open_loggers`.
     """
+    try:
+        import wandb
+    except ImportError:
+        raise MissingGroupError("wandb", "logger=wandb", "agents") from None
+    # Weave mistakes our package `agents` for another one.
+    os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")
+    about = [config.agent.name, f"seed-{config.seed}"] if job == "train" else []
+    config.root.mkdir(parents=True, exist_ok=True)
+    try:
+        mode: Any = os.environ.get("WANDB_MODE")
+        run = wandb.init(
+            dir=str(config.root),
+            project=config.logger.project,
+            group=config.name,
+            job_type=job,
+            name=folder.name if job == "train" else f"{job}-{config.name}",
+            id=_run_id(folder),
+            resume="allow",
+            tags=[*about, Path(config.model.name).name[:64]],
+            config=logged_settings(config),
+            mode=mode or ("online" if wandb.login(prompt=False) else "offline"),
+            settings=wandb.Settings(
+                silent=True, console="off", x_disable_stats=True, init_timeout=_INIT_TIMEOUT_S
+            ),
+        )
+    except wandb.errors.CommError as error:
+        raise ExperimentError(
+            f"wandb is not reachable ({error}); set WANDB_MODE=offline, and run `wandb sync` later."
+        ) from None
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run
 
-    def __init__(self, config: Config, folder: Path, job: str) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise MissingGroupError("wandb", "logger=wandb", "agents") from None
-        # Weave mistakes our package `agents` for another one.
-        os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")
-        about = [config.agent.name, f"seed-{config.seed}"] if job == "train" else []
-        config.root.mkdir(parents=True, exist_ok=True)
-        mode: Any = wandb_mode()
-        try:
-            self._run = wandb.init(
-                dir=str(config.root),
-                project=config.logger.project,
-                group=config.name,
-                job_type=job,
-                name=folder.name if job == "train" else f"{job}-{config.name}",
-                id=self._run_id(folder),
-                resume="allow",
-                tags=[*about, Path(config.model.name).name[:64]],
-                config=logged_settings(config),
-                mode=mode,
-                settings=wandb.Settings(
-                    silent=True, console="off", x_disable_stats=True, init_timeout=_INIT_TIMEOUT_S
-                ),
-            )
-        except wandb.errors.CommError as error:
-            raise ExperimentError(
-                f"wandb is not reachable ({error}); set WANDB_MODE=offline, and run `wandb sync` "
-                "later."
-            ) from None
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
 
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        """Log metrics over environment steps."""
-        self._run.log({"step": step, **metrics})
-
-    def close(self) -> None:
-        """Finish the run."""
-        self._run.finish()
-
-    @staticmethod
-    def _run_id(folder: Path) -> str:
-        path = folder / "wandb_id.txt"
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(os.urandom(6).hex())
-        return path.read_text().strip()
+def _run_id(folder: Path) -> str:
+    path = folder / "wandb_id.txt"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(os.urandom(6).hex())
+    return path.read_text().strip()
 
 
 _LOGGED = (
@@ -128,23 +119,3 @@ def logged_settings(config: Config) -> dict[str, Any]:
     """Return the settings of trainings and evaluations by flat names, by which wandb filters."""
     settings = flatten(asdict(config)).items()
     return {key: value for key, value in settings if key.partition(".")[0] in _LOGGED}
-
-
-def wandb_mode() -> str:
-    """Return the mode for `wandb.init`: ``WANDB_MODE``, else online only if a login exists.
-
-    wandb never prompts for a login.
-    """
-    return os.environ.get("WANDB_MODE") or ("online" if has_login() else "offline")
-
-
-def has_login() -> bool:
-    """Whether wandb finds an API key in the environment or in the netrc file."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    try:
-        return netrc.netrc(path).authenticators(urlsplit(server).hostname or "") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from rap_env.artifacts import load_artifact, save_artifact
-from rap_env.errors import ModelNotAvailableError
 from rap_env.models.device import return_freed_memory
+from rap_env.models.files.model_folder import in_child
 
 KIND, FORMAT = "part of a preparation", 1
 """Of the files of results."""
@@ -126,16 +124,13 @@ def helpers(
     if workers == 1:
         yield lambda: None
         return
-    with ProcessPoolExecutor(workers - 1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(_help, folder, work) for _ in range(workers - 1)]
+    with ThreadPoolExecutor(workers - 1) as pool:
+        futures = [
+            pool.submit(in_child, _help, folder, work, os.getpid()) for _ in range(workers - 1)
+        ]
         try:
             yield lambda: _raise_errors(futures)
             _raise_errors(futures, wait=True)
-        except BrokenProcessPool:
-            raise ModelNotAvailableError(
-                "A process that prepares the model was ended from outside; is there enough memory? "
-                "Give --memory to bound it, and run the command again: it goes on where it was."
-            ) from None
         finally:
             with contextlib.suppress(OSError):
                 stop.touch()
@@ -147,12 +142,11 @@ def _raise_errors(futures: Sequence[Future[None]], *, wait: bool = False) -> Non
             future.result()
 
 
-def _help(folder: Path, work: Callable[[Check, Note], object]) -> None:
-    """What another process than the first one does."""
-    parent = multiprocessing.parent_process()
+def _help(folder: Path, work: Callable[[Check, Note], object], parent: int) -> None:
+    """What another process than the first one does, until that one ends."""
 
     def check() -> None:
-        if (folder / "stop").exists() or parent is None or not parent.is_alive():
-            os._exit(1)  # an error would be sent to the parent, which no longer reads it
+        if (folder / "stop").exists() or os.getppid() != parent:
+            raise SystemExit(1)
 
     work(check, lambda group, share: None)

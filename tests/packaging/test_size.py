@@ -7,7 +7,7 @@ import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-MOST_CODE_LINES = 34_853
+MOST_CODE_LINES = 34_852
 """Lowered with every merge; the aim is 32,500. A feature raises it by its own budget of lines."""
 MOST_FUNCTION_LINES, MOST_PARAMETERS = 60, 8
 """Of a function; a command has as many parameters as options."""

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import multiprocessing
 import os
+import pickle
 import shutil
+import signal
+import subprocess
+import sys
+import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import filelock
 
@@ -38,9 +40,7 @@ _apart: ContextVar[bool] = ContextVar("apart", default=False)
 def made_apart() -> Iterator[None]:
     """Let `made_once` fill folders in a process of its own in a ``with`` block.
 
-    A conversion imports libraries and takes memory that its process keeps. The program's main
-    module must be importable without effect, as for any process that `multiprocessing`
-    spawns.
+    A conversion imports libraries and takes memory that its process keeps.
     """
     before = _apart.set(True)
     try:
@@ -128,16 +128,50 @@ def made_once(folder: Path, make: Callable[[Path], dict[str, Any]], announcement
 
 
 def in_child(make: Callable[..., T], *args: Any) -> T:
-    """The result of a call in a process of its own, whose memory returns to the system."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    """The result of a call in a process of its own, whose memory returns to the system.
+
+    Unlike a process of `multiprocessing`, it does not import the main module of this one, which
+    may be a script without a guard. An error of the call is raised here.
+
+    Args:
+        make: A function that can be pickled, as can its result and its errors.
+        *args: Its arguments, which can be pickled.
+
+    Raises:
+        ModelNotAvailableError: The process was ended from outside.
+    """
+    child = subprocess.run(
+        [sys.executable, "-P", "-c", f"import {__name__} as own; own._answer()"],
+        input=pickle.dumps((make, args)),
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        check=False,
+    )
+    if child.returncode:
+        raise ModelNotAvailableError(
+            "A process that converts or prepares the model was ended from outside; is there enough "
+            "memory? Convert the model with `rap fetch` before it is served, or bound "
+            "`rap prepare` by --memory; run the same command again, and it goes on where it was."
+        )
+    result, error = pickle.loads(child.stdout)
+    if error is not None:
+        raise error
+    return cast("T", result)
+
+
+def _answer() -> None:
+    """Make the call that comes from `in_child`, and send back its result or error."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # its traceback would hide the caller's
+    with os.fdopen(os.dup(sys.stdout.fileno()), "wb") as answers:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        make, args = pickle.load(sys.stdin.buffer)
+        result, raised = None, None
         try:
-            return pool.submit(make, *args).result()
-        except BrokenProcessPool as error:
-            raise ModelNotAvailableError(
-                "The process that converts the model was ended from outside; is there enough "
-                "memory for a conversion? `rap fetch` or a first `rap serve` without memory does "
-                "it too."
-            ) from error
+            result = make(*args)
+        except Exception as error:
+            error.add_note(traceback.format_exc())
+            raised = error
+        pickle.dump((result, raised), answers)
 
 
 @contextlib.contextmanager
