@@ -175,7 +175,7 @@ def measure_gsi(
 
     def timed(method: str) -> tuple[float, GSIProfile]:
         scorer = new_scorer()
-        _ = scorer.native_nll  # the naive loop does not measure the dense model
+        _ = scorer.native_nll  # the naive loop does not measure the native model
         began = time.perf_counter()
         profile = gsi(scorer, method=method, stop=settings.removals, progress=False)
         return time.perf_counter() - began, profile

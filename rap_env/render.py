@@ -155,9 +155,9 @@ def render_ansi(scene: Scene) -> str:
             symbols = ("." if 2 * n in plan.removed else _cache_symbol(plan, n) for n in layers)
             lines.append("cache    " + "".join(symbols))
     peak, budget = scene.memory.peak_bytes(plan, scene.request), scene.request.budget_bytes
-    dense = scene.memory.native_peak_bytes(scene.request.batch_size, scene.request.seq_len_tokens)
-    bar = ["=" if n < round(width * peak / max(dense, budget)) else " " for n in range(width)]
-    bar[min(width - 1, round(width * budget / max(dense, budget)))] = "|"
+    native = scene.memory.native_peak_bytes(scene.request.batch_size, scene.request.seq_len_tokens)
+    bar = ["=" if n < round(width * peak / max(native, budget)) else " " for n in range(width)]
+    bar[min(width - 1, round(width * budget / max(native, budget)))] = "|"
     lines += [
         f"peak     [{''.join(bar)}] {human_bytes(peak)}",
         f"         {scene.verdict}",
@@ -246,10 +246,10 @@ def _block(
 def _draw_bar(draw: ImageDraw.ImageDraw, scene: Scene) -> None:
     """Draw the bytes by what they hold, stacked along a bar on which the budget is marked."""
     left, right = _PANEL
-    dense = scene.memory.native_peak_bytes(scene.request.batch_size, scene.request.seq_len_tokens)
-    scale = (right - left) / max(dense, scene.request.budget_bytes)
+    native = scene.memory.native_peak_bytes(scene.request.batch_size, scene.request.seq_len_tokens)
+    scale = (right - left) / max(native, scene.request.budget_bytes)
     y0, y1, x = 250, 292, float(left)
-    draw.rectangle((left, y0, left + scale * dense, y1), "#f5f7fa", _FAINT)
+    draw.rectangle((left, y0, left + scale * native, y1), "#f5f7fa", _FAINT)
     for part, size in scene.parts.items():
         if scale * size >= 1:
             draw.rectangle((x, y0, x + scale * size, y1), _COLOURS[part])

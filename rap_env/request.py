@@ -17,7 +17,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)")
 
 
 class DensePeak(Protocol):
-    """Byte arithmetic of a dense model, such as `rap_env.MemoryModel`."""
+    """Byte arithmetic of a native model, such as `rap_env.MemoryModel`."""
 
     def native_peak_bytes(self, batch_size: int, seq_len_tokens: int) -> int:
         """Peak bytes of the unpruned model."""
@@ -50,7 +50,7 @@ class Request:
     def at_fraction(
         cls, memory: DensePeak, batch_size: int, seq_len_tokens: int, fraction: float
     ) -> Request:
-        """A request whose budget is a fraction of the dense model's peak bytes.
+        """A request whose budget is a fraction of the native model's peak bytes.
 
         Raises:
             InvalidRequestError: The fraction is not above 0, or the batch or length does
@@ -58,8 +58,8 @@ class Request:
         """
         if not 0 < fraction < float("inf"):
             raise InvalidRequestError(f"The budget fraction must be above 0, not {fraction!r}.")
-        dense = memory.native_peak_bytes(batch_size, seq_len_tokens)
-        return cls(batch_size, seq_len_tokens, max(1, int(fraction * dense)))
+        native = memory.native_peak_bytes(batch_size, seq_len_tokens)
+        return cls(batch_size, seq_len_tokens, max(1, int(fraction * native)))
 
 
 def whole_number(name: str, value: Any, least: int | None = None) -> int:

@@ -48,7 +48,7 @@ class StepOutcome(NamedTuple):
 
     Attributes:
         mask: The plan after the step.
-        delta_nll: Its NLL minus the dense model's, nats per token; 0 for the dense model.
+        delta_nll: Its NLL minus the native model's, nats per token; 0 for the native model.
         delta_nll_before: The same of the mask before the step (the same mask for an invalid
             action), or None if it was not measured.
         ends: Whether the episode ends with this step, terminated or truncated.
@@ -117,10 +117,10 @@ class PerplexityReward(RewardTerm):
         scale: ``"nats"`` (default): the cost is the ΔNLL; ``"log"``: it is
             ``log((delta_nll + log_offset) / log_offset)``, and ``delta_nll / log_offset``
             where the ΔNLL is negative. That is its tangent at 0: defined for every ΔNLL, and
-            a mask slightly better than the dense model is worth slightly more, not infinitely
+            a mask slightly better than the native model is worth slightly more, not infinitely
             more.
         relative_to: ``"gsi"`` or ``"one_shot"``: the mask of that order, followed until the
-            request fits; ``"frontier"``: the best known one; None (default): the dense model.
+            request fits; ``"frontier"``: the best known one; None (default): the native model.
             It needs one more evaluation for each new request.
         log_offset: Nats per token; ΔNLL values well below it count as equally good.
 
@@ -160,7 +160,7 @@ class PerplexityReward(RewardTerm):
         return baseline + self._cost(outcome.delta_nll_before) - cost
 
     def _cost(self, delta_nll: Any) -> Any:
-        """Cost of a ΔNLL on the reward's scale; 0 for the dense model."""
+        """Cost of a ΔNLL on the reward's scale; 0 for the native model."""
         if self.loss_cap is not None:
             delta_nll = np.minimum(delta_nll, self.loss_cap)
         return self._scaled(delta_nll)

@@ -107,7 +107,7 @@ class TextConfig:
     """Text cut into windows."""
 
     source: str = MISSING
-    """``self`` (written by the dense model), a text or JSONL file, or a hub data set."""
+    """``self`` (written by the native model), a text or JSONL file, or a hub data set."""
     windows: int = setting(4, low=1)
     """Number of windows."""
     window_tokens: int = setting(128, low=2)

@@ -136,7 +136,7 @@ class EvaluateConfig:
     requests: list[str] = setting(["1x128"], parse=parse_shape)
     """Batch size x sequence length in tokens."""
     budgets: list[float] = setting([0.9, 0.8], above=0, high=1)
-    """Fractions of the dense model's peak bytes."""
+    """Fractions of the native model's peak bytes."""
     pinned: list[str] = setting([], parse=parse_pinned)
     """Requests with budgets in bytes, such as 8x2048@101234567, beside `requests` x
     `budgets`; 8x2048@101234567~0.5 also names the ΔNLL that the budget stands for."""

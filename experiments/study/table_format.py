@@ -175,5 +175,5 @@ def text_words(text: dict[str, object]) -> str:
     """Describe source and size of a text, from its provenance."""
     if not text:
         return "unknown"
-    source = "written by the dense model itself" if text["source"] == "self" else text["source"]
+    source = "written by the native model itself" if text["source"] == "self" else text["source"]
     return f"{source}, {text['windows']} windows of {text['window_tokens']} tokens"

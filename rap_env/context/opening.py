@@ -67,14 +67,14 @@ def _warn_of_a_copy(context: LiveContext) -> None:
     """Warn in a worker process of `multiprocessing` that it has a copy of the model."""
     if multiprocessing.parent_process() is None:
         return
-    dense = context.memory.breakdown(Plan(), Request(1, 1, budget_bytes=1))
+    native = context.memory.breakdown(Plan(), Request(1, 1, budget_bytes=1))
     log.warning(
         "This worker process loads its own copy of %s: %.0f MiB of weights. To share one model, "
         "let gymnasium.make_vec choose the vector environment (leave out vectorization_mode), "
         "which steps all sub-environments in one process; or use a score table, which has no "
         "model.",
         context.memory.facts.name,
-        (dense.weights + dense.embeddings) / 2**20,
+        (native.weights + native.embeddings) / 2**20,
     )
 
 

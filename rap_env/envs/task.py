@@ -385,8 +385,8 @@ class PruningTask:
 
     def _useless(self, costs: StackedCosts, budgets: Counts) -> Flags:
         """Requests for which there is nothing to do, or that cannot be met, (n,)."""
-        least, dense = costs.least_peak_bytes, costs.native_peak_bytes
-        useless = (dense <= budgets) | (least >= dense)
+        least, native = costs.least_peak_bytes, costs.native_peak_bytes
+        useless = (native <= budgets) | (least >= native)
         return useless if self._infeasible == "clip" else useless | (least > budgets)
 
     def draw_ahead(self, rng: np.random.Generator, count: int) -> list[tuple[int, EpisodeStart]]:

@@ -44,7 +44,7 @@ def block_influence(scorer: PlanScorer) -> npt.NDArray[np.float64]:
 
 
 def layer_influence(llm: ElasticLLM, batches: Sequence[torch.Tensor]) -> npt.NDArray[np.float64]:
-    """As `block_influence`, of each layer of the dense model, (L,); costs one forward pass.
+    """As `block_influence`, of each layer of the native model, (L,); costs one forward pass.
 
     `batches` are token ids, each of shape (windows, T), on the model's device.
     """

@@ -90,7 +90,7 @@ class ScoringMeter:
 
 @dataclass(frozen=True, kw_only=True)
 class OneShotProfile(Profile):
-    """Scores of the 2L blocks of a dense model.
+    """Scores of the 2L blocks of a native model.
 
     Attributes:
         dense_nll: NLL of the native model, nats per token.
@@ -107,7 +107,7 @@ class OneShotProfile(Profile):
 
     @property
     def delta_nll(self) -> npt.NDArray[np.float64]:
-        """Rise in NLL if a block is removed from the dense model, nats per token, (2L,)."""
+        """Rise in NLL if a block is removed from the native model, nats per token, (2L,)."""
         return np.array(self.nll_without) - self.dense_nll
 
     @property
@@ -161,7 +161,7 @@ class GSIProfile(Profile):
 
     @property
     def first_pass(self) -> npt.NDArray[np.float64]:
-        """Rise in NLL if one block is removed from the dense model, nats per token, (2L,)."""
+        """Rise in NLL if one block is removed from the native model, nats per token, (2L,)."""
         names = map(block_name, range(self.num_blocks))
         return np.array([self.first_nll[name] for name in names]) - self.dense_nll
 

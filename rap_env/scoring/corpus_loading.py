@@ -1,6 +1,6 @@
-"""Loads a text: written by the dense model, made of facts, read from a file or a hub data set.
+"""Loads a text: written by the native model, made of facts, read from a file or a hub data set.
 
-By default the dense model generates the text, so no data set is needed and no benchmark can
+By default the native model generates the text, so no data set is needed and no benchmark can
 leak into the search. For the default model, the generated texts of published results are in
 the package.
 """
@@ -50,7 +50,7 @@ _MORE_TOKENS = 64  # generated and cut off: a text of facts may be a piece of fi
 
 
 def load_corpus(config: CorpusConfig, llm: ElasticLLM, *, progress: bool = True) -> Corpus:
-    """Read the text that `config` describes, or let the dense model generate it.
+    """Read the text that `config` describes, or let the native model generate it.
 
     Generated text is cached, so that every later run measures on the same tokens.
 
@@ -98,7 +98,7 @@ def _corpus(config: CorpusConfig, llm: ElasticLLM, progress: bool) -> Corpus:
 
 
 def _generated_text(config: CorpusConfig, llm: ElasticLLM, progress: bool) -> Corpus:
-    """Text by the dense model, from the package or the cache if it is there.
+    """Text by the native model, from the package or the cache if it is there.
 
     The tokens are sampled, so that rounding decides some of them: the same settings give
     other text with another instruction set, number of threads or version of torch. The texts
@@ -123,7 +123,7 @@ def _generation_settings(config: CorpusConfig) -> dict[str, Any]:
 
 
 def _generate(config: CorpusConfig, llm: ElasticLLM, progress: bool) -> torch.Tensor:
-    """Generate one sequence per window with the dense model, from its start token."""
+    """Generate one sequence per window with the native model, from its start token."""
     if start_token(llm) is None:
         raise CorpusError(
             f"{llm.name} has no start token to generate text from; give a text file as `source`."

@@ -179,11 +179,11 @@ def fit_scores(
     Raises:
         UnknownNameError: A plan lowers an item that it keeps, and `lowered` is None.
     """
-    plans, (dense, *singles) = list(scores), necessary_plans(num_blocks)
+    plans, (native, *singles) = list(scores), necessary_plans(num_blocks)
     return fit_score_model(
         feature_matrix(plans, num_blocks),
-        np.array([scores[plan] for plan in plans]) - scores[dense],
-        np.array([scores[plan] for plan in singles]) - scores[dense],
+        np.array([scores[plan] for plan in plans]) - scores[native],
+        np.array([scores[plan] for plan in singles]) - scores[native],
         lowered_costs(plans, lowered),
         **settings,
     )

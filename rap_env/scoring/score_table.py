@@ -86,7 +86,7 @@ class ScoreTable:
 
     Attributes:
         facts: The facts of the model that the byte arithmetic needs.
-        scores: Mean NLL by plan, nats per token; contains the dense model and every
+        scores: Mean NLL by plan, nats per token; contains the native model and every
             single removal.
         context: Everything that determined the scores (`PlanScorer.context`).
         text: Provenance of the text.
@@ -140,7 +140,7 @@ class ScoreTable:
             **origin: The other attributes.
 
         Raises:
-            ArtifactError: The dense model or a single removal was not measured, or there are
+            ArtifactError: The native model or a single removal was not measured, or there are
                 fewer scores to fit than twice the blocks.
             UnknownNameError: A plan lowers an item that it keeps, and `lowered` is None.
         """
@@ -153,7 +153,7 @@ class ScoreTable:
             lacks = f" ({missing[0]}: not measured)" if missing else ""
             raise ArtifactError(
                 f"{len(measured)} scores of {facts.name}{lacks} are too few for a score table, "
-                f"which needs the dense model, each of {facts.num_blocks} single removals, and "
+                f"which needs the native model, each of {facts.num_blocks} single removals, and "
                 f"{2 * facts.num_blocks} scores in all; measure more of them first."
             )
         predictor, fidelity = fit_scores(

@@ -175,7 +175,7 @@ class PlanScorer:
 
     @cached_property
     def evaluation_s(self) -> float:
-        """Seconds that one pass of the dense model over the text takes, measured once."""
+        """Seconds that one pass of the native model over the text takes, measured once."""
         alone = PlanRunner(self.runner.partial, self.batches, StateCache(0))
         began = time.perf_counter()
         self._values(alone, [Plan()], keep=())

@@ -63,7 +63,7 @@ class FixedSampler(RequestSampler):
         batch_size: Number of sequences served together.
         seq_len_tokens: Tokens of each one; by default 1,024, or the model's positions if
             fewer.
-        budget_fraction: Budget as a share of the dense peak, in (0, 1); 0.8 if neither is
+        budget_fraction: Budget as a share of the native peak, in (0, 1); 0.8 if neither is
             given.
         budget_bytes: Budget in bytes, instead of the share.
 
@@ -99,7 +99,7 @@ class GridSampler(RequestSampler):
         batch_sizes: Numbers of sequences served together.
         seq_lens_tokens: Tokens of each sequence; by default 256, 1,024 and 4,096, cut to the
             model's positions.
-        budget_fractions: Shares of the dense peak, each in (0, 1); by default 0.6 to 0.9.
+        budget_fractions: Shares of the native peak, each in (0, 1); by default 0.6 to 0.9.
         budget_bytes: Budgets in bytes, instead of the shares.
 
     Raises:
@@ -222,7 +222,7 @@ def check_range(name: str, bounds: Sequence[float], below: float = math.inf) -> 
 def _one_budget(fraction: object, size: object) -> None:
     if fraction is not None and size is not None:
         raise InvalidRequestError(
-            "Give the budget as a share of the dense peak or in bytes, not both "
+            "Give the budget as a share of the native peak or in bytes, not both "
             f"(seen: {fraction!r} and {size!r})."
         )
 
@@ -238,6 +238,6 @@ def _request(
     if not isinstance(fraction, Real) or not 0 < fraction < 1:
         raise InvalidRequestError(
             f"A budget fraction must be a number between 0 and 1, not {fraction!r}: at 1 the "
-            "dense model fits and there is nothing to remove."
+            "native model fits and there is nothing to remove."
         )
     return Request.at_fraction(memory, batch, length, fraction)

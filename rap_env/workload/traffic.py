@@ -148,7 +148,7 @@ class TrafficSampler(RequestSampler):
     Attributes:
         memory: The model's byte arithmetic; lengths are cut to its positions.
         max_batch_size: The batch size is a power of two up to this one, all equally likely.
-        budget_fraction_range: Lowest and highest budget as shares of the dense peak; the draw
+        budget_fraction_range: Lowest and highest budget as shares of the native peak; the draw
             is uniform.
 
     Raises:

@@ -115,7 +115,7 @@ def test_recorded_scores_are_not_measured_again(config, exported, tmp_path):
     assert scores[policys] == 7.5
     assert {len(mask.removed) for mask in scores} > {0, 1}
     assert len(scores) >= len(frontier.scores) > 20
-    assert build_context(fresh).scorer.evaluations <= 11, "the dense model and single removals"
+    assert build_context(fresh).scorer.evaluations <= 11, "the native model and single removals"
     context, shift = build_context(fresh), 0.25  # of a machine that rounds very differently
     shifted = {mask: nll + shift for mask, nll in frontier.scores.items()}
     moved = replace(frontier, dense_nll=frontier.dense_nll + shift, scores=shifted)

@@ -252,7 +252,7 @@ def load_pruned(
     if dtype not in (None, config.dtype):
         raise UnsupportedModelError(
             f"The pruned checkpoint {folder} has dtype {config.dtype}, not {dtype}; leave dtype at "
-            "'auto', or load the dense model in that dtype and save the pruned checkpoint again."
+            "'auto', or load the whole model in that dtype and save the pruned checkpoint again."
         )
     model = _load_model(folder, config, body["removed"], body["attention"])
     tokenizer = None

@@ -302,7 +302,7 @@ def generate_windows(
     seed: int,
     note: Callable[[int], object] = lambda tokens: None,
 ) -> torch.Tensor:
-    """Windows of text that the dense model writes, (windows, window_tokens); each is a sequence.
+    """Windows of text that the native model writes, (windows, window_tokens); each is a sequence.
 
     They follow the model's start token, which is not part of them.
 
